@@ -1,0 +1,193 @@
+"""What processes say to each other, and how many bytes it takes.
+
+Two implementations of one interface: `Communicator` alone (a world of one, nothing is sent) and `Distributed` over
+``torch.distributed``. Bytes are those that one process sends under the bandwidth-optimal algorithms (ring), so that
+they are exact, comparable numbers:
+
+    broadcast, reduce     N                    from the root / to the owner (every process but the owner)
+    reduce_scatter        N * (w - 1) / w
+    all_gather            c * (w - 1)          c = one process's contribution
+    all_reduce            2 * N * (w - 1) / w
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ows_ds.errors import UserError
+
+
+class Disagreement(RuntimeError):
+    """Processes that must agree do not; the message says what differs."""
+
+
+class Communicator:
+    """A world of one process: every operation is the identity. Also the interface.
+
+    index, world: this process's number and how many there are.
+    sent: bytes sent by this process since the start, by operation name.
+    """
+
+    index = 0
+    world = 1
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+
+    def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
+        """Process 0's ``tensor`` on all, in place."""
+        return tensor
+
+    def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
+        """The sum over processes into ``owner``'s ``tensor``, in place; the others' contents are spent."""
+
+    def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
+        """Sum over processes, of which this one receives its part.
+
+        tensor: first dimension a multiple of the world size. Returns its ``index``-th equal part; may share memory.
+        """
+        return tensor
+
+    def all_gather(self, part: Tensor, name: str = "all_gather", out: Tensor | None = None) -> Tensor:
+        """The processes' equal-sized ``part`` one after the other along the first dimension, into ``out`` if given."""
+        if out is None:
+            return part
+        if out.data_ptr() != part.data_ptr():
+            out.copy_(part)
+        return out
+
+    def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
+        """The sum over processes, in place."""
+        return tensor
+
+    def share(self, value: Any, name: str = "share") -> Any:
+        """Process 0's JSON-able ``value`` on all."""
+        return value
+
+    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+        """Every process's JSON-able ``value``, in order, on all."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Returns when all have come."""
+
+    def agree(self, what: str, value: Any) -> None:
+        """Compare a digest of the JSON-able ``value`` over all processes.
+
+        Raises Disagreement on every process, naming ``what``, the processes and the first difference.
+        """
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        if len(set(self.collect(digest, "agree"))) == 1:
+            return
+        values = self.collect(value, "agree")
+        lines = [
+            f"process {i} has {_first_difference(values[0], v)} where process 0 has {_first_difference(v, values[0])}"
+            for i, v in enumerate(values)
+            if v != values[0]
+        ]
+        raise Disagreement(f"the processes do not agree on {what}: " + "; ".join(lines))
+
+    def all_good(self, error: BaseException | None) -> None:
+        """Fail together: where any process brings an error, all raise.
+
+        The process that failed raises its own; the others the same UserError, or a Disagreement that names the process.
+        """
+        mine = None
+        if error is not None:
+            user = isinstance(error, UserError)
+            mine = [error.key, str(error.value), error.right] if user else f"{type(error).__name__}: {error}"
+        everyones = self.collect(mine, "agree")
+        if error is not None:
+            raise error
+        failed = [(i, theirs) for i, theirs in enumerate(everyones) if theirs is not None]
+        for _, theirs in failed:
+            if isinstance(theirs, list):
+                raise UserError(*theirs)
+        if failed:
+            raise Disagreement("; ".join(f"process {i}: {text}" for i, text in failed))
+
+
+class Distributed(Communicator):
+    """All processes of a ``torch.distributed`` group (the default group unless given)."""
+
+    def __init__(self, device: torch.device | str, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.group = group
+        self.device = torch.device(device)
+        self.index = dist.get_rank(group)
+        self.world = dist.get_world_size(group)
+
+    def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
+        dist.broadcast(tensor, group_src=0, group=self.group)
+        self.sent[name] += tensor.nbytes if self.index == 0 else 0
+        return tensor
+
+    def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
+        dist.reduce(tensor, group_dst=owner, group=self.group)
+        self.sent[name] += 0 if self.index == owner else tensor.nbytes
+
+    def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
+        part = tensor.new_empty(tensor.shape[0] // self.world, *tensor.shape[1:])
+        dist.reduce_scatter_tensor(part, tensor, group=self.group)
+        self.sent[name] += part.nbytes * (self.world - 1)
+        return part
+
+    def all_gather(self, part: Tensor, name: str = "all_gather", out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = part.new_empty(part.shape[0] * self.world, *part.shape[1:])
+        dist.all_gather_into_tensor(out, part.contiguous(), group=self.group)
+        self.sent[name] += part.nbytes * (self.world - 1)
+        return out
+
+    def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        self.sent[name] += 2 * math.ceil(tensor.nbytes / self.world) * (self.world - 1)
+        return tensor
+
+    def share(self, value: Any, name: str = "share") -> Any:
+        return self._objects([value if self.index == 0 else None], name)[0]
+
+    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+        return self._objects([value], name)
+
+    def _objects(self, value: list[Any], name: str) -> list[Any]:
+        # JSON as bytes rather than pickled objects: what arrives is data, never code
+        text = torch.frombuffer(bytearray(json.dumps(value[0]).encode()), dtype=torch.uint8).to(self.device)
+        lengths = self.all_gather(torch.tensor([text.numel()], device=self.device), name)
+        longest = int(lengths.max())
+        padded = text.new_zeros(longest)
+        padded[: text.numel()] = text
+        texts = self.all_gather(padded, name).view(self.world, longest).cpu()
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)
+
+
+def join(device: torch.device | str) -> Communicator:
+    """The communicator of this process: `Distributed` where a process group of more than one exists."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Distributed(device)
+    return Communicator()
+
+
+def set_timeout(seconds: float) -> timedelta:
+    """``train.timeout_seconds`` as the limit that process groups take."""
+    return timedelta(seconds=seconds)
+
+
+def _first_difference(other: Any, value: Any) -> str:
+    if isinstance(value, dict) and isinstance(other, dict):
+        for key in sorted(value.keys() | other.keys()):
+            if value.get(key) != other.get(key):
+                return f"{key}: {_first_difference(other.get(key), value.get(key))}"
+    return json.dumps(value)[:200]

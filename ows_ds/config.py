@@ -1,0 +1,432 @@
+"""The recipe: every setting of a run, its default, its unit, and the checks that need no model.
+
+`from_dict` reads strictly (unknown keys and wrong types are refused), `check` looks at ranges and
+contradictions, `to_yaml` writes every default out. Importing this module is cheap: no torch, no YAML reader.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ows_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """The pre-trained model.
+
+    Attributes:
+        path: Folder of a Hugging Face checkpoint, or a name on the hub. Required.
+        revision: Branch, tag or commit on the hub; null: the newest.
+        dtype: Number format of the weights; coordinates and moments are float32, or float64 under float64.
+        attention: Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice.
+        trust_remote_code: Run the Python code that comes with the model.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows to train on and to evaluate with.
+
+    Attributes:
+        train: JSON Lines file, one row a line. Required by train, and by score for calibration.
+        eval: JSON Lines file of held-out rows; null: no evaluation.
+        max_length: Tokens of a row; longer rows are cut at the end.
+        loss_on: Tokens that are trained: the assistant's turns with their end mark, or all of them.
+        format: Columns of a row; auto recognises messages, alpaca (instruction, input, output),
+            prompt_completion (prompt, completion) and text by their names.
+    """
+
+    train: str | None = None
+    eval: str | None = None
+    max_length: int = 512
+    loss_on: Literal["assistant", "all"] = "assistant"
+    format: Literal["auto", "messages", "alpaca", "prompt_completion", "text"] = "auto"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the model is trained.
+
+    Attributes:
+        name: The method; ows samples layers by their outliers and trains low-rank coordinates.
+    """
+
+    name: Literal["ows"] = "ows"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which layers train, and for how long.
+
+    Attributes:
+        importance: Score of a layer; outlier is the share of weights that stand out (equation 2).
+        gamma: Expected number of sampled layers, in layers; above 0.
+        period: Optimizer steps between two draws.
+        scheme: bernoulli draws each layer on its own; fixed draws exactly gamma layers.
+        tau: An entry is an outlier when it exceeds tau times its layer's mean.
+        scores: File of scores to use; null: scores.json in train.output_dir, computed when it is absent.
+        calibration_samples: Training rows that the scores are computed on.
+        calibration_batch_size: Rows per rank and forward pass while scoring.
+        seed: Seed of the draws; null: train.seed.
+    """
+
+    importance: Literal["outlier"] = "outlier"
+    gamma: float = 5.0
+    period: int = 50
+    scheme: Literal["bernoulli", "fixed"] = "bernoulli"
+    tau: float = 13.0
+    scores: str | None = None
+    calibration_samples: int = 128
+    calibration_batch_size: int = 8
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW on the low-rank coordinates of the sampled layers.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay per step of Adam's first and second moment; each from 0 to below 1.
+        eps: Added to the root of Adam's second moment.
+        weight_decay: Decoupled decay of the effective weights, per step and learning rate.
+        max_grad_norm: Largest global norm of the gradient; null: no clipping.
+        schedule: Course of the learning rate after the warm-up: linear or cosine to 0, or constant.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        rank: Rows of coordinates per matrix; at most the short side of a matrix is used.
+        refresh_gap: Active steps of a layer between two projectors (T_p).
+        scale: Factor on the projected update.
+        projector: Algorithm for the top singular vectors: exact svd, or randomized range finder.
+        refresh_batch: Gradient that a projector is computed from: the full batch, or the first micro-batch.
+        moments_on_refresh: Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis.
+        always_on: Training of embedding and head beside the sampled layers: full rank, low_rank, or none.
+    """
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    rank: int = 128
+    refresh_gap: int = 200
+    scale: float = 1.0
+    projector: Literal["randomized", "svd"] = "svd"
+    refresh_batch: Literal["full", "first"] = "full"
+    moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    always_on: Literal["full", "low_rank", "none"] = "full"
+
+
+@dataclass(frozen=True)
+class Train:
+    """The run.
+
+    Attributes:
+        output_dir: Folder of the run. Required.
+        epochs: Passes over the training rows.
+        steps: Optimizer steps; null: as many as train.epochs asks for.
+        batch_size: Sequences per optimizer step, over all ranks.
+        micro_batch_size: Sequences per rank and forward pass; accumulation makes up the rest of the batch.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
+        seed: Seed of the order of rows, of dropout and of the draws.
+        eval_every: Optimizer steps between evaluations; null: only before and after training.
+        eval_batch_size: Sequences per rank and forward pass in evaluation.
+        save_every: Optimizer steps between checkpoints; null: only at the end.
+        keep_last: Newest checkpoints that are kept.
+        resume: never, auto (the newest complete checkpoint, if there is one), or the folder of a checkpoint.
+        sharding: Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the
+            launcher set it up, otherwise replicated.
+        ds_config: DeepSpeed file (JSON); null: the launcher's, or ours.
+        timeout_seconds: Seconds after which a collective that does not complete stops all ranks.
+    """
+
+    output_dir: str
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int | None = None
+    eval_batch_size: int = 8
+    save_every: int | None = None
+    keep_last: int = 2
+    resume: str = "never"
+    sharding: Literal["auto", "replicated", "zero3"] = "auto"
+    ds_config: str | None = None
+    timeout_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is shown and recorded; metrics.jsonl is always written.
+
+    Attributes:
+        trackers: Trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...; [] for none.
+        progress: On the terminal: a live bar (rich), a line every few steps (plain), none, or auto.
+    """
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    progress: Literal["auto", "rich", "plain", "none"] = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of a run, one section each.
+
+    Attributes:
+        model: The pre-trained model.
+        train: The run.
+        data: The rows to train on and to evaluate with.
+        method: How the model is trained.
+        sampling: Which layers train, and for how long.
+        optim: AdamW on the low-rank coordinates of the sampled layers.
+        log: What is shown and recorded.
+    """
+
+    model: Model
+    train: Train
+    data: Data = field(default_factory=Data)
+    method: Method = field(default_factory=Method)
+    sampling: Sampling = field(default_factory=Sampling)
+    optim: Optim = field(default_factory=Optim)
+    log: Log = field(default_factory=Log)
+
+
+# In the order in which people read and write a recipe.
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "data": Data,
+    "method": Method,
+    "sampling": Sampling,
+    "optim": Optim,
+    "train": Train,
+    "log": Log,
+}
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+
+
+def hints() -> dict[str, Any]:
+    """Type of every setting by its full name, such as `{"optim.rank": int, ...}`."""
+    return {
+        f"{section}.{name}": hint
+        for section, kind in SECTIONS.items()
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+
+
+def instruction(hint: Any) -> str:
+    """What to give for a setting of type `hint`, in words ("give an integer or null")."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"give one of {', '.join(map(str, arguments))}"
+    if isinstance(hint, types.UnionType):
+        return f"{instruction(arguments[0])} or null"
+    if typing.get_origin(hint) is tuple:
+        return f"give a list of {len(arguments)} numbers, such as [0.9, 0.999]"
+    if typing.get_origin(hint) is list:
+        return "give a list of texts, such as [tensorboard]"
+    words = {int: "give an integer", float: "give a number", bool: "give true or false", str: "give text"}
+    return words[hint]
+
+
+def _convert(key: str, value: object, hint: Any, whole: Any) -> Any:
+    """`value` as type `hint`, or UserError naming `key` and what type `whole` asks for."""
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _convert(key, value, arguments[0], whole)
+    if typing.get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
+        return value
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(_convert(key, v, h, whole) for v, h in zip(value, arguments, strict=True))
+    if typing.get_origin(hint) is list and isinstance(value, list | tuple):
+        return [_convert(key, v, arguments[0], whole) for v in value]
+    if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        try:
+            return float(value)  # also of text: YAML 1.1 reads 3e-4 as text
+        except (ValueError, OverflowError):
+            pass
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise UserError(key, value, instruction(whole))
+
+
+def unknown(key: str, value: object, known: list[str]) -> UserError:
+    """The error for a key that does not exist, with the nearest of the `known` ones."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"is {near[0]} meant?" if near else f"the keys are {', '.join(known)}"
+    return UserError(key, value, f"there is no such key; {hint}")
+
+
+def from_dict(tree: Mapping[str, Any]) -> Recipe:
+    """The recipe that a parsed YAML file describes: `{"optim": {"rank": 64}, ...}`.
+
+    What is absent takes its default.
+
+    Raises UserError naming `section.key` for unknown keys, wrong types and missing required keys.
+    """
+    sections: dict[str, Any] = {}
+    for name in tree:
+        if name not in SECTIONS:
+            raise unknown(str(name), tree[name], list(SECTIONS))
+        if not isinstance(tree[name], Mapping | None):
+            raise UserError(name, tree[name], "give a section: lines of `key: value`, indented")
+    for name, kind in SECTIONS.items():
+        given = tree.get(name) or {}  # None: a section whose lines are all commented out
+        wanted = typing.get_type_hints(kind)
+        for key, value in given.items():
+            if key not in wanted:
+                raise unknown(f"{name}.{key}", value, [f"{name}.{w}" for w in wanted])
+        for f in dataclasses.fields(kind):
+            if f.default is f.default_factory is dataclasses.MISSING and given.get(f.name) is None:
+                raise UserError(f"{name}.{f.name}", None, f"it is required: {instruction(wanted[f.name])}")
+        sections[name] = kind(
+            **{k: _convert(f"{name}.{k}", v, wanted[k], wanted[k]) for k, v in given.items()},
+        )
+    return Recipe(**sections)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain dicts, lists and numbers, every default written out; `from_dict` reverses it."""
+    tree = {name: dataclasses.asdict(getattr(recipe, name)) for name in SECTIONS}
+    tree["optim"]["betas"] = list(recipe.optim.betas)
+    return tree
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML text, every default written out; `from_dict(yaml.safe_load(text))` gives it back."""
+    import yaml
+
+    return str(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+
+
+def read_yaml(path: str | Path, key: str = "config") -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises UserError naming `key` and the file, with the line where the YAML is broken.
+    """
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(key, str(path), f"give a readable YAML file ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(key, where, f"give valid YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance({} if tree is None else tree, dict):
+        raise UserError(key, str(path), "give a YAML file of sections, such as `optim:` above `  rank: 64`")
+    return tree or {}
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse values that are out of range or contradict each other, as far as that shows without the model.
+
+    Raises UserError for the first one. Needs the files that the recipe names.
+    """
+    for key, right in _wrong(recipe):
+        section, name = key.split(".")
+        raise UserError(key, getattr(getattr(recipe, section), name), right)
+
+
+def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, what would be right) of every value that is wrong."""
+    data, sampling, optim, train = recipe.data, recipe.sampling, recipe.optim, recipe.train
+    for name in SECTIONS:
+        for key, value in dataclasses.asdict(getattr(recipe, name)).items():
+            numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
+            if not all(map(math.isfinite, numbers)):
+                yield f"{name}.{key}", "give a finite number"
+    at_least: dict[str, tuple[int | None, int]] = {
+        "data.max_length": (data.max_length, 2),  # a token to predict needs one before it
+        "sampling.period": (sampling.period, 1),
+        "sampling.calibration_samples": (sampling.calibration_samples, 1),
+        "sampling.calibration_batch_size": (sampling.calibration_batch_size, 1),
+        "sampling.seed": (sampling.seed, 0),
+        "optim.warmup_steps": (optim.warmup_steps, 0),
+        "optim.rank": (optim.rank, 1),
+        "optim.refresh_gap": (optim.refresh_gap, 1),
+        "train.steps": (train.steps, 1),
+        "train.batch_size": (train.batch_size, 1),
+        "train.micro_batch_size": (train.micro_batch_size, 1),
+        "train.seed": (train.seed, 0),
+        "train.eval_every": (train.eval_every, 1),
+        "train.eval_batch_size": (train.eval_batch_size, 1),
+        "train.save_every": (train.save_every, 1),
+        "train.keep_last": (train.keep_last, 1),
+        "train.timeout_seconds": (train.timeout_seconds, 1),
+    }
+    for key, (integer, least) in at_least.items():
+        if integer is not None and integer < least:
+            yield key, f"give an integer of at least {least}"
+    above_zero: dict[str, float | None] = {
+        "sampling.gamma": sampling.gamma,
+        "sampling.tau": sampling.tau,
+        "optim.eps": optim.eps,
+        "optim.max_grad_norm": optim.max_grad_norm,
+        "optim.scale": optim.scale,
+        "train.epochs": train.epochs,
+    }
+    for key, number in above_zero.items():
+        if number is not None and number <= 0:
+            yield key, "give a number above 0"
+    for key, number in {"optim.lr": optim.lr, "optim.weight_decay": optim.weight_decay}.items():
+        if number < 0:
+            yield key, "give a number of at least 0"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield "optim.betas", "give two numbers, each at least 0 and below 1"
+    if sampling.scheme == "fixed" and sampling.gamma != int(sampling.gamma):
+        yield "sampling.gamma", "give a whole number of layers, or sampling.scheme bernoulli"
+    if train.batch_size % train.micro_batch_size:
+        yield "train.batch_size", f"give a multiple of train.micro_batch_size, {train.micro_batch_size}"
+    if train.steps is not None and optim.warmup_steps > train.steps:
+        yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"
+    if not set(recipe.log.trackers) <= set(TRACKERS):
+        yield "log.trackers", f"give a list of some of {', '.join(TRACKERS)}"
+    if not recipe.model.path:
+        yield "model.path", "give a folder or a name on the hub"
+    if not train.output_dir or (Path(train.output_dir).exists() and not Path(train.output_dir).is_dir()):
+        yield "train.output_dir", "give a folder, or a name at which one can be made"
+    if data.train is None:
+        yield "data.train", "it is required: give a JSON Lines file"
+    files = {
+        "data.train": data.train,
+        "data.eval": data.eval,
+        "sampling.scores": sampling.scores,
+        "train.ds_config": train.ds_config,
+    }
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            yield key, "give a file that exists"
+    if train.resume not in ("never", "auto") and not Path(train.resume).is_dir():
+        yield "train.resume", "give never, auto, or the folder of a checkpoint"
+
+
+def accumulation(recipe: Recipe, world: int) -> int:
+    """Micro-batches per rank and optimizer step, on `world` ranks.
+
+    Raises UserError naming train.batch_size when the batch does not divide evenly.
+    """
+    share = recipe.train.micro_batch_size * world
+    if recipe.train.batch_size % share:
+        raise UserError(
+            "train.batch_size",
+            recipe.train.batch_size,
+            f"give a multiple of {share}, train.micro_batch_size x {world} ranks",
+        )
+    return recipe.train.batch_size // share

@@ -1,0 +1,525 @@
+"""OWS as an optimizer: refresh -> communicate -> update -> fold.
+
+    ows = OWS(model, scores="scores.json", gamma=5, rank=128)
+    loss = model(**batch).loss
+    ows.backward(loss); ows.step(); ows.zero_grad()
+
+Between two calls of `step` the following holds: the layer set of the coming step is drawn and agreed, its vectors listen
+for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is folded and
+lets its full gradient through once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ows_ds.coordinates import Attachment, Coordinates
+from ows_ds.errors import UserError
+from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
+from ows_ds.plan import Plan, RefreshPlan, make_plan, plan_refresh
+from ows_ds.project import find_projector, rotation
+from ows_ds.refresh import Refresh
+from ows_ds.sample import LayerSet, Sampler, probabilities
+from ows_ds.score import Scores
+from ows_ds.update import CoordinateBuffer, FullRank, Hyper
+from ows_ds.weights import Weights, as_weights, interval
+
+ALWAYS = "always"  # name of the unit of embedding, head and final norm
+
+
+@dataclass
+class Piece:
+    """A run of a flattened tensor that this process contributes to a checkpoint.
+
+    shape: of the whole tensor; start: of the run; tensor: 1-D.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensor: Tensor
+
+
+ReadPiece = Callable[[str, int, int], Tensor]
+
+
+class OWS(torch.optim.Optimizer):
+    """Outlier-weighed layerwise sampling with low-rank coordinates (OWS, Algorithm 1), on one process or many.
+
+    ``param_groups[0]["lr"]`` is the learning rate; torch's and transformers' schedulers work on it as on any optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Weights,
+        *,
+        scores: str | Path | Scores | Sequence[float],
+        gamma: float = 5,
+        period: int = 50,
+        scheme: str = "bernoulli",
+        rank: int = 128,
+        refresh_gap: int = 200,
+        scale: float = 1.0,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        projector: str = "randomized",
+        refresh_batch: str = "full",
+        moments_on_refresh: str = "keep",
+        always_on: str = "full",
+        accumulation: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Collective. All weights of ``model`` are frozen but those that train; its linear modules' forward is replaced.
+
+        model: a plain model on its device (the same on all processes: process 0's weights are copied), a DeepSpeed engine
+        made with ZeRO-3 and no optimizer, or a `Weights`. scores: a file or `Scores` (refused for another model), or the
+        ratios D themselves. gamma: expected layers a period. period: K, optimizer steps. refresh_gap: T_p, steps of a
+        layer's activity. accumulation: calls of `backward` a step. The other names are those of the recipe.
+
+        Raises UserError for values that cannot work with this model.
+        """
+        self.weights: Weights = as_weights(model)
+        self.comm = self.weights.comm
+        self.module = self.weights.module
+        self.layers: ModelLayers = find_layers(self.module, self.weights.shape)
+        self.rank, self.period, self.refresh_gap, self.accumulation = rank, period, refresh_gap, accumulation
+        self.max_grad_norm, self.projector, self.seed = max_grad_norm, projector, seed
+        self.refresh_batch, self.moments_on_refresh, self.always_on = refresh_batch, moments_on_refresh, always_on
+        self._always = Unit(
+            ALWAYS,
+            self.layers.embeddings if always_on == "low_rank" else (),
+            self.layers.final if always_on != "none" else (),
+        )
+        self._check_rank()
+        self.probabilities = probabilities(self._ratios(scores), gamma)
+        self._sampler = Sampler(self.probabilities, scheme, seed)
+
+        self.module.requires_grad_(False)
+        self._parameters = dict(self.module.named_parameters())
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": scale}
+        super().__init__([{"params": list(self._parameters.values())}], defaults)
+
+        example = next(iter(self._parameters.values()))
+        self.dtype = torch.promote_types(example.dtype, torch.float32)
+        self._attachments: dict[str, list[Attachment]] = {}
+        units = (*self.layers.layers, self._always)
+        for matrix in (m for unit in units for m in unit.matrices):
+            modules = [self.module.get_submodule(name) for name in matrix.modules]
+            self._attachments[matrix.name] = [Attachment(m, self.weights.sharded) for m in modules]
+
+        self.steps = 0
+        self.skipped = 0
+        self.layer_set: LayerSet = ()
+        self.grad_norm: Tensor | None = None
+        self.touched: set[str] = set()
+        self._micro = 0
+        self._clocks: dict[str, int] = {}  # steps of each active unit since it entered
+        self._projectors: dict[str, Tensor] = {}
+        self._vector_hooks: dict[str, RemovableHandle] = {}
+        self._refresh: Refresh | None = None
+        self._buffer = CoordinateBuffer(make_plan((), rank, self.comm.world), self.comm, self.dtype, self.device)
+        full = self.layers.embeddings if always_on == "full" else ()
+        self._full = FullRank(self.weights, {m.name: self._parameters[m.name] for m in full}, self.dtype)
+        self.touched.update(m.name for m in full)
+        self._prepare()
+
+    # ------------------------------------------------------------------ the user's side
+
+    @property
+    def device(self) -> torch.device:
+        """Where forward and backward run."""
+        return self.weights.device
+
+    @property
+    def plan(self) -> Plan:
+        """Layout of the coordinates of the coming step."""
+        return self._buffer.plan
+
+    @property
+    def idle(self) -> bool:
+        """Nothing trains in the coming step: the layer set is empty and nothing is always on."""
+        return not self.plan.units and not self._full.parameters
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate one micro-batch. Gradients of all processes and micro-batches are averaged and added, in this
+        order: ``loss`` is this process's mean, divided by the number of micro-batches as in plain PyTorch.
+        """
+        if self.idle:
+            return
+        if self._micro == self.accumulation:
+            raise RuntimeError(f"backward was called more than accumulation = {self.accumulation} times a step")
+        (loss if self.comm.world == 1 else loss / self.comm.world).backward()
+        self._micro += 1
+        self.weights.after_backward()
+        if self._refresh is not None and self.refresh_batch == "first":
+            self._finish_refresh()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One optimizer step, then everything the next one needs: a new set every K steps, refreshes armed. Collective.
+
+        A step in which nothing trains is counted in `skipped`.
+        """
+        if closure is not None:
+            raise RuntimeError("OWS takes no closure: it evaluates the loss once a step")
+        self.weights.after_step()
+        if self.idle:
+            self.skipped += 1
+        elif self._micro != self.accumulation:
+            raise RuntimeError(f"step after {self._micro} of accumulation = {self.accumulation} backward passes")
+        else:
+            self._update()
+        self.steps += 1
+        self._micro = 0
+        for name in self._clocks:
+            self._clocks[name] += 1
+        self._prepare()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        self._buffer.grads.zero_()
+        self._full.zero_grad()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add all coordinates to the weights and set them to zero: the model alone then is what was trained.
+
+        Training may go on. Not between `backward` and `step`.
+        """
+        self.weights.after_step()
+        for unit in self.plan.units:
+            self._fold(unit)
+
+    def close(self) -> None:
+        """Fold, and give the model its own forward passes back, every weight frozen."""
+        self.fold()
+        self._drop()
+        self._full.close()
+        for attachments in self._attachments.values():
+            for attachment in attachments:
+                attachment.remove()
+
+    # ------------------------------------------------------------------ update
+
+    def _update(self) -> None:
+        if self._refresh is not None:
+            self._finish_refresh()
+        group = self.param_groups[0]
+        hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
+        grads = self._buffer.reduce()
+        squares = torch.stack([g.square().sum() for g in (grads, *self._full.grads.values())])
+        norm = self.comm.all_reduce(squares.sum(), "grad_norm").sqrt()
+        clip = torch.ones_like(norm)
+        if self.max_grad_norm is not None:
+            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.grad_norm = norm
+        self._buffer.update(grads.mul_(clip), hyper)
+        self._full.update(hyper, clip)
+        for unit in self.plan.units:
+            for vector in unit.vectors:
+                value = self._buffer.value(vector.name).view(-1)[: vector.numel]
+                self.weights.write(self._parameters[vector.name], value)
+            for matrix in unit.matrices:
+                # tied modules share one Coordinates
+                attached = self._attachments[matrix.name][0].coordinates
+                assert attached is not None
+                attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
+
+    # ------------------------------------------------------------------ between steps
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        changed = self.steps % self.period == 0
+        plan = self.plan
+        if changed:
+            drawn = self.comm.share(self._sampler.draw() if self.comm.index == 0 else None, "layer_set")
+            self.layer_set = tuple(drawn)
+            plan = self._plan(self.layer_set)
+        due = [u for u in plan.units if u.matrices and self._clocks.get(u.name, 0) % self.refresh_gap == 0]
+        refresh = plan_refresh([m for u in due for m in u.matrices], self.comm.world)
+        if changed or due:
+            self.comm.agree(
+                f"the layers and the plan of step {self.steps + 1}",
+                {"layers": list(self.layer_set), "plan": plan.describe(), "refresh": refresh.describe()},
+            )
+        if changed:
+            self._change(plan)
+        for unit in due:
+            self._fold(unit)
+        self._arm(refresh)
+
+    def _plan(self, layer_set: Iterable[int]) -> Plan:
+        units = [self.layers.layers[i] for i in layer_set]
+        if self._always.matrices or self._always.vectors:
+            units.append(self._always)
+        return make_plan(units, self.rank, self.comm.world)
+
+    def _change(self, plan: Plan) -> None:
+        """From the old set to ``plan``: fold and free what leaves, carry over what stays, start what enters."""
+        old = self._buffer
+        if plan == old.plan:
+            return
+        stay = {unit.name for unit in plan.units}
+        for unit in old.plan.units:
+            if unit.name not in stay:
+                self._fold(unit)
+                self._release(unit)
+        self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
+        self._buffer.adopt(old)
+        for unit in plan.units:
+            if unit.name in self._clocks:
+                for matrix in unit.matrices:
+                    self._attach(matrix, self._decay(matrix))
+                continue
+            self._clocks[unit.name] = 0
+            for vector in unit.vectors:
+                value = self.weights.whole(self._parameters[vector.name]).reshape(-1)
+                self._buffer.value(vector.name).view(-1)[: vector.numel] = value.to(self.dtype)
+            self._listen(unit)
+
+    def _listen(self, unit: Unit) -> None:
+        """Let the unit's vectors train: their gradients go straight into the buffer."""
+
+        def collect(name: str, numel: int) -> Any:
+            def hook(parameter: Tensor) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                self._buffer.grad(name).view(-1)[:numel] += gradient.reshape(-1).to(self.dtype)
+
+            return hook
+
+        for vector in unit.vectors:
+            parameter = self._parameters[vector.name]
+            parameter.requires_grad_(True)
+            self._vector_hooks[vector.name] = parameter.register_post_accumulate_grad_hook(
+                collect(vector.name, vector.numel)
+            )
+            self.touched.add(vector.name)
+        self.touched.update(matrix.name for matrix in unit.matrices)
+
+    def _release(self, unit: Unit) -> None:
+        """Freeze a unit and drop all that was kept for it but its moments, which go with the buffer."""
+        for vector in unit.vectors:
+            self._vector_hooks.pop(vector.name).remove()
+            self._parameters[vector.name].requires_grad_(False)
+        for matrix in unit.matrices:
+            self._projectors.pop(matrix.name, None)
+            self._detach(matrix)
+        del self._clocks[unit.name]
+
+    def _attach(self, matrix: Matrix, decay: float = 1.0) -> None:
+        leaf = self._buffer.leaf(matrix.name)
+        coordinates = Coordinates(matrix.shape, leaf, self._projectors[matrix.name], decay)
+        # tied modules share one object, and with it one decay
+        for attachment in self._attachments[matrix.name]:
+            attachment.coordinates = coordinates
+
+    def _detach(self, matrix: Matrix) -> None:
+        for attachment in self._attachments[matrix.name]:
+            attachment.coordinates = None
+
+    def _decay(self, matrix: Matrix) -> float:
+        attached = self._attachments[matrix.name][0].coordinates
+        return 1.0 if attached is None else attached.decay
+
+    def _fold(self, unit: Unit) -> None:
+        """W <- decay * W + L R^T for the unit's matrices, on this process's part of W; coordinates become zero."""
+        for matrix in unit.matrices:
+            attached = self._attachments[matrix.name][0].coordinates
+            if attached is None:
+                continue
+            left, right = (factor.detach().to(self.dtype) for factor in attached.factors)
+            self.weights.fold(self._parameters[matrix.name], left, right, attached.decay)
+            attached.values.data.zero_()
+            attached.decay = 1.0
+
+    # ------------------------------------------------------------------ refresh
+
+    def _arm(self, plan: RefreshPlan) -> None:
+        """Detach the (folded) matrices of ``plan`` and let their full gradients through in the coming step."""
+        if not plan.owners:
+            return
+        step = self.steps
+
+        def find(name: str, gradient: Tensor) -> Tensor:
+            return find_projector(gradient, self.rank, self.projector, zlib.crc32(f"{self.seed}/{step}/{name}".encode()))
+
+        for name in plan.owners:
+            self._detach(self.plan.matrices[name])
+        self._refresh = Refresh(
+            self.comm,
+            plan,
+            {name: self._parameters[name] for name in plan.owners},
+            1 if self.refresh_batch == "first" else self.accumulation,
+            find,
+            self.dtype,
+            self.device,
+        )
+
+    @torch.no_grad()
+    def _finish_refresh(self) -> None:
+        refresh, self._refresh = self._refresh, None
+        assert refresh is not None
+        projectors = refresh.finish(self.rank)
+        for name, gradient in refresh.gradients.items():
+            self._buffer.grad(name).add_(gradient)
+        for name, projector in projectors.items():
+            old = self._projectors.get(name)
+            if old is not None:
+                self._carry_moments(name, old, projector)
+            self._projectors[name] = projector
+            self._attach(self.plan.matrices[name])
+        if self.moments_on_refresh == "reset":
+            units = {u.name for u in self.plan.units for m in u.matrices if m.name in projectors}
+            self._buffer.set_steps({(unit, "matrices"): 0.0 for unit in units})
+
+    def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
+        """What becomes of a matrix's moments when its subspace changes (``optim.moments_on_refresh``).
+
+        keep: nothing, as GaLore. reset: zero. rotate: the mean turns with the subspace; the second moment as that of
+        uncorrelated components would.
+        """
+        rows = self._buffer.local_rows(name)
+        if rows is None or self.moments_on_refresh == "keep":
+            return
+        mean, square = self._buffer.exp_avg[rows], self._buffer.exp_avg_sq[rows]
+        if self.moments_on_refresh == "reset":
+            mean.zero_()
+            square.zero_()
+        else:
+            turn = rotation(old, new).to(self.dtype)
+            mean.copy_(mean @ turn)
+            square.copy_(square @ turn.square())
+
+    # ------------------------------------------------------------------ state
+
+    def _drop(self) -> None:
+        """Forget the current set without folding."""
+        if self._refresh is not None:
+            self._refresh.cancel()
+            self._refresh = None
+        for unit in self.plan.units:
+            self._release(unit)
+        self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
+
+    def pieces(self) -> list[Piece]:
+        """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
+        self.weights.after_step()
+        first = self.comm.index * self.plan.stride * self.rank
+        used = self.plan.segments[-1].rows[1] if self.plan.segments else 0
+        result = []
+        for name, tensor in self._buffer.tensors():
+            run = tensor.detach().reshape(-1)[: max(0, used * self.rank - first)]
+            result.append(Piece(name, (used, self.rank), first, run))
+        for name, projector in self._projectors.items():
+            start, stop = interval(projector.numel(), self.comm.index, self.comm.world)
+            result.append(Piece(f"projector/{name}", tuple(projector.shape), start, projector.view(-1)[start:stop]))
+        for name, tensor in self._full.tensors():
+            parameter = self._parameters[name.rpartition("/")[0]]
+            shape, (start, _) = self.weights.shape(parameter), self.weights.interval(parameter)
+            result.append(Piece(f"full/{name}", shape, start, tensor.detach()))
+        for name in sorted(self.touched):
+            parameter = self._parameters[name]
+            shape, (start, _) = self.weights.shape(parameter), self.weights.interval(parameter)
+            result.append(Piece(f"weight/{name}", shape, start, self.weights.local(parameter)))
+        return result
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, JSON-able; process 0's is the one to keep (the sampler's stream is there)."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "rank": self.rank,
+            "layer_set": list(self.layer_set),
+            "probabilities": self.probabilities,
+            "sampler": self._sampler.state(),
+            "clocks": dict(self._clocks),
+            "decays": {name: self._decay(matrix) for name, matrix in self.plan.matrices.items()},
+            "projectors": sorted(self._projectors),
+            "adam_steps": [[*key, float(count)] for key, count in self._buffer.steps.items()],
+            "full_steps": self._full.steps,
+            "touched": sorted(self.touched),
+            "lr": self.param_groups[0]["lr"],
+        }
+
+    @torch.no_grad()
+    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+        """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights.
+
+        read: (name, first, last + 1) -> these entries of the flattened tensor. The model must be the same base model.
+        """
+        if numbers["rank"] != self.rank:
+            raise UserError("optim.rank", self.rank, f"give {numbers['rank']}, the rank of the checkpoint")
+        if numbers["probabilities"] != self.probabilities:
+            raise UserError("sampling", "other probabilities", "resume with the scores and gamma of the checkpoint")
+        self.weights.after_step()
+        self._drop()
+        self.steps, self.skipped = numbers["steps"], numbers["skipped"]
+        self.layer_set = tuple(numbers["layer_set"])
+        self.touched = set(numbers["touched"])
+        self._sampler.restore(numbers["sampler"])
+        self.param_groups[0]["lr"] = numbers["lr"]
+        changed = [self._parameters[name] for name in numbers["touched"]]
+        for name, parameter in zip(numbers["touched"], changed, strict=True):
+            self.weights.local(parameter).copy_(read(f"weight/{name}", *self.weights.interval(parameter)))
+        self.weights.publish(changed)
+
+        plan = self._plan(self.layer_set)
+        self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
+        used = plan.segments[-1].rows[1] if plan.segments else 0
+        first, last = (min(row, used) * self.rank for row in plan.part(self.comm.index))
+        for name, tensor in (("exp_avg", self._buffer.exp_avg), ("exp_avg_sq", self._buffer.exp_avg_sq)):
+            tensor.view(-1)[: last - first] = read(name, first, last).to(tensor)
+        values = self._buffer.values.view(-1)
+        values[: used * self.rank] = read("coordinates", 0, used * self.rank).to(values)
+        self._buffer.set_steps({(unit, kind): count for unit, kind, count in numbers["adam_steps"]})
+        for name, tensor in self._full.tensors():
+            tensor.copy_(read(f"full/{name}", *self.weights.interval(self._parameters[name.rpartition("/")[0]])))
+        self._full.set_steps(numbers["full_steps"])
+
+        self._clocks = dict(numbers["clocks"])
+        dtype = next(iter(self._parameters.values())).dtype
+        for unit in plan.units:
+            self._listen(unit)
+            for matrix in unit.matrices:
+                if matrix.name in numbers["projectors"]:
+                    flat = read(f"projector/{matrix.name}", 0, matrix.short * self.rank)
+                    self._projectors[matrix.name] = flat.view(matrix.short, self.rank).to(self.device, dtype)
+                    self._attach(matrix, numbers["decays"][matrix.name])
+        due = [u for u in plan.units if u.matrices and self._clocks[u.name] % self.refresh_gap == 0]
+        self._arm(plan_refresh([m for u in due for m in u.matrices], self.comm.world))
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """This process's state as plain tensors and numbers, for the same world size."""
+        tensors = {piece.name: piece.tensor.clone() for piece in self.pieces()}
+        return {"numbers": self.numbers(), "tensors": tensors}
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_rank(self) -> None:
+        for unit in (*self.layers.layers, self._always):
+            for matrix in unit.matrices:
+                if self.rank > matrix.short:
+                    right = f"give at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
+                    raise UserError("optim.rank", self.rank, right)
+
+    def _ratios(self, scores: str | Path | Scores | Sequence[float]) -> Sequence[float]:
+        if isinstance(scores, (str, Path)):
+            scores = Scores.read(Path(scores))
+        if isinstance(scores, Scores):
+            return scores.layers
+        if len(scores) != len(self.layers.layers):
+            right = f"give one ratio for each of the {len(self.layers.layers)} layers"
+            raise UserError("sampling.scores", f"{len(scores)} ratios", right)
+        return scores

@@ -1,0 +1,140 @@
+"""From a recipe and a launcher's environment to processes that know each other, and a model spread over them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ows_ds.communicate import Communicator, join, set_timeout
+from ows_ds.config import Recipe, accumulation
+from ows_ds.errors import UserError
+from ows_ds.weights import Replicated, Weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Runtime:
+    """The processes of this run. ds_config: the DeepSpeed configuration, None where weights are replicated."""
+
+    accelerator: Accelerator
+    comm: Communicator
+    device: torch.device
+    ds_config: dict[str, Any] | None
+
+
+def start(recipe: Recipe) -> Runtime:
+    """Join the processes that the launcher started (one alone is a world of one). Collective.
+
+    Raises UserError for a sharding or a DeepSpeed file that cannot be had.
+    """
+    import accelerate
+    from accelerate.utils import InitProcessGroupKwargs
+
+    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process
+    group = InitProcessGroupKwargs(
+        backend="nccl" if cuda else "gloo", timeout=set_timeout(recipe.train.timeout_seconds)
+    )
+    accelerator = accelerate.Accelerator(cpu=not cuda, kwargs_handlers=[group])
+    sharded = recipe.train.sharding == "zero3" or (
+        recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
+    )
+    if sharded and not dist.is_initialized():
+        _alone(group.backend or "gloo", recipe)
+    if dist.is_initialized() and accelerator.num_processes != dist.get_world_size() and not sharded:
+        raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
+    comm = join(accelerator.device)
+    config = None
+    if sharded:
+        from ows_ds.zero3 import resolve_config
+
+        raw = _ds_config(recipe, accelerator)
+        steps = accumulation(recipe, comm.world)
+        config = resolve_config(raw, recipe.model.dtype, recipe.train.micro_batch_size, steps, comm.world)
+    return Runtime(accelerator, comm, accelerator.device, config)
+
+
+def _alone(backend: str, recipe: Recipe) -> None:
+    """A process group of one, which DeepSpeed wants, without a port."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=set_timeout(recipe.train.timeout_seconds)
+    )
+
+
+def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """The DeepSpeed file of the recipe, else the launcher's, else ours."""
+    from ows_ds.zero3 import DEFAULT_CONFIG
+
+    if recipe.train.ds_config is not None:
+        try:
+            config: dict[str, Any] = json.loads(Path(recipe.train.ds_config).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError("train.ds_config", recipe.train.ds_config, f"give a JSON file ({error})") from None
+        return config
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return dict(plugin.deepspeed_config) if plugin is not None else DEFAULT_CONFIG
+
+
+def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
+    """The pre-trained model, frozen, on the run's devices: whole, or straight into shards. Collective.
+
+    Raises UserError (``model.path``) for what transformers cannot load.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    dtype = DTYPES[recipe.model.dtype]
+    # under this object's life, transformers builds models in shards; DeepSpeed knows no float64 there
+    shards = runtime.ds_config is not None and dtype != torch.float64
+    keep = HfDeepSpeedConfig(runtime.ds_config) if shards else None
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            recipe.model.path,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            attn_implementation=recipe.model.attention,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError("model.path", recipe.model.path, f"give a model that transformers can load ({first})") from error
+    finally:
+        del keep
+    model.config.use_cache = False
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embedding's output require gradients, which would drag every backward pass to the input
+        model.disable_input_require_grads()
+    if runtime.ds_config is None:
+        return Replicated(model.to(runtime.device), runtime.comm)
+    from ows_ds.zero3 import Zero3
+
+    return Zero3(model, runtime.ds_config, runtime.comm)
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError("model.path", recipe.model.path, f"give a model with a tokenizer ({first})") from error

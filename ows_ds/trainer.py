@@ -1,0 +1,323 @@
+"""The main job: scores -> layer sets -> steps -> checkpoints -> a Hugging Face model."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ows_ds import checkpoint, config
+from ows_ds.config import Recipe, accumulation
+from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches, load_rows
+from ows_ds.errors import UserError
+from ows_ds.export import save_model
+from ows_ds.fingerprint import fingerprint
+from ows_ds.layers import find_layers
+from ows_ds.log import RunLog
+from ows_ds.optimizer import OWS
+from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
+from ows_ds.score import Scores, plot, strip
+from ows_ds.score import score as score_layers
+from ows_ds.weights import Weights
+
+# what may differ between a run and its continuation; everything else decides the weights
+MAY_CHANGE = {
+    "train": {"resume", "save_every", "keep_last", "eval_every", "eval_batch_size", "sharding", "ds_config",
+              "timeout_seconds", "micro_batch_size", "gradient_checkpointing", "output_dir"},
+    "log": {"trackers", "progress"},
+    "model": {"path", "attention"},
+    "data": {"train", "eval"},
+    "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
+}  # fmt: skip
+
+
+def train(recipe: Recipe) -> None:
+    """Fine-tune as ``recipe`` says, into ``train.output_dir``. Collective over the launcher's processes.
+
+    Raises UserError for whatever the user can put right, before anything is written.
+    """
+    run_dir = Path(recipe.train.output_dir)
+    runtime = start(recipe)
+    comm = runtime.comm
+    opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
+    _check_run_dir(run_dir, recipe, resumed=opened is not None)
+    job = _load(recipe, runtime)
+    batches = Batches(
+        job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
+    )
+    total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+    comm.barrier()  # nobody looks for files that process 0 is about to write
+    scores = _scores(job, run_dir, write=True)
+    ows = _optimizer(recipe, job.weights, scores, accumulation(recipe, comm.world))
+    scheduler = _scheduler(recipe, ows, total)
+    begin = 0
+    if opened is not None:
+        ows.restore(opened.numbers["ows"], opened.read)
+        scheduler.load_state_dict(opened.numbers["scheduler"])
+        begin = ows.steps
+
+    main = comm.index == 0
+    with RunLog(run_dir, total, len(job.n_layers), main, recipe.log, runtime.accelerator, begin) as log:
+        for line in passed:
+            log.event(f"passed over a checkpoint: {line}")
+        if main:
+            (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
+        if opened is not None:
+            log.event(f"going on after step {begin} from {opened.folder}")
+        elif job.held_out:
+            log.step({"step": 0, "loss": None, "eval_loss": evaluate(job)})
+        steps = _Steps(job, ows, batches)
+        for step in range(begin, total):
+            lr = scheduler.get_last_lr()[0]
+            record = steps.take(step, lr)
+            scheduler.step()
+            last = step + 1 == total
+            if job.held_out and (last or _due(step + 1, recipe.train.eval_every)):
+                record["eval_loss"] = evaluate(job)
+            log.step(record)
+            if last or _due(step + 1, recipe.train.save_every):
+                numbers = {"ows": ows.numbers(), "scheduler": scheduler.state_dict()}
+                checkpoint.save(checkpoint.folder_of(run_dir, step + 1), ows.pieces(), numbers, comm)
+                if main:
+                    checkpoint.prune(run_dir, recipe.train.keep_last)
+        ows.close()
+        save_model(job.weights, job.tokenizer, run_dir / "model")
+        log.event(f"done: {run_dir / 'model'}" + (f", {ows.skipped} steps skipped" if ows.skipped else ""))
+    comm.barrier()
+
+
+def score(recipe: Recipe, output: Path | None) -> None:
+    """Score the layers of ``model.path`` on rows of ``data.train``; write the scores and a plot, print them.
+
+    output: file of the scores; None: scores.json in ``train.output_dir``. The plot lies beside it as PNG. Collective.
+    """
+    runtime = start(recipe)
+    job = _load(recipe, runtime, training=False)
+    result = _compute_scores(job)
+    if runtime.comm.index == 0:
+        path = output or Path(recipe.train.output_dir) / "scores.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.write(path)
+        plot([(Path(recipe.model.path).name, result)], path.with_suffix(".png"))
+        print(strip(result))
+        print(f"{path} and {path.with_suffix('.png').name}: {result.tokens:,} tokens, tau {result.tau:g}")
+    runtime.comm.barrier()
+
+
+@dataclass
+class _Job:
+    """What a run works on."""
+
+    recipe: Recipe
+    runtime: Runtime
+    weights: Weights
+    tokenizer: Any
+    rows: list[Encoded]
+    held_out: list[Encoded]
+
+    @property
+    def n_layers(self) -> range:
+        return range(len(find_layers(self.weights.module, self.weights.shape).layers))
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def batch(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """Right-padded tensors (rows, tokens) on the device."""
+        return {name: t.to(self.runtime.device) for name, t in collate(rows, self.pad_id).items()}
+
+
+def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
+    """Data before weights: what is wrong with it shows at once."""
+    assert recipe.data.train is not None  # config.check
+    tokenizer = load_tokenizer(recipe)
+    rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
+    held_out = []
+    if training and recipe.data.eval is not None:
+        held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
+    return _Job(recipe, runtime, load_model(recipe, runtime), tokenizer, rows, held_out)
+
+
+def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
+    data = recipe.data
+    rows, counts = encode_rows(
+        load_rows(path, data.format, key), tokenizer, data.max_length, data.loss_on, data.format, key
+    )
+    if runtime.comm.index == 0:
+        notes = [f"{counts.dropped} without a trained token dropped"] if counts.dropped else []
+        notes += [f"{counts.truncated} cut to {data.max_length} tokens"] if counts.truncated else []
+        print(f"{key}: {counts.kept} rows, {counts.trained_tokens:,} trained tokens" + "".join(f"; {n}" for n in notes))
+    return rows
+
+
+def _scores(job: _Job, run_dir: Path, write: bool) -> Scores:
+    """The scores to sample by: the given file, the run's own, or computed now; the run keeps them as scores.json."""
+    sampling = job.recipe.sampling
+    given = Path(sampling.scores) if sampling.scores is not None else run_dir / "scores.json"
+    if job.runtime.comm.share(given.exists()):
+        result = Scores.read(given)
+        result.check(fingerprint(job.weights), len(job.n_layers), sampling.tau)
+    else:
+        result = _compute_scores(job)
+    if write and job.runtime.comm.index == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        result.write(run_dir / "scores.json")
+    return result
+
+
+def _compute_scores(job: _Job) -> Scores:
+    sampling, comm = job.recipe.sampling, job.runtime.comm
+    rows = job.rows[: sampling.calibration_samples]
+    shares = held_out_batches(
+        len(rows), sampling.calibration_batch_size, comm.world, comm.index, [len(row["input_ids"]) for row in rows]
+    )
+    layers = find_layers(job.weights.module, job.weights.shape)
+    return score_layers(job.weights, layers, (job.batch([rows[i] for i in share]) for share in shares), sampling.tau)
+
+
+def _optimizer(recipe: Recipe, weights: Weights, scores: Scores, accumulation: int) -> OWS:
+    sampling, optim = recipe.sampling, recipe.optim
+    return OWS(
+        weights,
+        scores=scores,
+        gamma=sampling.gamma,
+        period=sampling.period,
+        scheme=sampling.scheme,
+        rank=optim.rank,
+        refresh_gap=optim.refresh_gap,
+        scale=optim.scale,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        projector=optim.projector,
+        refresh_batch=optim.refresh_batch,
+        moments_on_refresh=optim.moments_on_refresh,
+        always_on=optim.always_on,
+        accumulation=accumulation,
+        seed=recipe.train.seed if sampling.seed is None else sampling.seed,
+    )
+
+
+def _scheduler(recipe: Recipe, ows: OWS, total: int) -> Any:
+    from transformers import get_scheduler
+
+    name = recipe.optim.schedule
+    if name == "constant" and recipe.optim.warmup_steps:
+        name = "constant_with_warmup"  # type: ignore[assignment]
+    return get_scheduler(name, ows, num_warmup_steps=recipe.optim.warmup_steps, num_training_steps=total)
+
+
+class _Steps:
+    """Optimizer steps, one after the other."""
+
+    def __init__(self, job: _Job, ows: OWS, batches: Batches) -> None:
+        self.job, self.ows, self.batches = job, ows, batches
+        self.counted: Counter[str] = Counter(ows.comm.sent)
+
+    def take(self, step: int, lr: float) -> dict[str, Any]:
+        """Step number ``step`` (from 0) and its record for metrics.jsonl."""
+        job, ows = self.job, self.ows
+        started = time.perf_counter()
+        # set anew for each step, so that dropout is the same after a resume and differs between processes
+        torch.manual_seed((job.recipe.train.seed << 32) + (step << 12) + ows.comm.index)
+        everyone = [job.rows[i] for i in self.batches.global_step(step)]
+        targets = sum(label != IGNORE for row in everyone for label in row["labels"][1:])
+        sampled, idle = list(ows.layer_set), ows.idle
+        total = torch.zeros((), dtype=torch.float64, device=ows.device)
+        job.weights.module.train()
+        for rows in () if idle else self.batches.step(step):
+            loss = token_losses(job.weights, job.batch([job.rows[i] for i in rows]))
+            # processes are averaged: the sum over all of them, divided by all targets of the step
+            ows.backward(loss * (ows.comm.world / targets))
+            total += loss.detach()
+        ows.step()
+        ows.zero_grad()
+        mine = torch.stack([total, torch.tensor(_peak_memory(ows.device), dtype=total.dtype, device=ows.device)])
+        everyones = ows.comm.all_gather(mine[None], "metrics").cpu()
+        sent = {name: count for name, count in (ows.comm.sent - self.counted).items() if count}
+        self.counted = Counter(ows.comm.sent)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(row["input_ids"]) for row in everyone)
+        return {
+            "step": step + 1,
+            "loss": None if idle else float(everyones[:, 0].sum()) / targets,
+            "lr": lr,
+            "grad_norm": None if idle or ows.grad_norm is None else float(ows.grad_norm),
+            "sampled_layers": sampled,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "peak_memory_bytes": int(everyones[:, 1].max()),
+            "comm_bytes": sent,
+            **({"skipped": True} if idle else {}),
+        }
+
+
+def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar."""
+    labels = batch["labels"][:, 1:].reshape(-1)
+    logits = weights(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(labels.numel(), -1).to(dtype), labels, ignore_index=IGNORE, reduction="sum"
+    )
+
+
+@torch.no_grad()
+def evaluate(job: _Job) -> float:
+    """Mean cross entropy of the held-out tokens with the coordinates attached. Collective."""
+    weights, comm = job.weights, job.runtime.comm
+    training = weights.module.training
+    weights.module.eval()
+    shares = held_out_batches(
+        len(job.held_out),
+        job.recipe.train.eval_batch_size,
+        comm.world,
+        comm.index,
+        [len(row["input_ids"]) for row in job.held_out],
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
+    for share in shares:
+        batch = job.batch([job.held_out[i] for i in share])
+        sums += torch.stack([token_losses(weights, batch).double(), (batch["labels"][:, 1:] != IGNORE).sum().double()])
+        weights.after_step()
+    weights.module.train(training)
+    loss, targets = comm.all_reduce(sums, "evaluation").tolist()
+    return float(loss / targets)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has held on the GPU, or the process's largest resident set on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _check_run_dir(run_dir: Path, recipe: Recipe, resumed: bool) -> None:
+    """A run never writes over another one, nor goes on with another recipe."""
+    if not resumed:
+        used = [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
+        if used:
+            right = f"give a folder without {used[0]}, or --train.resume auto and a checkpoint to go on with that run"
+            raise UserError("train.output_dir", str(run_dir), right)
+        return
+    old, new = config.to_dict(config.from_dict(config.read_yaml(run_dir / "config.yaml"))), config.to_dict(recipe)
+    for section, values in new.items():
+        for key, value in values.items():
+            if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):
+                right = f"give {old[section][key]!r}, as the run that is resumed"
+                raise UserError(f"{section}.{key}", value, right)

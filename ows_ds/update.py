@@ -1,0 +1,249 @@
+"""The numbers that train: coordinates and full-rank weights, their gradients, and torch's AdamW on this process's part.
+
+Every process holds all coordinates (the forward pass needs them) and all their gradients (the backward pass makes
+them); moments exist only for the rows or entries that a process owns. A step is
+
+    all processes' gradients --reduce_scatter--> own rows --AdamW--> own rows --all_gather--> all processes' coordinates
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.communicate import Communicator
+from ows_ds.plan import Plan, Rows, Segment
+from ows_ds.weights import Weights
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """AdamW's numbers in one step; lr is the scheduled learning rate, scale multiplies low-rank updates only."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    scale: float
+
+    def matrices(self) -> dict[str, Any]:
+        """For coordinates: lr * scale on the update; the decay is lr * weight_decay, as for whole weights."""
+        decay = self.weight_decay / self.scale if self.scale else 0.0
+        return {"lr": self.lr * self.scale, "betas": self.betas, "eps": self.eps, "weight_decay": decay}
+
+    def vectors(self) -> dict[str, Any]:
+        """For biases and norms: not decayed, as usual."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": 0.0}
+
+    def full(self) -> dict[str, Any]:
+        """For weights trained at full rank."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+
+class CoordinateBuffer:
+    """The coordinates of one plan.
+
+    values, grads: (rows, r), float32 (float64 where the weights are float64), the same layout on every process.
+    exp_avg, exp_avg_sq: (stride, r), this process's rows only.
+    """
+
+    def __init__(self, plan: Plan, comm: Communicator, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self.comm = comm
+        self.values = torch.zeros(plan.rows, plan.rank, dtype=dtype, device=device)
+        self.grads = torch.zeros_like(self.values)
+        first, last = plan.part(comm.index)
+        self.exp_avg = torch.zeros_like(self.values[first:last])
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.steps: dict[tuple[str, str], Tensor] = {
+            (s.unit, s.kind): torch.zeros((), dtype=torch.float32) for s in plan.segments
+        }
+        self._adamw: torch.optim.AdamW | None = None
+        self._parameters: list[tuple[Segment, nn.Parameter]] = []
+        for segment in plan.local_segments(comm.index):
+            parameter = nn.Parameter(self.values[slice(*segment.rows)])
+            self._parameters.append((segment, parameter))
+        if self._parameters:
+            self._adamw = torch.optim.AdamW([{"params": [p]} for _, p in self._parameters])
+            for segment, parameter in self._parameters:
+                rows = slice(segment.rows[0] - first, segment.rows[1] - first)
+                self._adamw.state[parameter] = {
+                    "step": self.steps[segment.unit, segment.kind].clone(),
+                    "exp_avg": self.exp_avg[rows],
+                    "exp_avg_sq": self.exp_avg_sq[rows],
+                }
+
+    def value(self, name: str) -> Tensor:
+        """(rows, r) view of a slot's values."""
+        return self.values[slice(*self.plan.slots[name])]
+
+    def grad(self, name: str) -> Tensor:
+        """(rows, r) view of a slot's gradients."""
+        return self.grads[slice(*self.plan.slots[name])]
+
+    def leaf(self, name: str) -> Tensor:
+        """The slot as a leaf that shares its memory and accumulates its gradient in place."""
+        leaf = self.value(name).detach().requires_grad_()
+        leaf.grad = self.grad(name)
+        return leaf
+
+    def reduce(self) -> Tensor:
+        """(stride, r): this process's rows of the sum of all processes' gradients. One collective."""
+        return self.comm.reduce_scatter(self.grads, "gradients")
+
+    def update(self, grads: Tensor, hyper: Hyper) -> None:
+        """One AdamW step on this process's rows with their gradients (stride, r), then all rows on every process."""
+        first, last = self.plan.part(self.comm.index)
+        for segment in self.plan.segments:
+            self.steps[segment.unit, segment.kind] += 1
+        if self._adamw is not None:
+            for group, (segment, parameter) in zip(self._adamw.param_groups, self._parameters, strict=True):
+                group.update(hyper.matrices() if segment.kind == "matrices" else hyper.vectors())
+                parameter.grad = grads[segment.rows[0] - first : segment.rows[1] - first]
+            self._adamw.step()
+            for _, parameter in self._parameters:
+                parameter.grad = None
+        self.comm.all_gather(self.values[first:last], "coordinates", out=self.values)
+
+    def adopt(self, old: CoordinateBuffer) -> None:
+        """Take over values, moments and step counts of the units that stay. Collective where any stays.
+
+        The rows of a unit move when the set changes, and with them their owner: the old moments are gathered one after
+        the other. Everything else starts at zero.
+        """
+        stay = [s for s in self.plan.segments if (s.unit, s.kind) in old.steps]
+        if not stay:
+            return
+        old_rows = {(s.unit, s.kind): s.rows for s in old.plan.segments}
+        moves = [(old_rows[s.unit, s.kind], s.rows) for s in stay]
+        for source, target in moves:
+            self.values[slice(*target)] = old.values[slice(*source)]
+        for mine, theirs in ((self.exp_avg, old.exp_avg), (self.exp_avg_sq, old.exp_avg_sq)):
+            self.scatter(mine, self.comm.all_gather(theirs, "moments"), moves)
+        self.set_steps({(s.unit, s.kind): float(old.steps[s.unit, s.kind]) for s in stay})
+
+    def scatter(self, mine: Tensor, whole: Tensor, moves: list[tuple[Rows, Rows]]) -> None:
+        """mine (stride, r) <- those rows of ``whole`` (old rows, r) that ``moves`` (old, new) bring into this part."""
+        first, last = self.plan.part(self.comm.index)
+        for source, target in moves:
+            a, b = max(target[0], first), min(target[1], last)
+            if a < b:
+                mine[a - first : b - first] = whole[source[0] + a - target[0] : source[0] + b - target[0]]
+
+    def set_steps(self, steps: Mapping[tuple[str, str], float]) -> None:
+        """Set Adam's step counts of the named segments."""
+        for key, count in steps.items():
+            self.steps[key].fill_(count)
+        for segment, parameter in self._parameters:
+            assert self._adamw is not None
+            self._adamw.state[parameter]["step"] = self.steps[segment.unit, segment.kind].clone()
+
+    def local_rows(self, name: str) -> slice | None:
+        """Where the slot's rows lie in this process's part, None if none do."""
+        first, last = self.plan.part(self.comm.index)
+        start, stop = self.plan.slots[name]
+        a, b = max(start, first), min(stop, last)
+        return slice(a - first, b - first) if a < b else None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This process's rows of what a checkpoint holds."""
+        first, last = self.plan.part(self.comm.index)
+        yield "coordinates", self.values[first:last]
+        yield "exp_avg", self.exp_avg
+        yield "exp_avg_sq", self.exp_avg_sq
+
+
+class FullRank:
+    """Weights trained at full rank: a float32 copy of this process's interval, its moments, and AdamW on it.
+
+    Gradients are reduce-scattered from the backward pass straight into the interval, weight by weight; no whole
+    gradient outlives its hook.
+    """
+
+    def __init__(self, weights: Weights, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        """dtype: of the copies, float32 or wider. The parameters require gradients until `close`."""
+        self.weights = weights
+        self.parameters = dict(parameters)
+        self.masters: dict[str, nn.Parameter] = {}
+        self.grads: dict[str, Tensor] = {}
+        self._handles = []
+        for name, parameter in self.parameters.items():
+            self.masters[name] = nn.Parameter(weights.local(parameter).to(dtype, copy=True))
+            self.grads[name] = torch.zeros_like(self.masters[name].data)
+            parameter.requires_grad_(True)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+        self._adamw = torch.optim.AdamW(self.masters.values()) if self.masters else None
+        if self._adamw is not None:
+            for master in self.masters.values():
+                self._adamw.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(master.data),
+                    "exp_avg_sq": torch.zeros_like(master.data),
+                }
+
+    def _hook(self, name: str) -> Any:
+        def reduce_scatter(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            comm = self.weights.comm
+            size = math.ceil(gradient.numel() / comm.world)
+            flat = gradient.reshape(-1)
+            if size * comm.world != flat.numel():
+                flat = torch.nn.functional.pad(flat, (0, size * comm.world - flat.numel()))
+            mine = self.grads[name]
+            mine += comm.reduce_scatter(flat, "full_rank_gradients")[: mine.numel()].to(mine)
+
+        return reduce_scatter
+
+    def update(self, hyper: Hyper, clip: Tensor) -> None:
+        """One AdamW step with gradients times ``clip`` (scalar); every process sees the new weights. Collective."""
+        if self._adamw is None:
+            return
+        self._adamw.param_groups[0].update(hyper.full())
+        for name, master in self.masters.items():
+            master.grad = self.grads[name].mul_(clip.to(self.grads[name]))
+        self._adamw.step()
+        for name, master in self.masters.items():
+            master.grad = None
+            self.weights.local(self.parameters[name]).copy_(master.data)
+        self.weights.publish(list(self.parameters.values()))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for gradient in self.grads.values():
+            gradient.zero_()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """This process's interval of what a checkpoint holds: name/kind -> 1-D tensor."""
+        for name, master in self.masters.items():
+            assert self._adamw is not None
+            state = self._adamw.state[master]
+            yield f"{name}/master", master.data
+            yield f"{name}/exp_avg", state["exp_avg"]
+            yield f"{name}/exp_avg_sq", state["exp_avg_sq"]
+
+    @property
+    def steps(self) -> int:
+        """Adam's step count."""
+        return int(next(iter(self._adamw.state.values()))["step"]) if self._adamw is not None else 0
+
+    def set_steps(self, steps: int) -> None:
+        """Set Adam's step count."""
+        if self._adamw is not None:
+            for state in self._adamw.state.values():
+                state["step"].fill_(steps)
+
+    def close(self) -> None:
+        """Freeze the weights again and drop all state."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+        self.masters.clear()
+        self.grads.clear()
+        self._adamw = None

@@ -1,0 +1,161 @@
+"""One view of the model's weights, wherever they live: whole on every process, or as DeepSpeed's shards.
+
+A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world`` holds, or answers for,
+the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): the partition of ZeRO-3 and of
+``torch.chunk``. What only that process may write is its interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.communicate import Communicator, join
+from ows_ds.errors import UserError
+
+CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
+
+
+def interval(numel: int, index: int, world: int) -> tuple[int, int]:
+    """First and last + 1 flattened entry of process ``index``; empty for the last ones where they do not suffice."""
+    size = math.ceil(numel / world)
+    return min(index * size, numel), min((index + 1) * size, numel)
+
+
+class Weights(Protocol):
+    """What the rest of the program may do with a model's weights."""
+
+    module: nn.Module
+    comm: Communicator
+    device: torch.device  # where forward and backward run
+    sharded: bool  # whether weights are gathered only around each pass
+
+    def __call__(self, **batch: Any) -> Any:
+        """The model's forward pass."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The whole parameter's shape."""
+
+    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The flattened entries that this process answers for."""
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        """After writing ``local`` of ``parameters``: let every process see it. Collective."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the whole parameter to ``value`` (any dtype, numel entries), which every process holds."""
+
+    def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
+        """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication."""
+
+    def after_backward(self) -> None:
+        """To be called after every backward pass."""
+
+    def after_step(self) -> None:
+        """To be called after every step, evaluation and generation: nothing stays gathered."""
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
+
+    def generating(self) -> Any:
+        """A context manager in which ``module.generate`` may be called."""
+
+
+def add_low_rank(
+    flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0
+) -> None:
+    """flat <- decay * flat + (left @ right.T).flatten()[start : start + flat.numel()], in place.
+
+    flat: a run of entries of a (rows, columns) matrix, any float dtype; the sum is formed in the factors' dtype
+    (float32 or float64) and rounded once. Works through at most CHUNK entries at a time.
+    """
+    rows_at_once = max(1, CHUNK // columns)
+    stop = start + flat.numel()
+    row = start // columns
+    while row * columns < stop:
+        last = min(row + rows_at_once, math.ceil(stop / columns))
+        update = (left[row:last] @ right.T).flatten()
+        a, b = max(start, row * columns), min(stop, last * columns)
+        part = flat[a - start : b - start]
+        update = update[a - row * columns : b - row * columns]
+        part.copy_(part.to(update.dtype).mul_(decay).add_(update) if part.dtype != update.dtype else
+                   part.mul_(decay).add_(update))
+        row = last
+
+
+class Replicated:
+    """Every process holds every weight. Nothing travels for a forward or backward pass."""
+
+    sharded = False
+
+    def __init__(self, module: nn.Module, comm: Communicator) -> None:
+        """module: the model, on its device. Process 0's weights are copied to the others. Collective."""
+        self.module = module
+        self.comm = comm
+        self.device = next(module.parameters()).device
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                comm.broadcast(tensor.data)
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return interval(parameter.numel(), self.comm.index, self.comm.world)
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        start, stop = self.interval(parameter)
+        return parameter.data.view(-1)[start:stop]
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            size = math.ceil(parameter.numel() / self.comm.world)
+            part = parameter.data.new_zeros(size)
+            local = self.local(parameter)
+            part[: local.numel()] = local
+            whole = self.comm.all_gather(part, "weights")
+            parameter.data.view(-1).copy_(whole[: parameter.numel()])
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.data.copy_(value.view(parameter.shape))
+
+    def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
+        add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay)
+
+    def after_backward(self) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
+
+    @contextmanager
+    def generating(self) -> Iterator[dict[str, Any]]:
+        yield {}
+
+
+def as_weights(model: Any) -> Weights:
+    """``model`` as `Weights`: itself, a DeepSpeed engine made with ZeRO-3, or a plain model on its device. Collective."""
+    if hasattr(model, "after_backward") and hasattr(model, "fold"):
+        weights: Weights = model
+        return weights
+    if hasattr(model, "zero_optimization_stage"):
+        from ows_ds.zero3 import Zero3
+
+        return Zero3.adopt(model, join(model.device))
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UserError("model", "DistributedDataParallel", "give the model inside it: OWS averages gradients itself")
+    return Replicated(model, join(next(model.parameters()).device))

@@ -1,0 +1,29 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.pool import Pools
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    """Worlds of processes by size: ``pools(2).run(function, *args)`` (see `tests.ranks.pool`)."""
+    worlds = Pools()
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, shared with the demo; converted once."""
+    pytest.importorskip("gguf", reason="the model's package cannot be read without gguf")
+    from ows_ds import samples
+
+    return samples.smollm2(ROOT / "runs" / "demo-inputs" / "model")

@@ -1,0 +1,338 @@
+"""Persistent worlds of processes for tests: gloo on the CPU, a file store, hard time limits, every rank's traceback.
+
+A test hands a function of a module to all processes of a world and gets each rank's result back:
+
+    def total(rank: int, world: int, start: int) -> int:
+        tensor = torch.tensor([start + rank])
+        torch.distributed.all_reduce(tensor)
+        return int(tensor)
+
+    def test_total(pools: Pools) -> None:
+        assert pools(3).run(total, 10) == [33, 33, 33]
+
+Processes live on between calls, so torch and DeepSpeed are imported once; what they can share by accident (random
+streams, garbage, the default dtype) is put back before each call. After a failure the process group is tried, and
+where it no longer works the processes are replaced before the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+START_LIMIT = 600.0  # seconds; DeepSpeed compiles a small operator on a machine's first start (minutes)
+GRACE = 10.0  # seconds that the others get to come back once a rank has failed
+CHECK_LIMIT = 10.0  # seconds for the collective that tells whether a world still works after a failure
+LOG_LINES = 40  # of what a rank printed during a call that failed
+
+# DeepSpeed names shared memory after the port, so that no two worlds of a machine may have the same.
+_ports = itertools.count(20000 + os.getpid() % 4000 * 10)
+
+
+class RanksFailed(AssertionError):
+    """A call failed, or did not come back, on some rank. The message shows every rank's part.
+
+    errors: by rank, the traceback as text (where the rank hung: where it stood), None where it succeeded.
+    """
+
+    def __init__(self, summary: str, errors: list[str | None], logs: list[str] | None = None) -> None:
+        self.errors = errors
+        parts = [summary]
+        for rank, error in enumerate(errors):
+            parts.append(f"---- rank {rank} of {len(errors)}: {'succeeded' if error is None else 'FAILED'}")
+            parts += [error.rstrip()] if error is not None else []
+            if logs and logs[rank]:
+                parts.append(f"     rank {rank} printed:\n{logs[rank].rstrip()}")
+        super().__init__("\n".join(parts))
+
+
+class Pool:
+    """A world of ``world`` processes that run functions on demand.
+
+    world: number of processes; 1 is a world too, with a process group and in a process of its own.
+    collective_timeout: seconds after which a collective that not all ranks join raises.
+
+    The processes start with the first call. In each: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
+    set (nothing listens there), DS_ACCELERATOR is cpu, torch uses one thread, the default group is initialised.
+    They are daemons, so a function cannot start ``multiprocessing`` children (data loaders with workers).
+    """
+
+    def __init__(self, world: int, collective_timeout: float = 60.0) -> None:
+        self.world = world
+        self.collective_timeout = collective_timeout
+        self._folder: Path | None = None
+        self._processes: list[Any] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """``function(rank, world, *args)`` on every rank; the results by rank.
+
+        function: a function of an importable module (the test's own will do); args and results must pickle.
+        Raises RanksFailed where a rank raises or has not come back after ``timeout`` seconds.
+        """
+        results, errors, logs, how = self._call(function, args, timeout)
+        if any(error is not None for error in errors):
+            raise RanksFailed(f"{_name(function)} failed in a world of {self.world}{how}", errors, logs)
+        return results
+
+    def fail(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[str | None]:
+        """As `run`, for a function that is expected to raise: each rank's traceback, None where it succeeded.
+
+        A rank that hangs is no expected failure: RanksFailed is raised for it, and where no rank failed.
+        """
+        _, errors, logs, how = self._call(function, args, timeout)
+        if how or not any(error is not None for error in errors):
+            raise RanksFailed(f"{_name(function)} was expected to raise in a world of {self.world}{how}", errors, logs)
+        return errors
+
+    def close(self) -> None:
+        """End the processes. A later call starts new ones."""
+        for pipe in self._pipes:
+            pipe.close()  # an idle worker leaves when its pipe ends
+        for process in self._processes:
+            process.join(2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> tuple[list[Any], list[str | None], list[str], str]:
+        """Results, errors, printed text by rank, and in words what went wrong beyond exceptions."""
+        if not (self._processes and all(process.is_alive() for process in self._processes)):
+            self._start()
+        assert self._folder is not None
+        offsets = [_size(self._folder / f"rank{rank}.log") for rank in range(self.world)]
+        # Pickled here, so that a mistake shows in the test; sys.path first, so that the module can be found.
+        message = pickle.dumps((sys.path, pickle.dumps((function, args))))
+        results, errors, how = self._ask(message, timeout)
+        logs = [
+            _tail(self._folder / f"rank{rank}.log", offset) if any(errors) else ""
+            for rank, offset in enumerate(offsets)
+        ]
+        if how:
+            self.close()
+        elif any(errors):
+            _, check_errors, check_how = self._ask(pickle.dumps((sys.path, pickle.dumps((_check, ())))), CHECK_LIMIT)
+            if check_how or any(check_errors):
+                self.close()
+        return results, errors, logs, how
+
+    def _start(self) -> None:
+        self.close()
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        context = multiprocessing.get_context("spawn")
+        port = next(_ports)
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_work,
+                args=(rank, self.world, port, self._folder, self.collective_timeout, theirs),
+                name=f"rank {rank} of {self.world}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()  # else the end of a dead worker's pipe would never be seen
+            self._processes.append(process)
+            self._pipes.append(ours)
+        _, errors, how = self._ask(None, START_LIMIT)
+        if how or any(errors):
+            logs = [_tail(self._folder / f"rank{rank}.log", 0) for rank in range(self.world)]
+            self.close()
+            raise RanksFailed(f"a world of {self.world} could not be started{how}", errors, logs)
+
+    def _ask(self, message: bytes | None, timeout: float) -> tuple[list[Any], list[str | None], str]:
+        """Send ``message`` (None: nothing, wait for the start only) and wait for every rank's answer."""
+        results: list[Any] = [None] * self.world
+        errors: list[str | None] = [None] * self.world
+        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world), strict=True))
+        if message is not None:
+            for pipe in self._pipes:
+                with contextlib.suppress(OSError):  # of a process that died: its end of file is read below
+                    pipe.send_bytes(message)
+        deadline = time.monotonic() + timeout
+        how = ""
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for ready_pipe in ready:
+                pipe: Any = ready_pipe
+                rank = waiting.pop(pipe)
+                try:
+                    good, value = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    self._processes[rank].join(5.0)
+                    good, value = False, f"the process died with exit code {self._processes[rank].exitcode}"
+                    how = ", and a process died"
+                if good:
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+                    # the others may wait for this one in a collective: no need to wait as long as that lasts
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if waiting:
+            how += f", and {len(waiting)} of its processes did not come back (limit {timeout:g} s)"
+        for rank in waiting.values():
+            errors[rank] = "did not come back; it stood at\n" + self._where(rank)
+        return results, errors, how
+
+    def _where(self, rank: int) -> str:
+        """The stack of a process that hangs."""
+        assert self._folder is not None
+        path = self._folder / f"rank{rank}.stack"
+        if not path.exists():
+            return "    (before it could tell)"
+        with contextlib.suppress(OSError):
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return path.read_text(errors="replace")
+
+
+class Pools:
+    """Worlds by size, each started when first asked for: ``pools(2).run(function)``.
+
+    keep: how many worlds stay alive at once; the one that was used least recently goes.
+    """
+
+    def __init__(self, keep: int = 3) -> None:
+        self.keep = keep
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, world: int) -> Pool:
+        pool = self._pools.pop(world, None) or Pool(world)
+        while len(self._pools) >= self.keep:
+            self._pools.pop(next(iter(self._pools))).close()
+        self._pools[world] = pool  # last: used most recently
+        return pool
+
+    def close(self) -> None:
+        """End all processes."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _tail(path: Path, offset: int) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        file.seek(offset)
+        lines = file.read().decode(errors="replace").splitlines()
+    return "\n".join(["..."] * (len(lines) > LOG_LINES) + lines[-LOG_LINES:])
+
+
+# ---- in the worker processes
+
+
+def _work(
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    collective_timeout: float,
+    pipe: multiprocessing.connection.Connection,
+) -> None:
+    log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    stack = (folder / f"rank{rank}.stack").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stack)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipes
+    answer: tuple[bool, str | None] = (True, None)
+    try:
+        _join(rank, world, port, folder, collective_timeout)
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send_bytes(pickle.dumps(answer))
+        while True:
+            path, call = pickle.loads(pipe.recv_bytes())
+            sys.path[:] = path
+            pipe.send_bytes(_answer(rank, world, call))
+    # Not the interpreter's exit: destructors of process groups whose other end has died may wait for it.
+    os._exit(0)
+
+
+def _join(rank: int, world: int, port: int, folder: Path, collective_timeout: float) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed reduces in shared memory that a killed world leaves behind
+
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(folder / "store"), world),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=collective_timeout),
+    )
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=collective_timeout))
+
+
+def _answer(rank: int, world: int, call: bytes) -> bytes:
+    import torch
+
+    try:
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        function, args = pickle.loads(call)
+        # pickled here and not by the pipe: torch would hand tensors over as file descriptors
+        return pickle.dumps((True, function(rank, world, *args)))
+    except BaseException:
+        return pickle.dumps((False, traceback.format_exc()))
+    finally:
+        function = args = None  # what they hold is garbage now
+        gc.collect()
+
+
+def _check(rank: int, world: int) -> None:
+    """Whether the ranks' collectives are in step: each must receive what the others send now."""
+    import torch
+
+    token = torch.tensor([rank + 0.25], dtype=torch.float64)
+    parts = [torch.zeros_like(token) for _ in range(world)]
+    torch.distributed.all_gather(parts, token)
+    if [float(part) for part in parts] != [other + 0.25 for other in range(world)]:
+        raise RuntimeError(f"the ranks are out of step: {parts}")

@@ -1,0 +1,251 @@
+"""Rows, labels and batches, against literal answers from a tokenizer of one token per byte."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ows_ds.data import IGNORE, Batches, collate, encode, encode_rows, held_out_batches, load_rows
+from ows_ds.errors import UserError
+
+# ChatML with a system message of its own, as SmolLM2 has it.
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Shows earlier answers without their thoughts, so that a prefix of the messages is no prefix of the text.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] if loop.last else m['content'].split(':')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ORDER = [9, 6, 0, 2, 1, 4, 7, 5, 3, 8]
+TALK = [
+    {"role": "user", "content": "two plus two?"},
+    {"role": "assistant", "content": "four: 4 ✓"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes"},
+]
+
+
+def byte_tokenizer(template: str | None = CHATML) -> Any:
+    """One token per byte, and the two marks of ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(encoded: dict[str, list[int]], tokenizer: Any) -> list[str]:
+    """The runs of trained tokens as text."""
+    runs: list[list[int]] = [[]]
+    for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
+        assert label in (IGNORE, token)
+        if label == IGNORE:
+            runs.append([])
+        else:
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_the_assistants_turns_are_trained_with_their_end_marks() -> None:
+    tokenizer = byte_tokenizer()
+    encoded = encode({"messages": TALK}, tokenizer, 1000)
+    assert trained(encoded, tokenizer) == ["four: 4 ✓<|im_end|>", "yes<|im_end|>"]
+    text = tokenizer.decode(encoded["input_ids"])
+    assert text == tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\ntwo plus two?")
+
+
+def test_all_tokens_are_trained_on_request() -> None:
+    encoded = encode({"messages": TALK}, byte_tokenizer(), 1000, loss_on="all")
+    assert encoded["labels"] == encoded["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "add", "input": "1 1", "output": "2"},
+        {"prompt": "add\n\n1 1", "completion": "2"},
+        {"messages": [{"role": "user", "content": "add\n\n1 1"}, {"role": "assistant", "content": "2"}]},
+    ],
+)
+def test_formats_become_the_same_conversation(row: dict[str, Any]) -> None:
+    tokenizer = byte_tokenizer()
+    encoded = encode(row, tokenizer, 1000)
+    assert trained(encoded, tokenizer) == ["2<|im_end|>"]
+    assert tokenizer.decode(encoded["input_ids"]).endswith(
+        "<|im_start|>user\nadd\n\n1 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+    )
+
+
+def test_without_a_chat_template_rows_are_plain_text() -> None:
+    tokenizer = byte_tokenizer(None)
+    alpaca = encode({"instruction": "add", "input": "1 1", "output": "2"}, tokenizer, 1000)
+    assert tokenizer.decode(alpaca["input_ids"]) == "add\n1 1\n2<|im_end|>"
+    assert trained(alpaca, tokenizer) == ["2<|im_end|>"]
+    pair = encode({"prompt": "a ", "completion": "b"}, tokenizer, 1000, loss_on="all")
+    assert trained(pair, tokenizer) == ["a b<|im_end|>"]
+    text = encode({"text": "abc"}, tokenizer, 1000)
+    assert trained(text, tokenizer) == ["abc<|im_end|>"]
+    with pytest.raises(UserError, match="no chat template"):
+        encode({"messages": TALK}, tokenizer, 1000)
+
+
+def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
+    forgetful = byte_tokenizer(FORGETFUL)
+    with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is not right: give all: .* turn 2"):
+        encode({"messages": TALK}, forgetful, 1000)
+    assert encode({"messages": TALK}, forgetful, 1000, loss_on="all")["labels"]
+    strict = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"data\.eval: .*roles must alternate"):
+        encode({"messages": TALK}, strict, 1000, key="data.eval")
+
+
+def test_long_rows_are_cut_and_rows_without_a_target_are_dropped_and_counted() -> None:
+    tokenizer = byte_tokenizer(None)
+    rows = [
+        {"prompt": "abc", "completion": "de"},  # 6 tokens with the end mark, 3 trained
+        {"prompt": "abcdef", "completion": "g"},  # nothing of the completion is left
+        {"prompt": "a", "completion": "bcdefg"},  # cut in the completion: 4 trained
+    ]
+    kept, counts = encode_rows(rows, tokenizer, 5)
+    assert [tokenizer.decode(k["input_ids"]) for k in kept] == ["abcde", "abcde"]
+    assert [sum(x != IGNORE for x in k["labels"]) for k in kept] == [2, 4]
+    assert (counts.rows, counts.kept, counts.dropped, counts.truncated) == (3, 2, 1, 3)
+    assert (counts.tokens, counts.trained_tokens) == (10, 6)
+    with pytest.raises(UserError, match=r"data\.eval: '1 rows'"):
+        encode_rows(rows[1:2], tokenizer, 5, key="data.eval")
+
+
+def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", {"text": "é"}, "", {"prompt": "a", "completion": "b"})
+    assert load_rows(path) == [{"text": "é"}, {"prompt": "a", "completion": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("bad", "right"),
+    [
+        ('{"text": ', "give one JSON object a line"),
+        ("[1]", "give one JSON object a line"),
+        ({"question": "a"}, "give the columns messages or instruction, output or prompt, completion or text"),
+        ({"text": 3}, "give text as text"),
+        ({"messages": []}, "give messages as a list of at least one message"),
+        ({"messages": [{"role": "user"}]}, "give every message a role and a content"),
+        ({"instruction": "a", "output": None}, "give output as text"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "give input as text"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, bad: object, right: str) -> None:
+    path = write(tmp_path / "r.jsonl", {"text": "a"}, bad)
+    with pytest.raises(UserError) as error:
+        load_rows(path, key="data.eval")
+    assert (error.value.key, error.value.value) == ("data.eval", f"{path}:2")
+    assert error.value.right.startswith(right)
+
+
+def test_files_that_cannot_serve_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give a readable JSON Lines file"):
+        load_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="at least one row"):
+        load_rows(write(tmp_path / "empty.jsonl", ""))
+    with pytest.raises(UserError, match="give prompt as text"):
+        load_rows(write(tmp_path / "r.jsonl", {"text": "a"}), format="prompt_completion")
+
+
+def test_batches_of_a_known_order() -> None:
+    batches = Batches(range(10), 4, 1, 2, 0, seed=3)
+    assert batches.steps_per_epoch == 2
+    # From numpy's PCG64 with the seed sequence [3, 0]: a change here would break resuming older runs.
+    assert batches.order(0).tolist() == ORDER
+    assert batches.step(0) == [[ORDER[0]], [ORDER[2]]]
+    assert Batches(range(10), 4, 1, 2, 1, seed=3).step(1) == [[ORDER[5]], [ORDER[7]]]
+    assert sorted(batches.order(1)) == list(range(10))
+    assert batches.order(1).tolist() != ORDER
+    assert batches.global_step(2) == batches.order(1)[:4].tolist()
+
+
+@given(
+    micro=st.integers(1, 3),
+    accumulation=st.sampled_from([1, 2, 4]),
+    extra=st.integers(0, 30),
+    seed=st.integers(0, 2**40),
+    k=st.integers(0, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_step_has_the_same_rows_at_any_world_size(
+    micro: int, accumulation: int, extra: int, seed: int, k: int
+) -> None:
+    size = micro * accumulation * 4
+    rows = range(size + extra)
+    one = [row for batch in Batches(rows, size, size, 1, 0, seed).step(k) for row in batch]
+    assert len(set(one)) == size
+    for world in (1, 2, 4):
+        parts = [Batches(rows, size, micro, world, rank, seed).step(k) for rank in range(world)]
+        assert {len(p) for p in parts} == {size // (micro * world)}
+        assert {len(batch) for p in parts for batch in p} == {micro}
+        # Micro-batch after micro-batch, rank after rank, it is even the same order.
+        assert [row for at in zip(*parts, strict=True) for batch in at for row in batch] == one
+
+
+def test_an_epoch_visits_every_row_at_most_once() -> None:
+    batches = Batches(range(11), 2, 1, 1, 0, seed=0)
+    seen = [row for k in range(batches.steps_per_epoch) for row in batches.global_step(k)]
+    assert len(seen) == len(set(seen)) == 10
+
+
+def test_batches_that_cannot_be_made() -> None:
+    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give at most the number of rows, 3"):
+        Batches(range(3), 4, 1, 1, 0, seed=0)
+    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give a multiple of 3"):
+        Batches(range(9), 4, 1, 3, 0, seed=0)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 99), max_size=40),
+    size=st.integers(1, 5),
+    world=st.integers(1, 5),
+    sort=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_held_out_rows_come_exactly_once(lengths: list[int], size: int, world: int, sort: bool) -> None:
+    parts = [held_out_batches(len(lengths), size, world, rank, lengths if sort else None) for rank in range(world)]
+    assert len({len(p) for p in parts}) == 1
+    assert sorted(row for p in parts for batch in p for row in batch) == list(range(len(lengths)))
+    assert all(len(batch) <= size for p in parts for batch in p)
+
+
+def test_held_out_batches_by_hand() -> None:
+    assert held_out_batches(5, 2, 2, 0) == [[0, 1], [4]]
+    assert held_out_batches(5, 2, 2, 1) == [[2, 3], []]
+    assert held_out_batches(3, 2, 1, 0, lengths=[5, 9, 7]) == [[1, 2], [0]]
+
+
+def test_collate_pads_on_the_right() -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    batch = collate(rows, pad_id=9, multiple=4)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100], [4, -100, -100, -100]]
+    assert {t.dtype for t in batch.values()} == {torch.int64}
+    assert collate(rows, 9)["input_ids"].shape == (2, 8)
+    nothing = collate([], pad_id=9)
+    assert nothing["input_ids"].tolist() == [[9] * 8]
+    assert (int(nothing["attention_mask"].sum()), set(nothing["labels"].flatten().tolist())) == (0, {IGNORE})

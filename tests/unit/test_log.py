@@ -1,0 +1,160 @@
+"""What a run records and shows."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ows_ds.config import Log
+from ows_ds.errors import UserError
+from ows_ds.log import PICTURE, RunLog, as_json, keep_until, picture, strip
+
+QUIET = Log(trackers=[], progress="none")
+
+
+def record(step: int, **other: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "loss": 2.0 / step,
+        "lr": 3e-4,
+        "grad_norm": 0.5,
+        "sampled_layers": [0, 3] if step <= 2 else [1],
+        "tokens": 64,
+        "tokens_per_second": 1234.5,
+        "step_seconds": 0.1,
+        "peak_memory_bytes": 10,
+        "comm_bytes": {"all_reduce": 7, "broadcast": 1},
+        **other,
+    }
+
+
+def terminal(is_terminal: bool) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=is_terminal, width=80, _environ={"TERM": "xterm"}), file
+
+
+def test_one_json_object_a_step(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", 3, 4, True, QUIET) as log:
+        for step in (1, 2, 3):
+            log.step(record(step))
+            lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+            assert json.loads(lines[-1]) == record(step)  # there at once, for whoever follows the file
+    assert len(lines) == 3
+
+
+def test_numbers_that_json_cannot_write() -> None:
+    assert as_json({"loss": float("nan"), "grad_norm": float("-inf"), "lr": 1.0}) == (
+        '{"loss": null, "grad_norm": null, "lr": 1.0, "nonfinite": {"loss": "nan", "grad_norm": "-inf"}}'
+    )
+    assert as_json({"loss": None, "skipped": True}) == '{"loss": null, "skipped": true}'
+
+
+def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    text = "".join(as_json(record(step)) + "\n" for step in (1, 2, 3, 4))
+    metrics.write_text(text + '{"step": 5, "lo')
+    with RunLog(tmp_path, 6, 4, True, QUIET, start_step=2) as log:
+        log.step(record(3))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+    # Byte for byte what an undisturbed run would have written.
+    assert text.startswith(metrics.read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_metrics_file_with_nothing_to_drop_is_left_alone(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert keep_until(metrics, 3) == []
+    metrics.write_text(as_json(record(1)) + "\n")
+    before = metrics.stat().st_ino
+    assert keep_until(metrics, 1) == [record(1)]
+    assert metrics.stat().st_ino == before
+    assert keep_until(metrics, 0) == []
+    assert metrics.read_text() == ""
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", 3, 4, False, Log()) as log:
+        log.step(record(1))
+        log.event("hello")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_strip_of_layers() -> None:
+    assert strip([0, 3], 5, "#", ".") == "#..#."
+    assert strip([], 5, "#", ".") == "....."
+    assert strip([0, 1, 79], 80, "#", ".") == "#" + "." * 28 + "#"
+    assert len(strip([], 32)) == 30
+
+
+def test_the_picture_of_sampled_layers() -> None:
+    width, cell = PICTURE
+    image = picture([(1, (0,)), (3, (1, 2))], n_layers=3, last_step=4)
+    assert image.shape == (3 * cell, width, 3)
+    on = [
+        [bool(image[layer * cell + 1, x, 0] == 31) for x in (0, width // 2 - 1, width // 2, -1)] for layer in range(3)
+    ]
+    assert on == [[True, True, False, False], [False, False, True, True], [False, False, True, True]]
+    assert picture([], 2, 0).shape == (2 * cell, width, 3)
+
+
+def test_plain_lines_say_what_the_bar_says(tmp_path: Path) -> None:
+    console, file = terminal(False)
+    with RunLog(tmp_path, 200, 4, True, Log(trackers=[]), console=console) as log:
+        log.event("step 0: held-out loss 2.5")
+        for step in range(1, 201):
+            log.step(record(step, loss=None) if step == 200 else record(step))
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "step 0: held-out loss 2.5"
+    assert lines[1].startswith("step 1/200  loss 2.0000  lr 3.00e-04  1,234 tokens/s  layers 0,3 of 4  0:00:0")
+    assert lines[1].endswith(" left")
+    assert lines[-1].startswith("step 200/200  loss skipped")
+    assert 50 <= len(lines) <= 54
+    assert "\x1b" not in file.getvalue()
+
+
+def test_the_bar_fits_80_columns(tmp_path: Path) -> None:
+    console, file = terminal(True)
+    with RunLog(tmp_path, 1000, 30, True, Log(trackers=[]), console=console) as log:
+        log.event("an [event]")
+        log.step(record(999, sampled_layers=[0, 29]))
+    out = file.getvalue()
+    assert "an [event]" in out
+    assert "step 999/1000" in out
+    assert "left" in out
+    assert "loss 0.0020  lr 3.00e-04  1,234 tokens/s  layers" in out
+    assert "█" + "·" * 28 + "█" in out
+    assert out.endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_nothing_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, 3, 4, True, QUIET) as log:
+        log.event("hello")
+        log.step(record(1))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
+    log_only = Log(trackers=["tensorboard"], progress="none")
+    with RunLog(tmp_path, 4, 4, True, log_only, Accelerator(cpu=True)) as log:
+        for step in (1, 2, 3, 4):
+            log.step(record(step, loss=None if step == 2 else 1.0))
+    log.close()
+    assert [p.name.startswith("events.out.tfevents") for p in (tmp_path / "tensorboard").iterdir()] == [True]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "comm_bytes/all_reduce", "sampled_layers/count"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (3, 1.0), (4, 1.0)]
+    assert [e.value for e in events.Scalars("sampled_layers/count")] == [2, 2, 1, 1]
+    assert [e.step for e in events.Images("sampled_layers")] == [1, 3, 4]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"log\.trackers: 'swanlab' is not right: install swanlab"):
+        RunLog(tmp_path, 1, 1, True, Log(trackers=["swanlab"], progress="none"), Accelerator(cpu=True))
