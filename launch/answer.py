@@ -1,6 +1,6 @@
 """Ask a model before and after training one held-out question. Plain transformers: nothing of ows_ds is needed.
 
-python launch/answer.py BEFORE AFTER held_out.jsonl [--row 0] [--tokens 200]
+python launch/answer.py BEFORE AFTER held_out.jsonl [--row 0] [--tokens 160]
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="folder of the model after training")
     parser.add_argument("problems", type=Path, help="JSON Lines file of held-out problems")
     parser.add_argument("--row", type=int, default=0, help="which of them, from 0 (default: 0)")
-    parser.add_argument("--tokens", type=int, default=200, help="longest answer, in tokens (default: 200)")
+    parser.add_argument("--tokens", type=int, default=160, help="longest answer, in tokens (default: 160)")
     chosen = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -145,7 +145,7 @@ def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | N
         return None, []
     if resume != "auto":
         return open_checkpoint(Path(resume), comm), []
-    passed = []
+    passed: list[str] = []
     for folder in comm.share([str(path) for path in checkpoints(run_dir)], "checkpoint"):
         try:
             return open_checkpoint(Path(folder), comm), passed

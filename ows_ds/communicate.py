@@ -101,10 +101,11 @@ class Communicator:
 
         The process that failed raises its own; the others the same UserError, or a Disagreement that names the process.
         """
-        mine = None
-        if error is not None:
-            user = isinstance(error, UserError)
-            mine = [error.key, str(error.value), error.right] if user else f"{type(error).__name__}: {error}"
+        mine: Any = None
+        if isinstance(error, UserError):
+            mine = [error.key, str(error.value), error.right]
+        elif error is not None:
+            mine = f"{type(error).__name__}: {error}"
         everyones = self.collect(mine, "agree")
         if error is not None:
             raise error

@@ -106,10 +106,10 @@ class Optim:
         max_grad_norm: Largest global norm of the gradient; null: no clipping.
         schedule: Course of the learning rate after the warm-up: linear or cosine to 0, or constant.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
-        rank: Rows of coordinates per matrix; at most the short side of a matrix is used.
+        rank: Dimension of the subspace of each matrix; at most its smaller side.
         refresh_gap: Active steps of a layer between two projectors (T_p).
         scale: Factor on the projected update.
-        projector: Algorithm for the top singular vectors: exact svd, or randomized range finder.
+        projector: How the top singular vectors are found: randomized range finder, or exact svd.
         refresh_batch: Gradient that a projector is computed from: the full batch, or the first micro-batch.
         moments_on_refresh: Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis.
         always_on: Training of embedding and head beside the sampled layers: full rank, low_rank, or none.
@@ -125,7 +125,7 @@ class Optim:
     rank: int = 128
     refresh_gap: int = 200
     scale: float = 1.0
-    projector: Literal["randomized", "svd"] = "svd"
+    projector: Literal["randomized", "svd"] = "randomized"
     refresh_batch: Literal["full", "first"] = "full"
     moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
     always_on: Literal["full", "low_rank", "none"] = "full"

@@ -1,8 +1,8 @@
 """Linear modules whose weight is frozen and whose coordinates train.
 
-A weight as stored, W (rows, columns), is used as decay * W + L R^T with L (rows, r), R (columns, r): for rows >= columns
-L is the trained coordinates and R the projector, otherwise the other way round (see ``project.py``). L R^T is never
-formed, nor is the gradient of W: the gradient of the coordinates is R's own backward product, of the coordinates' size.
+A weight as stored, W (rows, columns), is used as decay * W + L R^T with L (rows, r), R (columns, r): for rows >=
+columns L is the trained coordinates and R the projector, otherwise the other way round (see ``project.py``). Neither
+L R^T nor the gradient of W is ever formed: the coordinates' gradient comes out of products of their own size.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Attachment:
         del self.module.forward
 
     def _linear(self, x: Tensor) -> Tensor:
-        module, attached = self.module, self.coordinates
-        weight: Tensor = module.weight
+        module: Any = self.module
+        weight, attached = module.weight, self.coordinates
         # torch's own linear keeps a view of the gathered weight alive until the backward pass; under ZeRO-3 that
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
         if weight.requires_grad or (attached is None and not self._sharded):
@@ -151,5 +151,3 @@ class Attachment:
         shadow.__dict__["_parameters"] = {"weight": left.to(y.dtype)}
         low_rank = self._own(shadow, ids) @ right.to(y.dtype).t()
         return torch.add(low_rank, y, alpha=self.coordinates.decay)
-
-

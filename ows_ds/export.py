@@ -47,8 +47,8 @@ def save_model(weights: Weights, tokenizer: Any, folder: Path) -> None:
 def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     """``out_dir`` <- the model of a run's checkpoint, the newest complete one or the one called ``name`` (``step-N``).
 
-    One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is not there or
-    damaged, and an ``out_dir`` that exists.
+    One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is missing
+    or damaged, and an ``out_dir`` that exists.
     """
     from ows_ds import checkpoint, config
     from ows_ds.optimizer import OWS

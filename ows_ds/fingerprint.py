@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ows_ds.weights import Weights
 
-_CHUNK = 1 << 20  # entries at once: their int64 copies stay in a CPU's cache
-_MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 divided by the golden ratio, as a signed integer
+_BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
 
 
 def fingerprint(weights: Weights) -> str:
@@ -22,22 +21,37 @@ def fingerprint(weights: Weights) -> str:
     count once. A single entry that changes always changes the result. The weights are only read.
     """
     parameters = list(weights.module.named_parameters())
-    sums = [_checksum(weights.local(p), weights.interval(p)[0]) for _, p in parameters]
-    total = weights.comm.all_reduce(torch.stack([s.to(weights.device) for s in sums]), "fingerprint").tolist()
+    places: dict[torch.device, Tensor] = {}
+    sums = []
+    for _, parameter in parameters:
+        local = weights.local(parameter)
+        if local.device not in places:
+            places[local.device] = _mix(torch.arange(_BLOCK, device=local.device))
+        start, _ = weights.interval(parameter)
+        sums.append(_checksum(local, start, places[local.device]).to(weights.device))
+    total = weights.comm.all_reduce(torch.stack(sums), "fingerprint").tolist()
     content = [(name, list(weights.shape(p)), value) for (name, p), value in zip(parameters, total, strict=True)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _checksum(entries: Tensor, start: int) -> Tensor:
+def _checksum(entries: Tensor, start: int, places: Tensor) -> Tensor:
     """Sum of position weight times bits, modulo 2^64; intervals of one parameter add up to the whole's.
 
-    entries: 1-D, any float dtype. start: position of its first entry in the whole parameter. Returns int64, ().
+    entries: 1-D, any float dtype. start: position of its first entry in the whole parameter. places: weights of the
+    positions in a block, int64. A position's weight is its block's times its place's. Returns int64, ().
     """
     total = torch.zeros((), dtype=torch.int64, device=entries.device)
-    for part in entries.split(_CHUNK):
+    at = 0
+    while at < len(entries):
+        block, place = divmod(start + at, _BLOCK)
+        part = entries[at : at + _BLOCK - place]
         bits = part.to(torch.bfloat16).view(torch.int16)
-        place = torch.arange(start, start + len(part), dtype=torch.int64, device=part.device).add_(1).mul_(_MIX)
-        place.bitwise_xor_(place >> 32).bitwise_or_(1)  # odd: no change of one entry's bits is lost modulo 2^64
-        total += place.mul_(bits).sum()
-        start += len(part)
+        total += (places[place : place + len(part)] * bits).sum() * int(_mix(torch.tensor(block)))
+        at += len(part)
     return total
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """Odd int64 weights that look random: odd, so that no change of an entry is lost modulo 2^64."""
+    mixed = (numbers + 1) * -0x61C8864680B583EB  # 2^64 divided by the golden ratio
+    return (mixed ^ (mixed >> 32)) | 1

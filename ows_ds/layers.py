@@ -101,6 +101,10 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
         matrices: list[Matrix] = []
         vectors: list[Vector] = []
         for module_name, module in layer.named_modules(prefix=f"{stack_name}.{index}"):
+            if hasattr(module, "base_layer"):  # what peft calls the module inside an adapter
+                raise refuse(
+                    f"{module_name} is a {type(module).__name__}; give a model without adapters, or merge them"
+                )
             for key, parameter in module.named_parameters(recurse=False):
                 full = shape(parameter)
                 name = names[parameter]

@@ -4,9 +4,9 @@
     loss = model(**batch).loss
     ows.backward(loss); ows.step(); ows.zero_grad()
 
-Between two calls of `step` the following holds: the layer set of the coming step is drawn and agreed, its vectors listen
-for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is folded and
-lets its full gradient through once.
+Between two calls of `step` the following holds: the layer set of the coming step is drawn and agreed, its vectors
+listen for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is folded
+and lets its full gradient through once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.coordinates import Attachment, Coordinates
 from ows_ds.errors import UserError
+from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
 from ows_ds.plan import Plan, RefreshPlan, make_plan, plan_refresh
 from ows_ds.project import find_projector, rotation
@@ -80,12 +81,12 @@ class OWS(torch.optim.Optimizer):
         accumulation: int = 1,
         seed: int = 0,
     ) -> None:
-        """Collective. All weights of ``model`` are frozen but those that train; its linear modules' forward is replaced.
+        """Collective. Freezes all weights of ``model`` but those that train; replaces its linear modules' forward.
 
-        model: a plain model on its device (the same on all processes: process 0's weights are copied), a DeepSpeed engine
-        made with ZeRO-3 and no optimizer, or a `Weights`. scores: a file or `Scores` (refused for another model), or the
-        ratios D themselves. gamma: expected layers a period. period: K, optimizer steps. refresh_gap: T_p, steps of a
-        layer's activity. accumulation: calls of `backward` a step. The other names are those of the recipe.
+        model: a plain model on its device (process 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
+        and no optimizer, or a `Weights`. scores: a file (refused for another model), `Scores`, or the ratios D.
+        gamma: expected layers a period. period: K, optimizer steps. refresh_gap: T_p, steps of a layer's
+        activity. accumulation: calls of `backward` a step. The other names are those of the recipe.
 
         Raises UserError for values that cannot work with this model.
         """
@@ -353,7 +354,9 @@ class OWS(torch.optim.Optimizer):
         step = self.steps
 
         def find(name: str, gradient: Tensor) -> Tensor:
-            return find_projector(gradient, self.rank, self.projector, zlib.crc32(f"{self.seed}/{step}/{name}".encode()))
+            return find_projector(
+                gradient, self.rank, self.projector, zlib.crc32(f"{self.seed}/{step}/{name}".encode())
+            )
 
         for name in plan.owners:
             self._detach(self.plan.matrices[name])
@@ -517,6 +520,7 @@ class OWS(torch.optim.Optimizer):
     def _ratios(self, scores: str | Path | Scores | Sequence[float]) -> Sequence[float]:
         if isinstance(scores, (str, Path)):
             scores = Scores.read(Path(scores))
+            scores.check(fingerprint(self.weights), len(self.layers.layers), scores.tau)
         if isinstance(scores, Scores):
             return scores.layers
         if len(scores) != len(self.layers.layers):

@@ -81,7 +81,9 @@ class Reference:
         for loss in functions if names else ():
             (loss() / len(functions)).backward()
             if self.refresh_batch == "full" or not seen:
-                seen = {name: gradient.clone() for name in names if (gradient := self.parameters[name].grad) is not None}
+                seen = {
+                    name: gradient.clone() for name in names if (gradient := self.parameters[name].grad) is not None
+                }
         with torch.no_grad():
             self.update(names, seen)
         self.model.zero_grad()

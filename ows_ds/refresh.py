@@ -1,10 +1,10 @@
 """Full gradients on their way to projectors: streamed out of the backward pass, one matrix at a time.
 
-    backward reaches W      G  (every process, its own part of the batch)
-        reduce              G  summed, on W's owner only; the others drop theirs
-        owner               Q = projector(G),  R = G Q  (its low-rank gradient)        G is freed
-    ... next W ...
-    finish                  all_gather of all Q
+backward reaches W      G  (every process, its own part of the batch)
+    reduce              G  summed, on W's owner only; the others drop theirs
+    owner               Q = projector(G),  R = G Q  (its low-rank gradient)        G is freed
+... next W ...
+finish                  all_gather of all Q
 """
 
 from __future__ import annotations

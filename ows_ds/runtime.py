@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ows_ds.communicate import Communicator, join, set_timeout
 from ows_ds.config import Recipe, accumulation
@@ -41,18 +41,22 @@ def start(recipe: Recipe) -> Runtime:
     import accelerate
     from accelerate.utils import InitProcessGroupKwargs
 
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
-    # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process
-    group = InitProcessGroupKwargs(
-        backend="nccl" if cuda else "gloo", timeout=set_timeout(recipe.train.timeout_seconds)
-    )
-    accelerator = accelerate.Accelerator(cpu=not cuda, kwargs_handlers=[group])
+    environment = os.environ
+    launched = "LOCAL_RANK" in environment
+    cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    timeout = set_timeout(recipe.train.timeout_seconds)
+    backend = "nccl" if cuda else "gloo"
+    # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
+    # it ignores DeepSpeed
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
+    accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
     sharded = recipe.train.sharding == "zero3" or (
         recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
     )
     if sharded and not dist.is_initialized():
-        _alone(group.backend or "gloo", recipe)
-    if dist.is_initialized() and accelerator.num_processes != dist.get_world_size() and not sharded:
+        _alone(backend, timeout)
+    elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
         raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
     comm = join(accelerator.device)
     config = None
@@ -65,15 +69,12 @@ def start(recipe: Recipe) -> Runtime:
     return Runtime(accelerator, comm, accelerator.device, config)
 
 
-def _alone(backend: str, recipe: Recipe) -> None:
+def _alone(backend: str, timeout: timedelta) -> None:
     """A process group of one, which DeepSpeed wants, without a port."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
-    dist.init_process_group(
-        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=set_timeout(recipe.train.timeout_seconds)
-    )
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
     shards = runtime.ds_config is not None and dtype != torch.float64
     keep = HfDeepSpeedConfig(runtime.ds_config) if shards else None
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             recipe.model.path,
             revision=recipe.model.revision,
             dtype=dtype,
@@ -112,7 +113,9 @@ def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
         )
     except (OSError, ValueError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError("model.path", recipe.model.path, f"give a model that transformers can load ({first})") from error
+        raise UserError(
+            "model.path", recipe.model.path, f"give a model that transformers can load ({first})"
+        ) from error
     finally:
         del keep
     model.config.use_cache = False

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import Matrix, ModelLayers
-from ows_ds.weights import CHUNK, Weights
+from ows_ds.weights import Weights
 
 _KEY = "sampling.scores"
+_BLOCK = 1 << 20  # entries of a weight whose float64 copy is made at once: small enough for a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def score(weights: Weights, layers: ModelLayers, batches: Iterable[dict[str, Ten
     heights = {name: torch.zeros_like(value) for name, value in squares.items()}  # columns of |W|, summed
     for matrix in matrices:
         for features, block in _blocks(weights, matrix, parameters[matrix.name]):
-            heights[matrix.name][features] += block.abs().sum(0, dtype=torch.float64).to(weights.device)
+            heights[matrix.name][features] += block.abs().double().sum(0).to(weights.device)
 
     both = torch.stack([torch.cat(list(squares.values())), torch.cat(list(heights.values()))])
     both = weights.comm.all_reduce(both, "score")
@@ -126,7 +127,7 @@ def score(weights: Weights, layers: ModelLayers, batches: Iterable[dict[str, Ten
         for matrix in layer.matrices:
             for features, block in _blocks(weights, matrix, parameters[matrix.name]):
                 norm = norms[matrix.name][features].to(block.device)
-                above = block.abs().to(torch.float64).mul_(norm) > tau * mean
+                above = block.abs().double().mul_(norm) > tau * mean
                 counts[index] += above.sum().to(weights.device)
     *above_threshold, all_tokens = weights.comm.all_reduce(counts, "score").tolist()
     if not all_tokens:
@@ -193,7 +194,7 @@ def _without_needless_work(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
-    """This process's interval of a matrix as blocks (any, features) of at most about CHUNK entries.
+    """This process's interval of a matrix as blocks (any, features) of at most about _BLOCK entries.
 
     Yields the slice of input features that a block's columns are, and the block: a view of the weight.
     """
@@ -203,7 +204,7 @@ def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterat
     position = 0
     while position < len(flat):
         row, column = divmod(start + position, width)
-        rows = min((len(flat) - position) // width, max(1, CHUNK // width)) if column == 0 else 0
+        rows = min((len(flat) - position) // width, max(1, _BLOCK // width)) if column == 0 else 0
         if rows:
             block = flat[position : position + rows * width].view(rows, width)
         else:  # the interval begins or ends within this row

@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> None:
         begin = ows.steps
 
     main = comm.index == 0
-    with RunLog(run_dir, total, len(job.n_layers), main, recipe.log, runtime.accelerator, begin) as log:
+    with RunLog(run_dir, total, job.n_layers, main, recipe.log, runtime.accelerator, begin) as log:
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
         if main:
@@ -122,8 +122,8 @@ class _Job:
     held_out: list[Encoded]
 
     @property
-    def n_layers(self) -> range:
-        return range(len(find_layers(self.weights.module, self.weights.shape).layers))
+    def n_layers(self) -> int:
+        return len(find_layers(self.weights.module, self.weights.shape).layers)
 
     @property
     def pad_id(self) -> int:
@@ -164,7 +164,7 @@ def _scores(job: _Job, run_dir: Path, write: bool) -> Scores:
     given = Path(sampling.scores) if sampling.scores is not None else run_dir / "scores.json"
     if job.runtime.comm.share(given.exists()):
         result = Scores.read(given)
-        result.check(fingerprint(job.weights), len(job.n_layers), sampling.tau)
+        result.check(fingerprint(job.weights), job.n_layers, sampling.tau)
     else:
         result = _compute_scores(job)
     if write and job.runtime.comm.index == 0:

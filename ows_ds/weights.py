@@ -69,9 +69,7 @@ class Weights(Protocol):
         """A context manager in which ``module.generate`` may be called."""
 
 
-def add_low_rank(
-    flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0
-) -> None:
+def add_low_rank(flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0) -> None:
     """flat <- decay * flat + (left @ right.T).flatten()[start : start + flat.numel()], in place.
 
     flat: a run of entries of a (rows, columns) matrix, any float dtype; the sum is formed in the factors' dtype
@@ -86,8 +84,11 @@ def add_low_rank(
         a, b = max(start, row * columns), min(stop, last * columns)
         part = flat[a - start : b - start]
         update = update[a - row * columns : b - row * columns]
-        part.copy_(part.to(update.dtype).mul_(decay).add_(update) if part.dtype != update.dtype else
-                   part.mul_(decay).add_(update))
+        part.copy_(
+            part.to(update.dtype).mul_(decay).add_(update)
+            if part.dtype != update.dtype
+            else part.mul_(decay).add_(update)
+        )
         row = last
 
 
@@ -148,7 +149,7 @@ class Replicated:
 
 
 def as_weights(model: Any) -> Weights:
-    """``model`` as `Weights`: itself, a DeepSpeed engine made with ZeRO-3, or a plain model on its device. Collective."""
+    """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
     if hasattr(model, "after_backward") and hasattr(model, "fold"):
         weights: Weights = model
         return weights

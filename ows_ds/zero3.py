@@ -18,6 +18,7 @@ from ows_ds.communicate import Communicator
 from ows_ds.errors import UserError
 from ows_ds.weights import add_low_rank, interval
 
+ZeroParameter = Any  # an nn.Parameter to which DeepSpeed has added ds_shape, ds_numel, ds_tensor, ds_status
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "zero_optimization": {
@@ -31,7 +32,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
+def is_sharded(parameter: ZeroParameter) -> bool:
     """Whether DeepSpeed has taken this parameter apart."""
     return hasattr(parameter, "ds_id")
 
@@ -40,7 +41,9 @@ def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     """Refuse (UserError) what does not work with frozen weights that are folded now and then."""
     zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3:
-        raise UserError(f"{key}: zero_optimization.stage", zero.get("stage"), "give 3: only ZeRO-3 shards frozen weights")
+        raise UserError(
+            f"{key}: zero_optimization.stage", zero.get("stage"), "give 3: it is what shards frozen weights"
+        )
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"{key}: {section}", config[section], "leave it out: the recipe's optim section decides")
@@ -101,7 +104,7 @@ class Zero3:
     def adopt(cls, engine: Any, comm: Communicator) -> Zero3:
         """A DeepSpeed engine that was made with ZeRO-3 and without an optimizer. Raises UserError for any other."""
         if engine.zero_optimization_stage() != 3 or not hasattr(engine.optimizer, "partition_all_parameters"):
-            raise UserError("model", "a DeepSpeed engine with an optimizer", "initialize it with ZeRO-3 and no optimizer")
+            raise UserError("model", "a DeepSpeed engine with an optimizer", "make it with ZeRO-3 and no optimizer")
         weights = cls.__new__(cls)
         weights._take(engine, comm)
         return weights
@@ -120,13 +123,13 @@ class Zero3:
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
 
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+    def shape(self, parameter: ZeroParameter) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)
 
-    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def interval(self, parameter: ZeroParameter) -> tuple[int, int]:
         return interval(parameter.ds_numel, self.comm.index, self.comm.world)
 
-    def local(self, parameter: nn.Parameter) -> Tensor:
+    def local(self, parameter: ZeroParameter) -> Tensor:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
@@ -136,14 +139,14 @@ class Zero3:
         shard: Tensor = parameter.ds_tensor
         return shard.data[: stop - start]
 
-    def publish(self, parameters: list[nn.Parameter]) -> None:
+    def publish(self, parameters: list[ZeroParameter]) -> None:
         pass
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def write(self, parameter: ZeroParameter, value: Tensor) -> None:
         start, stop = self.interval(parameter)
         self.local(parameter).copy_(value.reshape(-1)[start:stop])
 
-    def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
+    def fold(self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float) -> None:
         start, _ = self.interval(parameter)
         local = self.local(parameter)
         add_low_rank(local, start, parameter.ds_shape[1], left.to(local.device), right.to(local.device), decay)
@@ -154,7 +157,7 @@ class Zero3:
     def after_step(self) -> None:
         self._offload.partition_all_parameters()
 
-    def whole(self, parameter: nn.Parameter) -> Tensor:
+    def whole(self, parameter: ZeroParameter) -> Tensor:
         local = self.local(parameter)
         part = local.new_zeros(math.ceil(parameter.ds_numel / self.comm.world))
         part[: local.numel()] = local

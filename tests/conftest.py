@@ -23,7 +23,6 @@ def pools() -> Iterator[Pools]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, shared with the demo; converted once."""
-    pytest.importorskip("gguf", reason="the model's package cannot be read without gguf")
     from ows_ds import samples
 
     return samples.smollm2(ROOT / "runs" / "demo-inputs" / "model")
