@@ -134,6 +134,12 @@ class RunLog:
             return
         self._file.write(as_json(record) + "\n")
         self._file.flush()
+        if record.get("eval_loss") is not None:
+            self.event(f"held-out loss {record['eval_loss']:.4f} after step {record['step']}")
+        if record["step"] == 0:  # an evaluation before the first step
+            for tracker in self._trackers:
+                tracker.log(_scalars(record), step=0)
+            return
         self.done = int(record["step"])
         changed = self._note_layers(record)
         for tracker in self._trackers:

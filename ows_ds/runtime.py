@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +53,9 @@ def start(recipe: Recipe) -> Runtime:
     # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
     # it ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
-    accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
+    _quieten()
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
+        accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
     sharded = recipe.train.sharding == "zero3" or (
         recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
     )
@@ -67,6 +72,14 @@ def start(recipe: Recipe) -> Runtime:
         steps = accumulation(recipe, comm.world)
         config = resolve_config(raw, recipe.model.dtype, recipe.train.micro_batch_size, steps, comm.world)
     return Runtime(accelerator, comm, accelerator.device, config)
+
+
+def _quieten() -> None:
+    """Progress has one bar, ours; and optional kernels that nothing here uses need no mention."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _alone(backend: str, timeout: timedelta) -> None:

@@ -80,6 +80,7 @@ def train(recipe: Recipe) -> None:
             last = step + 1 == total
             if job.held_out and (last or _due(step + 1, recipe.train.eval_every)):
                 record["eval_loss"] = evaluate(job)
+            record["comm_bytes"] = steps.sent()
             log.step(record)
             if last or _due(step + 1, recipe.train.save_every):
                 numbers = {"ows": ows.numbers(), "scheduler": scheduler.state_dict()}
@@ -222,12 +223,13 @@ class _Steps:
 
     def __init__(self, job: _Job, ows: OWS, batches: Batches) -> None:
         self.job, self.ows, self.batches = job, ows, batches
-        self.counted: Counter[str] = Counter(ows.comm.sent)
+        self.before: Counter[str] = Counter()
 
     def take(self, step: int, lr: float) -> dict[str, Any]:
         """Step number ``step`` (from 0) and its record for metrics.jsonl."""
         job, ows = self.job, self.ows
         started = time.perf_counter()
+        self.before = Counter(ows.comm.sent)
         # set anew for each step, so that dropout is the same after a resume and differs between processes
         torch.manual_seed((job.recipe.train.seed << 32) + (step << 12) + ows.comm.index)
         everyone = [job.rows[i] for i in self.batches.global_step(step)]
@@ -244,8 +246,6 @@ class _Steps:
         ows.zero_grad()
         mine = torch.stack([total, torch.tensor(_peak_memory(ows.device), dtype=total.dtype, device=ows.device)])
         everyones = ows.comm.all_gather(mine[None], "metrics").cpu()
-        sent = {name: count for name, count in (ows.comm.sent - self.counted).items() if count}
-        self.counted = Counter(ows.comm.sent)
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
         return {
@@ -258,9 +258,12 @@ class _Steps:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": int(everyones[:, 1].max()),
-            "comm_bytes": sent,
             **({"skipped": True} if idle else {}),
         }
+
+    def sent(self) -> dict[str, int]:
+        """Bytes that process 0 has sent since the step began, its evaluation included, by operation."""
+        return dict(sorted((self.ows.comm.sent - self.before).items()))
 
 
 def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ gradient, no optimizer state and no float32 copy. What it needs from us in retur
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,25 @@ DEFAULT_CONFIG: dict[str, Any] = {
     },
     "steps_per_print": 1_000_000_000,
 }
+
+
+_gathered = Counter[str]()  # bytes that DeepSpeed's gathers have sent from this process and no Zero3 has booked yet
+
+
+def _count_gathers() -> None:
+    """Let DeepSpeed's one way of gathering weights say how much it sends."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    gather = partition_parameters._dist_allgather_fn
+    if hasattr(gather, "counted"):
+        return
+
+    def counting(part: Tensor, whole: Tensor, group: Any = None) -> Any:
+        _gathered["weights"] += whole.nbytes - part.nbytes
+        return gather(part, whole, group)
+
+    counting.counted = True  # type: ignore[attr-defined]
+    partition_parameters._dist_allgather_fn = counting
 
 
 def is_sharded(parameter: ZeroParameter) -> bool:
@@ -115,6 +135,8 @@ class Zero3:
         self.comm = comm
         self.device = torch.device(engine.device)
         self._offload = engine.optimizer
+        _count_gathers()
+        _gathered.clear()
         for name, parameter in self.module.named_parameters():
             size = math.ceil(parameter.ds_numel / comm.world)
             if parameter.ds_tensor.ds_numel != size:
@@ -156,6 +178,8 @@ class Zero3:
 
     def after_step(self) -> None:
         self._offload.partition_all_parameters()
+        self.comm.sent.update(_gathered)
+        _gathered.clear()
 
     def whole(self, parameter: ZeroParameter) -> Tensor:
         local = self.local(parameter)

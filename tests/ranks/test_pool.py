@@ -67,6 +67,7 @@ def test_failure_shows_every_rank_and_the_world_lives_on(pools: Pools) -> None:
         pools(2).fail(who)
 
 
+@pytest.mark.slow
 def test_hangs_and_deaths_end_and_the_world_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.ranks.pool.GRACE", 1.0)
     pool = Pool(2)

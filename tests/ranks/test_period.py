@@ -1,0 +1,235 @@
+"""What a period leaves untouched, what it leaves behind, and what is never there: counted, not assumed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ows_ds.optimizer
+from ows_ds.communicate import Communicator
+from ows_ds.optimizer import OWS
+from ows_ds.plan import RefreshPlan, plan_refresh
+from tests.ranks.pool import Pools
+from tests.ranks.training import RATIOS, home, mean_loss, micro_batches, one_step, whole_weights
+from tests.unit.families import tiny
+
+RANK = 5  # no weight or activation has this many columns
+SETTINGS: dict[str, Any] = {"gamma": 1.2, "period": 3, "rank": RANK, "refresh_gap": 2, "lr": 1e-2, "seed": 4}
+
+
+# ------------------------------------------------------------------ what does not train does not move
+
+
+def bits_over_periods(rank: int, world: int, sharding: str, dtype: torch.dtype) -> list[tuple[set[str], set[str]]]:
+    """For each period: the weights that changed, and those that trained."""
+    ows = OWS(
+        home(tiny("llama with biases", False, dtype), sharding, world), scores=RATIOS, always_on="none", **SETTINGS
+    )
+    periods = []
+    for _ in range(4):
+        before = whole_weights(ows.weights)
+        units = [ows.layers.layers[i] for i in ows.layer_set]
+        trained = {part.name for unit in units for part in (*unit.matrices, *unit.vectors)}
+        for _ in range(SETTINGS["period"]):
+            one_step(ows, rank, world)
+        ows.fold()
+        after = whole_weights(ows.weights)
+        periods.append(({name for name in before if not torch.equal(before[name], after[name])}, trained))
+    ows.close()
+    return periods
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_untrained_weights_keep_every_bit(pools: Pools, sharding: str, dtype: torch.dtype) -> None:
+    for periods in pools(2).run(bits_over_periods, sharding, dtype):
+        assert len({frozenset(trained) for _, trained in periods}) > 2
+        for changed, trained in periods:
+            # a bias without gradient may stay; nothing else may move, and no matrix may stay
+            assert changed <= trained
+            assert {name for name in trained if name.endswith("weight")} <= changed
+
+
+# ------------------------------------------------------------------ what leaves is gone
+
+
+def state_elements() -> int:
+    """Entries of all storages alive under tensors of RANK columns: coordinates, gradients, moments, projectors."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and thing.dim() == 2 and thing.shape[1] == RANK:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // thing.element_size()
+    return sum(storages.values())
+
+
+def elements_over_steps(rank: int, world: int, sharding: str, always_on: str) -> list[tuple[int, int, tuple[int, ...]]]:
+    """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
+    model = tiny("llama", True, torch.float32)
+    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on=always_on, **SETTINGS)
+    counted = []
+    for _ in range(12):
+        one_step(ows, rank, world)
+        plan = ows.plan
+        buffers = (2 * plan.rows + 2 * plan.stride) * RANK  # values, gradients; two moments of this process's rows
+        entered = {unit.name for unit in plan.units if ows.numbers()["clocks"][unit.name] == 0}
+        projectors = sum(m.short for u in plan.units if u.name not in entered for m in u.matrices) * RANK
+        counted.append((state_elements(), buffers + projectors, ows.layer_set))
+    ows.close()
+    del ows
+    counted.append((state_elements(), 0, ()))
+    return counted
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("always_on", ["none", "low_rank"])
+def test_no_state_of_a_layer_that_left_is_alive(pools: Pools, sharding: str, always_on: str) -> None:
+    for counted in pools(2).run(elements_over_steps, sharding, always_on):
+        assert len({layers for _, _, layers in counted}) > 2
+        assert [alive for alive, _, _ in counted] == [planned for _, planned, _ in counted]
+
+
+# ------------------------------------------------------------------ full gradients
+
+
+class FullGradients(TorchDispatchMode):
+    """Counts new tensors of a sampled weight's size: how many were made, and the most alive at once."""
+
+    def __init__(self, shapes: set[tuple[int, ...]], exact: bool) -> None:
+        """exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many)."""
+        super().__init__()
+        self.shapes = shapes | {shape[::-1] for shape in shapes}
+        self.sizes = {a * b for a, b in shapes}
+        self.exact = exact
+        self.made = self.most = 0
+        self.alive: list[weakref.ref[Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in inputs:
+                continue  # a view, or written in place
+            if tuple(tensor.shape) in self.shapes or (not self.exact and tensor.numel() in self.sizes):
+                self.made += 1
+                self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(tensor)]
+                self.most = max(self.most, len(self.alive))
+        return result
+
+    def left(self) -> int:
+        """How many are alive now."""
+        gc.collect()
+        return sum(ref() is not None for ref in self.alive)
+
+
+@contextmanager
+def watching(ows: OWS, exact: bool) -> Iterator[FullGradients]:
+    units = [ows.layers.layers[i] for i in ows.layer_set]
+    with FullGradients({m.shape for unit in units for m in unit.matrices}, exact) as mode:
+        yield mode
+
+
+def full_gradients(
+    rank: int, world: int, sharding: str, accumulation: int, refresh_batch: str
+) -> list[tuple[bool, list[tuple[int, int, int]], int, int]]:
+    """For each step: whether it refreshes; after each backward (made, most at once, left); owned; matrices."""
+    # SwiGLU layers of 48 x 32 and 32 x 48, 32 x 32, 16 x 32; activations have 4 * LENGTH rows
+    model = tiny("llama", False, torch.float32)
+    settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "refresh_batch": refresh_batch}
+    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on="none", **settings)
+    seen = []
+    for _ in range(6):
+        refresh = ows._refresh
+        owned = [] if refresh is None else [n for n, owner in refresh.plan.owners.items() if owner == rank]
+        counts = []
+        for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+            loss = mean_loss(ows.weights, ids) / accumulation
+            with watching(ows, sharding == "zero3") as mode:
+                ows.backward(loss)
+            counts.append((mode.made, mode.most, mode.left()))
+            assert all(p.grad is None for p in ows.module.parameters())
+        if not ows.idle:
+            seen.append((refresh is not None, counts, len(owned), len(refresh.plan.owners) if refresh else 0))
+        with watching(ows, sharding == "zero3") as mode:
+            ows.step()
+        ows.zero_grad()
+    ows.close()
+    return seen
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize(("accumulation", "refresh_batch"), [(1, "full"), (3, "full"), (3, "first")])
+def test_full_gradients(pools: Pools, sharding: str, accumulation: int, refresh_batch: str) -> None:
+    owners = []
+    for seen in pools(2).run(full_gradients, sharding, accumulation, refresh_batch):
+        assert {refreshes for refreshes, *_ in seen} == {True, False}
+        for refreshes, counts, owned, matrices in seen:
+            if not refreshes:
+                assert counts == [(0, 0, 0)] * accumulation  # outside refreshes: none at all
+            elif accumulation == 1:
+                assert counts == [(matrices, 1, 0)]  # every one once, never two, none kept
+            elif refresh_batch == "first":
+                assert counts == [(matrices, 1, 0), (0, 0, 0), (0, 0, 0)]
+            else:
+                # the first backward leaves an accumulator for each owned matrix and no more; none after the last
+                owners.append(owned)
+                assert counts[0] == (matrices, owned + (owned < matrices), owned)
+                assert all(made == matrices and most == 1 and left == 0 for made, most, left in counts[1:])
+    if accumulation > 1 and refresh_batch == "full":
+        assert len(set(owners)) > 1 or owners[0] > 0
+
+
+# ------------------------------------------------------------------ processes that disagree
+
+
+def draws_other_layers(rank: int, world: int) -> None:
+    share = Communicator.share
+
+    class Odd(type(_weights(world).comm)):  # type: ignore[misc]
+        def share(self, value: Any, name: str = "share") -> Any:
+            drawn = super().share(value, name)
+            return [0, 2] if rank == 1 else drawn
+
+    weights = _weights(world)
+    weights.comm.__class__ = Odd
+    assert share is Communicator.share
+    OWS(weights, scores=RATIOS, scheme="fixed", **{**SETTINGS, "gamma": 1})
+
+
+def has_other_plan(rank: int, world: int) -> None:
+    def odd(matrices: Any, processes: int) -> RefreshPlan:
+        plan = plan_refresh(matrices, processes)
+        if rank == 1:
+            plan.owners["model.layers.0.mlp.up_proj.weight"] = 7
+        return plan
+
+    ows_ds.optimizer.plan_refresh = odd
+    try:
+        OWS(_weights(world), scores=[1.0, 0.0, 0.0], **{**SETTINGS, "gamma": 1})
+    finally:
+        ows_ds.optimizer.plan_refresh = plan_refresh
+
+
+def _weights(world: int) -> Any:
+    return home(tiny("llama"), "replicated", world)
+
+
+def test_other_layers_stop_all_processes(pools: Pools) -> None:
+    for error in pools(3).fail(draws_other_layers, timeout=60):
+        assert error is not None
+        assert "the processes do not agree on the layers and the plan of step 1" in error
+        assert "process 1 has layers: [0, 2]" in error
+
+
+def test_another_plan_stops_all_processes(pools: Pools) -> None:
+    for error in pools(3).fail(has_other_plan, timeout=60):
+        assert error is not None
+        assert "process 1 has refresh: owners: model.layers.0.mlp.up_proj.weight: 7" in error
