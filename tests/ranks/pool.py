@@ -176,11 +176,10 @@ class Pool:
             ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for ready_pipe in ready:
-                pipe: Any = ready_pipe
-                rank = waiting.pop(pipe)
+            for answered in ready:
+                rank = waiting.pop(answered)
                 try:
-                    good, value = pickle.loads(pipe.recv_bytes())
+                    good, value = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     self._processes[rank].join(5.0)
                     good, value = False, f"the process died with exit code {self._processes[rank].exitcode}"
@@ -293,6 +292,9 @@ def _join(rank: int, world: int, port: int, folder: Path, collective_timeout: fl
         DS_ACCELERATOR="cpu",
         CUDA_VISIBLE_DEVICES="",
     )
+    # The same ninja whether or not the environment is activated: two versions of it would take turns at compiling
+    # DeepSpeed's operator anew, which takes minutes.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed reduces in shared memory that a killed world leaves behind
 
     import torch

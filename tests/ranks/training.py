@@ -14,7 +14,7 @@ from ows_ds.weights import Replicated, Weights
 from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
 from tests.unit.families import tiny
 
-SEQUENCES, LENGTH, VOCABULARY = 24, 8, 64
+SEQUENCES, LENGTH, VOCABULARY = 24, 9, 64
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 RATIOS = [0.3, 0.1, 0.4]  # of the three layers of the tiny models
 

@@ -173,6 +173,7 @@ def test_rotation() -> None:
     torch.testing.assert_close(rotation(old, old), torch.eye(RANK), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_galore(shape: tuple[int, int]) -> None:
     from galore_torch.galore_projector import GaLoreProjector
