@@ -104,13 +104,9 @@ def test_no_state_of_a_layer_that_left_is_alive(pools: Pools, sharding: str, alw
 class FullGradients(TorchDispatchMode):
     """Counts new tensors of a sampled weight's size: how many were made, and the most alive at once."""
 
-    def __init__(self, shapes: set[tuple[int, ...]], exact: bool, owned: int) -> None:
-        """exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many).
-
-        owned: how many may stay.
-        """
+    def __init__(self, shapes: set[tuple[int, ...]], exact: bool) -> None:
+        """exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many)."""
         super().__init__()
-        self.owned = owned
         self.shapes = shapes | {shape[::-1] for shape in shapes}
         self.sizes = {a * b for a, b in shapes}
         self.exact = exact
@@ -131,17 +127,17 @@ class FullGradients(TorchDispatchMode):
 
     def alive(self) -> int:
         """How many are alive now: their memory, whatever tensors it is seen through."""
-        for _ in range(5):
+        for _ in range(4):
             self.storages = [storage for storage in self.storages if not storage.expired()]
-            if len(self.storages) > self.owned:
-                time.sleep(0.02)  # gloo's thread lets go of what it has reduced a moment after it says so
+            if self.storages:
+                time.sleep(0.01)  # gloo's thread lets go of what it has reduced a moment after it says so
         return len(self.storages)
 
 
 @contextmanager
-def watching(ows: OWS, exact: bool, owned: int = 0) -> Iterator[FullGradients]:
+def watching(ows: OWS, exact: bool) -> Iterator[FullGradients]:
     units = [ows.layers.layers[i] for i in ows.layer_set]
-    with FullGradients({m.shape for unit in units for m in unit.matrices}, exact, owned) as mode:
+    with FullGradients({m.shape for unit in units for m in unit.matrices}, exact) as mode:
         yield mode
 
 
@@ -160,7 +156,7 @@ def full_gradients(
         counts = []
         for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
-            with watching(ows, sharding == "zero3", len(owned)) as mode:
+            with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
             counts.append((mode.made, mode.most, mode.alive()))
             assert all(p.grad is None for p in ows.module.parameters())
