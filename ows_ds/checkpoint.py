@@ -17,8 +17,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds.communicate import Communicator
+from ows_ds.communicate import Communicator, together
 from ows_ds.errors import UserError
 from ows_ds.optimizer import Piece
 
@@ -53,15 +51,15 @@ def save(folder: Path, pieces: list[Piece], numbers: dict[str, Any], comm: Commu
     ``folder``, and all processes raise.
     """
     partial = folder.with_name(folder.name + ".partial")
-    with _together(comm):
+    with together(comm):
         if comm.index == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     entry: dict[str, Any] = {}
-    with _together(comm):
+    with together(comm):
         entry = _write_pieces(partial / f"state-{comm.index:05}-of-{comm.world:05}.safetensors", pieces)
     entries = comm.collect(entry, "checkpoint")
-    with _together(comm):
+    with together(comm):
         if comm.index == 0:
             manifest = {
                 "format": FORMAT,
@@ -117,16 +115,16 @@ class Checkpoint:
         return parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts])
 
 
-def open_checkpoint(folder: Path, comm: Communicator) -> Checkpoint:
+def open_checkpoint(folder: Path, comm: Communicator, key: str = "train.resume") -> Checkpoint:
     """Verify and open a checkpoint. Collective: the processes share the reading of its files.
 
-    Raises UserError (key ``train.resume``) on every process, naming the file, where one is missing or damaged.
+    Raises UserError for ``key`` on every process, naming the file, where one is missing or damaged.
     """
-    with _together(comm):
-        manifest = _read_manifest(folder)
+    with together(comm):
+        manifest = _read_manifest(folder, key)
         for position, file in enumerate(manifest["files"]):
             if position % comm.world == comm.index:
-                _verify(folder, file)
+                _verify(folder, file, key)
     index: dict[str, list[tuple[Path, str, int, int]]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest["files"]:
@@ -154,17 +152,6 @@ def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | N
     return None, passed
 
 
-@contextmanager
-def _together(comm: Communicator) -> Iterator[None]:
-    """Where the body fails on any process, all raise."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    comm.all_good(error)
-
-
 def _write_pieces(path: Path, pieces: list[Piece]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
@@ -176,9 +163,9 @@ def _write_pieces(path: Path, pieces: list[Piece]) -> dict[str, Any]:
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path), "pieces": where}
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, key: str) -> dict[str, Any]:
     def refuse(problem: str) -> UserError:
-        return UserError("train.resume", str(folder), f"give a complete checkpoint: {problem}")
+        return UserError(key, str(folder), f"give a complete checkpoint: {problem}")
 
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -192,12 +179,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify(folder: Path, file: dict[str, Any]) -> None:
+def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
     path = folder / file["name"]
     if not path.is_file():
-        raise UserError("train.resume", str(folder), f"give a complete checkpoint: {file['name']} is missing")
+        raise UserError(key, str(folder), f"give a complete checkpoint: {file['name']} is missing")
     if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
-        raise UserError("train.resume", str(folder), f"give a complete checkpoint: {file['name']} is damaged")
+        raise UserError(key, str(folder), f"give a complete checkpoint: {file['name']} is damaged")
 
 
 def _step(folder: Path) -> int:

@@ -7,7 +7,7 @@ they are exact, comparable numbers:
     broadcast, reduce     N                    from the root / to the owner (every process but the owner)
     reduce_scatter        N * (w - 1) / w
     all_gather            c * (w - 1)          c = one process's contribution
-    all_reduce            2 * N * (w - 1) / w
+    all_reduce            2 * N / w * (w - 1)  N / w rounded up to whole bytes
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -181,9 +182,15 @@ def join(device: torch.device | str) -> Communicator:
     return Communicator()
 
 
-def set_timeout(seconds: float) -> timedelta:
-    """``train.timeout_seconds`` as the limit that process groups take."""
-    return timedelta(seconds=seconds)
+@contextmanager
+def together(comm: Communicator) -> Iterator[None]:
+    """Where the body, which must not communicate, fails on any process, all raise (see `Communicator.all_good`)."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    comm.all_good(error)
 
 
 def _first_difference(other: Any, value: Any) -> str:
@@ -191,4 +198,8 @@ def _first_difference(other: Any, value: Any) -> str:
         for key in sorted(value.keys() | other.keys()):
             if value.get(key) != other.get(key):
                 return f"{key}: {_first_difference(other.get(key), value.get(key))}"
+    if isinstance(value, list) and isinstance(other, list) and len(value) > 20:
+        for index, item in enumerate(value):
+            if index >= len(other) or item != other[index]:
+                return f"[{index}] of {len(value)}: {_first_difference(other[index : index + 1], item)}"
     return json.dumps(value)[:200]

@@ -503,10 +503,13 @@ class OWS(torch.optim.Optimizer):
         due = [u for u in plan.units if u.matrices and self._clocks[u.name] % self.refresh_gap == 0]
         self._arm(plan_refresh([m for u in due for m in u.matrices], self.comm.world))
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """This process's state as plain tensors and numbers, for the same world size."""
-        tensors = {piece.name: piece.tensor.clone() for piece in self.pieces()}
-        return {"numbers": self.numbers(), "tensors": tensors}
+    def state_dict(self) -> dict[str, Any]:
+        """Not to be had: the state is spread over processes. Use `ows_ds.checkpoint` with `pieces` and `numbers`."""
+        raise RuntimeError("OWS has no state_dict: its state is spread over processes; use ows_ds.checkpoint.save")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        raise RuntimeError("OWS has no state_dict: use ows_ds.checkpoint.open_checkpoint and restore")
 
     # ------------------------------------------------------------------ checks
 
@@ -521,9 +524,8 @@ class OWS(torch.optim.Optimizer):
         if isinstance(scores, (str, Path)):
             scores = Scores.read(Path(scores))
             scores.check(fingerprint(self.weights), len(self.layers.layers), scores.tau)
-        if isinstance(scores, Scores):
-            return scores.layers
-        if len(scores) != len(self.layers.layers):
+        ratios = scores.layers if isinstance(scores, Scores) else scores
+        if len(ratios) != len(self.layers.layers):
             right = f"give one ratio for each of the {len(self.layers.layers)} layers"
-            raise UserError("sampling.scores", f"{len(scores)} ratios", right)
-        return scores
+            raise UserError("sampling.scores", f"{len(ratios)} ratios", right)
+        return ratios

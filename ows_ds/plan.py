@@ -66,9 +66,12 @@ class Plan:
         cut = (Segment(s.unit, s.kind, (max(s.rows[0], first), min(s.rows[1], last))) for s in self.segments)
         return [s for s in cut if s.rows[0] < s.rows[1]]
 
-    def bytes_per_step(self) -> dict[str, int]:
-        """Bytes that each process sends in a step without refresh, by operation, float32 (ring)."""
-        part = self.stride * self.rank * 4 * (self.world - 1)
+    def bytes_per_step(self, itemsize: int = 4) -> dict[str, int]:
+        """Bytes that each process sends in a step without refresh, by operation (ring).
+
+        itemsize: bytes of a coordinate, 8 under float64 weights.
+        """
+        part = self.stride * self.rank * itemsize * (self.world - 1)
         return {"gradients": part, "coordinates": part}
 
     def describe(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ows_ds.communicate import Communicator, join, set_timeout
+from ows_ds.communicate import Communicator, join
 from ows_ds.config import Recipe, accumulation
 from ows_ds.errors import UserError
 from ows_ds.weights import Replicated, Weights
@@ -48,11 +49,16 @@ def start(recipe: Recipe) -> Runtime:
     launched = "LOCAL_RANK" in environment
     cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    timeout = set_timeout(recipe.train.timeout_seconds)
+    timeout = timedelta(seconds=recipe.train.timeout_seconds)
     backend = "nccl" if cuda else "gloo"
     # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
     # it ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
+    if not cuda:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to find out
+        # two versions of ninja, the activated environment's and the system's, would take turns at compiling DeepSpeed's
+        # CPU operator anew
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     _quieten()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
         accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
@@ -63,6 +69,10 @@ def start(recipe: Recipe) -> Runtime:
         _alone(backend, timeout)
     elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
         raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
+    if sharded:
+        from ows_ds.zero3 import join_deepspeed
+
+        join_deepspeed()
     comm = join(accelerator.device)
     config = None
     if sharded:
@@ -109,28 +119,13 @@ def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
 
     Raises UserError (``model.path``) for what transformers cannot load.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    dtype = DTYPES[recipe.model.dtype]
     # under this object's life, transformers builds models in shards; DeepSpeed knows no float64 there
-    shards = runtime.ds_config is not None and dtype != torch.float64
+    shards = runtime.ds_config is not None and recipe.model.dtype != "float64"
     keep = HfDeepSpeedConfig(runtime.ds_config) if shards else None
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            recipe.model.path,
-            revision=recipe.model.revision,
-            dtype=dtype,
-            attn_implementation=recipe.model.attention,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            "model.path", recipe.model.path, f"give a model that transformers can load ({first})"
-        ) from error
-    finally:
-        del keep
+    model = pretrained(recipe)
+    del keep
     model.config.use_cache = False
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -143,6 +138,22 @@ def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
     return Zero3(model, runtime.ds_config, runtime.comm)
 
 
+def pretrained(recipe: Recipe) -> Any:
+    """``model.path`` as transformers loads it. Raises UserError (``model.path``) where it cannot."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            recipe.model.path,
+            revision=recipe.model.revision,
+            dtype=DTYPES[recipe.model.dtype],
+            attn_implementation=recipe.model.attention,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _refuse(recipe, "give a model that transformers can load", error) from error
+
+
 def load_tokenizer(recipe: Recipe) -> Any:
     """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
     from transformers import AutoTokenizer
@@ -152,5 +163,9 @@ def load_tokenizer(recipe: Recipe) -> Any:
             recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError("model.path", recipe.model.path, f"give a model with a tokenizer ({first})") from error
+        raise _refuse(recipe, "give a model with a tokenizer", error) from error
+
+
+def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError("model.path", recipe.model.path, f"{right} ({first})")

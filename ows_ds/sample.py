@@ -20,10 +20,12 @@ def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = Non
     ratios: D_l >= 0, one a layer. gamma: expected number of sampled layers, 0 < gamma <= number of layers.
     The sum of the result is gamma to rounding: layers are fixed at 1 one round after the other until the share that
     is left for the others exceeds 1 for none of them (the paper clips nothing and does not say what happens).
-    Raises UserError: ``sampling.tau`` where no layer has an outlier, ``sampling.gamma`` where gamma is too large, also
-    when more layers than D > 0 offers would be needed.
+    Raises UserError: ``sampling.scores`` for ratios that are no such numbers, ``sampling.tau`` where no layer has an
+    outlier, ``sampling.gamma`` where gamma is too large, also when more layers than have D > 0 would be needed.
     """
     weights = np.asarray(ratios, dtype=np.float64)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise UserError("sampling.scores", list(ratios), "give finite numbers of at least 0")
     if not 0 < gamma <= len(weights):
         raise UserError("sampling.gamma", gamma, f"give more than 0 and at most {len(weights)}, the number of layers")
     if weights.sum() <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ows_ds import checkpoint, config
+from ows_ds.communicate import together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches, load_rows
 from ows_ds.errors import UserError
@@ -44,17 +46,16 @@ def train(recipe: Recipe) -> None:
     """
     run_dir = Path(recipe.train.output_dir)
     runtime = start(recipe)
-    comm = runtime.comm
+    comm, main = runtime.comm, runtime.comm.index == 0
     opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
-    _check_run_dir(run_dir, recipe, resumed=opened is not None)
+    with together(comm):
+        _check_run_dir(run_dir, recipe, opened)
     job = _load(recipe, runtime)
     batches = Batches(
         job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
     )
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
-    comm.barrier()  # nobody looks for files that process 0 is about to write
-    scores = _scores(job, run_dir, write=True)
-    ows = _optimizer(recipe, job.weights, scores, accumulation(recipe, comm.world))
+    ows = _optimizer(recipe, job.weights, _scores(job, run_dir), accumulation(recipe, comm.world))
     scheduler = _scheduler(recipe, ows, total)
     begin = 0
     if opened is not None:
@@ -62,20 +63,18 @@ def train(recipe: Recipe) -> None:
         scheduler.load_state_dict(opened.numbers["scheduler"])
         begin = ows.steps
 
-    main = comm.index == 0
     with RunLog(run_dir, total, job.n_layers, main, recipe.log, runtime.accelerator, begin) as log:
-        for line in passed:
-            log.event(f"passed over a checkpoint: {line}")
         if main:
             (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
+        for line in passed:
+            log.event(f"passed over a checkpoint: {line}")
+        steps = _Steps(job, ows, batches)
         if opened is not None:
             log.event(f"going on after step {begin} from {opened.folder}")
         elif job.held_out:
-            log.step({"step": 0, "loss": None, "eval_loss": evaluate(job)})
-        steps = _Steps(job, ows, batches)
+            log.step(steps.before_the_first(scheduler.get_last_lr()[0]))
         for step in range(begin, total):
-            lr = scheduler.get_last_lr()[0]
-            record = steps.take(step, lr)
+            record = steps.take(step, scheduler.get_last_lr()[0])
             scheduler.step()
             last = step + 1 == total
             if job.held_out and (last or _due(step + 1, recipe.train.eval_every)):
@@ -88,7 +87,8 @@ def train(recipe: Recipe) -> None:
                 if main:
                     checkpoint.prune(run_dir, recipe.train.keep_last)
         ows.close()
-        save_model(job.weights, job.tokenizer, run_dir / "model")
+        if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
+            save_model(job.weights, job.tokenizer, run_dir / "model")
         log.event(f"done: {run_dir / 'model'}" + (f", {ows.skipped} steps skipped" if ows.skipped else ""))
     comm.barrier()
 
@@ -101,14 +101,11 @@ def score(recipe: Recipe, output: Path | None) -> None:
     runtime = start(recipe)
     job = _load(recipe, runtime, training=False)
     result = _compute_scores(job)
+    path = output or Path(recipe.train.output_dir) / "scores.json"
+    _write_scores(job, result, path)
     if runtime.comm.index == 0:
-        path = output or Path(recipe.train.output_dir) / "scores.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.write(path)
-        plot([(Path(recipe.model.path).name, result)], path.with_suffix(".png"))
         print(strip(result))
         print(f"{path} and {path.with_suffix('.png').name}: {result.tokens:,} tokens, tau {result.tau:g}")
-    runtime.comm.barrier()
 
 
 @dataclass
@@ -139,11 +136,12 @@ class _Job:
 def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
     """Data before weights: what is wrong with it shows at once."""
     assert recipe.data.train is not None  # config.check
-    tokenizer = load_tokenizer(recipe)
-    rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
-    held_out = []
-    if training and recipe.data.eval is not None:
-        held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
+    held_out: list[Encoded] = []
+    with together(runtime.comm):
+        tokenizer = load_tokenizer(recipe)
+        rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
+        if training and recipe.data.eval is not None:
+            held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
     return _Job(recipe, runtime, load_model(recipe, runtime), tokenizer, rows, held_out)
 
 
@@ -159,19 +157,29 @@ def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtim
     return rows
 
 
-def _scores(job: _Job, run_dir: Path, write: bool) -> Scores:
-    """The scores to sample by: the given file, the run's own, or computed now; the run keeps them as scores.json."""
-    sampling = job.recipe.sampling
-    given = Path(sampling.scores) if sampling.scores is not None else run_dir / "scores.json"
-    if job.runtime.comm.share(given.exists()):
-        result = Scores.read(given)
-        result.check(fingerprint(job.weights), job.n_layers, sampling.tau)
-    else:
+def _scores(job: _Job, run_dir: Path) -> Scores:
+    """The scores to sample by: the given file, the run's own, or computed now. The run keeps them as scores.json."""
+    sampling, own = job.recipe.sampling, run_dir / "scores.json"
+    given = Path(sampling.scores) if sampling.scores is not None else own
+    if not job.runtime.comm.share(given.exists()):
         result = _compute_scores(job)
-    if write and job.runtime.comm.index == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        result.write(run_dir / "scores.json")
+        _write_scores(job, result, own)
+        return result
+    name = fingerprint(job.weights)
+    with together(job.runtime.comm):
+        result = Scores.read(given)
+        result.check(name, job.n_layers, sampling.tau)
+    if given != own:
+        _write_scores(job, result, own)
     return result
+
+
+def _write_scores(job: _Job, scores: Scores, path: Path) -> None:
+    """Scores at ``path`` and a plot beside them, by process 0; the others wait."""
+    with together(job.runtime.comm):
+        if job.runtime.comm.index == 0:
+            scores.write(path)
+            plot([(Path(job.recipe.model.path).name, scores)], path.with_suffix(".png"))
 
 
 def _compute_scores(job: _Job) -> Scores:
@@ -231,7 +239,8 @@ class _Steps:
         started = time.perf_counter()
         self.before = Counter(ows.comm.sent)
         # set anew for each step, so that dropout is the same after a resume and differs between processes
-        torch.manual_seed((job.recipe.train.seed << 32) + (step << 12) + ows.comm.index)
+        name = f"{job.recipe.train.seed}/{step}/{ows.comm.index}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little"))
         everyone = [job.rows[i] for i in self.batches.global_step(step)]
         targets = sum(label != IGNORE for row in everyone for label in row["labels"][1:])
         sampled, idle = list(ows.layer_set), ows.idle
@@ -259,6 +268,25 @@ class _Steps:
             "step_seconds": seconds,
             "peak_memory_bytes": int(everyones[:, 1].max()),
             **({"skipped": True} if idle else {}),
+        }
+
+    def before_the_first(self, lr: float) -> dict[str, Any]:
+        """The record of step 0: nothing trained, an evaluation."""
+        job, started = self.job, time.perf_counter()
+        self.before = Counter(self.ows.comm.sent)
+        loss = evaluate(job)
+        return {
+            "step": 0,
+            "loss": None,
+            "lr": lr,
+            "grad_norm": None,
+            "sampled_layers": [],
+            "tokens": 0,
+            "tokens_per_second": 0.0,
+            "step_seconds": time.perf_counter() - started,
+            "peak_memory_bytes": _peak_memory(self.ows.device),
+            "comm_bytes": self.sent(),
+            "eval_loss": loss,
         }
 
     def sent(self) -> dict[str, int]:
@@ -310,16 +338,23 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _check_run_dir(run_dir: Path, recipe: Recipe, resumed: bool) -> None:
-    """A run never writes over another one, nor goes on with another recipe."""
-    if not resumed:
+def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint | None) -> None:
+    """A run never writes over another one, nor goes on with another recipe.
+
+    Under ``train.resume: auto`` a run that was stopped before its first checkpoint begins anew.
+    """
+    own = opened is not None and opened.folder.resolve().parent.parent == run_dir.resolve()
+    restarted = opened is None and recipe.train.resume == "auto" and not (run_dir / "model").exists()
+    if not own and not (restarted and (run_dir / "config.yaml").exists()):
         used = [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
         if used:
-            right = f"give a folder without {used[0]}, or --train.resume auto and a checkpoint to go on with that run"
+            right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
             raise UserError("train.output_dir", str(run_dir), right)
+    earlier = run_dir if opened is None else opened.folder.parent.parent
+    if (opened is None and not restarted) or not (earlier / "config.yaml").exists():
         return
-    old, new = config.to_dict(config.from_dict(config.read_yaml(run_dir / "config.yaml"))), config.to_dict(recipe)
-    for section, values in new.items():
+    old = config.to_dict(config.from_dict(config.read_yaml(earlier / "config.yaml", "train.resume")))
+    for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
             if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):
                 right = f"give {old[section][key]!r}, as the run that is resumed"

@@ -8,8 +8,6 @@ the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -64,9 +62,6 @@ class Weights(Protocol):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
-
-    def generating(self) -> Any:
-        """A context manager in which ``module.generate`` may be called."""
 
 
 def add_low_rank(flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0) -> None:
@@ -142,10 +137,6 @@ class Replicated:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
-
-    @contextmanager
-    def generating(self) -> Iterator[dict[str, Any]]:
-        yield {}
 
 
 def as_weights(model: Any) -> Weights:

@@ -6,10 +6,10 @@ gradient, no optimizer state and no float32 copy. What it needs from us in retur
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -52,9 +52,12 @@ def _count_gathers() -> None:
     partition_parameters._dist_allgather_fn = counting
 
 
-def is_sharded(parameter: ZeroParameter) -> bool:
-    """Whether DeepSpeed has taken this parameter apart."""
-    return hasattr(parameter, "ds_id")
+def join_deepspeed() -> None:
+    """Let DeepSpeed know of the process group that there is; before a model is built in shards. Collective."""
+    import deepspeed
+
+    with redirect_stdout(io.StringIO()):  # it prints that its CPU operator is there
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
@@ -116,6 +119,7 @@ class Zero3:
         """
         import deepspeed
 
+        join_deepspeed()
         module.requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
         self._take(engine, comm)
@@ -125,6 +129,10 @@ class Zero3:
         """A DeepSpeed engine that was made with ZeRO-3 and without an optimizer. Raises UserError for any other."""
         if engine.zero_optimization_stage() != 3 or not hasattr(engine.optimizer, "partition_all_parameters"):
             raise UserError("model", "a DeepSpeed engine with an optimizer", "make it with ZeRO-3 and no optimizer")
+        kept = [name for name, p in engine.module.named_parameters() if getattr(p, "ds_persist", False)]
+        if kept:
+            right = "give 0: edits of a shard are ignored where the weight is kept gathered"
+            raise UserError("zero_optimization.stage3_param_persistence_threshold", f"{len(kept)} weights kept", right)
         weights = cls.__new__(cls)
         weights._take(engine, comm)
         return weights
@@ -186,10 +194,3 @@ class Zero3:
         part = local.new_zeros(math.ceil(parameter.ds_numel / self.comm.world))
         part[: local.numel()] = local
         return self.comm.all_gather(part, "export")[: parameter.ds_numel].view(parameter.ds_shape)
-
-    @contextmanager
-    def generating(self) -> Iterator[dict[str, Any]]:
-        try:
-            yield {"synced_gpus": True}
-        finally:
-            self.after_step()

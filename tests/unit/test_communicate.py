@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ows_ds.communicate import Communicator, Disagreement, _first_difference, join, set_timeout
+from ows_ds.communicate import Communicator, Disagreement, _first_difference, join
 from ows_ds.errors import UserError
 
 
@@ -49,10 +49,6 @@ def test_errors_come_out_as_they_are() -> None:
 
 def test_join_without_a_process_group() -> None:
     assert type(join("cpu")) is Communicator
-
-
-def test_timeout() -> None:
-    assert set_timeout(1.5).total_seconds() == 1.5
 
 
 @pytest.mark.parametrize(
