@@ -118,7 +118,7 @@ class RunLog:
         self._changes: list[tuple[int, tuple[int, ...]]] = []
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = run_dir / "metrics.jsonl"
-        for record in keep_until(metrics, start_step):
+        for record in keep_until(metrics, start_step or -1):
             self._note_layers(record)
         self._trackers = _trackers(accelerator, recipe_log, run_dir, start_step) if accelerator else []
         self._file = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)

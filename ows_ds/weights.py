@@ -120,7 +120,7 @@ class Replicated:
             part = parameter.data.new_zeros(size)
             local = self.local(parameter)
             part[: local.numel()] = local
-            whole = self.comm.all_gather(part, "weights")
+            whole = self.comm.all_gather(part, "full_rank_weights")
             parameter.data.view(-1).copy_(whole[: parameter.numel()])
 
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:

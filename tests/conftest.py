@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks.pool import Pools
+from tests.tiny_run import write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +19,12 @@ def pools() -> Iterator[Pools]:
     worlds = Pools()
     yield worlds
     worlds.close()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tests.tiny_run.recipe` trains."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

@@ -16,43 +16,9 @@ from ows_ds.errors import UserError
 from ows_ds.export import export
 from ows_ds.trainer import train
 from tests.ranks.pool import Pools
-from tests.unit.families import tiny
-from tests.unit.test_data import byte_tokenizer
+from tests.tiny_run import recipe
 
 TIMINGS = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of 3 layers (with dropout) in bfloat16, its tokenizer, and rows to train on."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = byte_tokenizer()
-    model: Any = tiny("llama", True)
-    model.resize_token_embeddings(len(tokenizer))
-    model.config.attention_dropout = 0.1
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, count in (("train", 20), ("eval", 3)):
-        rows = (
-            {"messages": [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": str(2 * i)}]}
-            for i in range(count)
-        )
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def recipe(inputs: Path, output: Path, **train: Any) -> config.Recipe:
-    return config.from_dict(
-        {
-            "model": {"path": str(inputs / "model")},
-            "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl"), "max_length": 64},
-            "sampling": {"gamma": 1.5, "period": 4, "tau": 2.0, "calibration_samples": 4},
-            "optim": {"rank": 4, "lr": 1e-2, "refresh_gap": 3, "warmup_steps": 2, "weight_decay": 0.01},
-            "train": {"output_dir": str(output), "batch_size": 12, "micro_batch_size": 2, "steps": 9, "save_every": 3}
-            | train,
-            "log": {"progress": "none"},
-        }
-    )
 
 
 def run(rank: int, world: int, recipe: config.Recipe, stop_after: int | None) -> None:
@@ -137,6 +103,32 @@ def test_other_world_and_sharding_go_on_with_the_same_run(pools: Pools, inputs: 
     assert [r.get("sampled_layers") for r in moved] == [r.get("sampled_layers") for r in stayed]
     for a, b in zip(moved[1:], stayed[1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)  # bfloat16 forward passes in another order
+
+
+def test_a_finished_run_resumes_to_nothing(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3), None)
+    before = contents(tmp_path / "run")
+    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3, resume="auto"), None)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=4, resume="auto"), 2)
+    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=4, resume="auto"), None)
+    records, _ = contents(tmp_path / "run")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+
+
+def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    pools(2).run(run, recipe(inputs, tmp_path / "a"), None)
+    point = str(tmp_path / "a" / "checkpoints" / "step-6")
+    pools(2).run(run, recipe(inputs, tmp_path / "b", resume=point), None)
+    (records, files), (moved, moved_files) = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert moved == records[7:]
+    assert all(files[name] == digest for name, digest in moved_files.items())
+    other = recipe(inputs, tmp_path / "c", resume=point, seed=1)
+    assert pools(2).run(refused, other) == ["train.seed: 1 is not right: give 0, as the run that is resumed"] * 2
+    assert not (tmp_path / "c").exists()
 
 
 def refused(rank: int, world: int, recipe: config.Recipe) -> str:
