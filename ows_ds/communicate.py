@@ -26,6 +26,10 @@ from torch import Tensor
 
 from ows_ds.errors import UserError
 
+# torch >= 2.13 has new names for these and warns about the old ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class Disagreement(RuntimeError):
     """Processes that must agree do not; the message says what differs."""
@@ -139,14 +143,14 @@ class Distributed(Communicator):
 
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
         part = tensor.new_empty(tensor.shape[0] // self.world, *tensor.shape[1:])
-        dist.reduce_scatter_tensor(part, tensor, group=self.group)
+        _reduce_scatter(part, tensor, group=self.group)
         self.sent[name] += part.nbytes * (self.world - 1)
         return part
 
     def all_gather(self, part: Tensor, name: str = "all_gather", out: Tensor | None = None) -> Tensor:
         if out is None:
             out = part.new_empty(part.shape[0] * self.world, *part.shape[1:])
-        dist.all_gather_into_tensor(out, part.contiguous(), group=self.group)
+        _all_gather(out, part.contiguous(), group=self.group)
         self.sent[name] += part.nbytes * (self.world - 1)
         return out
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ows_ds.communicate import join
 from ows_ds.coordinates import Attachment, Coordinates
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
@@ -31,7 +32,7 @@ from ows_ds.refresh import Refresh
 from ows_ds.sample import LayerSet, Sampler, probabilities
 from ows_ds.score import Scores
 from ows_ds.update import CoordinateBuffer, FullRank, Hyper
-from ows_ds.weights import Weights, as_weights, interval
+from ows_ds.weights import Replicated, Weights, interval
 
 ALWAYS = "always"  # name of the unit of embedding, head and final norm
 
@@ -529,3 +530,17 @@ class OWS(torch.optim.Optimizer):
             right = f"give one ratio for each of the {len(self.layers.layers)} layers"
             raise UserError("sampling.scores", f"{len(ratios)} ratios", right)
         return ratios
+
+
+def as_weights(model: Any) -> Weights:
+    """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
+    if hasattr(model, "after_backward") and hasattr(model, "fold"):
+        weights: Weights = model
+        return weights
+    if hasattr(model, "zero_optimization_stage"):
+        from ows_ds.zero3 import Zero3
+
+        return Zero3.adopt(model, join(model.device))
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UserError("model", "DistributedDataParallel", "give the model inside it: OWS averages gradients itself")
+    return Replicated(model, join(next(model.parameters()).device))

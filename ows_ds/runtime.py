@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +91,8 @@ def _quieten() -> None:
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to rename
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
 
 
 def _alone(backend: str, timeout: timedelta) -> None:

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ows_ds.communicate import Communicator, join
-from ows_ds.errors import UserError
+from ows_ds.communicate import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
 
@@ -137,17 +136,3 @@ class Replicated:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
-
-
-def as_weights(model: Any) -> Weights:
-    """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
-    if hasattr(model, "after_backward") and hasattr(model, "fold"):
-        weights: Weights = model
-        return weights
-    if hasattr(model, "zero_optimization_stage"):
-        from ows_ds.zero3 import Zero3
-
-        return Zero3.adopt(model, join(model.device))
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UserError("model", "DistributedDataParallel", "give the model inside it: OWS averages gradients itself")
-    return Replicated(model, join(next(model.parameters()).device))

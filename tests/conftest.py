@@ -32,4 +32,4 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, shared with the demo; converted once."""
     from ows_ds import samples
 
-    return samples.smollm2(ROOT / "runs" / "demo-inputs" / "model")
+    return samples.smollm2(ROOT / "runs" / "demo-inputs" / "SmolLM2-135M-Instruct")

@@ -36,8 +36,6 @@ LAYOUT = [
     ["cli"],
     ["__main__"],
 ]
-# `as_weights` asks for the home of DeepSpeed's shards only when it meets a DeepSpeed engine.
-UPWARDS = {("weights", "zero3")}
 # Without processes, DeepSpeed or environment all the way down.
 PURE = {
     "errors": set(),
@@ -152,16 +150,7 @@ def test_pure_modules_rest_on_pure_modules(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"__init__"}))
 def test_direction(name: str) -> None:
     row = {module: index for index, modules in enumerate(LAYOUT) for module in modules}
-    upwards = {other for other in inner(TREES[name]) if row[other] >= row[name]}
-    assert {(name, other) for other in upwards} <= UPWARDS
-
-
-def test_the_exception_waits_until_it_is_needed() -> None:
-    """An import upwards stands inside a function, so that no circle arises."""
-    for name, other in UPWARDS:
-        top = ast.Module([node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-        assert other in inner(TREES[name])
-        assert other not in inner(top)
+    assert {other for other in inner(TREES[name]) if row[other] >= row[name]} == set()
 
 
 # ---- in a fresh interpreter
