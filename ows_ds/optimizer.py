@@ -34,6 +34,13 @@ from ows_ds.score import Scores
 from ows_ds.update import CoordinateBuffer, FullRank, Hyper
 from ows_ds.weights import Replicated, Weights, interval
 
+CHOICES = {
+    "sampling.scheme": ("bernoulli", "fixed"),
+    "optim.projector": ("randomized", "svd"),
+    "optim.refresh_batch": ("full", "first"),
+    "optim.moments_on_refresh": ("keep", "reset", "rotate"),
+    "optim.always_on": ("full", "low_rank", "none"),
+}
 ALWAYS = "always"  # name of the unit of embedding, head and final norm
 
 
@@ -91,6 +98,20 @@ class OWS(torch.optim.Optimizer):
 
         Raises UserError for values that cannot work with this model.
         """
+        given = {
+            "sampling.scheme": scheme,
+            "optim.projector": projector,
+            "optim.refresh_batch": refresh_batch,
+            "optim.moments_on_refresh": moments_on_refresh,
+            "optim.always_on": always_on,
+        }
+        for key, choice in given.items():
+            if choice not in CHOICES[key]:
+                raise UserError(key, choice, f"give one of {', '.join(CHOICES[key])}")
+        least = {"sampling.period": period, "optim.rank": rank, "optim.refresh_gap": refresh_gap}
+        for key, number in {**least, "accumulation": accumulation}.items():
+            if number < 1:
+                raise UserError(key, number, "give an integer of at least 1")
         self.weights: Weights = as_weights(model)
         self.comm = self.weights.comm
         self.module = self.weights.module
@@ -103,7 +124,7 @@ class OWS(torch.optim.Optimizer):
             self.layers.embeddings if always_on == "low_rank" else (),
             self.layers.final if always_on != "none" else (),
         )
-        self._check_rank()
+        check_fits(self.layers, gamma, rank, always_on)
         self.probabilities = probabilities(self._ratios(scores), gamma)
         self._sampler = Sampler(self.probabilities, scheme, seed)
 
@@ -220,7 +241,7 @@ class OWS(torch.optim.Optimizer):
         group = self.param_groups[0]
         hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
         grads = self._buffer.reduce()
-        squares = torch.stack([g.square().sum() for g in (grads, *self._full.grads.values())])
+        squares = torch.stack([g.square().sum().to(self.device) for g in (grads, *self._full.grads.values())])
         norm = self.comm.all_reduce(squares.sum(), "grad_norm").sqrt()
         clip = torch.ones_like(norm)
         if self.max_grad_norm is not None:
@@ -514,13 +535,6 @@ class OWS(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ checks
 
-    def _check_rank(self) -> None:
-        for unit in (*self.layers.layers, self._always):
-            for matrix in unit.matrices:
-                if self.rank > matrix.short:
-                    right = f"give at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
-                    raise UserError("optim.rank", self.rank, right)
-
     def _ratios(self, scores: str | Path | Scores | Sequence[float]) -> Sequence[float]:
         if isinstance(scores, (str, Path)):
             scores = Scores.read(Path(scores))
@@ -530,6 +544,19 @@ class OWS(torch.optim.Optimizer):
             right = f"give one ratio for each of the {len(self.layers.layers)} layers"
             raise UserError("sampling.scores", f"{len(ratios)} ratios", right)
         return ratios
+
+
+def check_fits(layers: ModelLayers, gamma: float, rank: int, always_on: str) -> None:
+    """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
+    if gamma > len(layers.layers):
+        right = f"give at most {len(layers.layers)}, the number of layers"
+        raise UserError("sampling.gamma", gamma, right)
+    low_rank = [matrix for unit in layers.layers for matrix in unit.matrices]
+    low_rank += layers.embeddings if always_on == "low_rank" else ()
+    for matrix in low_rank:
+        if rank > matrix.short:
+            right = f"give at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
+            raise UserError("optim.rank", rank, right)
 
 
 def as_weights(model: Any) -> Weights:

@@ -20,9 +20,9 @@ from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out
 from ows_ds.errors import UserError
 from ows_ds.export import save_model
 from ows_ds.fingerprint import fingerprint
-from ows_ds.layers import find_layers
+from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.log import RunLog
-from ows_ds.optimizer import OWS
+from ows_ds.optimizer import OWS, check_fits
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
 from ows_ds.score import Scores, plot, strip
 from ows_ds.score import score as score_layers
@@ -54,8 +54,9 @@ def train(recipe: Recipe) -> None:
     batches = Batches(
         job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
     )
+    check_fits(job.layers, recipe.sampling.gamma, recipe.optim.rank, recipe.optim.always_on)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
-    ows = _optimizer(recipe, job.weights, _scores(job, run_dir), accumulation(recipe, comm.world))
+    ows = _optimizer(recipe, job.weights, _scores(job, run_dir, opened), accumulation(recipe, comm.world))
     scheduler = _scheduler(recipe, ows, total)
     begin = 0
     if opened is not None:
@@ -63,7 +64,7 @@ def train(recipe: Recipe) -> None:
         scheduler.load_state_dict(opened.numbers["scheduler"])
         begin = ows.steps
 
-    with RunLog(run_dir, total, job.n_layers, main, recipe.log, runtime.accelerator, begin) as log:
+    with RunLog(run_dir, total, len(job.layers.layers), main, recipe.log, runtime.accelerator, begin) as log:
         if main:
             (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
         for line in passed:
@@ -120,8 +121,8 @@ class _Job:
     held_out: list[Encoded]
 
     @property
-    def n_layers(self) -> int:
-        return len(find_layers(self.weights.module, self.weights.shape).layers)
+    def layers(self) -> ModelLayers:
+        return find_layers(self.weights.module, self.weights.shape)
 
     @property
     def pad_id(self) -> int:
@@ -157,10 +158,15 @@ def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtim
     return rows
 
 
-def _scores(job: _Job, run_dir: Path) -> Scores:
-    """The scores to sample by: the given file, the run's own, or computed now. The run keeps them as scores.json."""
+def _scores(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> Scores:
+    """The scores to sample by: the given file, the run's own, those of the run that is continued, or computed now.
+
+    The run keeps them as scores.json.
+    """
     sampling, own = job.recipe.sampling, run_dir / "scores.json"
-    given = Path(sampling.scores) if sampling.scores is not None else own
+    given = own if opened is None else opened.folder.parent.parent / "scores.json"
+    if sampling.scores is not None:
+        given = Path(sampling.scores)
     if not job.runtime.comm.share(given.exists()):
         result = _compute_scores(job)
         _write_scores(job, result, own)
@@ -168,7 +174,7 @@ def _scores(job: _Job, run_dir: Path) -> Scores:
     name = fingerprint(job.weights)
     with together(job.runtime.comm):
         result = Scores.read(given)
-        result.check(name, job.n_layers, sampling.tau)
+        result.check(name, len(job.layers.layers), sampling.tau)
     if given != own:
         _write_scores(job, result, own)
     return result
@@ -188,8 +194,9 @@ def _compute_scores(job: _Job) -> Scores:
     shares = held_out_batches(
         len(rows), sampling.calibration_batch_size, comm.world, comm.index, [len(row["input_ids"]) for row in rows]
     )
-    layers = find_layers(job.weights.module, job.weights.shape)
-    return score_layers(job.weights, layers, (job.batch([rows[i] for i in share]) for share in shares), sampling.tau)
+    return score_layers(
+        job.weights, job.layers, (job.batch([rows[i] for i in share]) for share in shares), sampling.tau
+    )
 
 
 def _optimizer(recipe: Recipe, weights: Weights, scores: Scores, accumulation: int) -> OWS:
@@ -348,8 +355,17 @@ def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint 
     if not own and not (restarted and (run_dir / "config.yaml").exists()):
         used = [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
         if used:
-            right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
+            right = f"give a folder without {used[0]}"
+            if recipe.train.resume == "never":
+                right += ", or --train.resume auto to go on with the run that is there"
             raise UserError("train.output_dir", str(run_dir), right)
+    if own and opened is not None and (run_dir / "model").exists():
+        newest = checkpoint.checkpoints(run_dir)[0]
+        if opened.folder.resolve() != newest.resolve():
+            right = (
+                f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
+            )
+            raise UserError("train.resume", recipe.train.resume, right)
     earlier = run_dir if opened is None else opened.folder.parent.parent
     if (opened is None and not restarted) or not (earlier / "config.yaml").exists():
         return

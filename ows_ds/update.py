@@ -93,11 +93,15 @@ class CoordinateBuffer:
         return leaf
 
     def reduce(self) -> Tensor:
-        """(stride, r): this process's rows of the sum of all processes' gradients. One collective."""
+        """(stride, r): this process's rows of the sum of all processes' gradients. One collective, none for no rows."""
+        if not self.plan.rows:
+            return self.grads
         return self.comm.reduce_scatter(self.grads, "gradients")
 
     def update(self, grads: Tensor, hyper: Hyper) -> None:
         """One AdamW step on this process's rows with their gradients (stride, r), then all rows on every process."""
+        if not self.plan.rows:
+            return
         first, last = self.plan.part(self.comm.index)
         for segment in self.plan.segments:
             self.steps[segment.unit, segment.kind] += 1

@@ -83,4 +83,4 @@ def test_a_mistake_is_one_line_and_exit_code_2(inputs: Path, tmp_path: Path) -> 
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1
     assert lines[0].startswith("ows-ds: error: optim.rank: 4000 is not right: give at most ")
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ows_ds.errors import UserError
+from ows_ds.optimizer import OWS
 from ows_ds.reference import Reference
 from ows_ds.sample import Sampler, probabilities
 from tests.ranks.pool import Pools
@@ -132,3 +134,55 @@ def test_equals_galore_torch(
     start = dict(tiny("llama", False, dtype).named_parameters())
     assert distance({n: p.detach() for n, p in start.items()}, expected) > 100 * tolerance
     assert distance(result["weights"], expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("optim.always_on", {"always_on": "ful"}),
+        ("sampling.scheme", {"scheme": "uniform"}),
+        ("optim.projector", {"projector": "qr"}),
+        ("optim.rank", {"rank": 17}),
+        ("optim.rank", {"rank": 0}),
+        ("sampling.gamma", {"gamma": 4}),
+        ("sampling.gamma", {"gamma": 1.5, "scheme": "fixed"}),
+        ("sampling.tau", {"scores": [0.0, 0.0, 0.0]}),
+        ("sampling.scores", {"scores": [0.1, 0.2]}),
+        ("sampling.scores", {"scores": [0.1, float("nan"), 0.2]}),
+        ("accumulation", {"accumulation": 0}),
+    ],
+)
+def test_what_cannot_work_is_refused(key: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        OWS(tiny("llama"), **{"scores": RATIOS, "rank": 4, "gamma": 1, **settings})
+    assert caught.value.key == key
+
+
+def test_wrong_order_of_calls_is_told() -> None:
+    model = tiny("llama")
+    ows = OWS(model, scores=RATIOS, rank=4, gamma=1, accumulation=2)
+    with pytest.raises(RuntimeError, match="step after 0 of accumulation = 2"):
+        ows.step()
+    for _ in range(2):
+        ows.backward(mean_loss(model, batch(0)[:2]))
+    with pytest.raises(RuntimeError, match="more than accumulation = 2"):
+        ows.backward(mean_loss(model, batch(0)[:2]))
+
+
+def test_closing_gives_the_model_back() -> None:
+    model, plain = tiny("llama", True), tiny("llama", True)
+    ows = OWS(model, scores=RATIOS, rank=4, gamma=2, period=2, always_on="low_rank", lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LinearLR(ows, 1.0, 0.0, 4)
+    for step in range(3):
+        ows.backward(mean_loss(model, batch(step)[:4]))
+        ows.step()
+        scheduler.step()
+        ows.zero_grad()
+    assert ows.param_groups[0]["lr"] == pytest.approx(1e-2 / 4)
+    attached = model(input_ids=batch(9)).logits
+    ows.close()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all("forward" not in vars(module) for module in model.modules())
+    torch.testing.assert_close(model(input_ids=batch(9)).logits, attached, rtol=1e-4, atol=1e-5)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(input_ids=batch(9)).logits, model(input_ids=batch(9)).logits)

@@ -105,6 +105,20 @@ def test_other_world_and_sharding_go_on_with_the_same_run(pools: Pools, inputs: 
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)  # bfloat16 forward passes in another order
 
 
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_steps_in_which_nothing_trains_are_skipped(pools: Pools, inputs: Path, tmp_path: Path, sharding: str) -> None:
+    lean = recipe(
+        inputs, tmp_path / "run", {"gamma": 0.7, "period": 1}, {"always_on": "none"}, steps=8, sharding=sharding
+    )
+    pools(2).run(run, lean, None)
+    records, _ = contents(tmp_path / "run")
+    skipped = [record for record in records[1:] if record.get("skipped")]
+    assert 0 < len(skipped) < 8
+    for record in records[1:]:
+        assert (record["sampled_layers"] == []) == (record["loss"] is None) == (record in skipped)
+        assert "gradients" not in record["comm_bytes"] or record not in skipped
+
+
 def test_a_finished_run_resumes_to_nothing(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3), None)
     before = contents(tmp_path / "run")
