@@ -61,10 +61,11 @@ class Method:
     """How the model is trained.
 
     Attributes:
-        name: The method; ows samples layers by their outliers and trains low-rank coordinates.
+        name: ows samples layers by importance and trains them at low rank; lisa samples evenly, lisa-d less
+            towards the output, both at full rank; galore trains all layers at low rank.
     """
 
-    name: Literal["ows"] = "ows"
+    name: Literal["ows", "lisa", "lisa-d", "galore"] = "ows"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Sampling:
     """Which layers train, and for how long.
 
     Attributes:
-        importance: Score of a layer; outlier is the share of weights that stand out (equation 2).
+        importance: What layers are sampled by under ows: outlier, the share of weights that stand out
+            (equation 2); reverse, the opposite; uniform; decreasing towards the output.
         gamma: Expected number of sampled layers, in layers; above 0.
         period: Optimizer steps between two draws.
         scheme: bernoulli draws each layer on its own; fixed draws exactly gamma layers.
@@ -83,7 +85,7 @@ class Sampling:
         seed: Seed of the draws; null: train.seed.
     """
 
-    importance: Literal["outlier"] = "outlier"
+    importance: Literal["outlier", "reverse", "uniform", "decreasing"] = "outlier"
     gamma: float = 5.0
     period: int = 50
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
@@ -394,6 +396,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "sampling.gamma", "give a whole number of layers, or sampling.scheme bernoulli"
     if train.batch_size % train.micro_batch_size:
         yield "train.batch_size", f"give a multiple of train.micro_batch_size, {train.micro_batch_size}"
+    if recipe.method.name in ("lisa", "lisa-d") and optim.always_on == "low_rank":
+        yield "optim.always_on", f"give full or none under {recipe.method.name}, which trains at full rank"
     if train.steps is not None and optim.warmup_steps > train.steps:
         yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"
     if not set(recipe.log.trackers) <= set(TRACKERS):

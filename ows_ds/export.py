@@ -46,9 +46,12 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is missing
     or damaged, another base model, and an ``out_dir`` that exists.
     """
-    from ows_ds import checkpoint, config
-    from ows_ds.optimizer import OWS
+    from ows_ds import checkpoint, config, methods
+    from ows_ds.fingerprint import fingerprint
+    from ows_ds.layers import find_layers
     from ows_ds.runtime import load_tokenizer, pretrained
+    from ows_ds.sample import SCORED, importance
+    from ows_ds.score import Scores
 
     if out_dir.exists():
         raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet")
@@ -67,15 +70,12 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
         opened = newest
 
     weights = Replicated(pretrained(recipe), comm)
-    ows = OWS(
-        weights,
-        scores=run_dir / "scores.json",
-        gamma=recipe.sampling.gamma,
-        scheme=recipe.sampling.scheme,
-        rank=recipe.optim.rank,
-        refresh_gap=recipe.optim.refresh_gap,
-        always_on=recipe.optim.always_on,
-    )
+    layers, kind, ratios = find_layers(weights.module), methods.importance_of(recipe), None
+    if kind in SCORED:
+        scores = Scores.read(run_dir / "scores.json")
+        scores.check(fingerprint(weights), len(layers.layers), recipe.sampling.tau)
+        ratios = scores.layers
+    ows = methods.build(recipe, weights, importance(kind, len(layers.layers), ratios), 1)
     ows.restore(opened.numbers["ows"], opened.read)
     ows.close()
     save_model(weights, load_tokenizer(recipe), out_dir)

@@ -41,6 +41,7 @@ CHOICES = {
     "optim.moments_on_refresh": ("keep", "reset", "rotate"),
     "optim.always_on": ("full", "low_rank", "none"),
 }
+COLUMNS = 128  # of the coordinate buffer where it holds vectors only
 ALWAYS = "always"  # name of the unit of embedding, head and final norm
 
 
@@ -74,7 +75,7 @@ class OWS(torch.optim.Optimizer):
         gamma: float = 5,
         period: int = 50,
         scheme: str = "bernoulli",
-        rank: int = 128,
+        rank: int | None = 128,
         refresh_gap: int = 200,
         scale: float = 1.0,
         lr: float = 3e-4,
@@ -93,8 +94,9 @@ class OWS(torch.optim.Optimizer):
 
         model: a plain model on its device (process 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
         and no optimizer, or a `Weights`. scores: a file (refused for another model), `Scores`, or the ratios D.
-        gamma: expected layers a period. period: K, optimizer steps. refresh_gap: T_p, steps of a layer's
-        activity. accumulation: calls of `backward` a step. The other names are those of the recipe.
+        gamma: expected layers a period. period: K, optimizer steps. rank: None trains the sampled layers at full rank.
+        refresh_gap: T_p, steps of a layer's activity. accumulation: calls of `backward` a step. The other names are
+        those of the recipe.
 
         Raises UserError for values that cannot work with this model.
         """
@@ -108,7 +110,11 @@ class OWS(torch.optim.Optimizer):
         for key, choice in given.items():
             if choice not in CHOICES[key]:
                 raise UserError(key, choice, f"give one of {', '.join(CHOICES[key])}")
-        least = {"sampling.period": period, "optim.rank": rank, "optim.refresh_gap": refresh_gap}
+        least = {"sampling.period": period, "optim.refresh_gap": refresh_gap}
+        if rank is not None:
+            least["optim.rank"] = rank
+        elif always_on == "low_rank":
+            raise UserError("optim.always_on", always_on, "give full or none where the layers train at full rank")
         for key, number in {**least, "accumulation": accumulation}.items():
             if number < 1:
                 raise UserError(key, number, "give an integer of at least 1")
@@ -116,7 +122,9 @@ class OWS(torch.optim.Optimizer):
         self.comm = self.weights.comm
         self.module = self.weights.module
         self.layers: ModelLayers = find_layers(self.module, self.weights.shape)
-        self.rank, self.period, self.refresh_gap, self.accumulation = rank, period, refresh_gap, accumulation
+        self.low_rank = rank is not None
+        self.rank = COLUMNS if rank is None else rank
+        self.period, self.refresh_gap, self.accumulation = period, refresh_gap, accumulation
         self.max_grad_norm, self.projector, self.seed = max_grad_norm, projector, seed
         self.refresh_batch, self.moments_on_refresh, self.always_on = refresh_batch, moments_on_refresh, always_on
         self._always = Unit(
@@ -151,10 +159,10 @@ class OWS(torch.optim.Optimizer):
         self._projectors: dict[str, Tensor] = {}
         self._vector_hooks: dict[str, RemovableHandle] = {}
         self._refresh: Refresh | None = None
-        self._buffer = CoordinateBuffer(make_plan((), rank, self.comm.world), self.comm, self.dtype, self.device)
-        full = self.layers.embeddings if always_on == "full" else ()
-        self._full = FullRank(self.weights, {m.name: self._parameters[m.name] for m in full}, self.dtype)
-        self.touched.update(m.name for m in full)
+        self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
+        self._full = FullRank(self.weights, self.dtype)
+        if always_on == "full":
+            self._enter_full(self.layers.embeddings)
         self._prepare()
 
     # ------------------------------------------------------------------ the user's side
@@ -228,7 +236,7 @@ class OWS(torch.optim.Optimizer):
         """Fold, and give the model its own forward passes back, every weight frozen."""
         self.fold()
         self._drop()
-        self._full.close()
+        self._full.leave(list(self._full.parameters))
         for attachments in self._attachments.values():
             for attachment in attachments:
                 attachment.remove()
@@ -284,6 +292,8 @@ class OWS(torch.optim.Optimizer):
 
     def _plan(self, layer_set: Iterable[int]) -> Plan:
         units = [self.layers.layers[i] for i in layer_set]
+        if not self.low_rank:  # their matrices train elsewhere, in `FullRank`
+            units = [Unit(unit.name, (), unit.vectors) for unit in units]
         if self._always.matrices or self._always.vectors:
             units.append(self._always)
         return make_plan(units, self.rank, self.comm.world)
@@ -298,6 +308,7 @@ class OWS(torch.optim.Optimizer):
             if unit.name not in stay:
                 self._fold(unit)
                 self._release(unit)
+                self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
         self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
         self._buffer.adopt(old)
         for unit in plan.units:
@@ -310,6 +321,18 @@ class OWS(torch.optim.Optimizer):
                 value = self.weights.whole(self._parameters[vector.name]).reshape(-1)
                 self._buffer.value(vector.name).view(-1)[: vector.numel] = value.to(self.dtype)
             self._listen(unit)
+            self._enter_full(self._full_rank_matrices(unit))
+
+    def _full_rank_matrices(self, unit: Unit) -> tuple[Matrix, ...]:
+        """The matrices of a unit of the plan that train at full rank beside it."""
+        if self.low_rank or unit.name == ALWAYS:
+            return ()
+        return next(layer.matrices for layer in self.layers.layers if layer.name == unit.name)
+
+    def _enter_full(self, matrices: Iterable[Matrix]) -> None:
+        names = [matrix.name for matrix in matrices]
+        self._full.enter({name: self._parameters[name] for name in names})
+        self.touched.update(names)
 
     def _listen(self, unit: Unit) -> None:
         """Let the unit's vectors train: their gradients go straight into the buffer."""
@@ -436,6 +459,7 @@ class OWS(torch.optim.Optimizer):
             self._refresh = None
         for unit in self.plan.units:
             self._release(unit)
+            self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
         self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
 
     def pieces(self) -> list[Piece]:
@@ -465,7 +489,7 @@ class OWS(torch.optim.Optimizer):
         return {
             "steps": self.steps,
             "skipped": self.skipped,
-            "rank": self.rank,
+            "rank": self.rank if self.low_rank else None,
             "layer_set": list(self.layer_set),
             "probabilities": self.probabilities,
             "sampler": self._sampler.state(),
@@ -484,8 +508,9 @@ class OWS(torch.optim.Optimizer):
 
         read: (name, first, last + 1) -> these entries of the flattened tensor. The model must be the same base model.
         """
-        if numbers["rank"] != self.rank:
-            raise UserError("optim.rank", self.rank, f"give {numbers['rank']}, the rank of the checkpoint")
+        rank = self.rank if self.low_rank else None
+        if numbers["rank"] != rank:
+            raise UserError("optim.rank", rank, f"give {numbers['rank']}, the rank of the checkpoint")
         if numbers["probabilities"] != self.probabilities:
             raise UserError("sampling", "other probabilities", "resume with the scores and gamma of the checkpoint")
         self.weights.after_step()
@@ -509,6 +534,8 @@ class OWS(torch.optim.Optimizer):
         values = self._buffer.values.view(-1)
         values[: used * self.rank] = read("coordinates", 0, used * self.rank).to(values)
         self._buffer.set_steps({(unit, kind): count for unit, kind, count in numbers["adam_steps"]})
+        for unit in plan.units:
+            self._enter_full(self._full_rank_matrices(unit))
         for name, tensor in self._full.tensors():
             tensor.copy_(read(f"full/{name}", *self.weights.interval(self._parameters[name.rpartition("/")[0]])))
         self._full.set_steps(numbers["full_steps"])
@@ -546,11 +573,13 @@ class OWS(torch.optim.Optimizer):
         return ratios
 
 
-def check_fits(layers: ModelLayers, gamma: float, rank: int, always_on: str) -> None:
+def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: str) -> None:
     """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
     if gamma > len(layers.layers):
         right = f"give at most {len(layers.layers)}, the number of layers"
         raise UserError("sampling.gamma", gamma, right)
+    if rank is None:
+        return
     low_rank = [matrix for unit in layers.layers for matrix in unit.matrices]
     low_rank += layers.embeddings if always_on == "low_rank" else ()
     for matrix in low_rank:

@@ -44,7 +44,7 @@ class Reference:
     gamma: float = 5
     period: int = 50
     scheme: str = "bernoulli"
-    rank: int = 128
+    rank: int | None = 128
     refresh_gap: int = 200
     scale: float = 1.0
     lr: float = 3e-4
@@ -106,7 +106,7 @@ class Reference:
         names = {}
         for unit in self.units:
             for matrix in unit.matrices:
-                names[matrix.name] = unit.name != "always" or self.always_on == "low_rank"
+                names[matrix.name] = self.rank is not None and (unit.name != "always" or self.always_on == "low_rank")
             for vector in unit.vectors:
                 names[vector.name] = False
         return names
@@ -137,6 +137,7 @@ class Reference:
 
     def project(self, name: str, gradient: Tensor, seen: Tensor) -> Tensor:
         """R of G, with a new projector (of what was ``seen`` of G) where one is due."""
+        assert self.rank is not None
         state = self.state.get(name)
         if state is None:
             rows = torch.zeros(max(gradient.shape), self.rank, dtype=gradient.dtype)

@@ -14,6 +14,24 @@ LayerSet = tuple[int, ...]
 """Indices of the sampled layers, ascending, 0 = nearest the input."""
 
 
+SCORED = ("outlier", "reverse")  # the kinds of importance that need scores of the layers
+
+
+def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) -> list[float]:
+    """What layers are sampled in proportion to, one number >= 0 each, input side first.
+
+    outlier: D (equation 2). reverse: max(D) - D, OWS-Reverse (Li et al., appendix A). uniform: 1, LISA (equation 1).
+    decreasing: N_L - l, LISA-D (Li et al., section 2.2). ratios: D, for the kinds in `SCORED`.
+    """
+    if kind == "uniform":
+        return [1.0] * n_layers
+    if kind == "decreasing":
+        return [float(n_layers - layer) for layer in range(n_layers)]
+    if ratios is None:
+        raise ValueError(f"importance {kind} needs the layers' ratios")
+    return list(ratios) if kind == "outlier" else [max(ratios) - ratio for ratio in ratios]
+
+
 def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = None) -> list[float]:
     """p_l = gamma * D_l / sum(D), clipped to 1, with what is clipped spread over the others in proportion.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config
+from ows_ds import checkpoint, config, methods, sample
 from ows_ds.communicate import together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches, load_rows
@@ -54,9 +54,9 @@ def train(recipe: Recipe) -> None:
     batches = Batches(
         job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
     )
-    check_fits(job.layers, recipe.sampling.gamma, recipe.optim.rank, recipe.optim.always_on)
+    _check_fits(job)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
-    ows = _optimizer(recipe, job.weights, _scores(job, run_dir, opened), accumulation(recipe, comm.world))
+    ows = methods.build(recipe, job.weights, _importance(job, run_dir, opened), accumulation(recipe, comm.world))
     scheduler = _scheduler(recipe, ows, total)
     begin = 0
     if opened is not None:
@@ -158,6 +158,20 @@ def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtim
     return rows
 
 
+def _check_fits(job: _Job) -> None:
+    """What the model is too small for shows before it is scored."""
+    recipe, lisa = job.recipe, job.recipe.method.name in ("lisa", "lisa-d")
+    check_fits(job.layers, recipe.sampling.gamma, None if lisa else recipe.optim.rank, recipe.optim.always_on)
+
+
+def _importance(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:
+    """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
+    kind, layers = methods.importance_of(job.recipe), len(job.layers.layers)
+    if kind not in sample.SCORED:
+        return sample.importance(kind, layers)
+    return sample.importance(kind, layers, _scores(job, run_dir, opened).layers)
+
+
 def _scores(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> Scores:
     """The scores to sample by: the given file, the run's own, those of the run that is continued, or computed now.
 
@@ -196,31 +210,6 @@ def _compute_scores(job: _Job) -> Scores:
     )
     return score_layers(
         job.weights, job.layers, (job.batch([rows[i] for i in share]) for share in shares), sampling.tau
-    )
-
-
-def _optimizer(recipe: Recipe, weights: Weights, scores: Scores, accumulation: int) -> OWS:
-    sampling, optim = recipe.sampling, recipe.optim
-    return OWS(
-        weights,
-        scores=scores,
-        gamma=sampling.gamma,
-        period=sampling.period,
-        scheme=sampling.scheme,
-        rank=optim.rank,
-        refresh_gap=optim.refresh_gap,
-        scale=optim.scale,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        projector=optim.projector,
-        refresh_batch=optim.refresh_batch,
-        moments_on_refresh=optim.moments_on_refresh,
-        always_on=optim.always_on,
-        accumulation=accumulation,
-        seed=recipe.train.seed if sampling.seed is None else sampling.seed,
     )
 
 

@@ -9,12 +9,13 @@ them); moments exist only for the rows or entries that a process owns. A step is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ows_ds.communicate import Communicator
 from ows_ds.plan import Plan, Rows, Segment
@@ -166,25 +167,44 @@ class FullRank:
     """Weights trained at full rank: a float32 copy of this process's interval, its moments, and AdamW on it.
 
     Gradients are reduce-scattered from the backward pass straight into the interval, weight by weight; no whole
-    gradient outlives its hook.
+    gradient outlives its hook. Weights may enter and leave between steps; what leaves takes all its state along.
     """
 
-    def __init__(self, weights: Weights, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """dtype: of the copies, float32 or wider. The parameters require gradients until `close`."""
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        """dtype: of the copies, float32 or wider."""
         self.weights = weights
-        self.parameters = dict(parameters)
+        self.dtype = dtype
+        self.parameters: dict[str, nn.Parameter] = {}
         self.masters: dict[str, nn.Parameter] = {}
         self.grads: dict[str, Tensor] = {}
-        self._handles = []
-        for name, parameter in self.parameters.items():
-            self.masters[name] = nn.Parameter(weights.local(parameter).to(dtype, copy=True))
+        self._handles: dict[str, RemovableHandle] = {}
+        self._adamw: torch.optim.AdamW | None = None
+
+    def enter(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let ``parameters``, by name, train from now on, with moments of zero."""
+        for name, parameter in parameters.items():
+            self.parameters[name] = parameter
+            self.masters[name] = nn.Parameter(self.weights.local(parameter).to(self.dtype, copy=True))
             self.grads[name] = torch.zeros_like(self.masters[name].data)
             parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+            self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
+        self._renew()
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Freeze weights and drop their state."""
+        for name in names:
+            self._handles.pop(name).remove()
+            self.parameters.pop(name).requires_grad_(False)
+            del self.masters[name], self.grads[name]
+        self._renew()
+
+    def _renew(self) -> None:
+        """AdamW over the masters there are now; those that stay keep their state."""
+        old = {} if self._adamw is None else self._adamw.state
         self._adamw = torch.optim.AdamW(self.masters.values()) if self.masters else None
         if self._adamw is not None:
             for master in self.masters.values():
-                self._adamw.state[master] = {
+                self._adamw.state[master] = old.get(master) or {
                     "step": torch.zeros((), dtype=torch.float32),
                     "exp_avg": torch.zeros_like(master.data),
                     "exp_avg_sq": torch.zeros_like(master.data),
@@ -232,22 +252,14 @@ class FullRank:
             yield f"{name}/exp_avg_sq", state["exp_avg_sq"]
 
     @property
-    def steps(self) -> int:
-        """Adam's step count."""
-        return int(next(iter(self._adamw.state.values()))["step"]) if self._adamw is not None else 0
+    def steps(self) -> dict[str, float]:
+        """Adam's step count of each weight."""
+        if self._adamw is None:
+            return {}
+        return {name: float(self._adamw.state[master]["step"]) for name, master in self.masters.items()}
 
-    def set_steps(self, steps: int) -> None:
-        """Set Adam's step count."""
-        if self._adamw is not None:
-            for state in self._adamw.state.values():
-                state["step"].fill_(steps)
-
-    def close(self) -> None:
-        """Freeze the weights again and drop all state."""
-        for handle in self._handles:
-            handle.remove()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
-        self.masters.clear()
-        self.grads.clear()
-        self._adamw = None
+    def set_steps(self, steps: Mapping[str, float]) -> None:
+        """Set Adam's step counts."""
+        for name, count in steps.items():
+            assert self._adamw is not None
+            self._adamw.state[self.masters[name]]["step"].fill_(count)

@@ -31,6 +31,8 @@ LAYOUT = [
     ["optimizer"],
     ["checkpoint", "data", "log", "samples"],
     ["runtime"],
+    ["methods.galore", "methods.lisa", "methods.ows"],
+    ["methods.__init__"],
     ["export"],
     ["trainer"],
     ["cli"],
@@ -70,9 +72,10 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def inner(tree: ast.Module) -> set[str]:
-    """The package's modules that a module imports."""
-    found = {name.split(".")[1] for name in imports(tree) if name.startswith("ows_ds.")}
-    return {name for name in found if name in FILES}
+    """The package's modules that a module imports, itself left out."""
+    found = {name.removeprefix("ows_ds.") for name in imports(tree) if name.startswith("ows_ds.")}
+    found |= {f"{name}.__init__" for name in found} | {name.rpartition(".")[0] for name in found}
+    return {name for name in found if name in FILES and TREES[name] is not tree}
 
 
 def dotted(node: ast.AST) -> str:

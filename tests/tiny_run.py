@@ -30,12 +30,15 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def recipe(inputs: Path, output: Path, sampling: Any = None, optim: Any = None, **train: Any) -> config.Recipe:
+def recipe(
+    inputs: Path, output: Path, sampling: Any = None, optim: Any = None, method: str = "ows", **train: Any
+) -> config.Recipe:
     """9 steps with a checkpoint every 3; the arguments replace keys of their section."""
     return config.from_dict(
         {
             "model": {"path": str(inputs / "model")},
             "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl"), "max_length": 64},
+            "method": {"name": method},
             "sampling": {"gamma": 1.5, "period": 4, "tau": 2.0, "calibration_samples": 4} | (sampling or {}),
             "optim": {"rank": 4, "lr": 1e-2, "refresh_gap": 3, "warmup_steps": 2, "weight_decay": 0.01} | (optim or {}),
             "train": {"output_dir": str(output), "batch_size": 12, "micro_batch_size": 2, "steps": 9, "save_every": 3}

@@ -79,13 +79,13 @@ def test_first_micro_batch_refresh_and_checkpointing(pools: Pools, sharding: str
 
 
 @functools.lru_cache
-def galore(dtype: torch.dtype, steps: int) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+def galore(dtype: torch.dtype, steps: int, gamma: float = BASE["gamma"]) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
     """galore_torch's AdamW in one process on whole batches; states of a layer that leaves are deleted."""
     from galore_torch import GaLoreAdamW
 
     model = tiny("llama", False, dtype)
     parameters = dict(model.named_parameters())
-    sampler = Sampler(probabilities(RATIOS, BASE["gamma"]), "bernoulli", BASE["seed"])
+    sampler = Sampler(probabilities(RATIOS, gamma), "bernoulli", BASE["seed"])
     always = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
     states: dict[str, dict[str, Any]] = {}
     sets = []

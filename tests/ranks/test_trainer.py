@@ -47,7 +47,7 @@ def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         # how long DeepSpeed keeps weights gathered depends on the passes it has seen since its process began
         record.get("comm_bytes", {}).pop("weights", None)
     files = [
-        run_dir / "scores.json",
+        *run_dir.glob("scores.json"),
         *(run_dir / "model").iterdir(),
         *(run_dir / "checkpoints").glob("*/*.safetensors"),
     ]

@@ -1,0 +1,160 @@
+"""The methods that OWS is compared with, over processes and shards, against independent implementations."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ows_ds.optimizer import OWS
+from ows_ds.sample import Sampler, importance, probabilities
+from tests.ranks.pool import Pools
+from tests.ranks.test_optimizer import BASE, galore
+from tests.ranks.test_period import SETTINGS
+from tests.ranks.test_trainer import contents, run
+from tests.ranks.training import RATIOS, batch, distance, home, mean_loss, one_step, run_ows, whole_weights
+from tests.tiny_run import recipe
+from tests.unit.families import tiny
+
+STEPS = 10
+LISA: dict[str, Any] = {
+    "gamma": 1.5, "period": 3, "rank": None, "lr": 5e-3, "seed": 1, "weight_decay": 0.1, "max_grad_norm": 0.5,
+}  # fmt: skip
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+def names_of(model: Any, layers: tuple[int, ...], always: bool) -> list[str]:
+    outside = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if any(f"layers.{i}." in name for i in layers) or (always and name in outside)
+    ]
+
+
+@functools.lru_cache
+def lisa(kind: str, dtype: torch.dtype, always: bool) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """torch's AdamW on the parameters of each period; what leaves loses its state."""
+    model: Any = tiny("llama", False, dtype)
+    parameters = dict(model.named_parameters())
+    sampler = Sampler(probabilities(importance(kind, 3), LISA["gamma"]), "bernoulli", LISA["seed"])
+    states: dict[str, Any] = {}
+    sets = []
+    for step in range(STEPS):
+        if step % LISA["period"] == 0:
+            layers = sampler.draw()
+            names = names_of(model, layers, always)
+            model.requires_grad_(False)
+            for name in names:
+                parameters[name].requires_grad_(True)
+            states = {name: states.get(name, {}) for name in names}
+            # as usual, neither biases nor norms decay
+            groups = [
+                {"params": [parameters[n]], "weight_decay": LISA["weight_decay"] if parameters[n].dim() > 1 else 0.0}
+                for n in names
+            ]
+            optimizer = torch.optim.AdamW(groups, lr=LISA["lr"])
+            for name in names:
+                optimizer.state[parameters[name]] = states[name]
+        sets.append(layers)
+        if names:
+            mean_loss(model, batch(step)).backward()
+            torch.nn.utils.clip_grad_norm_([parameters[n] for n in names], LISA["max_grad_norm"])
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in parameters.items()}, tuple(sets)
+
+
+def run_lisa(rank: int, world: int, sharding: str, kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    model = tiny("llama", False, dtype)
+    weights = home(model, sharding, world)
+    ows = OWS(weights, scores=importance(kind, 3), **settings)
+    sets = []
+    for _ in range(STEPS):
+        sets.append(ows.layer_set)
+        one_step(ows, rank, world)
+    ows.close()
+    return whole_weights(weights), tuple(sets)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kind", "always_on"), [("uniform", "full"), ("decreasing", "none")])
+def test_lisa_equals_torch_adamw(
+    pools: Pools, world: int, sharding: str, dtype: torch.dtype, kind: str, always_on: str
+) -> None:
+    settings = {**LISA, "always_on": always_on, "accumulation": 2}
+    expected, sets = lisa(kind, dtype, always_on == "full")
+    assert len(set(sets)) > 2
+    for weights, drawn in pools(world).run(run_lisa, sharding, kind, dtype, settings):
+        assert drawn == sets
+        assert distance(weights, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_galore_equals_galore_torch(pools: Pools, world: int, sharding: str, dtype: torch.dtype) -> None:
+    settings = {**BASE, "eps": 1e-8, "accumulation": 2, "gamma": 3, "scheme": "fixed"}
+    result = pools(world).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
+    assert set(result["sets"]) == {(0, 1, 2)}
+    expected, _ = galore(dtype, STEPS, 3.0)
+    assert distance(result["weights"], expected) < TOLERANCE[dtype]
+
+
+def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
+    """After each change of the set: state tensors that left, how many are alive, and whether frozen weights moved."""
+    model = tiny("llama", False, torch.bfloat16)
+    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on="none", **{**SETTINGS, "rank": None})
+    found = []
+    for _ in range(5):
+        before, active = whole_weights(ows.weights), set(ows._full.masters)
+        units = [ows.layers.layers[i] for i in ows.layer_set]
+        trained = {part.name for unit in units for part in (*unit.matrices, *unit.vectors)}
+        state = {
+            name: [StorageWeakRef(t.untyped_storage()) for t in tensors] for name, tensors in _state_of(ows).items()
+        }
+        for _ in range(SETTINGS["period"]):
+            one_step(ows, rank, world)
+        left = active - set(ows._full.masters)
+        alive = sum(not reference.expired() for name in left for reference in state[name])
+        after = whole_weights(ows.weights)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        found.append((len(left), alive, moved <= trained and bool(moved) == bool(trained)))
+    ows.close()
+    return found
+
+
+def _state_of(ows: OWS) -> dict[str, list[Tensor]]:
+    states: dict[str, list[Tensor]] = {name: [] for name in ows._full.masters}
+    for name, tensor in ows._full.tensors():
+        states[name.rpartition("/")[0]].append(tensor)
+    return states
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_lisa_frees_what_leaves_and_moves_nothing_else(pools: Pools, sharding: str) -> None:
+    for found in pools(2).run(freed, sharding):
+        assert sum(left for left, _, _ in found) > 0
+        assert all(alive == 0 and still for _, alive, still in found)
+
+
+@pytest.mark.parametrize(("method", "sharding"), [("lisa", "zero3"), ("lisa-d", "replicated"), ("galore", "zero3")])
+def test_methods_resume_bit_identically_and_export(
+    pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str
+) -> None:
+    pools(2).run(run, recipe(inputs, tmp_path / "whole", method=method, sharding=sharding), None)
+    pools(2).run(run, recipe(inputs, tmp_path / "parts", method=method, sharding=sharding), 5)
+    pools(2).run(run, recipe(inputs, tmp_path / "parts", method=method, sharding=sharding, resume="auto"), None)
+    records, files = contents(tmp_path / "whole")
+    assert contents(tmp_path / "parts") == (records, files)
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    assert "model/model.safetensors" in files
+    # no scores are computed where none are needed
+    assert not (tmp_path / "whole" / "scores.json").exists()
