@@ -62,10 +62,11 @@ class Method:
 
     Attributes:
         name: ows samples layers by importance and trains them at low rank; lisa samples evenly, lisa-d less
-            towards the output, both at full rank; galore trains all layers at low rank.
+            towards the output, both at full rank; galore trains all layers at low rank; badam one layer
+            after the other at full rank.
     """
 
-    name: Literal["ows", "lisa", "lisa-d", "galore"] = "ows"
+    name: Literal["ows", "lisa", "lisa-d", "galore", "badam"] = "ows"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Sampling:
         gamma: Expected number of sampled layers, in layers; above 0.
         period: Optimizer steps between two draws.
         scheme: bernoulli draws each layer on its own; fixed draws exactly gamma layers.
+        order: Course of badam through the layers, from the input, from the output, or anew at random in each
+            round.
         tau: An entry is an outlier when it exceeds tau times its layer's mean.
         scores: File of scores to use; null: scores.json in train.output_dir, computed when it is absent.
         calibration_samples: Training rows that the scores are computed on.
@@ -89,6 +92,7 @@ class Sampling:
     gamma: float = 5.0
     period: int = 50
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
+    order: Literal["ascending", "descending", "random"] = "random"
     tau: float = 13.0
     scores: str | None = None
     calibration_samples: int = 128
@@ -396,7 +400,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "sampling.gamma", "give a whole number of layers, or sampling.scheme bernoulli"
     if train.batch_size % train.micro_batch_size:
         yield "train.batch_size", f"give a multiple of train.micro_batch_size, {train.micro_batch_size}"
-    if recipe.method.name in ("lisa", "lisa-d") and optim.always_on == "low_rank":
+    if recipe.method.name in ("lisa", "lisa-d", "badam") and optim.always_on == "low_rank":
         yield "optim.always_on", f"give full or none under {recipe.method.name}, which trains at full rank"
     if train.steps is not None and optim.warmup_steps > train.steps:
         yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"

@@ -29,7 +29,7 @@ from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
 from ows_ds.plan import Plan, RefreshPlan, make_plan, plan_refresh
 from ows_ds.project import find_projector, rotation
 from ows_ds.refresh import Refresh
-from ows_ds.sample import LayerSet, Sampler, probabilities
+from ows_ds.sample import Cycle, LayerSet, Sampler, probabilities
 from ows_ds.score import Scores
 from ows_ds.update import CoordinateBuffer, FullRank, Hyper
 from ows_ds.weights import Replicated, Weights, interval
@@ -89,14 +89,15 @@ class OWS(torch.optim.Optimizer):
         always_on: str = "full",
         accumulation: int = 1,
         seed: int = 0,
+        sampler: Sampler | Cycle | None = None,
     ) -> None:
         """Collective. Freezes all weights of ``model`` but those that train; replaces its linear modules' forward.
 
         model: a plain model on its device (process 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
         and no optimizer, or a `Weights`. scores: a file (refused for another model), `Scores`, or the ratios D.
         gamma: expected layers a period. period: K, optimizer steps. rank: None trains the sampled layers at full rank.
-        refresh_gap: T_p, steps of a layer's activity. accumulation: calls of `backward` a step. The other names are
-        those of the recipe.
+        sampler: draws the sets in place of scores, gamma and scheme. refresh_gap: T_p, steps of a layer's activity.
+        accumulation: calls of `backward` a step. The other names are those of the recipe.
 
         Raises UserError for values that cannot work with this model.
         """
@@ -134,7 +135,7 @@ class OWS(torch.optim.Optimizer):
         )
         check_fits(self.layers, gamma, rank, always_on)
         self.probabilities = probabilities(self._ratios(scores), gamma)
-        self._sampler = Sampler(self.probabilities, scheme, seed)
+        self._sampler = Sampler(self.probabilities, scheme, seed) if sampler is None else sampler
 
         self.module.requires_grad_(False)
         self._parameters = dict(self.module.named_parameters())

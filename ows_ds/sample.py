@@ -102,3 +102,33 @@ class Sampler:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from where `state` was taken."""
         self._stream.bit_generator.state = state
+
+
+class Cycle:
+    """One layer after the other, round after round, with an interface like `Sampler`'s.
+
+    order: ``ascending`` from the input, ``descending`` from the output, ``random``: anew in each round.
+    """
+
+    def __init__(self, n_layers: int, order: str, seed: int) -> None:
+        self.n_layers, self.order, self.seed = n_layers, order, seed
+        self._drawn = 0
+
+    def draw(self) -> LayerSet:
+        """The next layer."""
+        turn, place = divmod(self._drawn, self.n_layers)
+        self._drawn += 1
+        if self.order == "ascending":
+            return (place,)
+        if self.order == "descending":
+            return (self.n_layers - 1 - place,)
+        stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, turn])))
+        return (int(stream.permutation(self.n_layers)[place]),)
+
+    def state(self) -> dict[str, Any]:
+        """How many were drawn, JSON-able."""
+        return {"drawn": self._drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        self._drawn = int(state["drawn"])

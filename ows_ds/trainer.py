@@ -160,8 +160,10 @@ def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtim
 
 def _check_fits(job: _Job) -> None:
     """What the model is too small for shows before it is scored."""
-    recipe, lisa = job.recipe, job.recipe.method.name in ("lisa", "lisa-d")
-    check_fits(job.layers, recipe.sampling.gamma, None if lisa else recipe.optim.rank, recipe.optim.always_on)
+    recipe = job.recipe
+    rank = None if recipe.method.name in methods.FULL_RANK else recipe.optim.rank
+    gamma = 1 if recipe.method.name in ("galore", "badam") else recipe.sampling.gamma
+    check_fits(job.layers, gamma, rank, recipe.optim.always_on)
 
 
 def _importance(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:

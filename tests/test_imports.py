@@ -31,7 +31,7 @@ LAYOUT = [
     ["optimizer"],
     ["checkpoint", "data", "log", "samples"],
     ["runtime"],
-    ["methods.galore", "methods.lisa", "methods.ows"],
+    ["methods.badam", "methods.galore", "methods.lisa", "methods.ows"],
     ["methods.__init__"],
     ["export"],
     ["trainer"],

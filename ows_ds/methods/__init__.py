@@ -9,17 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 from ows_ds.config import Recipe
-from ows_ds.methods import galore, lisa, ows
+from ows_ds.methods import badam, galore, lisa, ows
 from ows_ds.optimizer import OWS
 from ows_ds.weights import Weights
 
 Build = Callable[..., OWS]
-METHODS: dict[str, Build] = {"ows": ows.build, "lisa": lisa.build, "lisa-d": lisa.build, "galore": galore.build}
+METHODS: dict[str, Build] = {
+    "ows": ows.build,
+    "lisa": lisa.build,
+    "lisa-d": lisa.build,
+    "galore": galore.build,
+    "badam": badam.build,
+}
+FULL_RANK = ("lisa", "lisa-d", "badam")  # methods whose layers have no projectors
 
 
 def importance_of(recipe: Recipe) -> str:
     """What layers are sampled by: ``sampling.importance`` where the method is ows, else what defines the method."""
-    own = {"lisa": "uniform", "lisa-d": "decreasing", "galore": "uniform"}
+    own = {"lisa": "uniform", "lisa-d": "decreasing", "galore": "uniform", "badam": "uniform"}
     return own.get(recipe.method.name, recipe.sampling.importance)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ows_ds.optimizer import OWS
-from ows_ds.sample import Sampler, importance, probabilities
+from ows_ds.sample import Cycle, Sampler, importance, probabilities
 from tests.ranks.pool import Pools
 from tests.ranks.test_optimizer import BASE, galore
 from tests.ranks.test_period import SETTINGS
@@ -108,6 +108,54 @@ def test_galore_equals_galore_torch(pools: Pools, world: int, sharding: str, dty
     assert distance(result["weights"], expected) < TOLERANCE[dtype]
 
 
+@functools.lru_cache
+def badam(dtype: torch.dtype, order: str) -> dict[str, Tensor]:
+    """The algorithm of BAdam's paper in plain torch: a new AdamW for each turn of a layer."""
+    model: Any = tiny("llama", False, dtype)
+    rounds = {"ascending": [0, 1, 2, 0], "descending": [2, 1, 0, 2]}[order]
+    for turn, layer in enumerate(rounds):
+        block = [p for name, p in model.named_parameters() if f"layers.{layer}." in name]
+        model.requires_grad_(False)
+        optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in block], lr=LISA["lr"], weight_decay=0.0)
+        for step in range(3 * turn, min(3 * turn + 3, STEPS)):
+            mean_loss(model, batch(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def run_badam(rank: int, world: int, sharding: str, order: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights = home(tiny("llama", False, dtype), sharding, world)
+    settings = {"period": 3, "rank": None, "lr": LISA["lr"], "always_on": "none", "accumulation": 2, "gamma": 1}
+    ows = OWS(weights, scores=[1.0] * 3, sampler=Cycle(3, order, 0), **settings)
+    for _ in range(STEPS):
+        one_step(ows, rank, world)
+    ows.close()
+    return whole_weights(weights)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+def test_badam_equals_plain_torch(pools: Pools, world: int, sharding: str, dtype: torch.dtype, order: str) -> None:
+    for weights in pools(world).run(run_badam, sharding, order, dtype):
+        assert distance(weights, badam(dtype, order)) < TOLERANCE[dtype]
+
+
+def test_cycles_visit_every_layer_once_a_round() -> None:
+    cycle, drawn = Cycle(5, "random", 3), []
+    for _ in range(15):
+        if len(drawn) == 7:
+            resumed = Cycle(5, "random", 3)
+            resumed.restore(cycle.state())
+            cycle = resumed
+        drawn.append(cycle.draw()[0])
+    rounds = [drawn[i : i + 5] for i in (0, 5, 10)]
+    assert [sorted(one) for one in rounds] == [[0, 1, 2, 3, 4]] * 3
+    assert len({tuple(one) for one in rounds}) > 1
+
+
 def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
     """After each change of the set: state tensors that left, how many are alive, and whether frozen weights moved."""
     model = tiny("llama", False, torch.bfloat16)
@@ -145,7 +193,9 @@ def test_lisa_frees_what_leaves_and_moves_nothing_else(pools: Pools, sharding: s
         assert all(alive == 0 and still for _, alive, still in found)
 
 
-@pytest.mark.parametrize(("method", "sharding"), [("lisa", "zero3"), ("lisa-d", "replicated"), ("galore", "zero3")])
+@pytest.mark.parametrize(
+    ("method", "sharding"), [("lisa", "zero3"), ("lisa-d", "replicated"), ("galore", "zero3"), ("badam", "zero3")]
+)
 def test_methods_resume_bit_identically_and_export(
     pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str
 ) -> None:
