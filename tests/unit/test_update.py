@@ -266,7 +266,8 @@ def linear() -> nn.Linear:
 
 def test_full_rank_is_adamw_on_the_weight() -> None:
     module, plain = linear(), linear()
-    full = FullRank(Replicated(module, Communicator()), {"weight": module.weight}, torch.float64)
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
     assert (module.weight.requires_grad, module.bias.requires_grad) == (True, False)
     optimizer = torch.optim.AdamW([plain.weight.requires_grad_(True)], **HYPER.full())
     x = random(torch.empty(6, 5, dtype=torch.float64), 1)
@@ -283,19 +284,46 @@ def test_full_rank_is_adamw_on_the_weight() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(module.weight, plain.weight)
-    assert full.steps == 3
-    full.close()
+    assert full.steps == {"weight": 3.0}
+    full.leave(["weight"])
     assert not module.weight.requires_grad
     assert not list(full.tensors())
     module(x.requires_grad_()).sum().backward()
     assert module.weight.grad is None
 
 
+def test_full_rank_weights_that_stay_keep_their_state_and_others_start_anew() -> None:
+    module = linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
+    x = random(torch.empty(6, 5, dtype=torch.float64), 1)
+
+    def step() -> None:
+        module(x).square().sum().backward()
+        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.zero_grad()
+
+    step()
+    before = {name: tensor.clone() for name, tensor in full.tensors()}
+    full.enter({"bias": module.bias})
+    assert {name: tensor for name, tensor in full.tensors() if name in before}.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in full.tensors() if name in before)
+    step()
+    assert full.steps == {"weight": 2.0, "bias": 1.0}
+    full.leave(["weight"])
+    assert full.steps == {"bias": 1.0}
+    assert (module.weight.requires_grad, module.bias.requires_grad) == (False, True)
+    full.enter({"weight": module.weight})
+    assert full.steps == {"bias": 1.0, "weight": 0.0}
+    assert not dict(full.tensors())["weight/exp_avg"].any()
+
+
 def test_full_rank_adds_up_in_float32() -> None:
     """Steps far below bfloat16's resolution are not lost."""
     module = nn.Linear(2, 2, bias=False).to(torch.bfloat16).requires_grad_(False)
     module.weight.fill_(1.0)
-    full = FullRank(Replicated(module, Communicator()), {"weight": module.weight}, torch.float32)
+    full = FullRank(Replicated(module, Communicator()), torch.float32)
+    full.enter({"weight": module.weight})
     hyper = Hyper(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     for _ in range(8):
