@@ -95,7 +95,6 @@ class Checkpoint:
     folder: Path
     numbers: dict[str, Any]
     _index: dict[str, list[tuple[Path, str, int, int]]]
-    shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Entries [start, stop) of the flattened tensor ``name``, on the CPU, from whichever files hold them."""
@@ -126,12 +125,10 @@ def open_checkpoint(folder: Path, comm: Communicator, key: str = "train.resume")
             if position % comm.world == comm.index:
                 _verify(folder, file, key)
     index: dict[str, list[tuple[Path, str, int, int]]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest["files"]:
-        for name, (shape, start, count) in file["pieces"].items():
+        for name, (_, start, count) in file["pieces"].items():
             index.setdefault(name, []).append((folder / file["name"], name, start, start + count))
-            shapes[name] = tuple(shape)
-    return Checkpoint(folder, manifest["numbers"], index, shapes)
+    return Checkpoint(folder, manifest["numbers"], index)
 
 
 def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | None, list[str]]:
