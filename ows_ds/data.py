@@ -1,15 +1,13 @@
 """Rows -> tokens and labels -> batches.
 
-A row is one JSON object; encoded, it is `{"input_ids": [...], "labels": [...]}`, two lists of equal length,
-with label -100 where a token is not trained. Which rows make up an optimizer step is a pure function of seed,
-step and batch size; ranks and micro-batches only cut it into parts.
+A row is a dict of columns (`rows.load_rows`); encoded, it is `{"input_ids": [...], "labels": [...]}`, two lists of
+equal length, with label -100 where a token is not trained. Which rows make up an optimizer step is a pure
+function of seed, step and batch size; ranks and micro-batches only cut it into parts.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -17,21 +15,21 @@ import numpy
 import torch
 
 from ows_ds.errors import UserError
+from ows_ds.rows import COLUMNS, LETTERS, Row, format_of
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
-COLUMNS = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-Row = dict[str, Any]
+# Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
+ALPACA = (
+    "Below is an instruction that describes a task{paired}. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{task}\n\n{more}### Response:\n"
+)
 Encoded = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows of a file.
+    """What became of the rows of a file or data set.
 
     Attributes:
         rows: rows read.
@@ -50,66 +48,6 @@ class Counts:
     trained_tokens: int
 
 
-def load_rows(path: str | Path, format: str = "auto", key: str = "data.train") -> list[Row]:
-    """Read a JSON Lines file and verify every row; blank lines are skipped.
-
-    Raises UserError naming `key`, file and line when a line is no JSON object or lacks the columns of
-    `format`.
-    """
-    rows: list[Row] = []
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(key, where, f"give one JSON object a line ({error.msg})") from error
-                if not isinstance(row, dict):
-                    raise UserError(key, where, "give one JSON object a line")
-                wrong = _mistake(row, format)
-                if wrong:
-                    raise UserError(key, where, wrong)
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, str(path), f"give a readable JSON Lines file ({error})") from error
-    if not rows:
-        raise UserError(key, str(path), "give a file with at least one row")
-    return rows
-
-
-def _format_of(row: Row, format: str) -> str | None:
-    """`format`, or under "auto" the first one whose columns the row has."""
-    if format != "auto":
-        return format
-    return next((name for name, columns in COLUMNS.items() if all(c in row for c in columns)), None)
-
-
-def _mistake(row: Row, format: str) -> str | None:
-    """What would be right where a row does not fit its format; None where it does."""
-    name = _format_of(row, format)
-    if name is None:
-        choices = " or ".join(", ".join(columns) for columns in COLUMNS.values())
-        return f"give the columns {choices}"
-    if name == "messages":
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not messages:
-            return "give messages as a list of at least one message"
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                return "give every message a role and a content, both text"
-        return None
-    for column in (
-        *COLUMNS[name],
-        *(("input",) if name == "alpaca" and row.get("input") is not None else ()),
-    ):
-        if not isinstance(row.get(column), str):
-            return f"give {column} as text"
-    return None
-
-
 def encode(
     row: Row,
     tokenizer: Any,
@@ -117,18 +55,20 @@ def encode(
     loss_on: str = "assistant",
     format: str = "auto",
     key: str = "data.train",
+    template: str = "auto",
 ) -> Encoded:
     """Tokens and labels of one row that `load_rows` let through, cut to `max_length` tokens from the right.
 
-    Messages go through the tokenizer's chat template; alpaca and prompt_completion rows become one user and
-    one assistant turn of it, or, without a template, plain text with an end-of-sequence token. Under
-    `loss_on` "assistant" the assistant's turns are trained, each with its end mark; text rows are trained
-    whole.
+    Messages go through the tokenizer's chat template. Text rows are trained whole. Every other row is written as
+    `template` says: "chat", one user and one assistant turn; "plain", as its format has it (`_plain`); "alpaca",
+    Stanford Alpaca's prompt; "auto", chat where the tokenizer has a chat template, otherwise plain. What is not a
+    chat ends with an end-of-sequence token. Under `loss_on` "assistant" the answer is trained with its end mark.
 
     Raises UserError naming model.path when the tokenizer is a slow one (it does not tell which characters a
-    token covers), `key` when the template refuses the row, or data.loss_on when it hides where turns end.
+    token covers), data.template when it does not fit tokenizer or row, `key` when the chat template refuses the
+    row, or data.loss_on when it hides where turns end.
     """
-    ids, labels = _tokens(row, tokenizer, loss_on, format, key)
+    ids, labels = _tokens(row, tokenizer, loss_on, format, key, template)
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -139,6 +79,7 @@ def encode_rows(
     loss_on: str = "assistant",
     format: str = "auto",
     key: str = "data.train",
+    template: str = "auto",
 ) -> tuple[list[Encoded], Counts]:
     """`encode` every row, drop those without a trained token, and count what happened.
 
@@ -148,7 +89,7 @@ def encode_rows(
     kept: list[Encoded] = []
     truncated = tokens = trained = 0
     for row in rows:
-        ids, labels = _tokens(row, tokenizer, loss_on, format, key)
+        ids, labels = _tokens(row, tokenizer, loss_on, format, key, template)
         truncated += len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         targets = sum(label != IGNORE for label in labels[1:])
@@ -165,22 +106,36 @@ def encode_rows(
     return kept, Counts(len(rows), len(kept), len(rows) - len(kept), truncated, tokens, trained)
 
 
-def _tokens(row: Row, tokenizer: Any, loss_on: str, format: str, key: str) -> tuple[list[int], list[int]]:
+def _tokens(
+    row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str
+) -> tuple[list[int], list[int]]:
     """Tokens and labels of one row at full length."""
-    name = _format_of(row, format)
+    name = format_of(row, format)
     if not tokenizer.is_fast:
         raise UserError("model.path", type(tokenizer).__name__, "give a model with a fast tokenizer (tokenizer.json)")
-    chat = bool(tokenizer.chat_template) and name != "text"
+    has_chat = bool(tokenizer.chat_template)
+    if template == "chat" and not has_chat:
+        raise UserError("data.template", template, "give plain or alpaca: this model's tokenizer has no chat template")
+    chat = name != "text" and (template == "chat" or (template == "auto" and has_chat))
     if name == "messages" and not chat:
+        if has_chat:
+            raise UserError("data.template", template, "give auto or chat for messages")
         raise UserError(key, "messages", "give rows of another format: this model's tokenizer has no chat template")
     if name == "text":
         text, spans = row["text"], [(0, len(row["text"]))]
-    elif chat:
-        text, spans = _chat(_messages(row, name), tokenizer, loss_on, key)
+    elif name == "messages":
+        text, spans = _chat(list(row["messages"]), tokenizer, loss_on, key)
     else:
-        prompt, completion = _prompt(row, name), row["output" if name == "alpaca" else "completion"]
-        text = prompt + completion
-        spans = [(0 if loss_on == "all" else len(prompt), len(text))]
+        task, more, answer = _said(row, name)
+        if chat:
+            said = f"{task}\n\n{more}" if more else task
+            messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+            text, spans = _chat(messages, tokenizer, loss_on, key)
+        else:
+            write = _alpaca if template == "alpaca" else _plain
+            prompt, completion = write(name, task, more, answer)
+            text = prompt + completion
+            spans = [(0 if loss_on == "all" else len(prompt), len(text))]
     # A chat template writes the special tokens itself.
     encoding = tokenizer(text, add_special_tokens=not chat, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
@@ -199,23 +154,32 @@ def _tokens(row: Row, tokenizer: Any, loss_on: str, format: str, key: str) -> tu
     return ids, labels
 
 
-def _prompt(row: Row, name: str | None) -> str:
-    """What the user says in an alpaca or prompt_completion row, without a chat template."""
-    if name == "prompt_completion":
-        return str(row["prompt"])
-    return "".join(f"{row[column]}\n" for column in ("instruction", "input") if row.get(column))
-
-
-def _messages(row: Row, name: str | None) -> list[dict[str, str]]:
-    """A row as a list of messages, each with `role` and `content`."""
-    if name == "messages":
-        return list(row["messages"])
+def _said(row: Row, name: str | None) -> tuple[str, str, str]:
+    """The task, further input (or nothing) and the answer of a row that is neither a chat nor text."""
     if name == "alpaca":
-        said = "\n\n".join(row[column] for column in ("instruction", "input") if row.get(column))
-        answer = row["output"]
-    else:
-        said, answer = row["prompt"], row["completion"]
-    return [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+        return row["instruction"], row.get("input") or "", row["output"]
+    if name == "multiple_choice":
+        choices = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False))
+        return "\n".join([row["question"].strip(), *choices]), "", LETTERS[row["answer"]]
+    task, answer = COLUMNS[str(name)]
+    return row[task], "", row[answer]
+
+
+def _plain(name: str | None, task: str, more: str, answer: str) -> tuple[str, str]:
+    """Prompt and completion as plain text; questions as lm-evaluation-harness asks those of GSM8K and MMLU."""
+    if name == "question_answer":
+        return f"Question: {task}\nAnswer:", f" {answer}"
+    if name == "multiple_choice":
+        return f"{task}\nAnswer:", f" {answer}"
+    if name == "alpaca":
+        return "".join(f"{part}\n" for part in (task, more) if part), answer
+    return task, answer
+
+
+def _alpaca(name: str | None, task: str, more: str, answer: str) -> tuple[str, str]:
+    """The same in Stanford Alpaca's words, which tell a task with further input from one without."""
+    paired = ", paired with an input that provides further context" if more else ""
+    return ALPACA.format(paired=paired, task=task, more=f"### Input:\n{more}\n\n" if more else ""), answer
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[tuple[int, int]]]:

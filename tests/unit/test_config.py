@@ -112,6 +112,11 @@ def test_sections_are_checked() -> None:
         ("sampling.scores", "no/such.json", "give a file that exists"),
         ("data.train", None, "it is required"),
         ("data.eval", "no/such.jsonl", "give a file that exists"),
+        ("data.train", "no/such.parquet", "give a file that exists"),
+        ("data.train", "/no/such", "give a file or folder that exists, or the name of a data set on the hub"),
+        ("data.eval", "a/b/c", "give a file or folder that exists, or the name of a data set on the hub"),
+        ("data.train_split", "train[:1%", "give a split, such as train, or a part of one"),
+        ("data.eval_split", "", "give a split, such as train, or a part of one"),
         ("data.max_length", 1, "give an integer of at least 2"),
         ("optim.rank", 0, "give an integer of at least 1"),
         ("optim.lr", -1, "give a number of at least 0"),
@@ -131,6 +136,14 @@ def test_values_out_of_range_are_refused(tree: dict[str, Any], key: str, value: 
         config.check(changed(tree, key, value))
     assert error.value.key == key
     assert error.value.right.startswith(right)
+
+
+@pytest.mark.parametrize("source", ["openai/gsm8k", "gsm8k", "zwhe99/commonsense_170k", "a-b/c.d", "."])
+def test_data_sets_are_not_looked_up(tree: dict[str, Any], source: str) -> None:
+    config.check(changed(tree, "data.train", source))
+    config.check(changed(tree, "data.eval", source))
+    for split in ("train", "auxiliary_train", "train[:1%]", "train[-100:]", "train.a[10%:20%]"):
+        config.check(changed(tree, "data.eval_split", split))
 
 
 @pytest.mark.parametrize(

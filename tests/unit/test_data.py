@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ows_ds.data import IGNORE, Batches, collate, encode, encode_rows, held_out_batches, load_rows
+from ows_ds.data import IGNORE, Batches, collate, encode, encode_rows, held_out_batches
 from ows_ds.errors import UserError
+from ows_ds.rows import load_rows
 
 # ChatML with a system message of its own, as SmolLM2 has it.
 CHATML = (
@@ -109,6 +110,98 @@ def test_without_a_chat_template_rows_are_plain_text() -> None:
         encode({"messages": TALK}, tokenizer, 1000)
 
 
+# Each with the text that the tokenizer gets, and the part of it that is trained.
+GSM8K = {"question": "How many clips?", "answer": "48/2=<<48/2=24>>24 clips.\n#### 24"}
+MMLU = {"question": " Which is a mammal?\n", "subject": "", "choices": ["Trout", "Bat", "Crow", "Newt"], "answer": 1}
+# The example of vicgalle/alpaca-gpt4's card; what is expected is its column `text`.
+ODD = {
+    "instruction": "Identify the odd one out.",
+    "input": "Twitter, Instagram, Telegram",
+    "output": "The odd one out is Telegram.",
+}
+COMMONSENSE = {
+    "instruction": "Please answer the following question with true or false, question: is ice cold?\n\n"
+    "Answer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "text", "answer"),
+    [
+        (
+            GSM8K,
+            "plain",
+            "Question: How many clips?\nAnswer: 48/2=<<48/2=24>>24 clips.\n#### 24",
+            " 48/2=<<48/2=24>>24 clips.\n#### 24",
+        ),
+        (
+            MMLU,
+            "plain",
+            "Which is a mammal?\nA. Trout\nB. Bat\nC. Crow\nD. Newt\nAnswer: B",
+            " B",
+        ),
+        (
+            ODD,
+            "alpaca",
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nIdentify the odd one out.\n\n### Input:\nTwitter, Instagram, Telegram\n\n"
+            "### Response:\nThe odd one out is Telegram.",
+            "The odd one out is Telegram.",
+        ),
+        (
+            COMMONSENSE,
+            "alpaca",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nPlease answer the following question with true or false, question: is ice "
+            "cold?\n\nAnswer format: true/false\n\n### Response:\nthe correct answer is true",
+            "the correct answer is true",
+        ),
+        (ODD, "plain", "Identify the odd one out.\nTwitter, Instagram, Telegram\nThe odd one out is Telegram.", None),
+        ({"text": "as it is"}, "alpaca", "as it is", "as it is"),
+    ],
+)
+def test_prompts_as_the_benchmarks_write_them(
+    row: dict[str, Any], template: str, text: str, answer: str | None
+) -> None:
+    bare = byte_tokenizer(None)
+    encoded = encode(row, bare, 1000, template=template)
+    assert bare.decode(encoded["input_ids"]) == text + "<|im_end|>"
+    assert trained(encoded, bare) == [(answer or row["output"]) + "<|im_end|>"]
+    whole = encode(row, bare, 1000, loss_on="all", template=template)
+    assert whole["labels"] == whole["input_ids"] == encoded["input_ids"]
+    # a chat template that is there is not used against the recipe
+    assert encode(row, byte_tokenizer(), 1000, template=template) == encoded
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "answer"),
+    [
+        (GSM8K, "How many clips?", "48/2=<<48/2=24>>24 clips.\n#### 24"),
+        (MMLU, "Which is a mammal?\nA. Trout\nB. Bat\nC. Crow\nD. Newt", "B"),
+    ],
+)
+def test_questions_become_a_conversation(row: dict[str, Any], said: str, answer: str) -> None:
+    tokenizer = byte_tokenizer()
+    encoded = encode(row, tokenizer, 1000)
+    assert encoded == encode(row, tokenizer, 1000, template="chat")
+    assert tokenizer.decode(encoded["input_ids"]).endswith(
+        f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    )
+    assert trained(encoded, tokenizer) == [f"{answer}<|im_end|>"]
+
+
+def test_templates_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.template: 'chat' is not right: give plain or alpaca"):
+        encode(GSM8K, byte_tokenizer(None), 1000, template="chat")
+    for template in ("plain", "alpaca"):
+        with pytest.raises(UserError, match=r"data\.template: .* give auto or chat for messages"):
+            encode({"messages": TALK}, byte_tokenizer(), 1000, template=template)
+
+
 def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
     forgetful = byte_tokenizer(FORGETFUL)
     with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is not right: give all: .* turn 2"):
@@ -144,13 +237,21 @@ def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
     ("bad", "right"),
     [
         ('{"text": ', "give one JSON object a line"),
-        ("[1]", "give one JSON object a line"),
-        ({"question": "a"}, "give the columns messages or instruction, output or prompt, completion or text"),
+        ("[1]", "give a JSON object"),
+        (
+            {"question": "a"},
+            "give the columns messages or instruction, output or prompt, completion or question, choices, answer or "
+            "question, answer or text",
+        ),
         ({"text": 3}, "give text as text"),
         ({"messages": []}, "give messages as a list of at least one message"),
         ({"messages": [{"role": "user"}]}, "give every message a role and a content"),
         ({"instruction": "a", "output": None}, "give output as text"),
         ({"instruction": "a", "input": 3, "output": "b"}, "give input as text"),
+        ({"question": "a", "answer": 3}, "give answer as text"),
+        ({"question": "a", "choices": ["b"], "answer": 0}, "give choices as a list of 2 to 26 texts"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "give answer as the number of the right choice"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "give answer as the number of the right choice"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, bad: object, right: str) -> None:
