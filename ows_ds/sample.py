@@ -1,4 +1,4 @@
-"""Outlier ratios D -> sampling probabilities -> the set of layers to train next (OWS, Algorithm 1)."""
+"""Importance of layers -> sampling probabilities -> the set of layers to train next (OWS, Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from ows_ds.errors import UserError
 LayerSet = tuple[int, ...]
 """Indices of the sampled layers, ascending, 0 = nearest the input."""
 
-
-SCORED = ("outlier", "reverse")  # the kinds of importance that need scores of the layers
+METRIC_OF = {"outlier": "outlier", "reverse": "outlier", "rm": "rm", "bi": "bi", "alpha": "alpha"}
+"""Kinds of importance that need scores of the layers, and the metric that these must be of."""
 
 
 def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) -> list[float]:
     """What layers are sampled in proportion to, one number >= 0 each, input side first.
 
     outlier: D (equation 2). reverse: max(D) - D, OWS-Reverse (Li et al., appendix A). uniform: 1, LISA (equation 1).
-    decreasing: N_L - l, LISA-D (Li et al., section 2.2). ratios: D, for the kinds in `SCORED`.
+    decreasing: N_L - l, LISA-D (Li et al., section 2.2). rm, bi: the metric itself (Li et al., table 9). alpha:
+    1 / alpha, so that heavier tails are sampled more (Li et al., OwLore, abstract). The metrics are those of
+    `ows_ds.score` and `ows_ds.metrics`.
+
+    ratios: the metric's values, for the kinds in `METRIC_OF`. Raises UserError (``sampling.scores``) for an alpha of 0.
     """
     if kind == "uniform":
         return [1.0] * n_layers
@@ -29,7 +33,13 @@ def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) 
         return [float(n_layers - layer) for layer in range(n_layers)]
     if ratios is None:
         raise ValueError(f"importance {kind} needs the layers' ratios")
-    return list(ratios) if kind == "outlier" else [max(ratios) - ratio for ratio in ratios]
+    if kind == "reverse":
+        return [max(ratios) - ratio for ratio in ratios]
+    if kind == "alpha":
+        if min(ratios) <= 0:
+            raise UserError("sampling.scores", list(ratios), "give alphas above 0")
+        return [1 / ratio for ratio in ratios]
+    return list(ratios)
 
 
 def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = None) -> list[float]:
@@ -48,10 +58,10 @@ def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = Non
         raise UserError("sampling.gamma", gamma, f"give more than 0 and at most {len(weights)}, the number of layers")
     if weights.sum() <= 0:
         raise UserError("sampling.tau", tau, "give a smaller threshold: no layer has an outlier at this one")
-    if gamma > np.count_nonzero(weights):
-        raise UserError(
-            "sampling.gamma", gamma, f"give at most {np.count_nonzero(weights)}, the number of layers with outliers"
-        )
+    able = np.count_nonzero(weights)
+    if gamma > able:
+        right = f"give at most {able}, the number of layers with an importance above 0"
+        raise UserError("sampling.gamma", gamma, right)
     result = np.zeros_like(weights)
     sure = np.zeros(len(weights), dtype=bool)
     while True:

@@ -1,4 +1,4 @@
-"""How much the layers matter: the share of outliers in each (equation 2), computed on shards.
+"""Files of scores; and the share of outliers in each layer (equation 2), computed on shards.
 
 Letters: layer l with linear weights W (C_out x C_in); X (tokens x C_in) the inputs of one of them over all calibration
 tokens; A_ij = ||X_j||_2 * |W_ij|, a layer's A being that of all its linear weights together; tau the threshold;
@@ -15,12 +15,11 @@ Every process sees its part of the tokens and its interval of every W, and sends
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ows_ds.calibrate import Select, calibrate
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import Matrix, ModelLayers
+from ows_ds.sample import METRIC_OF
 from ows_ds.weights import Weights
 
 _KEY = "sampling.scores"
@@ -42,9 +44,10 @@ _BLOCK = 1 << 20  # entries of a weight whose float64 copy is made at once: smal
 class Scores:
     """The content of ``scores.json``.
 
-    metric: what was computed ("outlier": equation 2). tau: its threshold. model: fingerprint of the base model.
-    layers: D of every layer, input side first, as a share (not percent). tokens: calibration tokens, masked ones
-    left out. format: version of the file.
+    metric: what was computed: outlier (equation 2), rm, bi or alpha (`ows_ds.metrics`). tau: the threshold of an
+    outlier, 0 for the other metrics. model: fingerprint of the base model. layers: the metric of every layer, input
+    side first; for outlier D as a share (not percent). tokens: calibration tokens, masked ones left out; 0 for alpha,
+    which sees none. format: version of the file.
     """
 
     metric: str
@@ -56,7 +59,7 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write as JSON; ``path`` is complete or as it was before."""
-        with _beside(path) as temporary:
+        with beside(path) as temporary:
             temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
@@ -74,21 +77,36 @@ class Scores:
         for key, kind in (("metric", str), ("model", str), ("tokens", int), ("tau", (int, float))):
             if not isinstance(data.get(key), kind) or isinstance(data.get(key), bool):
                 raise UserError(f"{_KEY}: {key}", data.get(key), f"compute {path} again with `ows-ds score`")
+        if data["metric"] not in METRIC_OF.values():
+            right = f"give scores of one of {', '.join(dict.fromkeys(METRIC_OF.values()))}"
+            raise UserError(f"{_KEY}: metric", data["metric"], right)
         layers = data["layers"]
         if not isinstance(layers, list) or not layers or not all(map(_is_ratio, layers)):
             raise UserError(f"{_KEY}: layers", layers, f"{path} must hold one finite number >= 0 for each layer")
         ratios = tuple(float(ratio) for ratio in layers)
         return cls(data["metric"], float(data["tau"]), data["model"], ratios, data["tokens"])
 
-    def check(self, model_fingerprint: str, n_layers: int, tau: float) -> None:
-        """Refuse (UserError) scores of another model, of another number of layers, or with another tau."""
+    def check(
+        self, model_fingerprint: str, n_layers: int, importance: str | None = None, tau: float | None = None
+    ) -> None:
+        """Refuse (UserError) scores of another model, of another number of layers, or made for something else.
+
+        importance: the kind that they are for, one of `METRIC_OF`; None: any. tau: ``sampling.tau``, compared where
+        the metric has one.
+        """
         again = "compute the scores again with `ows-ds score`, or leave sampling.scores out"
         if len(self.layers) != n_layers:
             raise UserError(_KEY, f"scores of {len(self.layers)} layers", f"this model has {n_layers}; {again}")
         if self.model != model_fingerprint:
             short = f"scores of model {self.model[:12]}"
             raise UserError(_KEY, short, f"this model's weights are {model_fingerprint[:12]}; {again}")
-        if self.tau != tau:
+        if importance is None:
+            return
+        metric = METRIC_OF[importance]
+        if self.metric != metric:
+            right = f"sampling.importance is {importance}, which needs scores of metric {metric}; {again}"
+            raise UserError(_KEY, f"scores of metric {self.metric}", right)
+        if metric == "outlier" and self.tau != tau:
             raise UserError(_KEY, f"scores with tau {self.tau:g}", f"sampling.tau is {tau:g}; {again}")
 
 
@@ -143,54 +161,20 @@ def input_squares(
 
     Returns ({matrix name: float64, (C_in,)}, number of tokens). Arguments as for `score`.
     """
-    module = weights.module
     squares = {m.name: torch.zeros(m.in_features, dtype=torch.float64, device=weights.device) for m in matrices}
-    kept = torch.empty(0, dtype=torch.int64, device=weights.device)  # the tokens of this batch, flattened
-    positions = 0
-    tokens = 0
 
-    def add(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].detach()
-        x = x.reshape(-1, x.shape[-1])
-        if len(x) != positions:
-            raise RuntimeError(f"the input of {name} has {len(x)} rows where the batch has {positions} tokens")
-        x = x.index_select(0, kept)  # not a product with the mask: padding may be NaN
-        x = x if x.dtype == torch.float64 else x.float()
-        squares[name] += x.square().sum(0, dtype=torch.float64)
+    def attach(select: Select) -> Iterator[RemovableHandle]:
+        def add(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = select(f"the input of {name}", inputs[0])
+            x = x if x.dtype == torch.float64 else x.float()
+            squares[name] += x.square().sum(0, dtype=torch.float64)
 
-    extra = _without_needless_work(module.forward)
-    training = [m for m in module.modules() if m.training]
-    handles = []
-    try:
-        module.eval()
         for matrix in matrices:
             for name in matrix.modules:
                 hook = functools.partial(add, matrix.name)
-                handles.append(module.get_submodule(name).register_forward_pre_hook(hook))
-        with torch.no_grad():
-            for batch in batches:
-                if batch is None:  # one token, only to take part
-                    batch = {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=weights.device)}
-                    mask = torch.zeros_like(batch["input_ids"])
-                else:
-                    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                kept = mask.flatten().nonzero().squeeze(1)
-                positions = mask.numel()
-                tokens += len(kept)
-                weights(**{key: value for key, value in batch.items() if key != "labels"}, **extra)
-                weights.after_step()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m in training:
-            m.training = True
-    return squares, tokens
+                yield weights.module.get_submodule(name).register_forward_pre_hook(hook)
 
-
-def _without_needless_work(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments that spare the cache and the head's work on all positions but the last, where they are understood."""
-    known = inspect.signature(forward).parameters
-    return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}
+    return squares, calibrate(weights, batches, attach)
 
 
 def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
@@ -217,67 +201,12 @@ def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterat
             yield slice(column, column + block.shape[1]), block
 
 
-def plot(scores: list[tuple[str, Scores]], path: Path) -> None:
-    """The distribution over layers as a PNG at ``path`` (complete or absent): the paper's Figure 2.
-
-    scores: (label, scores) of one model, as bars, or of several, as lines.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7.2, 3.6), dpi=150, layout="constrained")  # not pyplot: no global state, no display
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for label, one in scores:
-        percent = [100 * ratio for ratio in one.layers]
-        if len(scores) == 1:
-            axes.bar(range(len(percent)), percent, width=0.8, color="#3b6fb6", label=label)
-        else:
-            axes.plot(percent, marker="o", markersize=3.5, linewidth=1.5, label=label)
-    taus = ", ".join(dict.fromkeys(f"{one.tau:g}" for _, one in scores))
-    axes.set_title(f"Outlier ratio per layer (tau = {taus})" + (f": {scores[0][0]}" if len(scores) == 1 else ""))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("outlier ratio [%]")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(scores) > 1:
-        axes.legend(frameon=False)
-    with _beside(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def strip(scores: Scores, height: int = 4) -> str:
-    """The distribution over layers for a terminal: ``height`` lines of columns and one that numbers the layers."""
-    top = max(scores.layers)
-    width = 2 if len(scores.layers) <= 36 else 1
-    eighths = [round(8 * height * ratio / top) if top else 0 for ratio in scores.layers]
-    left = max(len(f"{100 * top:.2f} %"), 6)
-    lines = []
-    for line in range(height, 0, -1):
-        label = f"{100 * top:.2f} %" if line == height else ""
-        cells = ((" ▁▂▃▄▅▆▇█"[min(8, max(0, value - 8 * (line - 1)))]) for value in eighths)
-        lines.append(f"{label:>{left}} │" + "".join(cell.ljust(width) for cell in cells).rstrip())
-    numbers = "".join(str(layer).ljust(5 * width) for layer in range(0, len(scores.layers), 5)).rstrip()
-    low = min(scores.layers)
-    lines.append(f"{'layer':>{left}}  {numbers}")
-    lines.append(
-        f"{'':>{left}}  outliers above {scores.tau:g} times the mean: {100 * low:.3f} % (layer "
-        f"{scores.layers.index(low)}) to {100 * top:.3f} % (layer {scores.layers.index(top)})"
-    )
-    return "\n".join(lines)
-
-
 def _is_ratio(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A file next to ``path`` that becomes ``path`` when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

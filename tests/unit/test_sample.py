@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ows_ds.errors import UserError
-from ows_ds.sample import LayerSet, Sampler, probabilities
+from ows_ds.sample import METRIC_OF, LayerSet, Sampler, importance, probabilities
 
 # D of LLaMA2-7B at tau 13, in percent, layer 0 first
 LLAMA2 = [
@@ -20,6 +20,32 @@ LLAMA2 = [
     0.047, 0.039, 0.034, 0.034, 0.032, 0.028, 0.028, 0.023, 0.025, 0.021, 0.024, 0.018, 0.018, 0.021, 0.024, 0.082,
 ]  # fmt: skip
 DRAWS = 10_000
+
+
+# ---- importance
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratios", "expected"),
+    [
+        ("outlier", [0.5, 0.25, 2.0], [0.5, 0.25, 2.0]),
+        ("reverse", [0.5, 0.25, 2.0], [1.5, 1.75, 0.0]),
+        ("uniform", None, [1, 1, 1]),
+        ("decreasing", None, [3, 2, 1]),
+        ("rm", [0.5, 0.25, 2.0], [0.5, 0.25, 2.0]),
+        ("bi", [0.5, 0.0, 2.0], [0.5, 0.0, 2.0]),
+        ("alpha", [2.0, 4.0, 1.25], [0.5, 0.25, 0.8]),  # the heaviest tail is sampled most
+    ],
+)
+def test_importance(kind: str, ratios: list[float] | None, expected: list[float]) -> None:
+    assert importance(kind, 3, ratios) == expected
+    assert (kind in METRIC_OF) == (ratios is not None)
+
+
+def test_an_alpha_of_0_is_refused() -> None:
+    with pytest.raises(UserError, match="above 0") as caught:
+        importance("alpha", 2, [2.0, 0.0])
+    assert caught.value.key == "sampling.scores"
 
 
 # ---- probabilities
@@ -80,8 +106,8 @@ def test_llama2_is_clipped_at_12_and_not_at_5() -> None:
         ([0.1, 0.2, 0.3], 0, "sampling.gamma", 0, "more than 0"),
         ([0.1, 0.2, 0.3], -1, "sampling.gamma", -1, "more than 0"),
         ([0.1, 0.2, 0.3], math.nan, "sampling.gamma", None, "more than 0"),
-        ([0.1, 0.0, 0.3], 3, "sampling.gamma", 3, "at most 2, the number of layers with outliers"),
-        ([0.1, 0.0, 0.3], 2.5, "sampling.gamma", 2.5, "at most 2, the number of layers with outliers"),
+        ([0.1, 0.0, 0.3], 3, "sampling.gamma", 3, "at most 2, the number of layers with an importance above 0"),
+        ([0.1, 0.0, 0.3], 2.5, "sampling.gamma", 2.5, "at most 2, the number of layers with an importance above 0"),
     ],
 )
 def test_what_is_refused(ratios: list[float], gamma: float, key: str, value: float | None, says: str) -> None:

@@ -1,4 +1,4 @@
-"""score.py in one process: equation 2 by hand and against a plain evaluation; files of scores; plot and strip."""
+"""score.py in one process: equation 2 by hand and against a plain evaluation; files of scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ows_ds.communicate import Communicator
 from ows_ds.errors import UserError
 from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
-from ows_ds.score import Scores, _blocks, plot, score, strip
+from ows_ds.score import Scores, _blocks, score
 from ows_ds.weights import Replicated, interval
 from tests.unit.families import FAMILIES, tiny
 
@@ -229,6 +229,7 @@ def changed(**values: Any) -> str:
         (changed(tau=None), "tau"),
         (changed(tokens=1.5), "tokens"),
         (changed(model=7), "model"),
+        (changed(metric="reverse"), "give scores of one of outlier, rm, bi, alpha"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str | None, says: str) -> None:
@@ -241,34 +242,20 @@ def test_files_that_are_refused(tmp_path: Path, text: str | None, says: str) -> 
 
 
 def test_check() -> None:
-    SCORES.check("f" * 64, 3, 13.0)
-    for model, layers, tau, says in (
-        ("e" * 64, 3, 13.0, "this model's weights are eeeeeeeeeeee"),
-        ("f" * 64, 4, 13.0, "this model has 4"),
-        ("f" * 64, 3, 5.0, "sampling.tau is 5"),
+    rm = replace(SCORES, metric="rm", tau=0.0)
+    SCORES.check("f" * 64, 3, "outlier", 13.0)
+    SCORES.check("f" * 64, 3, "reverse", 13.0)
+    rm.check("f" * 64, 3, "rm", 13.0)  # tau is none of its business
+    for scores in (SCORES, rm):
+        scores.check("f" * 64, 3)
+    for scores, model, layers, kind, tau, says in (
+        (SCORES, "e" * 64, 3, "outlier", 13.0, "this model's weights are eeeeeeeeeeee"),
+        (SCORES, "f" * 64, 4, None, None, "this model has 4"),
+        (SCORES, "f" * 64, 3, "reverse", 5.0, "sampling.tau is 5"),
+        (SCORES, "f" * 64, 3, "bi", 13.0, "sampling.importance is bi, which needs scores of metric bi"),
+        (rm, "f" * 64, 3, "reverse", 0.0, "sampling.importance is reverse, which needs scores of metric outlier"),
     ):
         with pytest.raises(UserError, match=says) as caught:
-            SCORES.check(model, layers, tau)
+            scores.check(model, layers, kind, tau)
         assert caught.value.key == "sampling.scores"
-
-
-# ---- pictures
-
-
-def test_plot(tmp_path: Path) -> None:
-    for scores in ([("one", SCORES)], [("one", SCORES), ("two", replace(SCORES, layers=(0.1, 0.2)))]):
-        path = tmp_path / "new" / "layers.png"
-        plot(scores, path)
-        assert path.read_bytes().startswith(b"\x89PNG\r\n")
-        assert [p.name for p in path.parent.iterdir()] == ["layers.png"]
-
-
-def test_strip() -> None:
-    assert strip(replace(SCORES, layers=(0.0, 0.005, 0.01)), height=2).splitlines() == [
-        "1.00 % │    █",
-        "       │  █ █",
-        " layer  0",
-        "        outliers above 13 times the mean: 0.000 % (layer 0) to 1.000 % (layer 2)",
-    ]
-    assert "0.00 %" in strip(replace(SCORES, layers=(0.0, 0.0)))
-    assert max(map(len, strip(replace(SCORES, layers=(0.001,) * 80)).splitlines())) <= 90
+    assert caught.value.value == "scores of metric rm"
