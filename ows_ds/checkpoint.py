@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ows_ds.communicate import Communicator, together
 from ows_ds.errors import UserError
-from ows_ds.optimizer import Piece
+from ows_ds.weights import Piece
 
 FORMAT = 1
 MANIFEST = "manifest.json"

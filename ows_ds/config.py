@@ -7,6 +7,7 @@ contradictions, `to_yaml` writes every default out. Importing this module is che
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -41,19 +42,36 @@ class Data:
     """The rows to train on and to evaluate with.
 
     Attributes:
-        train: JSON Lines file, one row a line. Required by train, and by score for calibration.
-        eval: JSON Lines file of held-out rows; null: no evaluation.
+        train: File (.jsonl, .json, .parquet, .csv), folder of a data set, or its name on the hub. Required by train,
+            and by score for calibration.
+        eval: The same for held-out rows; null: no evaluation.
+        train_subset: Subset (configuration) of the data set that data.train names, such as main; null: its only
+            one. Files have none.
+        eval_subset: The same for data.eval.
+        train_split: Split of the data set that data.train names, or a part of it such as train[:1%] or
+            train[100:]. Of a file the name is ignored, the part is taken.
+        eval_split: The same for data.eval.
         max_length: Tokens of a row; longer rows are cut at the end.
         loss_on: Tokens that are trained: the assistant's turns with their end mark, or all of them.
         format: Columns of a row; auto recognises messages, alpaca (instruction, input, output),
-            prompt_completion (prompt, completion) and text by their names.
+            prompt_completion (prompt, completion), multiple_choice (question, choices, answer), question_answer
+            (question, answer) and text by their names.
+        template: How a row with a task and an answer is written: the tokenizer's chat template, plain text, or
+            Stanford Alpaca's prompt; auto: chat where the tokenizer has a template, otherwise plain.
     """
 
     train: str | None = None
     eval: str | None = None
+    train_subset: str | None = None
+    eval_subset: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
     max_length: int = 512
     loss_on: Literal["assistant", "all"] = "assistant"
-    format: Literal["auto", "messages", "alpaca", "prompt_completion", "text"] = "auto"
+    format: Literal["auto", "messages", "alpaca", "prompt_completion", "multiple_choice", "question_answer", "text"] = (
+        "auto"
+    )
+    template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -63,10 +81,19 @@ class Method:
     Attributes:
         name: ows samples layers by importance and trains them at low rank; lisa samples evenly, lisa-d less
             towards the output, both at full rank; galore trains all layers at low rank; badam one layer
-            after the other at full rank.
+            after the other at full rank; hift one layer a step at full rank and keeps its moments; full all
+            weights; lora and dora adapters of all linear layers; mezo all weights by forward passes alone.
+        lora_rank: Rank of the adapters of lora and dora.
+        lora_alpha: Numerator of the adapters' scale; the denominator is method.lora_rank.
+        lora_dropout: Share of an adapter's inputs that is zeroed in training; from 0 to below 1.
+        epsilon: Length of mezo's step to both sides of the weights, in units of its noise.
     """
 
-    name: Literal["ows", "lisa", "lisa-d", "galore", "badam"] = "ows"
+    name: Literal["ows", "lisa", "lisa-d", "galore", "badam", "hift", "full", "lora", "dora", "mezo"] = "ows"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    epsilon: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -75,12 +102,13 @@ class Sampling:
 
     Attributes:
         importance: What layers are sampled by under ows: outlier, the share of weights that stand out
-            (equation 2); reverse, the opposite; uniform; decreasing towards the output.
+            (equation 2); reverse, the opposite; uniform; decreasing towards the output; rm, a layer's relative
+            magnitude; bi, its block influence; alpha, how heavy the tails of its spectra are.
         gamma: Expected number of sampled layers, in layers; above 0.
         period: Optimizer steps between two draws.
         scheme: bernoulli draws each layer on its own; fixed draws exactly gamma layers.
-        order: Course of badam through the layers, from the input, from the output, or anew at random in each
-            round.
+        order: Course of badam and hift through the layers: from the input, from the output, or at random (badam
+            anew in each round, hift once before training).
         tau: An entry is an outlier when it exceeds tau times its layer's mean.
         scores: File of scores to use; null: scores.json in train.output_dir, computed when it is absent.
         calibration_samples: Training rows that the scores are computed on.
@@ -88,7 +116,7 @@ class Sampling:
         seed: Seed of the draws; null: train.seed.
     """
 
-    importance: Literal["outlier", "reverse", "uniform", "decreasing"] = "outlier"
+    importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = "outlier"
     gamma: float = 5.0
     period: int = 50
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
@@ -223,6 +251,9 @@ SECTIONS: dict[str, type] = {
     "train": Train,
     "log": Log,
 }
+DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
+HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -245,22 +276,23 @@ def instruction(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"give a list of {len(arguments)} numbers, such as [0.9, 0.999]"
     if typing.get_origin(hint) is list:
-        return "give a list of texts, such as [tensorboard]"
+        kinds = {str: "texts, such as [tensorboard]", int: "integers, such as [0, 1]", float: "numbers, such as [1e-4]"}
+        return f"give a list of {kinds[arguments[0]]}"
     words = {int: "give an integer", float: "give a number", bool: "give true or false", str: "give text"}
     return words[hint]
 
 
-def _convert(key: str, value: object, hint: Any, whole: Any) -> Any:
-    """`value` as type `hint`, or UserError naming `key` and what type `whole` asks for."""
+def convert(key: str, value: object, hint: Any, whole: Any) -> Any:
+    """`value`, as YAML gives it, as type `hint`; UserError naming `key` and what type `whole` asks for."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
-        return None if value is None else _convert(key, value, arguments[0], whole)
+        return None if value is None else convert(key, value, arguments[0], whole)
     if typing.get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
         return value
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        return tuple(_convert(key, v, h, whole) for v, h in zip(value, arguments, strict=True))
+        return tuple(convert(key, v, h, whole) for v, h in zip(value, arguments, strict=True))
     if typing.get_origin(hint) is list and isinstance(value, list | tuple):
-        return [_convert(key, v, arguments[0], whole) for v in value]
+        return [convert(key, v, arguments[0], whole) for v in value]
     if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
             return float(value)  # also of text: YAML 1.1 reads 3e-4 as text
@@ -301,7 +333,7 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
             if f.default is f.default_factory is dataclasses.MISSING and given.get(f.name) is None:
                 raise UserError(f"{name}.{f.name}", None, f"it is required: {instruction(wanted[f.name])}")
         sections[name] = kind(
-            **{k: _convert(f"{name}.{k}", v, wanted[k], wanted[k]) for k, v in given.items()},
+            **{k: convert(f"{name}.{k}", v, wanted[k], wanted[k]) for k, v in given.items()},
         )
     return Recipe(**sections)
 
@@ -340,6 +372,11 @@ def read_yaml(path: str | Path, key: str = "config") -> dict[str, Any]:
     return tree or {}
 
 
+def is_file(source: str) -> bool:
+    """Whether a source of rows is meant as a local file (it ends like one, or is there), not as a data set."""
+    return Path(source).suffix.lower() in DATA_FILES or Path(source).is_file()
+
+
 def check(recipe: Recipe) -> None:
     """Refuse values that are out of range or contradict each other, as far as that shows without the model.
 
@@ -364,6 +401,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "sampling.calibration_samples": (sampling.calibration_samples, 1),
         "sampling.calibration_batch_size": (sampling.calibration_batch_size, 1),
         "sampling.seed": (sampling.seed, 0),
+        "method.lora_rank": (recipe.method.lora_rank, 1),
         "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.rank": (optim.rank, 1),
         "optim.refresh_gap": (optim.refresh_gap, 1),
@@ -381,6 +419,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if integer is not None and integer < least:
             yield key, f"give an integer of at least {least}"
     above_zero: dict[str, float | None] = {
+        "method.lora_alpha": recipe.method.lora_alpha,
+        "method.epsilon": recipe.method.epsilon,
         "sampling.gamma": sampling.gamma,
         "sampling.tau": sampling.tau,
         "optim.eps": optim.eps,
@@ -394,6 +434,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, number in {"optim.lr": optim.lr, "optim.weight_decay": optim.weight_decay}.items():
         if number < 0:
             yield key, "give a number of at least 0"
+    if not 0 <= recipe.method.lora_dropout < 1:
+        yield "method.lora_dropout", "give a number of at least 0 and below 1"
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield "optim.betas", "give two numbers, each at least 0 and below 1"
     if sampling.scheme == "fixed" and sampling.gamma != int(sampling.gamma):
@@ -411,10 +453,18 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not train.output_dir or (Path(train.output_dir).exists() and not Path(train.output_dir).is_dir()):
         yield "train.output_dir", "give a folder, or a name at which one can be made"
     if data.train is None:
-        yield "data.train", "it is required: give a JSON Lines file"
+        yield "data.train", "it is required: give a file or a data set"
+    for key, source in {"data.train": data.train, "data.eval": data.eval}.items():
+        if source is None or Path(source).is_file():
+            continue
+        if is_file(source):
+            yield key, "give a file that exists"
+        if not Path(source).is_dir() and not re.fullmatch(HUB_NAME, source):
+            yield key, "give a file or folder that exists, or the name of a data set on the hub"
+    for key, split in {"data.train_split": data.train_split, "data.eval_split": data.eval_split}.items():
+        if not re.fullmatch(SPLIT, split):
+            yield key, "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
     files = {
-        "data.train": data.train,
-        "data.eval": data.eval,
         "sampling.scores": sampling.scores,
         "train.ds_config": train.ds_config,
     }

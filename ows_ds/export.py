@@ -47,11 +47,9 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     or damaged, another base model, and an ``out_dir`` that exists.
     """
     from ows_ds import checkpoint, config, methods
-    from ows_ds.fingerprint import fingerprint
     from ows_ds.layers import find_layers
     from ows_ds.runtime import load_tokenizer, pretrained
-    from ows_ds.sample import SCORED, importance
-    from ows_ds.score import Scores
+    from ows_ds.scoring import importance
 
     if out_dir.exists():
         raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet")
@@ -69,14 +67,11 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
             raise UserError("run_dir", str(run_dir), "give a run with a complete checkpoint")
         opened = newest
 
-    weights = Replicated(pretrained(recipe), comm)
-    layers, kind, ratios = find_layers(weights.module), methods.importance_of(recipe), None
-    if kind in SCORED:
-        scores = Scores.read(run_dir / "scores.json")
-        scores.check(fingerprint(weights), len(layers.layers), recipe.sampling.tau)
-        ratios = scores.layers
-    ows = methods.build(recipe, weights, importance(kind, len(layers.layers), ratios), 1)
-    ows.restore(opened.numbers["ows"], opened.read)
-    ows.close()
+    model = pretrained(recipe)
+    layers = find_layers(model)
+    weights = Replicated(methods.adapt(recipe, model), comm)
+    method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir), 1)
+    method.restore(opened.numbers["method"], opened.read)
+    method.close()
     save_model(weights, load_tokenizer(recipe), out_dir)
     print(f"{out_dir}: {opened.folder.name} of {run_dir}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
 from ows_ds.plan import Plan, RefreshPlan, make_plan, plan_refresh
 from ows_ds.project import find_projector, rotation
 from ows_ds.refresh import Refresh
-from ows_ds.sample import Cycle, LayerSet, Sampler, probabilities
+from ows_ds.sample import Cycle, LayerSet, Sampler, importance, probabilities
 from ows_ds.score import Scores
-from ows_ds.update import CoordinateBuffer, FullRank, Hyper
-from ows_ds.weights import Replicated, Weights, interval
+from ows_ds.update import CoordinateBuffer, FullRank, Hyper, pieces_of_states, read_states, steps_of
+from ows_ds.weights import Piece, ReadPiece, Replicated, Weights, interval, pieces_of, read_weights
 
 CHOICES = {
     "sampling.scheme": ("bernoulli", "fixed"),
@@ -43,22 +42,6 @@ CHOICES = {
 }
 COLUMNS = 128  # of the coordinate buffer where it holds vectors only
 ALWAYS = "always"  # name of the unit of embedding, head and final norm
-
-
-@dataclass
-class Piece:
-    """A run of a flattened tensor that this process contributes to a checkpoint.
-
-    shape: of the whole tensor; start: of the run; tensor: 1-D.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    tensor: Tensor
-
-
-ReadPiece = Callable[[str, int, int], Tensor]
 
 
 class OWS(torch.optim.Optimizer):
@@ -174,6 +157,11 @@ class OWS(torch.optim.Optimizer):
         return self.weights.device
 
     @property
+    def lr(self) -> float:
+        """The learning rate of the coming step."""
+        return float(self.param_groups[0]["lr"])
+
+    @property
     def plan(self) -> Plan:
         """Layout of the coordinates of the coming step."""
         return self._buffer.plan
@@ -191,9 +179,8 @@ class OWS(torch.optim.Optimizer):
             return
         if self._micro == self.accumulation:
             raise RuntimeError(f"backward was called more than accumulation = {self.accumulation} times a step")
-        (loss if self.comm.world == 1 else loss / self.comm.world).backward()
+        self.weights.backward(loss)
         self._micro += 1
-        self.weights.after_backward()
         if self._refresh is not None and self.refresh_batch == "first":
             self._finish_refresh()
 
@@ -242,6 +229,21 @@ class OWS(torch.optim.Optimizer):
             for attachment in attachments:
                 attachment.remove()
 
+    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
+        """A whole optimizer step: `backward` on each micro-batch's loss, `step`, `zero_grad`.
+
+        losses: computes this process's losses, one a micro-batch; their sum is its mean. Not called in a step in which
+        nothing trains. Returns the sum: float64, (). Collective.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for compute in () if self.idle else losses:
+            loss = compute()
+            self.backward(loss)
+            total += loss.detach()
+        self.step()
+        self.zero_grad()
+        return total
+
     # ------------------------------------------------------------------ update
 
     def _update(self) -> None:
@@ -250,7 +252,7 @@ class OWS(torch.optim.Optimizer):
         group = self.param_groups[0]
         hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
         grads = self._buffer.reduce()
-        squares = torch.stack([g.square().sum().to(self.device) for g in (grads, *self._full.grads.values())])
+        squares = torch.stack([grads.square().sum(), *self._full.squares()])
         norm = self.comm.all_reduce(squares.sum(), "grad_norm").sqrt()
         clip = torch.ones_like(norm)
         if self.max_grad_norm is not None:
@@ -475,15 +477,8 @@ class OWS(torch.optim.Optimizer):
         for name, projector in self._projectors.items():
             start, stop = interval(projector.numel(), self.comm.index, self.comm.world)
             result.append(Piece(f"projector/{name}", tuple(projector.shape), start, projector.view(-1)[start:stop]))
-        for name, tensor in self._full.tensors():
-            parameter = self._parameters[name.rpartition("/")[0]]
-            shape, (start, _) = self.weights.shape(parameter), self.weights.interval(parameter)
-            result.append(Piece(f"full/{name}", shape, start, tensor.detach()))
-        for name in sorted(self.touched):
-            parameter = self._parameters[name]
-            shape, (start, _) = self.weights.shape(parameter), self.weights.interval(parameter)
-            result.append(Piece(f"weight/{name}", shape, start, self.weights.local(parameter)))
-        return result
+        result += pieces_of_states(self.weights, self._parameters, self._full.states())
+        return result + pieces_of(self.weights, self._parameters, sorted(self.touched))
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, JSON-able; process 0's is the one to keep (the sampler's stream is there)."""
@@ -498,7 +493,7 @@ class OWS(torch.optim.Optimizer):
             "decays": {name: self._decay(matrix) for name, matrix in self.plan.matrices.items()},
             "projectors": sorted(self._projectors),
             "adam_steps": [[*key, float(count)] for key, count in self._buffer.steps.items()],
-            "full_steps": self._full.steps,
+            "full_steps": steps_of(self._full.states()),
             "touched": sorted(self.touched),
             "lr": self.param_groups[0]["lr"],
         }
@@ -521,10 +516,7 @@ class OWS(torch.optim.Optimizer):
         self.touched = set(numbers["touched"])
         self._sampler.restore(numbers["sampler"])
         self.param_groups[0]["lr"] = numbers["lr"]
-        changed = [self._parameters[name] for name in numbers["touched"]]
-        for name, parameter in zip(numbers["touched"], changed, strict=True):
-            self.weights.local(parameter).copy_(read(f"weight/{name}", *self.weights.interval(parameter)))
-        self.weights.publish(changed)
+        read_weights(self.weights, self._parameters, numbers["touched"], read)
 
         plan = self._plan(self.layer_set)
         self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
@@ -537,9 +529,7 @@ class OWS(torch.optim.Optimizer):
         self._buffer.set_steps({(unit, kind): count for unit, kind, count in numbers["adam_steps"]})
         for unit in plan.units:
             self._enter_full(self._full_rank_matrices(unit))
-        for name, tensor in self._full.tensors():
-            tensor.copy_(read(f"full/{name}", *self.weights.interval(self._parameters[name.rpartition("/")[0]])))
-        self._full.set_steps(numbers["full_steps"])
+        read_states(self.weights, self._parameters, self._full.states(), numbers["full_steps"], read)
 
         self._clocks = dict(numbers["clocks"])
         dtype = next(iter(self._parameters.values())).dtype
@@ -566,8 +556,10 @@ class OWS(torch.optim.Optimizer):
     def _ratios(self, scores: str | Path | Scores | Sequence[float]) -> Sequence[float]:
         if isinstance(scores, (str, Path)):
             scores = Scores.read(Path(scores))
-            scores.check(fingerprint(self.weights), len(self.layers.layers), scores.tau)
-        ratios = scores.layers if isinstance(scores, Scores) else scores
+            scores.check(fingerprint(self.weights), len(self.layers.layers))
+        if isinstance(scores, Scores):
+            scores = importance(scores.metric, len(scores.layers), scores.layers)
+        ratios = scores
         if len(ratios) != len(self.layers.layers):
             right = f"give one ratio for each of the {len(self.layers.layers)} layers"
             raise UserError("sampling.scores", f"{len(ratios)} ratios", right)
@@ -591,7 +583,7 @@ def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: s
 
 def as_weights(model: Any) -> Weights:
     """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
-    if hasattr(model, "after_backward") and hasattr(model, "fold"):
+    if hasattr(model, "held") and hasattr(model, "fold"):
         weights: Weights = model
         return weights
     if hasattr(model, "zero_optimization_stage"):

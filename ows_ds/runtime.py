@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,9 @@ import torch.distributed as dist
 from ows_ds.communicate import Communicator, join
 from ows_ds.config import Recipe, accumulation
 from ows_ds.errors import UserError
+from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.weights import Replicated, Weights
+from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, join_deepspeed, resolve_config, whole_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,14 +74,10 @@ def start(recipe: Recipe) -> Runtime:
     elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
         raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
     if sharded:
-        from ows_ds.zero3 import join_deepspeed
-
         join_deepspeed()
     comm = join(accelerator.device)
     config = None
     if sharded:
-        from ows_ds.zero3 import resolve_config
-
         raw = _ds_config(recipe, accelerator)
         steps = accumulation(recipe, comm.world)
         config = resolve_config(raw, recipe.model.dtype, recipe.train.micro_batch_size, steps, comm.world)
@@ -105,8 +104,6 @@ def _alone(backend: str, timeout: timedelta) -> None:
 
 def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """The DeepSpeed file of the recipe, else the launcher's, else ours."""
-    from ows_ds.zero3 import DEFAULT_CONFIG
-
     if recipe.train.ds_config is not None:
         try:
             config: dict[str, Any] = json.loads(Path(recipe.train.ds_config).read_text())
@@ -117,28 +114,35 @@ def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     return dict(plugin.deepspeed_config) if plugin is not None else DEFAULT_CONFIG
 
 
-def load_model(recipe: Recipe, runtime: Runtime) -> Weights:
-    """The pre-trained model, frozen, on the run's devices: whole, or straight into shards. Collective.
+def load_model(
+    recipe: Recipe, runtime: Runtime, adapt: Callable[[Any], Any] | None = None, deepspeed_trains: bool = False
+) -> tuple[Weights, ModelLayers]:
+    """The pre-trained model on the run's devices, whole or straight into shards, and its layers. Collective.
 
-    Raises UserError (``model.path``) for what transformers cannot load.
+    adapt: what is done to the model before it is spread, such as adding adapters; the layers are those before.
+    deepspeed_trains: under ZeRO-3 DeepSpeed's own optimizer trains what requires gradients.
+    Raises UserError (``model.path``) for what transformers cannot load and for models that have no layers.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
-    # under this object's life, transformers builds models in shards; DeepSpeed knows no float64 there
-    shards = runtime.ds_config is not None and recipe.model.dtype != "float64"
-    keep = HfDeepSpeedConfig(runtime.ds_config) if shards else None
+    config = runtime.ds_config
+    # while this object lives, transformers builds models in shards and peft knows of them; not in float64
+    keep = HfDeepSpeedConfig(config) if config is not None and recipe.model.dtype != "float64" else None
     model = pretrained(recipe)
-    del keep
+    layers = find_layers(model, None if config is None else whole_shape)
     model.config.use_cache = False
+    if adapt is not None:
+        model = adapt(model)
+    del keep
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embedding's output require gradients, which would drag every backward pass to the input
         model.disable_input_require_grads()
-    if runtime.ds_config is None:
-        return Replicated(model.to(runtime.device), runtime.comm)
-    from ows_ds.zero3 import Zero3
-
-    return Zero3(model, runtime.ds_config, runtime.comm)
+    if config is None:
+        return Replicated(model.to(runtime.device), runtime.comm), layers
+    if deepspeed_trains:
+        return Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm), layers
+    return Zero3(model, config, runtime.comm), layers
 
 
 def pretrained(recipe: Recipe) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import resource
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config, methods, sample
+from ows_ds import checkpoint, config, methods, scoring
 from ows_ds.communicate import together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches, load_rows
+from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches
 from ows_ds.errors import UserError
 from ows_ds.export import save_model
-from ows_ds.fingerprint import fingerprint
-from ows_ds.layers import ModelLayers, find_layers
+from ows_ds.layers import ModelLayers
 from ows_ds.log import RunLog
-from ows_ds.optimizer import OWS, check_fits
+from ows_ds.methods import Method
+from ows_ds.rows import fetch, load_rows
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
-from ows_ds.score import Scores, plot, strip
-from ows_ds.score import score as score_layers
 from ows_ds.weights import Weights
 
 # what may differ between a run and its continuation; everything else decides the weights
@@ -34,7 +34,7 @@ MAY_CHANGE = {
               "timeout_seconds", "micro_batch_size", "gradient_checkpointing", "output_dir"},
     "log": {"trackers", "progress"},
     "model": {"path", "attention"},
-    "data": {"train", "eval"},
+    "data": {"train", "eval", "eval_subset", "eval_split"},
     "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
 }  # fmt: skip
 
@@ -54,28 +54,30 @@ def train(recipe: Recipe) -> None:
     batches = Batches(
         job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
     )
-    _check_fits(job)
+    methods.check(recipe, job.layers)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
-    ows = methods.build(recipe, job.weights, _importance(job, run_dir, opened), accumulation(recipe, comm.world))
-    scheduler = _scheduler(recipe, ows, total)
+    method = methods.build(
+        recipe, job.weights, job.layers, _importance(job, run_dir, opened), accumulation(recipe, comm.world)
+    )
+    scheduler = _scheduler(recipe, method, total)
     begin = 0
     if opened is not None:
-        ows.restore(opened.numbers["ows"], opened.read)
+        method.restore(opened.numbers["method"], opened.read)
         scheduler.load_state_dict(opened.numbers["scheduler"])
-        begin = ows.steps
+        begin = method.steps
 
     with RunLog(run_dir, total, len(job.layers.layers), main, recipe.log, runtime.accelerator, begin) as log:
         if main:
             (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
-        steps = _Steps(job, ows, batches)
+        steps = _Steps(job, method, batches)
         if opened is not None:
             log.event(f"going on after step {begin} from {opened.folder}")
         elif job.held_out:
-            log.step(steps.before_the_first(scheduler.get_last_lr()[0]))
+            log.step(steps.before_the_first())
         for step in range(begin, total):
-            record = steps.take(step, scheduler.get_last_lr()[0])
+            record = steps.take(step)
             scheduler.step()
             last = step + 1 == total
             if job.held_out and (last or _due(step + 1, recipe.train.eval_every)):
@@ -83,30 +85,25 @@ def train(recipe: Recipe) -> None:
             record["comm_bytes"] = steps.sent()
             log.step(record)
             if last or _due(step + 1, recipe.train.save_every):
-                numbers = {"ows": ows.numbers(), "scheduler": scheduler.state_dict()}
-                checkpoint.save(checkpoint.folder_of(run_dir, step + 1), ows.pieces(), numbers, comm)
+                numbers = {"method": method.numbers(), "scheduler": scheduler.state_dict()}
+                checkpoint.save(checkpoint.folder_of(run_dir, step + 1), method.pieces(), numbers, comm)
                 if main:
                     checkpoint.prune(run_dir, recipe.train.keep_last)
-        ows.close()
+        method.close()
         if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
             save_model(job.weights, job.tokenizer, run_dir / "model")
-        log.event(f"done: {run_dir / 'model'}" + (f", {ows.skipped} steps skipped" if ows.skipped else ""))
+        log.event(f"done: {run_dir / 'model'}" + (f", {method.skipped} steps skipped" if method.skipped else ""))
     comm.barrier()
 
 
-def score(recipe: Recipe, output: Path | None) -> None:
-    """Score the layers of ``model.path`` on rows of ``data.train``; write the scores and a plot, print them.
+def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> None:
+    """Score the layers of ``model.path`` on rows of ``data.train``; write scores and a plot, print them. Collective.
 
-    output: file of the scores; None: scores.json in ``train.output_dir``. The plot lies beside it as PNG. Collective.
+    output: file of the scores; None: scores.json in ``train.output_dir``. kinds: see `ows_ds.scoring.report`.
     """
-    runtime = start(recipe)
-    job = _load(recipe, runtime, training=False)
-    result = _compute_scores(job)
+    job = _load(recipe, start(recipe), training=False)
     path = output or Path(recipe.train.output_dir) / "scores.json"
-    _write_scores(job, result, path)
-    if runtime.comm.index == 0:
-        print(strip(result))
-        print(f"{path} and {path.with_suffix('.png').name}: {result.tokens:,} tokens, tau {result.tau:g}")
+    scoring.report(recipe, job.weights, job.layers, functools.partial(_calibration, job), kinds, path)
 
 
 @dataclass
@@ -119,10 +116,7 @@ class _Job:
     tokenizer: Any
     rows: list[Encoded]
     held_out: list[Encoded]
-
-    @property
-    def layers(self) -> ModelLayers:
-        return find_layers(self.weights.module, self.weights.shape)
+    layers: ModelLayers  # of the model without adapters
 
     @property
     def pad_id(self) -> int:
@@ -139,127 +133,91 @@ def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
     assert recipe.data.train is not None  # config.check
     held_out: list[Encoded] = []
     with together(runtime.comm):
+        if runtime.comm.index == 0:  # one process downloads, the others find the data sets in the cache
+            fetch(recipe.data, evaluation=training)
+    with together(runtime.comm):
         tokenizer = load_tokenizer(recipe)
         rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
         if training and recipe.data.eval is not None:
             held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
-    return _Job(recipe, runtime, load_model(recipe, runtime), tokenizer, rows, held_out)
+    if training:
+        weights, layers = load_model(
+            recipe, runtime, functools.partial(methods.adapt, recipe), methods.deepspeed_trains(recipe)
+        )
+    else:
+        weights, layers = load_model(recipe, runtime)
+    return _Job(recipe, runtime, weights, tokenizer, rows, held_out, layers)
 
 
 def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
     data = recipe.data
-    rows, counts = encode_rows(
-        load_rows(path, data.format, key), tokenizer, data.max_length, data.loss_on, data.format, key
-    )
+    train = key == "data.train"
+    subset, split = (data.train_subset, data.train_split) if train else (data.eval_subset, data.eval_split)
+    rows = load_rows(path, data.format, key, subset, split)
+    encoded, counts = encode_rows(rows, tokenizer, data.max_length, data.loss_on, data.format, key, data.template)
     if runtime.comm.index == 0:
         notes = [f"{counts.dropped} without a trained token dropped"] if counts.dropped else []
         notes += [f"{counts.truncated} cut to {data.max_length} tokens"] if counts.truncated else []
         print(f"{key}: {counts.kept} rows, {counts.trained_tokens:,} trained tokens" + "".join(f"; {n}" for n in notes))
-    return rows
-
-
-def _check_fits(job: _Job) -> None:
-    """What the model is too small for shows before it is scored."""
-    recipe = job.recipe
-    rank = None if recipe.method.name in methods.FULL_RANK else recipe.optim.rank
-    gamma = 1 if recipe.method.name in ("galore", "badam") else recipe.sampling.gamma
-    check_fits(job.layers, gamma, rank, recipe.optim.always_on)
+    return encoded
 
 
 def _importance(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:
     """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
-    kind, layers = methods.importance_of(job.recipe), len(job.layers.layers)
-    if kind not in sample.SCORED:
-        return sample.importance(kind, layers)
-    return sample.importance(kind, layers, _scores(job, run_dir, opened).layers)
+    earlier = None if opened is None else opened.folder.parent.parent
+    batches = functools.partial(_calibration, job)
+    return scoring.importance(job.recipe, job.weights, job.layers, run_dir, earlier, batches)
 
 
-def _scores(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> Scores:
-    """The scores to sample by: the given file, the run's own, those of the run that is continued, or computed now.
-
-    The run keeps them as scores.json.
-    """
-    sampling, own = job.recipe.sampling, run_dir / "scores.json"
-    given = own if opened is None else opened.folder.parent.parent / "scores.json"
-    if sampling.scores is not None:
-        given = Path(sampling.scores)
-    if not job.runtime.comm.share(given.exists()):
-        result = _compute_scores(job)
-        _write_scores(job, result, own)
-        return result
-    name = fingerprint(job.weights)
-    with together(job.runtime.comm):
-        result = Scores.read(given)
-        result.check(name, len(job.layers.layers), sampling.tau)
-    if given != own:
-        _write_scores(job, result, own)
-    return result
-
-
-def _write_scores(job: _Job, scores: Scores, path: Path) -> None:
-    """Scores at ``path`` and a plot beside them, by process 0; the others wait."""
-    with together(job.runtime.comm):
-        if job.runtime.comm.index == 0:
-            scores.write(path)
-            plot([(Path(job.recipe.model.path).name, scores)], path.with_suffix(".png"))
-
-
-def _compute_scores(job: _Job) -> Scores:
+def _calibration(job: _Job) -> Iterator[dict[str, Tensor]]:
+    """This process's batches of the rows that layers are scored on."""
     sampling, comm = job.recipe.sampling, job.runtime.comm
     rows = job.rows[: sampling.calibration_samples]
-    shares = held_out_batches(
-        len(rows), sampling.calibration_batch_size, comm.world, comm.index, [len(row["input_ids"]) for row in rows]
-    )
-    return score_layers(
-        job.weights, job.layers, (job.batch([rows[i] for i in share]) for share in shares), sampling.tau
-    )
+    lengths = [len(row["input_ids"]) for row in rows]
+    for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world, comm.index, lengths):
+        yield job.batch([rows[i] for i in share])
 
 
-def _scheduler(recipe: Recipe, ows: OWS, total: int) -> Any:
+def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:
     from transformers import get_scheduler
 
     name = recipe.optim.schedule
     if name == "constant" and recipe.optim.warmup_steps:
         name = "constant_with_warmup"  # type: ignore[assignment]
-    return get_scheduler(name, ows, num_warmup_steps=recipe.optim.warmup_steps, num_training_steps=total)
+    return get_scheduler(name, method, num_warmup_steps=recipe.optim.warmup_steps, num_training_steps=total)
 
 
 class _Steps:
     """Optimizer steps, one after the other."""
 
-    def __init__(self, job: _Job, ows: OWS, batches: Batches) -> None:
-        self.job, self.ows, self.batches = job, ows, batches
+    def __init__(self, job: _Job, method: Method, batches: Batches) -> None:
+        self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
         self.before: Counter[str] = Counter()
 
-    def take(self, step: int, lr: float) -> dict[str, Any]:
+    def take(self, step: int) -> dict[str, Any]:
         """Step number ``step`` (from 0) and its record for metrics.jsonl."""
-        job, ows = self.job, self.ows
+        job, method, device = self.job, self.method, self.job.runtime.device
         started = time.perf_counter()
-        self.before = Counter(ows.comm.sent)
+        self.before = Counter(self.comm.sent)
         # set anew for each step, so that dropout is the same after a resume and differs between processes
-        name = f"{job.recipe.train.seed}/{step}/{ows.comm.index}".encode()
+        name = f"{job.recipe.train.seed}/{step}/{self.comm.index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little"))
         everyone = [job.rows[i] for i in self.batches.global_step(step)]
         targets = sum(label != IGNORE for row in everyone for label in row["labels"][1:])
-        sampled, idle = list(ows.layer_set), ows.idle
-        total = torch.zeros((), dtype=torch.float64, device=ows.device)
+        sampled, idle, lr = list(method.layer_set), method.idle, method.lr
+        # processes are averaged: the sum over all of them, divided by all targets of the step
+        share = self.comm.world / targets
         job.weights.module.train()
-        for rows in () if idle else self.batches.step(step):
-            loss = token_losses(job.weights, job.batch([job.rows[i] for i in rows]))
-            # processes are averaged: the sum over all of them, divided by all targets of the step
-            ows.backward(loss * (ows.comm.world / targets))
-            total += loss.detach()
-        ows.step()
-        ows.zero_grad()
-        mine = torch.stack([total, torch.tensor(_peak_memory(ows.device), dtype=total.dtype, device=ows.device)])
-        everyones = ows.comm.all_gather(mine[None], "metrics").cpu()
+        total = method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)])
+        mine = torch.stack([total, torch.tensor(_peak_memory(device), dtype=total.dtype, device=device)])
+        everyones = self.comm.all_gather(mine[None], "metrics").cpu()
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
         return {
             "step": step + 1,
-            "loss": None if idle else float(everyones[:, 0].sum()) / targets,
+            "loss": None if idle else float(everyones[:, 0].mean()),
             "lr": lr,
-            "grad_norm": None if idle or ows.grad_norm is None else float(ows.grad_norm),
+            "grad_norm": None if idle or method.grad_norm is None else float(method.grad_norm),
             "sampled_layers": sampled,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
@@ -268,28 +226,32 @@ class _Steps:
             **({"skipped": True} if idle else {}),
         }
 
-    def before_the_first(self, lr: float) -> dict[str, Any]:
+    def _loss(self, rows: list[int], share: float) -> Tensor:
+        """The cross entropies of a micro-batch, summed, times ``share``."""
+        return token_losses(self.job.weights, self.job.batch([self.job.rows[i] for i in rows])) * share
+
+    def before_the_first(self) -> dict[str, Any]:
         """The record of step 0: nothing trained, an evaluation."""
         job, started = self.job, time.perf_counter()
-        self.before = Counter(self.ows.comm.sent)
+        self.before = Counter(self.comm.sent)
         loss = evaluate(job)
         return {
             "step": 0,
             "loss": None,
-            "lr": lr,
+            "lr": self.method.lr,
             "grad_norm": None,
             "sampled_layers": [],
             "tokens": 0,
             "tokens_per_second": 0.0,
             "step_seconds": time.perf_counter() - started,
-            "peak_memory_bytes": _peak_memory(self.ows.device),
+            "peak_memory_bytes": _peak_memory(job.runtime.device),
             "comm_bytes": self.sent(),
             "eval_loss": loss,
         }
 
     def sent(self) -> dict[str, int]:
         """Bytes that process 0 has sent since the step began, its evaluation included, by operation."""
-        return dict(sorted((self.ows.comm.sent - self.before).items()))
+        return dict(sorted((self.comm.sent - self.before).items()))
 
 
 def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
@@ -323,6 +285,18 @@ def evaluate(job: _Job) -> float:
     weights.module.train(training)
     loss, targets = comm.all_reduce(sums, "evaluation").tolist()
     return float(loss / targets)
+
+
+def mean_loss(
+    recipe: Recipe, runtime: Runtime, weights: Weights, layers: ModelLayers, tokenizer: Any, path: str, key: str
+) -> float:
+    """Mean cross entropy of the trained tokens of the rows in ``path`` under ``weights``. Collective.
+
+    Raises UserError naming ``key`` for rows that cannot be read or encoded.
+    """
+    with together(runtime.comm):
+        rows = _encode(recipe, tokenizer, path, key, runtime)
+    return evaluate(_Job(recipe, runtime, weights, tokenizer, [], rows, layers))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.communicate import Communicator
 from ows_ds.plan import Plan, Rows, Segment
-from ows_ds.weights import Weights
+from ows_ds.weights import Piece, ReadPiece, Weights
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class FullRank:
     """Weights trained at full rank: a float32 copy of this process's interval, its moments, and AdamW on it.
 
     Gradients are reduce-scattered from the backward pass straight into the interval, weight by weight; no whole
-    gradient outlives its hook. Weights may enter and leave between steps; what leaves takes all its state along.
+    gradient outlives its hook. Weights may enter and leave between steps; what leaves takes all its state along, or
+    keeps it on the CPU until it returns.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -177,38 +178,58 @@ class FullRank:
         self.parameters: dict[str, nn.Parameter] = {}
         self.masters: dict[str, nn.Parameter] = {}
         self.grads: dict[str, Tensor] = {}
+        self.parked: dict[str, dict[str, Tensor]] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._adamw: torch.optim.AdamW | None = None
 
     def enter(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Let ``parameters``, by name, train from now on, with moments of zero."""
+        """Let ``parameters``, by name, train from now on: with the state that was kept for them, or moments of zero."""
+        states = {}
         for name, parameter in parameters.items():
+            local = self.weights.local(parameter)
+            state = self.parked.pop(name, {})
+            # AdamW counts steps on the CPU
+            states[name] = {k: tensor if k == "step" else tensor.to(local.device) for k, tensor in state.items()}
+            master = states[name].pop("master", None)
             self.parameters[name] = parameter
-            self.masters[name] = nn.Parameter(self.weights.local(parameter).to(self.dtype, copy=True))
+            self.masters[name] = nn.Parameter(local.to(self.dtype, copy=True) if master is None else master)
             self.grads[name] = torch.zeros_like(self.masters[name].data)
             parameter.requires_grad_(True)
             self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
-        self._renew()
+        self._renew(states)
 
-    def leave(self, names: Iterable[str]) -> None:
-        """Freeze weights and drop their state."""
+    def leave(self, names: Iterable[str], keep: bool = False) -> None:
+        """Freeze weights and drop their state, or ``keep`` it on the CPU."""
         for name in names:
             self._handles.pop(name).remove()
-            self.parameters.pop(name).requires_grad_(False)
-            del self.masters[name], self.grads[name]
-        self._renew()
+            self.parameters[name].requires_grad_(False)
+            if keep:
+                assert self._adamw is not None
+                state = self._adamw.state[self.masters[name]]
+                self.parked[name] = {"master": self.masters[name].data.cpu()}
+                self.parked[name] |= {kind: tensor.cpu() for kind, tensor in state.items()}
+            del self.parameters[name], self.masters[name], self.grads[name]
+        self._renew({})
 
-    def _renew(self) -> None:
-        """AdamW over the masters there are now; those that stay keep their state."""
+    def _renew(self, states: Mapping[str, dict[str, Tensor]]) -> None:
+        """AdamW over the masters there are now; those that stay keep their state, the others begin with ``states``."""
         old = {} if self._adamw is None else self._adamw.state
-        self._adamw = torch.optim.AdamW(self.masters.values()) if self.masters else None
+        # as usual, neither biases nor norms decay
+        decayed = [m for name, m in self.masters.items() if len(self.weights.shape(self.parameters[name])) > 1]
+        others = [m for name, m in self.masters.items() if len(self.weights.shape(self.parameters[name])) <= 1]
+        groups = [{"params": decayed, "decayed": True}, {"params": others, "decayed": False}]
+        self._adamw = torch.optim.AdamW([group for group in groups if group["params"]]) if self.masters else None
         if self._adamw is not None:
-            for master in self.masters.values():
-                self._adamw.state[master] = old.get(master) or {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(master.data),
-                    "exp_avg_sq": torch.zeros_like(master.data),
-                }
+            for name, master in self.masters.items():
+                self._adamw.state[master] = (
+                    old.get(master)
+                    or states.get(name)
+                    or {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(master.data),
+                        "exp_avg_sq": torch.zeros_like(master.data),
+                    }
+                )
 
     def _hook(self, name: str) -> Any:
         def reduce_scatter(parameter: Tensor) -> None:
@@ -224,11 +245,16 @@ class FullRank:
 
         return reduce_scatter
 
+    def squares(self) -> list[Tensor]:
+        """Sum of squares of this process's part of each gradient: scalars."""
+        return [gradient.square().sum().to(self.weights.device) for gradient in self.grads.values()]
+
     def update(self, hyper: Hyper, clip: Tensor) -> None:
         """One AdamW step with gradients times ``clip`` (scalar); every process sees the new weights. Collective."""
         if self._adamw is None:
             return
-        self._adamw.param_groups[0].update(hyper.full())
+        for group in self._adamw.param_groups:
+            group.update(hyper.full() if group["decayed"] else hyper.vectors())
         for name, master in self.masters.items():
             master.grad = self.grads[name].mul_(clip.to(self.grads[name]))
         self._adamw.step()
@@ -242,24 +268,44 @@ class FullRank:
         for gradient in self.grads.values():
             gradient.zero_()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """This process's interval of what a checkpoint holds: name/kind -> 1-D tensor."""
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """Of each weight that trains or is kept: master, exp_avg, exp_avg_sq (1-D, this process's interval), step."""
+        found = dict(self.parked)
         for name, master in self.masters.items():
             assert self._adamw is not None
-            state = self._adamw.state[master]
-            yield f"{name}/master", master.data
-            yield f"{name}/exp_avg", state["exp_avg"]
-            yield f"{name}/exp_avg_sq", state["exp_avg_sq"]
+            found[name] = {"master": master.data, **self._adamw.state[master]}
+        return found
 
-    @property
-    def steps(self) -> dict[str, float]:
-        """Adam's step count of each weight."""
-        if self._adamw is None:
-            return {}
-        return {name: float(self._adamw.state[master]["step"]) for name, master in self.masters.items()}
 
-    def set_steps(self, steps: Mapping[str, float]) -> None:
-        """Set Adam's step counts."""
-        for name, count in steps.items():
-            assert self._adamw is not None
-            self._adamw.state[self.masters[name]]["step"].fill_(count)
+STATE = ("master", "exp_avg", "exp_avg_sq")  # of a weight trained at full rank, as tensors
+
+
+def pieces_of_states(
+    weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, dict[str, Tensor]]
+) -> list[Piece]:
+    """``full/NAME/KIND``: what a checkpoint holds of the states that `FullRank.states` gives."""
+    return [
+        Piece(f"full/{name}/{kind}", weights.shape(parameters[name]), weights.interval(parameters[name])[0], tensor)
+        for name, state in states.items()
+        for kind, tensor in state.items()
+        if kind in STATE
+    ]
+
+
+def read_states(
+    weights: Weights,
+    parameters: Mapping[str, nn.Parameter],
+    states: Mapping[str, dict[str, Tensor]],
+    steps: Mapping[str, float],
+    read: ReadPiece,
+) -> None:
+    """Set ``states`` in place to what `pieces_of_states` gave, and Adam's step counts to ``steps``."""
+    for name, state in states.items():
+        for kind in STATE:
+            state[kind].copy_(read(f"full/{name}/{kind}", *weights.interval(parameters[name])))
+        state["step"].fill_(steps[name])
+
+
+def steps_of(states: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Adam's step count of each weight, JSON-able."""
+    return {name: float(state["step"]) for name, state in states.items()}

@@ -8,6 +8,9 @@ the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +25,23 @@ def interval(numel: int, index: int, world: int) -> tuple[int, int]:
     """First and last + 1 flattened entry of process ``index``; empty for the last ones where they do not suffice."""
     size = math.ceil(numel / world)
     return min(index * size, numel), min((index + 1) * size, numel)
+
+
+@dataclass
+class Piece:
+    """A run of a flattened tensor that this process contributes to a checkpoint.
+
+    shape: of the whole tensor; start: of the run; tensor: 1-D.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensor: Tensor
+
+
+ReadPiece = Callable[[str, int, int], Tensor]
+"""(name, first, last + 1) -> these entries of the flattened tensor."""
 
 
 class Weights(Protocol):
@@ -44,6 +64,9 @@ class Weights(Protocol):
     def local(self, parameter: nn.Parameter) -> Tensor:
         """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
 
+    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """All entries that lie on this process: where they start, and the 1-D run, sharing the weight's memory."""
+
     def publish(self, parameters: list[nn.Parameter]) -> None:
         """After writing ``local`` of ``parameters``: let every process see it. Collective."""
 
@@ -53,8 +76,11 @@ class Weights(Protocol):
     def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
         """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication."""
 
-    def after_backward(self) -> None:
-        """To be called after every backward pass."""
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate this process's part of the mean over processes: ``loss`` divided by their number."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it ``parameters`` are whole, and what process 0 writes to them stays. Collective."""
 
     def after_step(self) -> None:
         """To be called after every step, evaluation and generation: nothing stays gathered."""
@@ -113,6 +139,9 @@ class Replicated:
         start, stop = self.interval(parameter)
         return parameter.data.view(-1)[start:stop]
 
+    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.data.view(-1)
+
     def publish(self, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
             size = math.ceil(parameter.numel() / self.comm.world)
@@ -128,11 +157,28 @@ class Replicated:
     def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
         add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay)
 
-    def after_backward(self) -> None:
-        pass
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.comm.world if self.comm.world > 1 else loss).backward()
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()  # every process writes the same
 
     def after_step(self) -> None:
         pass
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
+
+
+def pieces_of(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Piece]:
+    """This process's intervals of the named weights, as ``weight/NAME``."""
+    found = ((name, parameters[name]) for name in names)
+    return [Piece(f"weight/{name}", weights.shape(p), weights.interval(p)[0], weights.local(p)) for name, p in found]
+
+
+def read_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str], read: ReadPiece) -> None:
+    """Set the named weights to what `pieces_of` gave. Collective."""
+    changed = {name: parameters[name] for name in names}
+    for name, parameter in changed.items():
+        weights.local(parameter).copy_(read(f"weight/{name}", *weights.interval(parameter)))
+    weights.publish(list(changed.values()))

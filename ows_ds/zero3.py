@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from contextlib import redirect_stdout
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any
 
 import torch
@@ -33,23 +34,29 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 
 
-_gathered = Counter[str]()  # bytes that DeepSpeed's gathers have sent from this process and no Zero3 has booked yet
+_sent = Counter[str]()  # bytes that DeepSpeed's collectives have sent from this process and no Zero3 has booked yet
 
 
-def _count_gathers() -> None:
-    """Let DeepSpeed's one way of gathering weights say how much it sends."""
+def _count_collectives() -> None:
+    """Let DeepSpeed's ways of gathering weights and of reducing gradients, one each, say how much they send."""
+    from deepspeed.runtime.comm import coalesced_collectives
     from deepspeed.runtime.zero import partition_parameters
 
-    gather = partition_parameters._dist_allgather_fn
+    gather, reduce = partition_parameters._dist_allgather_fn, coalesced_collectives._torch_reduce_scatter_fn
     if hasattr(gather, "counted"):
         return
 
-    def counting(part: Tensor, whole: Tensor, group: Any = None) -> Any:
-        _gathered["weights"] += whole.nbytes - part.nbytes
+    def counting_gather(part: Tensor, whole: Tensor, group: Any = None) -> Any:
+        _sent["weights"] += whole.nbytes - part.nbytes
         return gather(part, whole, group)
 
-    counting.counted = True  # type: ignore[attr-defined]
-    partition_parameters._dist_allgather_fn = counting
+    def counting_reduce(whole: Tensor, part: Tensor, *arguments: Any, **named: Any) -> Any:
+        _sent["full_rank_gradients"] += whole.nbytes - part.nbytes
+        return reduce(whole, part, *arguments, **named)
+
+    counting_gather.counted = True  # type: ignore[attr-defined]
+    partition_parameters._dist_allgather_fn = counting_gather
+    coalesced_collectives._torch_reduce_scatter_fn = counting_reduce
 
 
 def join_deepspeed() -> None:
@@ -107,6 +114,23 @@ def resolve_config(
     return {**rest, **sizes, "bf16": {"enabled": dtype == "bfloat16"}, "zero_optimization": zero}
 
 
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter that may be in shards."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:
+    import deepspeed
+
+    join_deepspeed()
+    adapted: Any
+    for adapted in module.modules():
+        # peft's DoRA reads the weight of the module beside it, which DeepSpeed would have released by then
+        for magnitude in getattr(adapted, "lora_magnitude_vector", {}).values():
+            deepspeed.zero.register_external_parameter(magnitude, adapted.base_layer.weight)
+    return deepspeed.initialize(model=module, config=config, dist_init_required=False, **optimizer)[0]
+
+
 class Zero3:
     """Weights as DeepSpeed's shards (see `ows_ds.weights.Weights` for what the methods do)."""
 
@@ -117,12 +141,8 @@ class Zero3:
 
         config: a DeepSpeed configuration from `resolve_config`.
         """
-        import deepspeed
-
-        join_deepspeed()
         module.requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
-        self._take(engine, comm)
+        self._take(_engine(module, config), comm)
 
     @classmethod
     def adopt(cls, engine: Any, comm: Communicator) -> Zero3:
@@ -142,9 +162,10 @@ class Zero3:
         self.module: nn.Module = engine.module
         self.comm = comm
         self.device = torch.device(engine.device)
-        self._offload = engine.optimizer
-        _count_gathers()
-        _gathered.clear()
+        # with an optimizer of its own, DeepSpeed keeps what it does with weights one level below
+        self._offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+        _count_collectives()
+        _sent.clear()
         for name, parameter in self.module.named_parameters():
             size = math.ceil(parameter.ds_numel / comm.world)
             if parameter.ds_tensor.ds_numel != size:
@@ -169,6 +190,9 @@ class Zero3:
         shard: Tensor = parameter.ds_tensor
         return shard.data[: stop - start]
 
+    def held(self, parameter: ZeroParameter) -> tuple[int, Tensor]:
+        return self.interval(parameter)[0], self.local(parameter)
+
     def publish(self, parameters: list[ZeroParameter]) -> None:
         pass
 
@@ -181,16 +205,79 @@ class Zero3:
         local = self.local(parameter)
         add_low_rank(local, start, parameter.ds_shape[1], left.to(local.device), right.to(local.device), decay)
 
-    def after_backward(self) -> None:
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.comm.world if self.comm.world > 1 else loss).backward()
         self._offload.release_backward_leftovers()
+
+    def gathered(self, parameters: Iterable[ZeroParameter]) -> AbstractContextManager[None]:
+        import deepspeed
+
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+        return context
 
     def after_step(self) -> None:
         self._offload.partition_all_parameters()
-        self.comm.sent.update(_gathered)
-        _gathered.clear()
+        self.comm.sent.update(_sent)
+        _sent.clear()
 
     def whole(self, parameter: ZeroParameter) -> Tensor:
         local = self.local(parameter)
         part = local.new_zeros(math.ceil(parameter.ds_numel / self.comm.world))
         part[: local.numel()] = local
         return self.comm.all_gather(part, "export")[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+class Zero3AdamW(Zero3):
+    """ZeRO-3 with DeepSpeed's own optimizer around torch's AdamW, as its users run it.
+
+    What requires gradients trains, in float32 copies that DeepSpeed keeps: not for float64.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: dict[str, Any], comm: Communicator, max_grad_norm: float | None
+    ) -> None:
+        """Collective. config: from `resolve_config`, which says how many micro-batches make a step."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        trained = [p for p in module.parameters() if p.requires_grad]
+        # as usual, neither biases nor norms decay
+        groups = [[p for p in trained if (len(whole_shape(p)) > 1) == decayed] for decayed in (True, False)]
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "decayed": len(whole_shape(group[0])) > 1} for group in groups if group]
+        )
+        config = {**config, "gradient_clipping": max_grad_norm or 0.0, "zero_allow_untested_optimizer": True}
+        self._take(_engine(module, config, optimizer=optimizer), comm)
+        self._micro, self._steps = 0, config["gradient_accumulation_steps"]
+        optimizer = self.engine.optimizer
+        self.states: dict[str, dict[str, Tensor]] = {}
+        """Of each weight that trains: master, exp_avg, exp_avg_sq (1-D, this process's interval), step. Live."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            # moments of zero before the first step: there is a state to save and to restore at any time
+            moments = {kind: torch.zeros_like(flat.data) for kind in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32)
+            optimizer.optimizer.state[flat] = {"step": step, **moments}
+            for parameter in parameters:
+                start, stop = self.interval(parameter)
+                whole = {
+                    "master": safe_get_local_fp32_param(parameter),
+                    **{kind: safe_get_local_optimizer_state(parameter, kind) for kind in moments},
+                }
+                own = {kind: tensor.data[: stop - start] for kind, tensor in whole.items()}
+                self.states[names[parameter]] = {"step": step, **own}
+
+    def __call__(self, **batch: Any) -> Any:
+        self.engine.set_gradient_accumulation_boundary(self._micro + 1 == self._steps)
+        return self.engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)  # it averages over processes by itself
+        self._micro += 1
+
+    def step(self, settings: dict[str, Any], vectors: dict[str, Any]) -> Tensor:
+        """One step of AdamW with these settings for matrices and vectors. Returns the gradient's norm. Collective."""
+        for group in self.engine.optimizer.param_groups:
+            group.update(settings if group["decayed"] else vectors)
+        self.engine.step()
+        self._micro = 0
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)

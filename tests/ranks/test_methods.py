@@ -180,10 +180,7 @@ def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
 
 
 def _state_of(ows: OWS) -> dict[str, list[Tensor]]:
-    states: dict[str, list[Tensor]] = {name: [] for name in ows._full.masters}
-    for name, tensor in ows._full.tensors():
-        states[name.rpartition("/")[0]].append(tensor)
-    return states
+    return {name: list(state.values()) for name, state in ows._full.states().items()}
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ows_ds.communicate import Communicator
 from ows_ds.layers import Matrix, Unit, Vector
 from ows_ds.plan import make_plan
-from ows_ds.update import CoordinateBuffer, FullRank, Hyper
+from ows_ds.update import CoordinateBuffer, FullRank, Hyper, steps_of
 from ows_ds.weights import Replicated
 
 RANK = 3
@@ -284,10 +284,10 @@ def test_full_rank_is_adamw_on_the_weight() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(module.weight, plain.weight)
-    assert full.steps == {"weight": 3.0}
+    assert steps_of(full.states()) == {"weight": 3.0}
     full.leave(["weight"])
     assert not module.weight.requires_grad
-    assert not list(full.tensors())
+    assert not full.states()
     module(x.requires_grad_()).sum().backward()
     assert module.weight.grad is None
 
@@ -304,18 +304,40 @@ def test_full_rank_weights_that_stay_keep_their_state_and_others_start_anew() ->
         full.zero_grad()
 
     step()
-    before = {name: tensor.clone() for name, tensor in full.tensors()}
+    before = {kind: tensor.clone() for kind, tensor in full.states()["weight"].items()}
     full.enter({"bias": module.bias})
-    assert {name: tensor for name, tensor in full.tensors() if name in before}.keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in full.tensors() if name in before)
+    assert full.states()["weight"].keys() == before.keys() == {"master", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(tensor, before[kind]) for kind, tensor in full.states()["weight"].items())
     step()
-    assert full.steps == {"weight": 2.0, "bias": 1.0}
+    assert steps_of(full.states()) == {"weight": 2.0, "bias": 1.0}
     full.leave(["weight"])
-    assert full.steps == {"bias": 1.0}
+    assert steps_of(full.states()) == {"bias": 1.0}
     assert (module.weight.requires_grad, module.bias.requires_grad) == (False, True)
     full.enter({"weight": module.weight})
-    assert full.steps == {"bias": 1.0, "weight": 0.0}
-    assert not dict(full.tensors())["weight/exp_avg"].any()
+    assert steps_of(full.states()) == {"bias": 1.0, "weight": 0.0}
+    assert not full.states()["weight"]["exp_avg"].any()
+
+
+def test_full_rank_keeps_the_state_of_weights_that_come_back() -> None:
+    module, plain = linear(), linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    # biases do not decay
+    optimizers = {"weight": torch.optim.AdamW([plain.weight], **HYPER.full())}
+    optimizers["bias"] = torch.optim.AdamW([plain.bias], **HYPER.vectors())
+    x = random(torch.empty(6, 5, dtype=torch.float64), 1)
+    for name in ("weight", "bias", "weight", "bias"):
+        full.enter({name: getattr(module, name)})
+        module(x).square().sum().backward()
+        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.leave([name], keep=True)
+        plain.requires_grad_(False)
+        getattr(plain, name).requires_grad_(True)
+        plain(x).square().sum().backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        assert torch.equal(getattr(module, name), getattr(plain, name))
+        assert not full.grads
+    assert steps_of(full.states()) == {"weight": 2.0, "bias": 2.0}
 
 
 def test_full_rank_adds_up_in_float32() -> None:
@@ -331,5 +353,5 @@ def test_full_rank_adds_up_in_float32() -> None:
         full.update(hyper, torch.ones(()))
         full.zero_grad()
     assert module.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(dict(full.tensors())["weight/master"], torch.full((4,), 1 - 8e-3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(full.states()["weight"]["master"], torch.full((4,), 1 - 8e-3), rtol=1e-6, atol=0)
     assert torch.equal(module.weight, torch.full((2, 2), 1 - 8e-3).bfloat16())

@@ -1,0 +1,55 @@
+"""LoRA and DoRA: adapters beside all linear layers of a frozen model (Hu et al. 2021; Liu et al. 2024), by peft.
+
+Under ZeRO-3 with DeepSpeed's own optimizer. The adapters are merged into the weights at the end, so that the model that
+is saved is a plain one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ows_ds.adamw import AdamW, Group
+from ows_ds.config import Recipe
+from ows_ds.errors import UserError
+from ows_ds.layers import ModelLayers
+from ows_ds.weights import Weights
+
+
+def adapt(recipe: Recipe, model: Any) -> Any:
+    """``model`` inside a peft model with new adapters, the same on every process and the only weights that train.
+
+    Raises UserError (``method.name``) where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("method.name", recipe.method.name, f"install ows_ds[peft] ({error})") from error
+    method = recipe.method
+    config = LoraConfig(
+        r=method.lora_rank,
+        lora_alpha=method.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=method.lora_dropout,
+        target_modules="all-linear",
+        use_dora=method.name == "dora",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(recipe.train.seed)
+    return get_peft_model(model, config)
+
+
+def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -> AdamW:
+    """AdamW on the adapters."""
+    names = tuple(name for name, _ in weights.module.named_parameters() if "lora_" in name)
+    return AdamW(weights, [Group(names, tuple(range(len(layers.layers))))], close=merge, **adamw)
+
+
+def merge(weights: Weights) -> None:
+    """Add the adapters to the weights; ``weights.module`` is the plain model again. Collective."""
+    adapted: Any = weights.module
+    for module in adapted.modules():
+        if hasattr(module, "merge") and hasattr(module, "base_layer"):
+            with weights.gathered(module.parameters()):
+                module.merge()
+    weights.module = adapted.unload()

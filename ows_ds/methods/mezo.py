@@ -1,0 +1,140 @@
+"""MeZO: all weights, by two forward passes a step and no backward pass (Malladi et al. 2023, Algorithm 1).
+
+    g = (L(W + epsilon z) - L(W - epsilon z)) / (2 epsilon),    W <- W - lr g z,    z ~ N(0, 1) for every entry
+
+z is never stored: it is drawn again from the step's seed, block by block, so that a process can draw the part of it
+that its shard needs, and the whole is the same for any number of processes. Weights are changed in place on what each
+process holds. They are rounded to their own format three times a step (the authors' code: four).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ows_ds.config import Recipe
+from ows_ds.layers import ModelLayers
+from ows_ds.sample import LayerSet
+from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
+
+BLOCK = 1 << 16  # entries that are drawn at once
+
+
+def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """z of the entries [start, stop) of the flattened weight ``name``, in runs of at most BLOCK.
+
+    Yields (first entry of the run, float32 1-D on ``device``). Every entry's value depends on seed, step, name, the
+    entry's position and the kind of device alone.
+    """
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        word = hashlib.blake2b(f"{seed}/{step}/{name}/{block}".encode(), digest_size=7).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
+        drawn = torch.randn(BLOCK, generator=generator, device=device)
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        yield first, drawn[first - block * BLOCK : last - block * BLOCK]
+
+
+class MeZO(torch.optim.Optimizer):
+    """Two-point steps on all weights of a model. Interface: `ows_ds.methods.Method`."""
+
+    skipped = 0
+    idle = False
+
+    def __init__(
+        self, weights: Weights, *, n_layers: int, lr: float, epsilon: float, weight_decay: float,
+        max_grad_norm: float | None, seed: int,
+    ) -> None:  # fmt: skip
+        """Collective. Freezes all weights: nothing is differentiated.
+
+        max_grad_norm: largest |g|; None: no clipping. weight_decay: decoupled, not for biases and norms.
+        """
+        self.weights, self.comm, self.device = weights, weights.comm, weights.device
+        weights.module.requires_grad_(False)
+        self._parameters = dict(weights.module.named_parameters())
+        super().__init__([{"params": list(self._parameters.values())}], {"lr": lr, "weight_decay": weight_decay})
+        self.epsilon, self.max_grad_norm, self.seed = epsilon, max_grad_norm, seed
+        self.layer_set: LayerSet = tuple(range(n_layers))
+        self.steps = 0
+        self.grad_norm: Tensor | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coming step."""
+        return float(self.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
+        """A whole step, as `ows_ds.optimizer.OWS.train_step`, without dropout. Returns the mean of the two points."""
+        losses = list(losses)
+        self.weights.module.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for point, way in enumerate((1.0, -2.0)):
+            self._move(way * self.epsilon, way * self.epsilon)
+            for compute in losses:
+                sums[point] += compute()
+                self.weights.after_step()  # what is gathered must not outlive the next move
+        mine = sums.mean()
+        plus, minus = (self.comm.all_reduce(sums, "losses") / self.comm.world).tolist()
+        slope = (plus - minus) / (2 * self.epsilon)
+        self.grad_norm = torch.tensor(abs(slope), dtype=torch.float64)
+        if self.max_grad_norm is not None:
+            slope = max(-self.max_grad_norm, min(self.max_grad_norm, slope))
+        # from W - epsilon z to decay * W - lr * slope * z, at once
+        decay = 1 - self.lr * self.param_groups[0]["weight_decay"]
+        self._move(self.epsilon - self.lr * slope, self.epsilon * decay - self.lr * slope, decay)
+        self.step()
+        return mine
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Count a step; `train_step` is what takes it."""
+        self.steps += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """There are no gradients."""
+
+    def _move(self, vectors: float, matrices: float, decay: float = 1.0) -> None:
+        """W <- W + vectors * z for biases and norms, W <- decay * W + matrices * z for the rest, where they lie."""
+        for name, parameter in self._parameters.items():
+            start, held = self.weights.held(parameter)
+            flat = len(self.weights.shape(parameter)) <= 1
+            for first, z in noise(self.seed, self.steps, name, start, start + len(held), held.device):
+                run = held[first - start : first - start + len(z)]
+                wide = torch.promote_types(run.dtype, torch.float32)
+                run.copy_(run.to(wide).mul_(1.0 if flat else decay).add_(z, alpha=vectors if flat else matrices))
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def pieces(self) -> list[Piece]:
+        """This process's part of the weights. Between two steps only."""
+        self.weights.after_step()
+        return pieces_of(self.weights, self._parameters, self._parameters)
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, JSON-able."""
+        return {"steps": self.steps, "lr": self.lr}
+
+    @torch.no_grad()
+    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+        """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
+        self.weights.after_step()
+        read_weights(self.weights, self._parameters, self._parameters, read)
+        self.steps, self.param_groups[0]["lr"] = numbers["steps"], numbers["lr"]
+
+
+def build(recipe: Recipe, weights: Weights, layers: ModelLayers) -> MeZO:
+    """Two-point steps of length ``method.epsilon``; the noise is seeded by ``train.seed``."""
+    optim = recipe.optim
+    return MeZO(
+        weights,
+        n_layers=len(layers.layers),
+        lr=optim.lr,
+        epsilon=recipe.method.epsilon,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        seed=recipe.train.seed,
+    )
