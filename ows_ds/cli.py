@@ -6,12 +6,13 @@ A verb's implementation is imported when it runs, so that `--help` and mistakes 
 
 import dataclasses
 import re
+import shlex
 import sys
 import traceback
 from argparse import Action, ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ows_ds import config
 from ows_ds.config import Recipe
@@ -24,7 +25,9 @@ VERBS = {
     "train": "fine-tune a model; the main job",
     "score": "write the layers' importance (scores.json) and a plot of it",
     "export": "write a Hugging Face checkpoint from a run",
+    "bench": "compare methods side by side",
 }
+BENCHES = {"quality": "train the variants of a study and compare their losses and right answers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +51,16 @@ def _run(argv: list[str]) -> None:
     try:
         given = parser.parse_args(argv, defaults=False)
     except (ArgumentError, TypeError, KeyError, ValueError) as error:
-        raise _in_one_line(str(error)) from error
+        raise _in_one_line(str(error), argv) from error
     options: Namespace = given[given.verb]
     if given.verb == "export":
         _need(options, "run_dir", "out_dir")
         from ows_ds.export import export
 
         export(Path(options.run_dir), Path(options.out_dir), options.get("checkpoint"))
+        return
+    if given.verb == "bench":
+        _bench(options, argv)
         return
     recipe = _recipe(options)
     if options.get("print_config"):
@@ -66,10 +72,34 @@ def _run(argv: list[str]) -> None:
 
         train(recipe)
     else:
+        kinds, output = _kinds(options), options.get("output")
+        if output is not None and not output.endswith(".json"):
+            raise UserError("--output", output, "give a file whose name ends in .json; the plot lies beside it")
         from ows_ds.trainer import score
 
-        output = options.get("output")
-        score(recipe, None if output is None else Path(output))
+        score(recipe, None if output is None else Path(output), kinds)
+
+
+def _bench(options: "Namespace", argv: list[str]) -> None:
+    """`bench quality`. argv: what was typed, for the report."""
+    chosen = options[options.bench]
+    for name, right in (("config", "give the file of a study"), ("output", "give a folder")):
+        if chosen.get(name) is None:
+            raise UserError(f"--{name}", None, f"it is required: {right}")
+    seeds, variants = (
+        None if chosen.get(name) is None else [word.strip() for word in chosen[name].split(",")]
+        for name in ("seeds", "variants")
+    )
+    if not all(seed.isdecimal() for seed in seeds or ()):
+        raise UserError("--seeds", chosen.seeds, "give integers with commas between them, such as 0,1")
+    from ows_ds.bench import study
+
+    plan = study.read(chosen.config)
+    from ows_ds.bench.quality import quality
+
+    command = shlex.join(["ows-ds", *argv])
+    numbers = None if seeds is None else [int(seed) for seed in seeds]
+    quality(plan, Path(chosen.output), numbers, variants, bool(chosen.get("json")), command)
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:
@@ -93,6 +123,16 @@ def _recipe(options: "Namespace") -> Recipe:
         if section in options and isinstance(tree.get(section) or {}, dict):
             tree[section] = {**(tree.get(section) or {}), **options[section].as_dict()}
     return config.from_dict(tree)
+
+
+def _kinds(options: "Namespace") -> list[str]:
+    """The kinds of importance in `--metric`, which is a list with commas."""
+    given = options.get("metric")
+    kinds = [] if given is None else [word.strip() for word in given.split(",")]
+    known = get_args(config.hints()["sampling.importance"])
+    if not set(kinds) <= set(known):
+        raise UserError("--metric", given, f"give one or more of {', '.join(known)}, with commas between them")
+    return kinds
 
 
 def _sentence(text: str) -> str:
@@ -141,7 +181,14 @@ def _parser() -> "ArgumentParser":
             sub.add_argument(
                 "--output",
                 metavar="FILE.json",
-                help="default: scores.json in train.output_dir",
+                help="file of the scores (default: scores.json in train.output_dir); the plot is FILE.png",
+            )
+            sub.add_argument(
+                "--metric",
+                metavar="LIST",
+                help="what to measure and show: values of sampling.importance, with commas between them (default: what "
+                "the recipe's importance needs). FILE.json holds the metric that the recipe's importance needs, or the "
+                "first one; where several are measured, each is also in FILE-METRIC.json",
             )
         _add_recipe(sub)
         verbs.add_subcommand(verb, sub, help=VERBS[verb])
@@ -151,6 +198,16 @@ def _parser() -> "ArgumentParser":
     sub.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder to write; made if it is missing")
     sub.add_argument("--checkpoint", metavar="step-N", help="checkpoint to export (default: the newest complete one)")
     verbs.add_subcommand("export", sub, help=VERBS["export"])
+    sub = parser("ows-ds bench WHAT [options]", _sentence(VERBS["bench"]))
+    verbs.add_subcommand("bench", sub, help=VERBS["bench"])
+    benches = sub.add_subcommands(dest="bench", metavar="WHAT", title="what")
+    sub = parser("ows-ds bench quality --config STUDY.yaml --output DIR [options]", _sentence(BENCHES["quality"]))
+    sub.add_argument("--config", metavar="STUDY.yaml", help="study: recipe, variants, seeds (docs/bench.md)")
+    sub.add_argument("--output", metavar="DIR", help="folder of the runs and the report; a study in it is gone on with")
+    sub.add_argument("--seeds", metavar="LIST", help="seeds to run now, such as 0,1; the first always (default: all)")
+    sub.add_argument("--variants", metavar="LIST", help="variants to run now, with commas (default: all)")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    benches.add_subcommand("quality", sub, help=BENCHES["quality"])
     return top
 
 
@@ -165,12 +222,15 @@ def _add_recipe(parser: "ArgumentParser") -> None:
         group = parser.add_argument_group(section, doc.short_description)
         for f in dataclasses.fields(kind):
             hint = hints[f"{section}.{f.name}"]
-            facts = [] if get_origin(hint) is Literal else [config.instruction(hint).removeprefix("give ")]
+            words = config.instruction(hint).removeprefix("give ")
+            long = len(words) > 60  # choices that do not fit on the option's own line are told in the text
+            facts = [words] if long or get_origin(hint) is not Literal else []
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             if default is not dataclasses.MISSING:
                 facts.append(f"default: {_as_yaml(default)}")
-            help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})".replace("%", "%%")
-            group.add_argument(f"--{section}.{f.name}", type=hint, default=None, help=help)
+            help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
+            metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
+            group.add_argument(f"--{section}.{f.name}", type=hint, default=None, help=help, **metavar)
 
 
 def _as_yaml(value: object) -> str:
@@ -180,8 +240,8 @@ def _as_yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _in_one_line(message: str) -> UserError:
-    """What jsonargparse found wrong, as an error that names key, value and what would be right."""
+def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
+    """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
     hints = config.hints()
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
         key, value = found.groups()
@@ -192,10 +252,13 @@ def _in_one_line(message: str) -> UserError:
     if found := re.match(r"unrecognized arguments: (--)?([^\s=]+)(?:[\s=](.*))?", message, re.DOTALL):
         dashes, word, rest = found.groups()
         if dashes:
-            return config.unknown(word, rest or "", list(hints))
+            bench = "bench" in argv[:1]
+            return config.unknown(word, rest or "", ["config", "output", "seeds", "variants"] if bench else list(hints))
         return UserError("arguments", word, "settings are given as --section.key value")
     if found := re.match(r"argument VERB: invalid choice: '([^']*)'", message):
         return UserError("VERB", found[1], f"give one of {', '.join(VERBS)}")
+    if found := re.match(r"""argument WHAT: invalid choice: '([^']*)'|expected "bench""", message):
+        return UserError("bench WHAT", found[1], f"give one of {', '.join(BENCHES)}")
     if message.startswith('expected "verb"'):
         return UserError("VERB", None, f"give one of {', '.join(VERBS)}")
     return UserError("arguments", "the command line", message)

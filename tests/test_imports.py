@@ -21,20 +21,26 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 LAYOUT = [
     ["errors"],
     ["config"],
-    ["layers", "sample", "project"],
+    ["layers", "sample", "project", "rows"],
     ["plan", "coordinates"],
     ["reference"],
     ["communicate"],
     ["weights"],
     ["zero3", "fingerprint"],
-    ["score", "update", "refresh"],
-    ["optimizer"],
+    ["calibrate", "update", "refresh"],
+    ["score"],
+    ["metrics", "plot"],
+    ["optimizer", "adamw"],
     ["checkpoint", "data", "log", "samples"],
     ["runtime"],
-    ["methods.badam", "methods.galore", "methods.lisa", "methods.ows"],
+    [f"methods.{name}" for name in ("badam", "full", "galore", "hift", "lisa", "lora", "mezo", "ows")],
     ["methods.__init__"],
+    ["scoring"],
     ["export"],
     ["trainer"],
+    ["bench.__init__", "bench.statistics", "bench.study"],
+    ["bench.answers", "bench.report"],
+    ["bench.quality"],
     ["cli"],
     ["__main__"],
 ]
@@ -57,7 +63,7 @@ ALLOWED = {
     "os.environ": {"runtime", "log"},
     "ds_ attributes": {"zero3"},
 }
-EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "hypothesis", "pytest"]
+EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "hypothesis", "pytest"]
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

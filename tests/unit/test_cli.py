@@ -22,7 +22,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     noted: list[tuple[Any, ...]] = []
     trainer, export = types.ModuleType("ows_ds.trainer"), types.ModuleType("ows_ds.export")
     trainer.train = lambda recipe: noted.append(("train", recipe))  # type: ignore[attr-defined]
-    trainer.score = lambda recipe, output: noted.append(("score", recipe, output))  # type: ignore[attr-defined]
+    trainer.score = lambda *a: noted.append(("score", *a))  # type: ignore[attr-defined]
     export.export = lambda *a: noted.append(("export", *a))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ows_ds.trainer", trainer)
     monkeypatch.setitem(sys.modules, "ows_ds.export", export)
@@ -66,11 +66,11 @@ def test_a_launchers_local_rank_is_ignored(calls: list[tuple[Any, ...]], recipe:
 
 def test_score_and_export(calls: list[tuple[Any, ...]], recipe: str) -> None:
     assert main(["score", "--config", recipe]) == 0
-    assert main(["score", "--config", recipe, "--output", "s.json"]) == 0
+    assert main(["score", "--config", recipe, "--output", "s.json", "--metric", "rm, outlier"]) == 0
     assert main(["export", "run", "out"]) == 0
     assert main(["export", "run", "out", "--checkpoint", "step-5"]) == 0
     assert [c[0] for c in calls] == ["score", "score", "export", "export"]
-    assert [c[2] for c in calls[:2]] == [None, Path("s.json")]
+    assert [c[2:] for c in calls[:2]] == [(None, []), (Path("s.json"), ["rm", "outlier"])]
     assert [c[1:] for c in calls[2:]] == [
         (Path("run"), Path("out"), None),
         (Path("run"), Path("out"), "step-5"),
@@ -119,6 +119,13 @@ MISTAKES = [
     (["train", "--config"], "config: '' is not right: give a value after it"),
     (["export"], "RUN_DIR: None is not right: it is required: give a folder"),
     (["export", "run"], "OUT_DIR: None is not right: it is required: give a folder"),
+    (
+        ["score", "--config", "r.yaml", "--metric", "rm,magnitude"],
+        "--metric: 'rm,magnitude' is not right: give one or more of outlier, reverse, uniform, decreasing, rm, bi, al",
+    ),
+    (["score", "--config", "r.yaml", "--metric", ""], "--metric: '' is not right: give one or more of outlier"),
+    (["score", "--config", "r.yaml", "--metric"], "metric: '' is not right: give a value after it"),
+    (["score", "--config", "r.yaml", "--output", "s.png"], "--output: 's.png' is not right: give a file whose name"),
     (["train", "--config", "broken.yaml"], "config: 'broken.yaml:3' is not right: give valid YAML"),
     (["train", "--config", "typo.yaml"], "optim.rnk: 3 is not right: there is no such key; is optim.rank meant?"),
     (["train", "--config", "type.yaml"], "optim.rank: 'many' is not right: give an integer"),
@@ -193,3 +200,41 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 5  # half a second on an idle machine
+
+
+def test_bench_quality_gets_the_study(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[Any, ...]] = []
+    module = types.ModuleType("ows_ds.bench.quality")
+    module.quality = lambda *given: noted.append(given)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ows_ds.bench.quality", module)
+    Path("s.yaml").write_text("recipe: r.yaml\ntest: test.jsonl\nvariants: {ows: }\n")
+    words = ["bench", "quality", "--config", "s.yaml", "--output", "o"]
+    assert main(words) == 0
+    assert main([*words, "--seeds", "0,2", "--variants", "a, b", "--json"]) == 0
+    assert [list(given[0].variants) for given in noted] == [["ows"], ["ows"]]
+    assert [given[1:5] for given in noted] == [
+        (Path("o"), None, None, False),
+        (Path("o"), [0, 2], ["a", "b"], True),
+    ]
+    assert noted[0][5] == "ows-ds bench quality --config s.yaml --output o"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "bench WHAT: None is not right: give one of quality"),
+        (["speed"], "bench WHAT: 'speed' is not right: give one of quality"),
+        (["quality"], "--config: None is not right: it is required: give the file of a study"),
+        (["quality", "--config", "none.yaml"], "--output: None is not right: it is required: give a folder"),
+        (["quality", "--config", "none.yaml", "--output", "o"], "config: 'none.yaml' is not right: give a readable"),
+        (["quality", "--cnfig", "s.yaml"], "cnfig: 's.yaml' is not right: there is no such key; is config meant?"),
+        (["quality", "--config", "s", "--output", "o", "--seeds", "0-2"], "--seeds: '0-2' is not right: give integers"),
+    ],
+)
+def test_mistakes_in_bench_are_one_line(
+    words: list[str], expected: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ows-ds: error: {expected}")
+    assert error.count("\n") == 1

@@ -109,3 +109,37 @@ def test_smollm2_speaks(tmp_path: Path) -> None:
     assert tokenizer.decode(prompt["input_ids"][0]).endswith("France?<|im_end|>\n<|im_start|>assistant\n")
     output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+
+
+def test_other_tasks_carry_what_their_verifier_needs(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    options = {"max_terms": 2, "max_digits": 2}
+    paths = samples.word_problems(tmp_path / "a", 20, 5, 3, test=4, task="chain_sum", options=options)
+    assert [path.name for path in paths] == ["train.jsonl", "held_out.jsonl", "test.jsonl"]
+    assert [len(read(path)) for path in paths] == [20, 5, 4]
+    rows = [row for path in paths for row in read(path)]
+    assert len({row["messages"][0]["content"] for row in rows}) == 29
+    for row in rows:
+        assert row["messages"][1]["content"] == row["answer"]
+        assert (row["task"], row["metadata"]["source_dataset"]) == ("chain_sum", "chain_sum")
+    [plain, *_] = read(samples.word_problems(tmp_path / "b", 1, 1, 0, task="basic_arithmetic")[0])
+    assert plain.keys() == {"messages", "answer", "task"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "chain_sm"], "reasoning-gym has no task chain_sm; it has chain_sum"),
+        (["--task", "chain_sum", "--set", "x=1"], "does not take the options"),
+        (["--task", "chain_sum", "--set", "max_terms=2", "max_digits=1"], "different questions of"),
+    ],
+)
+def test_mistakes_in_a_task_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    assert samples.main(["problems", str(tmp_path / "p"), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

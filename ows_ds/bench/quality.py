@@ -1,0 +1,260 @@
+"""`ows-ds bench quality`: train the variants of a study, measure them, report. Goes on where it was stopped.
+
+OUTPUT/
+    study.yaml                          the study, everything filled in, and a hash of its rows
+    base.json                           loss and accuracy of the model before training
+    runs/VARIANT/lr-L-seed-S/           an ordinary run directory, and
+        result.json                     there when the run is complete and measured; see `_measure_run`
+    quality.json, quality.md            the result so far (see `ows_ds.bench.report`)
+    loss.png, scores.png                training loss of the variants; the layers' scores
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ows_ds import config, methods, trainer
+from ows_ds.bench import answers, report, study
+from ows_ds.bench.study import Run, Study
+from ows_ds.communicate import together
+from ows_ds.config import Data, Recipe, accumulation
+from ows_ds.errors import UserError
+from ows_ds.rows import load_rows
+from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
+from ows_ds.sample import METRIC_OF
+from ows_ds.score import beside
+
+
+def quality(
+    plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None, as_json: bool, command: str
+) -> None:
+    """Run what is left of ``plan`` into ``output`` and report. Collective over the launcher's processes.
+
+    seeds, variants: only these now (the first seed always comes along); None: all. as_json: standard output gets the
+    result as JSON and nothing else, progress goes to standard error. command: what was typed, for the report.
+    Raises UserError for whatever the user can put right, before anything is written where no model is needed to see it.
+    """
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        _check(plan, output, seeds, variants)
+        runtime = start(study.recipe_of(plan, study.grid(plan)[0], output))
+        work = _Work(plan, output, runtime)
+        work.begin()
+        while (run := work.next(variants, seeds)) is not None:
+            work.run(run)
+            work.report(command)
+        summary = work.report(command)
+    if runtime.comm.index == 0:
+        print(json.dumps(summary, indent=2, allow_nan=False) if as_json else report.terminal(summary))
+
+
+def _check(plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None) -> None:
+    for key, given, known in (("seeds", seeds, plan.seeds), ("variants", variants, plan.variants)):
+        for one in given or ():
+            if one not in known:
+                raise UserError(key, one, f"give some of the study's: {', '.join(map(str, known))}")
+    if output.exists() and not output.is_dir():
+        raise UserError("output", str(output), "give a folder, or a name at which one can be made")
+    recipes = [study.recipe_of(plan, run, output) for run in study.grid(plan)]
+    needed = {
+        "reasoning_gym": plan.accuracy is not None,
+        "scipy": plan.baseline is not None,
+        "peft": any(recipe.method.name in methods.ADAPTERS for recipe in recipes),
+    }
+    for name, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(name) is None:
+            raise UserError("bench quality", f"{name} is not installed", "pip install 'ows_ds[bench]'")
+    study.check(plan, output)
+
+
+def _rows(plan: Study, data: Data) -> dict[str, str]:
+    """A hash of the rows of data.train, data.eval and test.
+
+    Raises UserError for rows of test that are in one of the others, or that cannot be marked.
+    """
+    held = plan.test_data(data)
+    sources = {
+        "data.train": (data.train, data.train_subset, data.train_split),
+        "data.eval": (data.eval, data.eval_subset, data.eval_split),
+        "test": (held.eval, held.eval_subset, held.eval_split),
+    }
+    rows = {
+        key: load_rows(source, data.format, key, subset, split)
+        for key, (source, subset, split) in sources.items()
+        if source is not None
+    }
+    lines = {key: [json.dumps(row, sort_keys=True, default=str) for row in some] for key, some in rows.items()}
+    for key in ("data.train", "data.eval"):
+        if set(lines["test"]) & set(lines.get(key, ())):
+            raise UserError("test", plan.test, f"give rows that are not in {key}: some are in both")
+    if plan.accuracy is not None:
+        for number, row in enumerate(rows["test"][: plan.accuracy.rows], start=1):
+            answers.check_row(row, f"{plan.test}: row {number}")
+    return {key: hashlib.sha256("\n".join(some).encode()).hexdigest() for key, some in lines.items()}
+
+
+class _Work:
+    """A study under way. Files decide what is done; process 0 reads them, and the others do as it says."""
+
+    def __init__(self, plan: Study, output: Path, runtime: Runtime) -> None:
+        self.plan, self.output, self.runtime = plan, output, runtime
+        self.comm, self.main = runtime.comm, runtime.comm.index == 0
+
+    def begin(self) -> None:
+        """Take ``output`` for this study; measure the model before training."""
+        for run in study.grid(self.plan):
+            accumulation(study.recipe_of(self.plan, run, self.output), self.comm.world)
+        with together(self.comm):
+            if self.main:
+                self._take_output()
+        if not self.comm.share((self.output / "base.json").exists()):
+            self._say("the model before training")
+            recipe = study.recipe_of(self.plan, study.grid(self.plan)[0], self.output)
+            self._write(self.output / "base.json", self._measure(recipe))
+
+    def _take_output(self) -> None:
+        data = study.recipe_of(self.plan, study.grid(self.plan)[0], self.output).data
+        tree, file = self.plan.tree() | {"rows": _rows(self.plan, data)}, self.output / "study.yaml"
+        if file.exists():
+            begun = sorted(folder.name for folder in self.output.glob("runs/*"))
+            if wrong := study.conflict(config.read_yaml(file, "output"), tree, begun):
+                right = f"give another folder: it holds a study that differs in {wrong}"
+                raise UserError("output", str(self.output), right)
+        elif self.output.exists() and any(self.output.iterdir()):
+            raise UserError("output", str(self.output), "give an empty folder, or the one of a study to go on with")
+        with beside(file) as partial:
+            partial.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+    def next(self, variants: Sequence[str] | None, seeds: Sequence[int] | None) -> Run | None:
+        """The first run that is not complete; the same on all processes."""
+        run = study.next_run(self.plan, losses(results(self.plan, self.output)), variants, seeds) if self.main else None
+        shared = self.comm.share(None if run is None else [run.variant, run.lr, run.seed])
+        return None if shared is None else Run(*shared)
+
+    def run(self, run: Run) -> None:
+        """Train, measure, note the result, and drop what is no longer needed. Collective."""
+        done = len(results(self.plan, self.output)) if self.main else 0
+        self._say(f"run {done + 1} of {study.size(self.plan)}: {run.variant}, lr {run.lr:g}, seed {run.seed}")
+        folder = self.output / run.folder
+        recipe = study.recipe_of(self.plan, run, self.output)
+        known = self.comm.share(self._scores_of_another(recipe, folder) if self.main else None)
+        if known is not None:
+            recipe = replace(recipe, sampling=replace(recipe.sampling, scores=known))
+        if not self.comm.share((folder / "model").exists()):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()  # metrics.jsonl tells of this run, not of those before it
+            try:
+                trainer.train(recipe)
+            except UserError as error:
+                raise UserError(f"variants.{run.variant}: {error.key}", error.value, error.right) from error
+            _free_memory()
+        self._write(folder / "result.json", self._measure_run(recipe, folder))
+        if self.main and not self.plan.keep_models:
+            for name in ("model", "checkpoints"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+    def _scores_of_another(self, recipe: Recipe, own: Path) -> str | None:
+        """Scores that a run of this study has computed on the same model and rows for the same metric and threshold."""
+        wanted = _scored_by(recipe)
+        for file in sorted(self.output.glob("runs/*/*/scores.json")) if wanted else ():
+            if file.parent != own and (file.parent / "config.yaml").exists():
+                other = config.from_dict(config.read_yaml(file.parent / "config.yaml"))
+                if _scored_by(other) == wanted:
+                    return str(file)
+        return None
+
+    def _measure_run(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
+        """What is kept of a run.
+
+        chosen_on: loss on data.eval after the last step, which chooses the learning rate. loss, right, rows: on test.
+        tokens, seconds: over all steps, evaluations left out. null: not measured, or not a finite number.
+        """
+        at_end = replace(recipe, model=replace(recipe.model, path=str(folder / "model"), revision=None))
+        records = report.records(folder) if self.main else []
+        steps = [record for record in records if record["step"] > 0]
+        return {
+            "chosen_on": steps[-1].get("eval_loss") if steps else None,
+            **self._measure(at_end),
+            "steps": len(steps),
+            "tokens": sum(record["tokens"] for record in steps),
+            "seconds": sum(record["step_seconds"] for record in steps),
+        }
+
+    def _measure(self, recipe: Recipe) -> dict[str, Any]:
+        """Loss and answers of ``model.path`` on test. Collective."""
+        plan, accuracy = self.plan, self.plan.accuracy
+        data = plan.test_data(recipe.data)
+        recipe = replace(recipe, data=data, train=replace(recipe.train, gradient_checkpointing=False))
+        weights, layers = load_model(recipe, self.runtime)
+        tokenizer = load_tokenizer(recipe)
+        loss = trainer.mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")
+        found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "right": None, "rows": None}
+        if accuracy is not None:
+            rows = load_rows(plan.test, data.format, "test", data.eval_subset, data.eval_split)[: accuracy.rows]
+            found["rows"] = len(rows)
+            found["right"] = answers.count_right(
+                weights, tokenizer, rows, data, accuracy.max_new_tokens, accuracy.batch_size
+            )
+        del weights, layers
+        _free_memory()
+        return found
+
+    def report(self, command: str) -> dict[str, Any]:
+        """Write the tables and pictures of what is complete; the result as JSON-able values, on process 0."""
+        summary: dict[str, Any] = {}
+        with together(self.comm):
+            if self.main:
+                base = json.loads((self.output / "base.json").read_text())
+                facts = report.facts(command, self.comm.world)
+                summary = report.summarize(self.plan, base, results(self.plan, self.output), facts)
+                report.write(self.plan, summary, self.output)
+        return summary
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        with together(self.comm):
+            if self.main:
+                with beside(path) as partial:
+                    partial.write_text(json.dumps(content, allow_nan=False) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(f"\nquality: {text}", flush=True)
+
+
+def results(plan: Study, output: Path) -> dict[Run, dict[str, Any]]:
+    """What `_Work._measure_run` noted of every complete run of ``plan``."""
+    files = {run: output / run.folder / "result.json" for run in study.all_runs(plan)}
+    return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}
+
+
+def losses(found: dict[Run, dict[str, Any]]) -> dict[Run, float | None]:
+    """What the learning rates are chosen on."""
+    return {run: result["chosen_on"] for run, result in found.items()}
+
+
+def _scored_by(recipe: Recipe) -> tuple[Any, ...] | None:
+    """What a run's scores depend on, where all runs have the same model and rows; None: it needs none."""
+    metric, sampling = METRIC_OF.get(methods.importance_of(recipe)), recipe.sampling
+    if metric is None:
+        return None
+    return metric, sampling.tau if metric == "outlier" else None, sampling.calibration_samples, recipe.model.dtype
+
+
+def _free_memory() -> None:
+    """Give back what the run before held: models hang in circles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
