@@ -48,11 +48,12 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     """
     from ows_ds import checkpoint, config, methods
     from ows_ds.layers import find_layers
-    from ows_ds.runtime import load_tokenizer, pretrained
+    from ows_ds.runtime import load_tokenizer, pretrained, quieten
     from ows_ds.scoring import importance
 
     if out_dir.exists():
         raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet")
+    quieten()
     comm = Communicator()
     if not (run_dir / "config.yaml").is_file():
         raise UserError("run_dir", str(run_dir), "give the folder of a run, with its config.yaml")

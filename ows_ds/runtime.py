@@ -63,7 +63,7 @@ def start(recipe: Recipe) -> Runtime:
         # two versions of ninja, the activated environment's and the system's, would take turns at compiling DeepSpeed's
         # CPU operator anew
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-    _quieten()
+    quieten()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
         accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
     sharded = recipe.train.sharding == "zero3" or (
@@ -84,7 +84,7 @@ def start(recipe: Recipe) -> Runtime:
     return Runtime(accelerator, comm, accelerator.device, config)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Progress has one bar, ours; and optional kernels that nothing here uses need no mention."""
     from transformers.utils import logging as transformers_logging
 
@@ -92,6 +92,8 @@ def _quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch is about to rename
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    # and peft asks transformers by an old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def _alone(backend: str, timeout: timedelta) -> None:
