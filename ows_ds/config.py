@@ -144,9 +144,15 @@ class Optim:
         refresh_gap: Active steps of a layer between two projectors (T_p).
         scale: Factor on the projected update.
         projector: How the top singular vectors are found: randomized range finder, or exact svd.
+        refresh: What new projectors are found from: full gradients, one matrix at a time, or a sketch of them over
+            two steps, without a full gradient of any matrix of the sampled layers.
         refresh_batch: Gradient that a projector is computed from: the full batch, or the first micro-batch.
         moments_on_refresh: Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis.
+        fold_rounding: How folding coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up
+            or down at random so that it is exact on average. Wider weights are not rounded.
         always_on: Training of embedding and head beside the sampled layers: full rank, low_rank, or none.
+        side: Side of a matrix that is projected: std the shorter one, as GaLore; right the inputs, which keeps rank
+            numbers a token for the backward pass in place of them; left the outputs.
     """
 
     lr: float = 3e-4
@@ -160,9 +166,12 @@ class Optim:
     refresh_gap: int = 200
     scale: float = 1.0
     projector: Literal["randomized", "svd"] = "randomized"
+    refresh: Literal["full", "sketch"] = "full"
     refresh_batch: Literal["full", "first"] = "full"
     moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    fold_rounding: Literal["nearest", "stochastic"] = "nearest"
     always_on: Literal["full", "low_rank", "none"] = "full"
+    side: Literal["std", "left", "right"] = "std"
 
 
 @dataclass(frozen=True)
@@ -385,6 +394,18 @@ def check(recipe: Recipe) -> None:
     for key, right in _wrong(recipe):
         section, name = key.split(".")
         raise UserError(key, getattr(getattr(recipe, section), name), right)
+    if recipe.optim.refresh == "sketch":
+        check_sketch(recipe.optim.projector, recipe.optim.refresh_batch, recipe.optim.refresh_gap)
+
+
+def check_sketch(projector: str, refresh_batch: str, refresh_gap: int) -> None:
+    """Refuse (UserError) what contradicts projectors that are found from sketches, one over each of two whole steps."""
+    if projector == "svd":
+        raise UserError("optim.projector", projector, "give randomized under optim.refresh sketch")
+    if refresh_batch == "first":
+        raise UserError("optim.refresh_batch", refresh_batch, "give full under optim.refresh sketch")
+    if refresh_gap == 1:
+        raise UserError("optim.refresh_gap", refresh_gap, "give at least 2 under optim.refresh sketch")
 
 
 def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:

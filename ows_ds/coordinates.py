@@ -26,17 +26,21 @@ class Coordinates:
     values: (max(m, n), r), float32 (float64 under float64 weights), a leaf with ``.grad``.
     projector: (min(m, n), r), the weight's dtype.
     decay: factor on the frozen weight: weight decay acts on decay * W + L R^T as a whole.
+    across: the other way round, values on the shorter side and the projector on the longer one (a `Sketch`, or as
+    `ows_ds.layers.Matrix.across` says).
     """
 
     shape: tuple[int, int]
     values: Tensor
     projector: Tensor
     decay: float = 1.0
+    across: bool = False
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """L (rows, r) and R (columns, r)."""
-        return (self.values, self.projector) if is_tall(self.shape) else (self.projector, self.values)
+        left = is_tall(self.shape) != self.across
+        return (self.values, self.projector) if left else (self.projector, self.values)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -107,13 +111,15 @@ class FrozenLinear(torch.autograd.Function):
 class Attachment:
     """Takes the place of a module's forward pass for as long as it is installed.
 
-    With `coordinates` None and the weight frozen or trained at full rank, the module computes what it always did.
+    With `coordinates` and `sketch` None and the weight frozen or trained at full rank, the module computes what it
+    always did. The values of `sketch` are zero: only their gradient counts.
     """
 
     def __init__(self, module: nn.Module, sharded: bool) -> None:
         """sharded: the weight is gathered only around each pass (ZeRO-3)."""
         self.module = module
         self.coordinates: Coordinates | None = None
+        self.sketch: Coordinates | None = None
         self._sharded = sharded
         self._own: Callable[..., Tensor] = type(module).forward
         self._forward = self._lookup if isinstance(module, nn.Embedding) else self._linear
@@ -121,33 +127,57 @@ class Attachment:
 
     def remove(self) -> None:
         """Give the module its own forward pass back."""
-        self.coordinates = None
+        self.coordinates = self.sketch = None
         del self.module.forward
+
+    @property
+    def attached(self) -> list[Coordinates]:
+        """What acts now: coordinates, sketch, both or nothing."""
+        return [one for one in (self.coordinates, self.sketch) if one is not None]
+
+    def _factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """L (rows, k), R (columns, k) of all that is attached, side by side, and the weight's decay."""
+        attached = self.attached
+        if not attached:
+            return None
+        if len(attached) == 1:  # the tensors themselves: copies would be kept for the backward pass
+            return *attached[0].factors, attached[0].decay
+        lefts, rights = zip(*(one.factors for one in attached), strict=True)
+        return torch.cat(lefts, 1), torch.cat(rights, 1), attached[0].decay
 
     def _linear(self, x: Tensor) -> Tensor:
         module: Any = self.module
-        weight, attached = module.weight, self.coordinates
+        weight, factors = module.weight, self._factors()
         # torch's own linear keeps a view of the gathered weight alive until the backward pass; under ZeRO-3 that
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
-        if weight.requires_grad or (attached is None and not self._sharded):
+        if weight.requires_grad or (factors is None and not self._sharded):
             return self._own(module, x)
         inputs_first = isinstance(module, Conv1D)
         inner = outer = None
         decay = 1.0
-        if attached is not None:
-            left, right = attached.factors
+        if factors is not None:
+            left, right, decay = factors
             inner, outer = (left, right) if inputs_first else (right, left)
-            decay = attached.decay
         y: Tensor = FrozenLinear.apply(x, weight, module.bias, inner, outer, decay, inputs_first)
         return y
 
     def _lookup(self, ids: Tensor) -> Tensor:
         y = self._own(self.module, ids)
-        if self.coordinates is None:
+        factors = self._factors()
+        if factors is None:
             return y
-        left, right = self.coordinates.factors
+        left, right, decay = factors
         # a shallow copy with L in the weight's place goes through the module's own forward, scaling included
         shadow = copy.copy(self.module)
         shadow.__dict__["_parameters"] = {"weight": left.to(y.dtype)}
         low_rank = self._own(shadow, ids) @ right.to(y.dtype).t()
-        return torch.add(low_rank, y, alpha=self.coordinates.decay)
+        return torch.add(low_rank, y, alpha=decay)
+
+
+def trained(module: nn.Module) -> list[Tensor]:
+    """The leaves whose gradients the module's forward pass brings: its own weights that train, attached coordinates."""
+    leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    attachment = getattr(module.__dict__.get("forward"), "__self__", None)
+    if isinstance(attachment, Attachment):
+        leaves += [one.values for one in attachment.attached]
+    return leaves

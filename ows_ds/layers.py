@@ -7,7 +7,7 @@ parameters, a matrix is the weight of a plain linear module, and whatever is lef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,27 +24,52 @@ class Matrix:
     name: the parameter's dotted name in the model.
     shape: as stored: (C_out, C_in), or (C_in, C_out) where ``inputs_first`` (GPT-2's ``Conv1D``).
     modules: dotted names of the modules that use it: one, or embedding and head where they are tied.
+    side: which carries the projector, ``optim.side``: std the shorter one (of equal ones the stored columns), right the
+    inputs, left the outputs.
     """
 
     name: str
     shape: tuple[int, int]
     modules: tuple[str, ...]
     inputs_first: bool = False
+    side: str = "std"
+
+    @property
+    def tall(self) -> bool:
+        """Whether coordinates stand on the left of the matrix as stored: W_0 + C Q^T; else W_0 + Q C^T."""
+        if self.side == "std":
+            return self.shape[0] >= self.shape[1]
+        return (self.side == "left") == self.inputs_first
+
+    @property
+    def across(self) -> bool:
+        """Whether that is the other way round than under std."""
+        return self.tall != (self.shape[0] >= self.shape[1])
 
     @property
     def long(self) -> int:
-        """The longer side: the number of rows of its coordinates."""
-        return max(self.shape)
+        """The side of the coordinates, the number of their rows: the longer one under std."""
+        return self.shape[0 if self.tall else 1]
 
     @property
     def short(self) -> int:
-        """The shorter side: the number of rows of its projector."""
-        return min(self.shape)
+        """The side of the projector, the number of its rows: the shorter one under std."""
+        return self.shape[1 if self.tall else 0]
 
     @property
     def in_features(self) -> int:
         """C_in, the number of input features."""
         return self.shape[0 if self.inputs_first else 1]
+
+    @property
+    def out_features(self) -> int:
+        """C_out, the number of output features."""
+        return self.shape[1 if self.inputs_first else 0]
+
+    @property
+    def saves_low_rank(self) -> bool:
+        """Whether its coordinates stand on the output side, so that X Q is kept for the backward pass in place of X."""
+        return self.tall != self.inputs_first
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,15 @@ class ModelLayers:
     layers: tuple[Unit, ...]
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
+
+    def with_side(self, side: str) -> ModelLayers:
+        """The same, with the projector of every matrix on ``side``."""
+
+        def turned(matrices: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
+            return tuple(replace(matrix, side=side) for matrix in matrices)
+
+        layers = tuple(replace(unit, matrices=turned(unit.matrices)) for unit in self.layers)
+        return ModelLayers(layers, turned(self.embeddings), self.final)
 
 
 def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None = None) -> ModelLayers:

@@ -6,7 +6,8 @@
 
 Between two calls of `step` the following holds: the layer set of the coming step is drawn and agreed, its vectors
 listen for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is folded
-and lets its full gradient through once.
+and lets its full gradient through once. Under ``refresh="sketch"`` the latter never happens: for two steps a matrix has
+a sketch attached, beside its coordinates or, if it has just entered, alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.communicate import join
+from ows_ds.config import check_sketch
 from ows_ds.coordinates import Attachment, Coordinates
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
-from ows_ds.plan import Plan, RefreshPlan, make_plan, plan_refresh
-from ows_ds.project import find_projector, rotation
-from ows_ds.refresh import Refresh
+from ows_ds.plan import COLUMNS, Plan, RefreshPlan, make_plan, plan_refresh
+from ows_ds.project import find_projector, rotation, sketch_width, start_basis
+from ows_ds.refresh import Refresh, Sketch
 from ows_ds.sample import Cycle, LayerSet, Sampler, importance, probabilities
 from ows_ds.score import Scores
 from ows_ds.update import CoordinateBuffer, FullRank, Hyper, pieces_of_states, read_states, steps_of
@@ -36,11 +38,13 @@ from ows_ds.weights import Piece, ReadPiece, Replicated, Weights, interval, piec
 CHOICES = {
     "sampling.scheme": ("bernoulli", "fixed"),
     "optim.projector": ("randomized", "svd"),
+    "optim.refresh": ("full", "sketch"),
     "optim.refresh_batch": ("full", "first"),
     "optim.moments_on_refresh": ("keep", "reset", "rotate"),
+    "optim.fold_rounding": ("nearest", "stochastic"),
     "optim.always_on": ("full", "low_rank", "none"),
+    "optim.side": ("std", "left", "right"),
 }
-COLUMNS = 128  # of the coordinate buffer where it holds vectors only
 ALWAYS = "always"  # name of the unit of embedding, head and final norm
 
 
@@ -67,9 +71,12 @@ class OWS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         projector: str = "randomized",
+        refresh: str = "full",
         refresh_batch: str = "full",
         moments_on_refresh: str = "keep",
+        fold_rounding: str = "nearest",
         always_on: str = "full",
+        side: str = "std",
         accumulation: int = 1,
         seed: int = 0,
         sampler: Sampler | Cycle | None = None,
@@ -87,13 +94,18 @@ class OWS(torch.optim.Optimizer):
         given = {
             "sampling.scheme": scheme,
             "optim.projector": projector,
+            "optim.refresh": refresh,
             "optim.refresh_batch": refresh_batch,
             "optim.moments_on_refresh": moments_on_refresh,
+            "optim.fold_rounding": fold_rounding,
             "optim.always_on": always_on,
+            "optim.side": side,
         }
         for key, choice in given.items():
             if choice not in CHOICES[key]:
                 raise UserError(key, choice, f"give one of {', '.join(CHOICES[key])}")
+        if refresh == "sketch":
+            check_sketch(projector, refresh_batch, refresh_gap)
         least = {"sampling.period": period, "optim.refresh_gap": refresh_gap}
         if rank is not None:
             least["optim.rank"] = rank
@@ -105,12 +117,13 @@ class OWS(torch.optim.Optimizer):
         self.weights: Weights = as_weights(model)
         self.comm = self.weights.comm
         self.module = self.weights.module
-        self.layers: ModelLayers = find_layers(self.module, self.weights.shape)
+        self.layers: ModelLayers = find_layers(self.module, self.weights.shape).with_side(side)
         self.low_rank = rank is not None
         self.rank = COLUMNS if rank is None else rank
         self.period, self.refresh_gap, self.accumulation = period, refresh_gap, accumulation
         self.max_grad_norm, self.projector, self.seed = max_grad_norm, projector, seed
         self.refresh_batch, self.moments_on_refresh, self.always_on = refresh_batch, moments_on_refresh, always_on
+        self.fold_rounding, self.refresh, self.side = fold_rounding, refresh, side
         self._always = Unit(
             ALWAYS,
             self.layers.embeddings if always_on == "low_rank" else (),
@@ -141,8 +154,10 @@ class OWS(torch.optim.Optimizer):
         self._micro = 0
         self._clocks: dict[str, int] = {}  # steps of each active unit since it entered
         self._projectors: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}  # (long, w): what a first pass of sketches found, for the second
         self._vector_hooks: dict[str, RemovableHandle] = {}
         self._refresh: Refresh | None = None
+        self._sketches: list[Sketch] = []
         self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
         self._full = FullRank(self.weights, self.dtype)
         if always_on == "full":
@@ -208,6 +223,8 @@ class OWS(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
         self._buffer.grads.zero_()
+        for sketch in self._sketches:
+            sketch.grads.zero_()
         self._full.zero_grad()
 
     @torch.no_grad()
@@ -267,31 +284,45 @@ class OWS(torch.optim.Optimizer):
             for matrix in unit.matrices:
                 # tied modules share one Coordinates
                 attached = self._attachments[matrix.name][0].coordinates
-                assert attached is not None
-                attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
+                if attached is not None:  # not yet, where only sketches of the matrix are taken
+                    attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
 
     # ------------------------------------------------------------------ between steps
 
     @torch.no_grad()
     def _prepare(self) -> None:
+        self._finish_sketches()
         changed = self.steps % self.period == 0
         plan = self.plan
         if changed:
             drawn = self.comm.share(self._sampler.draw() if self.comm.index == 0 else None, "layer_set")
             self.layer_set = tuple(drawn)
             plan = self._plan(self.layer_set)
-        due = [u for u in plan.units if u.matrices and self._clocks.get(u.name, 0) % self.refresh_gap == 0]
-        refresh = plan_refresh([m for u in due for m in u.matrices], self.comm.world)
-        if changed or due:
+        due = self._due(plan)
+        passes = self._passes(plan)
+        if changed or any(one.owners for one in passes):
+            described = zip(("refresh", "second sketches"), (one.describe() for one in passes), strict=False)
             self.comm.agree(
                 f"the layers and the plan of step {self.steps + 1}",
-                {"layers": list(self.layer_set), "plan": plan.describe(), "refresh": refresh.describe()},
+                {"layers": list(self.layer_set), "plan": plan.describe(), **dict(described)},
             )
         if changed:
             self._change(plan)
-        for unit in due:
+        for unit in due if self.refresh == "full" else ():
             self._fold(unit)
-        self._arm(refresh)
+        self._arm(passes)
+
+    def _due(self, plan: Plan) -> list[Unit]:
+        """The units for whose matrices new projectors, or the first ones, are to be found from the coming step on."""
+        return [u for u in plan.units if u.matrices and self._clocks.get(u.name, 0) % self.refresh_gap == 0]
+
+    def _passes(self, plan: Plan) -> list[RefreshPlan]:
+        """What is refreshed in the coming step: a plan of full gradients, or two, of first and of second sketches."""
+        due = [m for unit in self._due(plan) for m in unit.matrices]
+        if self.refresh == "full":
+            return [plan_refresh(due, self.comm.world)]
+        second = [m for m in plan.matrices.values() if m.name in self._bases]
+        return [plan_refresh(due, self.comm.world, True), plan_refresh(second, self.comm.world)]
 
     def _plan(self, layer_set: Iterable[int]) -> Plan:
         units = [self.layers.layers[i] for i in layer_set]
@@ -317,7 +348,8 @@ class OWS(torch.optim.Optimizer):
         for unit in plan.units:
             if unit.name in self._clocks:
                 for matrix in unit.matrices:
-                    self._attach(matrix, self._decay(matrix))
+                    if matrix.name in self._projectors:
+                        self._attach(matrix, self._decay(matrix))
                 continue
             self._clocks[unit.name] = 0
             for vector in unit.vectors:
@@ -364,19 +396,20 @@ class OWS(torch.optim.Optimizer):
             self._parameters[vector.name].requires_grad_(False)
         for matrix in unit.matrices:
             self._projectors.pop(matrix.name, None)
+            self._bases.pop(matrix.name, None)
             self._detach(matrix)
         del self._clocks[unit.name]
 
     def _attach(self, matrix: Matrix, decay: float = 1.0) -> None:
         leaf = self._buffer.leaf(matrix.name)
-        coordinates = Coordinates(matrix.shape, leaf, self._projectors[matrix.name], decay)
+        coordinates = Coordinates(matrix.shape, leaf, self._projectors[matrix.name], decay, matrix.across)
         # tied modules share one object, and with it one decay
         for attachment in self._attachments[matrix.name]:
             attachment.coordinates = coordinates
 
     def _detach(self, matrix: Matrix) -> None:
         for attachment in self._attachments[matrix.name]:
-            attachment.coordinates = None
+            attachment.coordinates = attachment.sketch = None
 
     def _decay(self, matrix: Matrix) -> float:
         attached = self._attachments[matrix.name][0].coordinates
@@ -389,22 +422,54 @@ class OWS(torch.optim.Optimizer):
             if attached is None:
                 continue
             left, right = (factor.detach().to(self.dtype) for factor in attached.factors)
-            self.weights.fold(self._parameters[matrix.name], left, right, attached.decay)
+            noise = f"{self.seed}/{self.steps}/{matrix.name}" if self.fold_rounding == "stochastic" else None
+            self.weights.fold(self._parameters[matrix.name], left, right, attached.decay, noise)
             attached.values.data.zero_()
             attached.decay = 1.0
 
     # ------------------------------------------------------------------ refresh
 
-    def _arm(self, plan: RefreshPlan) -> None:
+    def _arm(self, passes: list[RefreshPlan]) -> None:
+        """Prepare the coming step for what `_passes` has planned."""
+        if self.refresh == "full":
+            self._let_through(passes[0])
+        else:
+            for second, plan in enumerate(passes):
+                self._attach_sketches(plan, bool(second))
+
+    def _seed(self, name: str) -> int:
+        """Of a matrix's randomness in this step's refresh, on whatever process."""
+        return zlib.crc32(f"{self.seed}/{self.steps}/{name}".encode())
+
+    def _attach_sketches(self, plan: RefreshPlan, second: bool) -> None:
+        """Let the coming step take the first or second sketches of the gradients of ``plan``'s matrices."""
+        if not plan.owners:
+            return
+        matrices = [self.plan.matrices[name] for name in plan.owners]
+        bases = {}
+        for matrix in matrices:
+            if second:
+                bases[matrix.name] = self._bases.pop(matrix.name)
+                continue
+            width = sketch_width(self.rank, min(matrix.shape))
+            start = start_basis(matrix.short, width, self._seed(matrix.name), self._projectors.get(matrix.name))
+            bases[matrix.name] = start.to(self.device, self._parameters[matrix.name].dtype)
+        sketch = Sketch(self.comm, plan, matrices, bases, self.dtype, second)
+        self._sketches.append(sketch)
+        for name, coordinates in sketch.coordinates.items():
+            for attachment in self._attachments[name]:
+                attachment.sketch = coordinates
+
+    def _let_through(self, plan: RefreshPlan) -> None:
         """Detach the (folded) matrices of ``plan`` and let their full gradients through in the coming step."""
         if not plan.owners:
             return
-        step = self.steps
+
+        across = {name for name in plan.owners if self.plan.matrices[name].across}
 
         def find(name: str, gradient: Tensor) -> Tensor:
-            return find_projector(
-                gradient, self.rank, self.projector, zlib.crc32(f"{self.seed}/{step}/{name}".encode())
-            )
+            previous = self._projectors.get(name)
+            return find_projector(gradient, self.rank, self.projector, self._seed(name), previous, name in across)
 
         for name in plan.owners:
             self._detach(self.plan.matrices[name])
@@ -416,6 +481,7 @@ class OWS(torch.optim.Optimizer):
             find,
             self.dtype,
             self.device,
+            across,
         )
 
     @torch.no_grad()
@@ -425,15 +491,40 @@ class OWS(torch.optim.Optimizer):
         projectors = refresh.finish(self.rank)
         for name, gradient in refresh.gradients.items():
             self._buffer.grad(name).add_(gradient)
+        self._take(projectors)
+
+    @torch.no_grad()
+    def _finish_sketches(self) -> None:
+        """After a step: bases for the second sketches, and new projectors for the coming step. Collective."""
+        sketches, self._sketches = self._sketches, []
+        for sketch in sketches:
+            found = sketch.finish(self.rank)
+            for attachment in (a for name in found for a in self._attachments[name]):
+                attachment.sketch = None
+            if not sketch.second:
+                self._bases.update(found)
+                continue
+            for unit in self.plan.units:
+                if any(matrix.name in found for matrix in unit.matrices):
+                    self._fold(unit)
+            self._take(found)
+
+    def _take(self, projectors: dict[str, Tensor]) -> None:
+        """Attach coordinates of zero in new subspaces to the (folded) matrices."""
+        # Adam has counted the steps before a first projector, too, in which there was nothing to train
+        anew = {
+            unit.name
+            for unit in self.plan.units
+            for m in unit.matrices
+            if m.name in projectors and (self.moments_on_refresh == "reset" or m.name not in self._projectors)
+        }
         for name, projector in projectors.items():
             old = self._projectors.get(name)
             if old is not None:
                 self._carry_moments(name, old, projector)
             self._projectors[name] = projector
             self._attach(self.plan.matrices[name])
-        if self.moments_on_refresh == "reset":
-            units = {u.name for u in self.plan.units for m in u.matrices if m.name in projectors}
-            self._buffer.set_steps({(unit, "matrices"): 0.0 for unit in units})
+        self._buffer.set_steps({(unit, "matrices"): 0.0 for unit in anew})
 
     def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
         """What becomes of a matrix's moments when its subspace changes (``optim.moments_on_refresh``).
@@ -460,6 +551,7 @@ class OWS(torch.optim.Optimizer):
         if self._refresh is not None:
             self._refresh.cancel()
             self._refresh = None
+        self._sketches = []
         for unit in self.plan.units:
             self._release(unit)
             self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
@@ -474,11 +566,17 @@ class OWS(torch.optim.Optimizer):
         for name, tensor in self._buffer.tensors():
             run = tensor.detach().reshape(-1)[: max(0, used * self.rank - first)]
             result.append(Piece(name, (used, self.rank), first, run))
-        for name, projector in self._projectors.items():
-            start, stop = interval(projector.numel(), self.comm.index, self.comm.world)
-            result.append(Piece(f"projector/{name}", tuple(projector.shape), start, projector.view(-1)[start:stop]))
+        for kind, tensors in (("projector", self._projectors), ("sketch_basis", self._sketch_bases())):
+            for name, tensor in tensors.items():
+                start, stop = interval(tensor.numel(), self.comm.index, self.comm.world)
+                result.append(Piece(f"{kind}/{name}", tuple(tensor.shape), start, tensor.reshape(-1)[start:stop]))
         result += pieces_of_states(self.weights, self._parameters, self._full.states())
         return result + pieces_of(self.weights, self._parameters, sorted(self.touched))
+
+    def _sketch_bases(self) -> dict[str, Tensor]:
+        """What the second sketches of the coming step are taken with, (long, w) by matrix name."""
+        second = (sketch for sketch in self._sketches if sketch.second)
+        return {name: one.projector for sketch in second for name, one in sketch.coordinates.items()}
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, JSON-able; process 0's is the one to keep (the sampler's stream is there)."""
@@ -486,12 +584,14 @@ class OWS(torch.optim.Optimizer):
             "steps": self.steps,
             "skipped": self.skipped,
             "rank": self.rank if self.low_rank else None,
+            "side": self.side,
             "layer_set": list(self.layer_set),
             "probabilities": self.probabilities,
             "sampler": self._sampler.state(),
             "clocks": dict(self._clocks),
             "decays": {name: self._decay(matrix) for name, matrix in self.plan.matrices.items()},
             "projectors": sorted(self._projectors),
+            "sketch_bases": sorted(self._sketch_bases()),
             "adam_steps": [[*key, float(count)] for key, count in self._buffer.steps.items()],
             "full_steps": steps_of(self._full.states()),
             "touched": sorted(self.touched),
@@ -507,6 +607,8 @@ class OWS(torch.optim.Optimizer):
         rank = self.rank if self.low_rank else None
         if numbers["rank"] != rank:
             raise UserError("optim.rank", rank, f"give {numbers['rank']}, the rank of the checkpoint")
+        if numbers.get("side", "std") != self.side:
+            raise UserError("optim.side", self.side, f"give {numbers['side']}, the side of the checkpoint")
         if numbers["probabilities"] != self.probabilities:
             raise UserError("sampling", "other probabilities", "resume with the scores and gamma of the checkpoint")
         self.weights.after_step()
@@ -540,8 +642,11 @@ class OWS(torch.optim.Optimizer):
                     flat = read(f"projector/{matrix.name}", 0, matrix.short * self.rank)
                     self._projectors[matrix.name] = flat.view(matrix.short, self.rank).to(self.device, dtype)
                     self._attach(matrix, numbers["decays"][matrix.name])
-        due = [u for u in plan.units if u.matrices and self._clocks[u.name] % self.refresh_gap == 0]
-        self._arm(plan_refresh([m for u in due for m in u.matrices], self.comm.world))
+                if matrix.name in numbers["sketch_bases"]:
+                    width = sketch_width(self.rank, min(matrix.shape))
+                    flat = read(f"sketch_basis/{matrix.name}", 0, matrix.long * width)
+                    self._bases[matrix.name] = flat.view(matrix.long, width).to(self.device, dtype)
+        self._arm(self._passes(plan))
 
     def state_dict(self) -> dict[str, Any]:
         """Not to be had: the state is spread over processes. Use `ows_ds.checkpoint` with `pieces` and `numbers`."""
@@ -576,8 +681,8 @@ def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: s
     low_rank = [matrix for unit in layers.layers for matrix in unit.matrices]
     low_rank += layers.embeddings if always_on == "low_rank" else ()
     for matrix in low_rank:
-        if rank > matrix.short:
-            right = f"give at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
+        if rank > min(matrix.shape):
+            right = f"give at most {min(matrix.shape)}, the smaller side of {matrix.name} {matrix.shape}"
             raise UserError("optim.rank", rank, right)
 
 

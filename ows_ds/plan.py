@@ -21,6 +21,9 @@ from ows_ds.layers import Matrix, Unit
 
 Rows = tuple[int, int]
 
+COLUMNS = 128  # of the coordinate buffer where it holds vectors only
+CHUNK = 1 << 24  # logits alive at a time (see `ows_ds.loss`)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -103,7 +106,7 @@ def make_plan(units: Sequence[Unit], rank: int, world: int) -> Plan:
 
 @dataclass(frozen=True)
 class RefreshPlan:
-    """Who computes which projector, and how the projectors travel in one all-gather.
+    """Who computes which projector, and how the projectors travel in one all-gather (sketches: in one reduce-scatter).
 
     owners: matrix name -> process. slots: matrix name -> rows in the gathered buffer of ``world * stride`` rows, to
     which process i contributes rows [i * stride, (i + 1) * stride).
@@ -117,31 +120,49 @@ class RefreshPlan:
         """What all processes must have in common, JSON-able."""
         return {"owners": self.owners, "slots": self.slots}
 
+    def bytes_of_pass(
+        self, world: int, width: int, rank: int | None = None, itemsize: int = 4, weight_itemsize: int = 2
+    ) -> dict[str, int]:
+        """Bytes that each process sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
 
-def plan_refresh(matrices: Sequence[Matrix], world: int) -> RefreshPlan:
+        width: columns of the sketches. rank: r in the second pass, None in the first. itemsize: bytes of a coordinate.
+        weight_itemsize: bytes of a weight's entry.
+        """
+        sent = self.stride * (world - 1)
+        found = {"sketch_bases": width} if rank is None else {"projectors": rank}
+        return {"sketches": sent * width * itemsize, **{n: sent * c * weight_itemsize for n, c in found.items()}}
+
+
+def plan_refresh(matrices: Sequence[Matrix], world: int, long: bool = False) -> RefreshPlan:
     """Spread the projectors of ``matrices`` over the processes so that the busiest has as little as possible to do.
 
     Longest processing time first: the costliest matrix left goes to the process with least work; ties go to the lower
     process, so that the result depends on nothing but the arguments. The cost of an exact SVD of an m x n matrix
     is m * n * min(m, n) flops up to a factor, which also orders the range finder's m * n * r.
+
+    long: a slot has as many rows as the matrix's longer side (what a first sketch takes), else as its shorter one.
     """
+
+    def rows(matrix: Matrix) -> int:
+        return matrix.long if long else matrix.short
+
     work = [0] * world
     owned: list[list[Matrix]] = [[] for _ in range(world)]
     for matrix in sorted(matrices, key=lambda m: (-_cost(m), m.name)):
         owner = min(range(world), key=lambda i: (work[i], i))
         work[owner] += _cost(matrix)
         owned[owner].append(matrix)
-    stride = max((sum(m.short for m in mine) for mine in owned), default=0)
+    stride = max((sum(rows(m) for m in mine) for mine in owned), default=0)
     owners: dict[str, int] = {}
     slots: dict[str, Rows] = {}
     for owner, mine in enumerate(owned):
         row = owner * stride
         for matrix in mine:
             owners[matrix.name] = owner
-            slots[matrix.name] = (row, row + matrix.short)
-            row += matrix.short
+            slots[matrix.name] = (row, row + rows(matrix))
+            row += rows(matrix)
     return RefreshPlan(owners, slots, stride)
 
 
 def _cost(matrix: Matrix) -> int:
-    return matrix.shape[0] * matrix.shape[1] * matrix.short
+    return matrix.shape[0] * matrix.shape[1] * min(matrix.shape)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8
-POWER_ITERATIONS = 2
+ROUNDS = 3  # of the range finder: products with G and with G^T
+ROUNDS_FROM_PREVIOUS = 2
+WELL_CONDITIONED = 1e-4  # smallest over largest diagonal entry of R, from which Q is orthonormal to about 1e-7
 
 
 def is_tall(shape: tuple[int, ...] | torch.Size) -> bool:
@@ -20,44 +22,90 @@ def is_tall(shape: tuple[int, ...] | torch.Size) -> bool:
     return shape[0] >= shape[1]
 
 
-def low_rank_gradient(gradient: Tensor, projector: Tensor) -> Tensor:
-    """R (max(m, n), r) in the projector's dtype from G (m, n), any dtype, and Q (min(m, n), r)."""
+def low_rank_gradient(gradient: Tensor, projector: Tensor, across: bool = False) -> Tensor:
+    """R (max(m, n), r) in the projector's dtype from G (m, n), any dtype, and Q (min(m, n), r).
+
+    across, here and below: the sides are exchanged (`ows_ds.layers.Matrix.across`).
+    """
     gradient = gradient.to(projector.dtype)
-    return gradient @ projector if is_tall(gradient.shape) else gradient.T @ projector
+    return gradient @ projector if is_tall(gradient.shape) != across else gradient.T @ projector
 
 
-def exact_projector(gradient: Tensor, rank: int) -> Tensor:
+def exact_projector(gradient: Tensor, rank: int, across: bool = False) -> Tensor:
     """Q (min(m, n), r), float32, from an exact singular value decomposition of G (m, n) in float32."""
     left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-    return (right[:rank].T if is_tall(gradient.shape) else left[:, :rank]).contiguous()
+    return (right[:rank].T if is_tall(gradient.shape) != across else left[:, :rank]).contiguous()
 
 
-def randomized_projector(gradient: Tensor, rank: int, seed: int) -> Tensor:
-    """Q (min(m, n), r), float32: randomised range finder with power iterations (Halko, Martinsson, Tropp 2011, 4.4).
+def start_basis(short: int, width: int, seed: int, previous: Tensor | None = None) -> Tensor:
+    """(short, width), float32: where a search begins, the ``previous`` projector (short, r) or nothing, then noise.
 
-    seed: of the Gaussian test matrix, so that the result does not depend on who computes it. About
-    (2 * POWER_ITERATIONS + 2) * m * n * (r + OVERSAMPLING) multiply-adds in place of an SVD's m * n * min(m, n).
+    Of full rank, not orthonormal; columns have length 1 on average. The noise is drawn on the CPU from ``seed``, so
+    that it does not depend on who draws it; previous decides the device.
+    """
+    noise = torch.randn(short, width, generator=torch.Generator().manual_seed(seed)) / short**0.5
+    if previous is None:
+        return noise
+    kept = previous[:, :width].float()
+    return torch.cat([kept, noise[:, kept.shape[1] :].to(kept.device)], 1)
+
+
+def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (n, k) and R (k, k), both float32, with columns (n, k) = Q R and Q orthonormal.
+
+    Cholesky's factor of the Gram matrix, in float64, where that is accurate: products and a small factorisation.
+    Householder's reflections where columns are nearly dependent.
+    """
+    wide = columns.double()
+    factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+    diagonal = factor.diagonal()
+    if failed or not diagonal.min() > WELL_CONDITIONED * diagonal.max():
+        q, r = torch.linalg.qr(columns.float())
+        return q, r
+    q = torch.linalg.solve_triangular(factor, wide.T, upper=False).T
+    return q.float(), factor.T.float()
+
+
+def leading(columns: Tensor, rank: int) -> Tensor:
+    """(n, r), float32, orthonormal: the top left singular vectors of columns (n, k), k >= r, the strongest first."""
+    q, r = orthonormal(columns)
+    _, vectors = torch.linalg.eigh(r.double() @ r.double().T)
+    return q @ vectors[:, -rank:].flip(-1).float()
+
+
+def randomized_projector(
+    gradient: Tensor, rank: int, seed: int, previous: Tensor | None = None, across: bool = False
+) -> Tensor:
+    """Q (min(m, n), r), float32: randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+
+    seed: of the noise that it starts with, beside the ``previous`` projector (min(m, n), r) where there is one, which
+    saves a round. About 2 * rounds * m * n * (r + OVERSAMPLING) multiply-adds, in place of an SVD's m * n * min(m, n)
+    times ten or more.
     """
     matrix = gradient.float()
-    if not is_tall(matrix.shape):
+    if is_tall(matrix.shape) == across:
         matrix = matrix.T
-    short = matrix.shape[1]
-    width = min(rank + OVERSAMPLING, short)
-    stream = torch.Generator().manual_seed(seed)
-    basis = torch.randn(short, width, generator=stream).to(matrix.device)
-    for _ in range(POWER_ITERATIONS + 1):
+    width = min(rank + OVERSAMPLING, *matrix.shape)
+    image = start_basis(matrix.shape[1], width, seed, previous).to(matrix.device)
+    for _ in range(ROUNDS if previous is None else ROUNDS_FROM_PREVIOUS):
         # orthonormalised between products: powers of G^T G alone would drown all but the first direction
-        basis = torch.linalg.qr(matrix.T @ torch.linalg.qr(matrix @ basis).Q).Q
-    image = matrix @ basis
-    _, vectors = torch.linalg.eigh(image.T @ image)
-    return basis @ vectors[:, -rank:].flip(-1)
+        image = matrix.T @ orthonormal(matrix @ orthonormal(image)[0])[0]
+    # G^T times an orthonormal basis of (nearly) G's range: its singular vectors are G's
+    return leading(image, rank)
 
 
-def find_projector(gradient: Tensor, rank: int, method: str, seed: int = 0) -> Tensor:
-    """Q by ``method``: ``svd`` or ``randomized``."""
+def find_projector(
+    gradient: Tensor, rank: int, method: str, seed: int = 0, previous: Tensor | None = None, across: bool = False
+) -> Tensor:
+    """Q by ``method``: ``svd``, or ``randomized`` from ``seed`` and the ``previous`` projector."""
     if method == "svd":
-        return exact_projector(gradient, rank)
-    return randomized_projector(gradient, rank, seed)
+        return exact_projector(gradient, rank, across)
+    return randomized_projector(gradient, rank, seed, previous, across)
+
+
+def sketch_width(rank: int, short: int) -> int:
+    """Columns of a sketch: more than twice the rank, for two products make one round, and there is no other."""
+    return min(2 * rank + OVERSAMPLING, short)
 
 
 def rotation(old: Tensor, new: Tensor) -> Tensor:

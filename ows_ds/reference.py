@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.layers import Unit, find_layers
-from ows_ds.project import find_projector, is_tall, low_rank_gradient, rotation
+from ows_ds.project import (
+    find_projector,
+    leading,
+    low_rank_gradient,
+    orthonormal,
+    rotation,
+    sketch_width,
+    start_basis,
+)
 from ows_ds.sample import LayerSet, Sampler, probabilities
 
 
@@ -33,6 +41,8 @@ class State:
     steps: int = 0
     age: int = 0
     projector: Tensor | None = None
+    basis: Tensor | None = None  # what the first of two sketches found
+    coming: Tensor | None = None  # the projector from the next step on, which the second one found
 
 
 @dataclass
@@ -53,9 +63,11 @@ class Reference:
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
     projector: str = "randomized"
+    refresh: str = "full"
     refresh_batch: str = "full"
     moments_on_refresh: str = "keep"
     always_on: str = "full"
+    side: str = "std"
     seed: int = 0
 
     step_number: int = 0
@@ -64,7 +76,9 @@ class Reference:
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parts = find_layers(self.model)
+        self.parts = find_layers(self.model).with_side(self.side)
+        units = (*self.parts.layers, Unit("always", self.parts.embeddings, ()))
+        self.matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
         self.parameters = dict(self.model.named_parameters())
         self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
 
@@ -117,43 +131,67 @@ class Reference:
         for name, low_rank in names.items():
             gradient = self.parameters[name].grad
             assert gradient is not None
-            gradients[name] = self.project(name, gradient, seen[name]) if low_rank else gradient
+            projected = self.project(name, gradient, seen[name]) if low_rank else gradient
+            if projected is not None:
+                gradients[name] = projected
         squares = [gradient.square().sum() for gradient in gradients.values()]
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         clip = 1.0 if self.max_grad_norm is None else float((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
-        for name, low_rank in names.items():
-            weight = self.parameters[name]
-            direction = self.adam(name, gradients[name] * clip)
+        for name, gradient in gradients.items():
+            weight, low_rank = self.parameters[name], names[name]
+            direction = self.adam(name, gradient * clip)
             if weight.dim() > 1:
                 weight.mul_(1 - self.lr * self.weight_decay)
             if low_rank:
                 q = self.state[name].projector
                 assert q is not None
-                full = direction @ q.T if is_tall(weight.shape) else q @ direction.T
+                full = direction @ q.T if self.matrices[name].tall else q @ direction.T
                 weight.sub_(full, alpha=self.lr * self.scale)
             else:
                 weight.sub_(direction, alpha=self.lr)
 
-    def project(self, name: str, gradient: Tensor, seen: Tensor) -> Tensor:
-        """R of G, with a new projector (of what was ``seen`` of G) where one is due."""
+    def project(self, name: str, gradient: Tensor, seen: Tensor) -> Tensor | None:
+        """R of G, with a new projector (of what was ``seen`` of G) where one is due; None as long as there is none."""
         assert self.rank is not None
-        state = self.state.get(name)
+        state, matrix = self.state.get(name), self.matrices[name]
         if state is None:
-            rows = torch.zeros(max(gradient.shape), self.rank, dtype=gradient.dtype)
+            rows = torch.zeros(matrix.long, self.rank, dtype=gradient.dtype)
             state = self.state[name] = State(rows, rows.clone())
-        if state.age % self.refresh_gap == 0:
-            seed = zlib.crc32(f"{self.seed}/{self.step_number}/{name}".encode())
-            new = find_projector(seen, self.rank, self.projector, seed).to(gradient.dtype)
-            if state.projector is not None and self.moments_on_refresh == "rotate":
-                turn = rotation(state.projector, new).to(gradient.dtype)
-                state.mean, state.square = state.mean @ turn, state.square @ turn.square()
-            elif state.projector is not None and self.moments_on_refresh == "reset":
-                state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
-            state.projector = new
+        seed = zlib.crc32(f"{self.seed}/{self.step_number}/{name}".encode())
+        if self.refresh == "sketch":
+            if state.coming is not None:
+                self.turn(state, state.coming)
+                state.coming = None
+            self.sketch(state, gradient if matrix.tall else gradient.T, seed)
+        elif state.age % self.refresh_gap == 0:
+            new = find_projector(seen, self.rank, self.projector, seed, state.projector, matrix.across)
+            self.turn(state, new.to(gradient.dtype))
         state.age += 1
-        assert state.projector is not None
-        return low_rank_gradient(gradient, state.projector)
+        return None if state.projector is None else low_rank_gradient(gradient, state.projector, matrix.across)
+
+    def turn(self, state: State, new: Tensor) -> None:
+        """Go on in the subspace of the projector ``new``."""
+        if state.projector is not None and self.moments_on_refresh == "rotate":
+            turn = rotation(state.projector, new).to(new.dtype)
+            state.mean, state.square = state.mean @ turn, state.square @ turn.square()
+        elif state.projector is not None and self.moments_on_refresh == "reset":
+            state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
+        state.projector = new
+
+    def sketch(self, state: State, tall: Tensor, seed: int) -> None:
+        """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
+
+        tall: G or G^T, with the side of the projector last.
+        """
+        assert self.rank is not None
+        if state.age % self.refresh_gap == 0:
+            width = sketch_width(self.rank, min(tall.shape))
+            start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
+            state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
+        elif state.basis is not None:
+            state.coming = leading(tall.T @ state.basis, self.rank).to(tall.dtype)
+            state.basis = None
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:
         """Adam's normalised step N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) after taking in ``gradient``."""

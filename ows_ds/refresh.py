@@ -1,23 +1,33 @@
-"""Full gradients on their way to projectors: streamed out of the backward pass, one matrix at a time.
+"""Gradients on their way to projectors, in one of two ways.
 
-backward reaches W      G  (every process, its own part of the batch)
-    reduce              G  summed, on W's owner only; the others drop theirs
-    owner               Q = projector(G),  R = G Q  (its low-rank gradient)        G is freed
-... next W ...
-finish                  all_gather of all Q
+`Refresh`: full gradients, streamed out of the backward pass, one matrix at a time.
+
+    backward reaches W      G  (every process, its own part of the batch)
+        reduce              G  summed, on W's owner only; the others drop theirs
+        owner               one micro-batch: Q = projector(G),  R = G Q  (its low-rank gradient), G is freed
+                            more: G is added up
+    ... next W ...
+    finish                  owners, all at once: Q and R of the sums;  all_gather of all Q
+
+`Sketch`: two products of G with known matrices, as the coordinates' backward pass gives them; no G anywhere.
+
+    first pass              Y = G Omega (long, w)    reduce_scatter -> owner: its orthonormal basis    all_gather
+    second pass             Z = G^T basis (short, w) reduce_scatter -> owner: its leading r directions all_gather
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ows_ds.communicate import Communicator
+from ows_ds.coordinates import Coordinates
+from ows_ds.layers import Matrix
 from ows_ds.plan import RefreshPlan
-from ows_ds.project import low_rank_gradient
+from ows_ds.project import leading, low_rank_gradient, orthonormal
 
 FindProjector = Callable[[str, Tensor], Tensor]
 
@@ -38,10 +48,12 @@ class Refresh:
         find: FindProjector,
         dtype: torch.dtype,
         device: torch.device,
+        across: Collection[str] = (),
     ) -> None:
         """parameters: the weights of the plan's matrices, which require gradients until `finish` or `cancel`.
 
-        find: (name, G) -> Q, float32. dtype: of the low-rank gradients. device: of the projectors.
+        find: (name, G) -> Q, float32. dtype: of the low-rank gradients. device: of the projectors. across: names of the
+        matrices whose sides are exchanged.
         """
         self.comm = comm
         self.plan = plan
@@ -49,7 +61,8 @@ class Refresh:
         self.projectors: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self._dtype, self._device = dtype, device
-        self._find = find
+        self._find, self._across = find, across
+        self._streamed = micro_batches == 1
         self._left = dict.fromkeys(parameters, micro_batches)
         self._sums: dict[str, Tensor] = {}
         self._handles = []
@@ -67,18 +80,20 @@ class Refresh:
             self._left[name] -= 1
             if self.comm.index != owner:
                 return
-            if name in self._sums:
-                gradient = self._sums[name].add_(gradient)
-            elif self._left[name]:
+            if self._streamed:
+                self._project(name, gradient)
+            elif name in self._sums:
+                self._sums[name].add_(gradient)
+            else:
                 self._sums[name] = gradient.to(self._dtype)
-            if not self._left[name]:
-                self._sums.pop(name, None)
-                # rounded as it will be stored, so that R and later coordinates share one subspace
-                projector = self._find(name, gradient).to(parameter.dtype)
-                self.projectors[name] = projector
-                self.gradients[name] = low_rank_gradient(gradient, projector.to(self._dtype))
 
         return stream
+
+    def _project(self, name: str, gradient: Tensor) -> None:
+        # rounded as it will be stored, so that R and later coordinates share one subspace
+        projector = self._find(name, gradient).to(self.parameters[name].dtype)
+        self.projectors[name] = projector
+        self.gradients[name] = low_rank_gradient(gradient, projector.to(self._dtype), name in self._across)
 
     def finish(self, rank: int) -> dict[str, Tensor]:
         """All projectors (min(m, n), r) by matrix name, in the weights' dtype, on every process. Collective.
@@ -91,16 +106,11 @@ class Refresh:
                 f"no gradient of {missing[0]} arrived in {self._left[missing[0]]} of the backward passes that a "
                 "refresh takes: call OWS.backward once a micro-batch, `accumulation` times a step"
             )
+        for name in list(self._sums):  # nothing is sent here: all owners work at the same time
+            self._project(name, self._sums.pop(name))
         self.cancel()
         dtype = next(iter(self.parameters.values())).dtype
-        part = torch.zeros(self.plan.stride, rank, dtype=dtype, device=self._device)
-        first = self.comm.index * self.plan.stride
-        for name, projector in self.projectors.items():
-            start, stop = self.plan.slots[name]
-            part[start - first : stop - first] = projector
-        whole = self.comm.all_gather(part, "projectors")
-        # cloned, so that a matrix that leaves gives its memory back
-        return {name: whole[start:stop].clone() for name, (start, stop) in self.plan.slots.items()}
+        return _gather(self.comm, self.plan, self.projectors, rank, dtype, self._device, "projectors")
 
     def cancel(self) -> None:
         """Freeze the weights again and stop listening."""
@@ -110,3 +120,77 @@ class Refresh:
         self._sums.clear()
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
+
+
+class Sketch:
+    """One pass of sketches of some matrices' gradients, summed over backward passes; alive until `finish`.
+
+    Each matrix gets coordinates of value zero beside those that train: their gradient is a sketch of the matrix's.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        plan: RefreshPlan,
+        matrices: Iterable[Matrix],
+        bases: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        second: bool,
+    ) -> None:
+        """plan: of the longer sides, or of the shorter ones where this is the ``second`` pass.
+
+        bases: by name, what the gradient is multiplied with: (short, w), or the first pass's result (long, w) in the
+        second. dtype: of the sums.
+        """
+        self.comm, self.plan, self.second = comm, plan, second
+        self._device = next(iter(bases.values())).device
+        width = max(basis.shape[1] for basis in bases.values())
+        self.grads = torch.zeros(comm.world * plan.stride, width, dtype=dtype, device=self._device)
+        self.coordinates: dict[str, Coordinates] = {}
+        for matrix in matrices:
+            basis = bases[matrix.name]
+            sums = self.grads[slice(*plan.slots[matrix.name]), : basis.shape[1]]
+            # of one entry's memory: never written to, only its gradient is of interest
+            zeros = torch.zeros((), dtype=dtype, device=self._device).expand_as(sums).requires_grad_()
+            zeros.grad = sums
+            self.coordinates[matrix.name] = Coordinates(matrix.shape, zeros, basis, across=second != matrix.across)
+
+    def finish(self, rank: int) -> dict[str, Tensor]:
+        """By matrix, in the bases' dtype, on every process: the second pass's basis (long, w), or, after it, the
+        projector (short, r). Collective.
+        """
+        width = self.grads.shape[1]
+        mine = self.comm.reduce_scatter(self.grads, "sketches")
+        first = self.comm.index * self.plan.stride
+        found = {}
+        for name, owner in self.plan.owners.items():
+            if owner == self.comm.index:
+                start, stop = self.plan.slots[name]
+                sketch = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
+                found[name] = leading(sketch, rank) if self.second else orthonormal(sketch)[0]
+        dtype = next(iter(self.coordinates.values())).projector.dtype
+        columns, what = (rank, "projectors") if self.second else (width, "sketch_bases")
+        gathered = _gather(self.comm, self.plan, found, columns, dtype, self._device, what)
+        if self.second:
+            return gathered
+        return {name: basis[:, : self.coordinates[name].projector.shape[1]] for name, basis in gathered.items()}
+
+
+def _gather(
+    comm: Communicator,
+    plan: RefreshPlan,
+    found: Mapping[str, Tensor],
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+) -> dict[str, Tensor]:
+    """What each owner ``found``, (rows of its slot, <= columns), on every process, padded with zeros. Collective."""
+    part = torch.zeros(plan.stride, columns, dtype=dtype, device=device)
+    first = comm.index * plan.stride
+    for name, matrix in found.items():
+        start, stop = plan.slots[name]
+        part[start - first : stop - first, : matrix.shape[1]] = matrix
+    whole = comm.all_gather(part, what)
+    # cloned, so that a matrix that leaves gives its memory back
+    return {name: whole[start:stop].clone() for name, (start, stop) in plan.slots.items()}

@@ -23,6 +23,7 @@ from ows_ds.errors import UserError
 from ows_ds.export import save_model
 from ows_ds.layers import ModelLayers
 from ows_ds.log import RunLog
+from ows_ds.loss import token_losses
 from ows_ds.methods import Method
 from ows_ds.rows import fetch, load_rows
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
@@ -252,16 +253,6 @@ class _Steps:
     def sent(self) -> dict[str, int]:
         """Bytes that process 0 has sent since the step began, its evaluation included, by operation."""
         return dict(sorted((self.comm.sent - self.before).items()))
-
-
-def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar."""
-    labels = batch["labels"][:, 1:].reshape(-1)
-    logits = weights(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.nn.functional.cross_entropy(
-        logits.reshape(labels.numel(), -1).to(dtype), labels, ignore_index=IGNORE, reduction="sum"
-    )
 
 
 @torch.no_grad()

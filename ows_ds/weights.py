@@ -7,6 +7,7 @@ the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,13 @@ from torch import Tensor, nn
 from ows_ds.communicate import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
+FOLD = 1 << 20  # entries of a matrix that are folded at once, in whole rows
+
+
+def stream(key: str, device: torch.device) -> torch.Generator:
+    """A random stream that depends on ``key`` and the kind of device alone."""
+    word = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
 
 
 def interval(numel: int, index: int, world: int) -> tuple[int, int]:
@@ -73,8 +81,13 @@ class Weights(Protocol):
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set the whole parameter to ``value`` (any dtype, numel entries), which every process holds."""
 
-    def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
-        """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication."""
+    def fold(
+        self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
+    ) -> None:
+        """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication.
+
+        noise: None, or what the randomness of stochastic rounding depends on (see `add_low_rank`).
+        """
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate this process's part of the mean over processes: ``loss`` divided by their number."""
@@ -89,27 +102,43 @@ class Weights(Protocol):
         """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
 
 
-def add_low_rank(flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0) -> None:
+def add_low_rank(
+    flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0, noise: str | None = None
+) -> None:
     """flat <- decay * flat + (left @ right.T).flatten()[start : start + flat.numel()], in place.
 
     flat: a run of entries of a (rows, columns) matrix, any float dtype; the sum is formed in the factors' dtype
-    (float32 or float64) and rounded once. Works through at most CHUNK entries at a time.
+    (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is bfloat16,
+    stochastically, by noise that depends on that key and the entry's position alone.
+
+    Blocks of rows are the same whatever the run, so that all shardings come to the same bits.
     """
-    rows_at_once = max(1, CHUNK // columns)
+    rows_at_once = max(1, FOLD // columns)
     stop = start + flat.numel()
-    row = start // columns
-    while row * columns < stop:
-        last = min(row + rows_at_once, math.ceil(stop / columns))
-        update = (left[row:last] @ right.T).flatten()
-        a, b = max(start, row * columns), min(stop, last * columns)
-        part = flat[a - start : b - start]
-        update = update[a - row * columns : b - row * columns]
-        part.copy_(
-            part.to(update.dtype).mul_(decay).add_(update)
-            if part.dtype != update.dtype
-            else part.mul_(decay).add_(update)
-        )
-        row = last
+    for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
+        update = (left[row : row + rows_at_once] @ right.T).flatten()
+        first = row * columns
+        a, b = max(start, first), min(stop, first + update.numel())
+        part, own = flat[a - start : b - start], slice(a - first, b - first)
+        total = part.to(update.dtype).mul_(decay).add_(update[own])
+        if noise is not None and part.dtype == torch.bfloat16:
+            total = round_stochastically(total, draw_bits(update.numel(), f"{noise}/{row}", flat.device)[own])
+        part.copy_(total)
+
+
+def draw_bits(count: int, key: str, device: torch.device) -> Tensor:
+    """(count,), int32, uniform in [0, 2^16): the noise of `round_stochastically`."""
+    return torch.randint(1 << 16, (count,), generator=stream(key, device), dtype=torch.int32, device=device)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 -> float32 that bfloat16 holds exactly: a neighbour of x, the nearer the likelier, x itself on average.
+
+    bits: int32, uniform in [0, 2^16), x's shape. bfloat16 is the upper half of float32, so that a carry out of the
+    lower half has the probability of rounding away from zero.
+    """
+    rounded = ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)  # a carry could turn a NaN into a number
 
 
 class Replicated:
@@ -143,7 +172,7 @@ class Replicated:
         return 0, parameter.data.view(-1)
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters:
+        for parameter in parameters if self.comm.world > 1 else ():  # alone, the interval is the weight itself
             size = math.ceil(parameter.numel() / self.comm.world)
             part = parameter.data.new_zeros(size)
             local = self.local(parameter)
@@ -154,8 +183,10 @@ class Replicated:
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value.view(parameter.shape))
 
-    def fold(self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float) -> None:
-        add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay)
+    def fold(
+        self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
+    ) -> None:
+        add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay, noise)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world if self.comm.world > 1 else loss).backward()

@@ -200,10 +200,12 @@ class Zero3:
         start, stop = self.interval(parameter)
         self.local(parameter).copy_(value.reshape(-1)[start:stop])
 
-    def fold(self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float) -> None:
+    def fold(
+        self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
+    ) -> None:
         start, _ = self.interval(parameter)
         local = self.local(parameter)
-        add_low_rank(local, start, parameter.ds_shape[1], left.to(local.device), right.to(local.device), decay)
+        add_low_rank(local, start, parameter.ds_shape[1], left.to(local.device), right.to(local.device), decay, noise)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world if self.comm.world > 1 else loss).backward()

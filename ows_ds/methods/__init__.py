@@ -137,9 +137,12 @@ def _sampling(recipe: Recipe, accumulation: int) -> dict[str, Any]:
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "projector": optim.projector,
+        "refresh": optim.refresh,
         "refresh_batch": optim.refresh_batch,
         "moments_on_refresh": optim.moments_on_refresh,
+        "fold_rounding": optim.fold_rounding,
         "always_on": optim.always_on,
+        "side": optim.side,
         "accumulation": accumulation,
         "seed": recipe.train.seed if sampling.seed is None else sampling.seed,
     }

@@ -9,7 +9,6 @@ process holds. They are rounded to their own format three times a step (the auth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from ows_ds.config import Recipe
 from ows_ds.layers import ModelLayers
 from ows_ds.sample import LayerSet
-from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
+from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights, stream
 
 BLOCK = 1 << 16  # entries that are drawn at once
 
@@ -31,9 +30,7 @@ def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.
     entry's position and the kind of device alone.
     """
     for block in range(start // BLOCK, -(-stop // BLOCK)):
-        word = hashlib.blake2b(f"{seed}/{step}/{name}/{block}".encode(), digest_size=7).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
-        drawn = torch.randn(BLOCK, generator=generator, device=device)
+        drawn = torch.randn(BLOCK, generator=stream(f"{seed}/{step}/{name}/{block}", device), device=device)
         first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         yield first, drawn[first - block * BLOCK : last - block * BLOCK]
 

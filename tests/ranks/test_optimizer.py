@@ -32,6 +32,22 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "conv1d reset fixed": (
         "gpt2", True, {"moments_on_refresh": "reset", "scheme": "fixed", "gamma": 2, "projector": "randomized"},
     ),
+    "sketch": (
+        "llama with biases", True,
+        {"refresh": "sketch", "projector": "randomized", "always_on": "low_rank", "weight_decay": 0.1,
+         "max_grad_norm": 0.5, "moments_on_refresh": "rotate"},
+    ),
+    "conv1d sketch reset": (
+        "gpt2", False, {"refresh": "sketch", "projector": "randomized", "moments_on_refresh": "reset", "period": 2},
+    ),
+    "right": ("llama", True, {"side": "right", "always_on": "low_rank", "weight_decay": 0.1}),
+    "left randomized rotate": (
+        "llama", False,
+        {"side": "left", "always_on": "low_rank", "projector": "randomized", "moments_on_refresh": "rotate"},
+    ),
+    "conv1d right": ("gpt2", False, {"side": "right"}),
+    "left sketch": ("llama", False, {"side": "left", "refresh": "sketch", "projector": "randomized"}),
+    "conv1d right sketch": ("gpt2", True, {"side": "right", "refresh": "sketch", "projector": "randomized"}),
 }  # fmt: skip
 # k_proj's bias has no gradient but rounding, which Adam would blow up to steps of full size
 BIASED = {"eps": 1e-6}
@@ -142,6 +158,10 @@ def test_equals_galore_torch(
         ("optim.always_on", {"always_on": "ful"}),
         ("sampling.scheme", {"scheme": "uniform"}),
         ("optim.projector", {"projector": "qr"}),
+        ("optim.refresh", {"refresh": "stream"}),
+        ("optim.projector", {"refresh": "sketch", "projector": "svd"}),
+        ("optim.refresh_batch", {"refresh": "sketch", "refresh_batch": "first"}),
+        ("optim.refresh_gap", {"refresh": "sketch", "refresh_gap": 1}),
         ("optim.rank", {"rank": 17}),
         ("optim.rank", {"rank": 0}),
         ("sampling.gamma", {"gamma": 4}),

@@ -202,6 +202,31 @@ def test_full_gradients(pools: Pools, sharding: str, accumulation: int, refresh_
         assert len(set(owners)) > 1 or owners[0] > 0
 
 
+def order_of_work(rank: int, world: int, accumulation: int) -> tuple[list[str], int]:
+    """What a step with a refresh does on this process: reductions of gradients, and projectors it finds."""
+    events = []
+    weights = home(tiny("llama", False, torch.float32), "replicated", world)
+    ows = OWS(weights, scores=RATIOS, always_on="none", accumulation=accumulation, **{**SETTINGS, "gamma": 3})
+    refresh = ows._refresh
+    assert refresh is not None
+    reduce, find = ows.comm.reduce, refresh._find
+    ows.comm.reduce = lambda *a: (events.append("reduce"), reduce(*a))[1]  # type: ignore[method-assign,func-returns-value]
+    refresh._find = lambda *a: (events.append("find"), find(*a))[1]
+    one_step(ows, rank, world)
+    ows.close()
+    return events, list(refresh.plan.owners.values()).count(rank)
+
+
+def test_owners_of_sums_find_projectors_at_the_same_time(pools: Pools) -> None:
+    """With several micro-batches no process waits for another between two of its projectors."""
+    for events, owned in pools(2).run(order_of_work, 3):
+        assert events == ["reduce"] * 63 + ["find"] * owned
+    for events, owned in pools(2).run(order_of_work, 1):
+        assert events.count("reduce") == 21
+        assert events.count("find") == owned
+        assert events[-1 - owned :] != ["reduce"] + ["find"] * owned  # streamed: each before the next gradient
+
+
 # ------------------------------------------------------------------ processes that disagree
 
 

@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
     assert (r.optim.rank, r.optim.refresh_gap, r.optim.scale) == (128, 200, 1.0)
     assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("keep", "full", "full")
+    assert r.optim.refresh == "full"
     assert (r.train.batch_size, r.data.max_length, r.train.epochs, r.model.dtype) == (16, 512, 1, "bfloat16")
 
 

@@ -329,6 +329,47 @@ def test_lookup_in_a_wide_table() -> None:
     torch.testing.assert_close(attached.values.grad, low_rank_gradient(whole.grad, attached.projector), **CLOSE)
 
 
+# ---- sketches
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
+def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int], across: bool, beside: bool) -> None:
+    """G Omega or G^T basis arrives at zeros, the coordinates beside it get what they would get, the output stays."""
+    if kind == "Embedding":
+        module: nn.Module = nn.Embedding(*sides, _weight=random(*sides)).requires_grad_(False)
+        x = torch.arange(11) % sides[0]
+    else:
+        module = module_of(kind, *sides)
+        x = random(11, sides[1])
+    weight = module.weight
+    attached = coordinates_of(weight, 0.9) if beside else None
+    whole = (weight if attached is None else dense(weight, attached)).detach().clone().requires_grad_()
+    expected = functional_call(module, {"weight": whole}, (x,))
+    head = random(*expected.shape)
+    (expected * head).sum().backward()
+    assert whole.grad is not None
+
+    shape = (weight.shape[0], weight.shape[1])
+    tall = whole.grad if is_tall(shape) else whole.grad.T
+    basis = random(max(shape) if across else min(shape), 4, seed=9)
+    zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if across else max(shape), 4).requires_grad_()
+    zeros.grad = random(*zeros.shape)  # added to, as a later micro-batch does
+    product = zeros.grad + (tall.T if across else tall) @ basis
+    attachment = Attachment(module, False)
+    attachment.coordinates, attachment.sketch = attached, Coordinates(shape, zeros, basis, across=across)
+    y = module(x)
+    (y * head).sum().backward()
+    torch.testing.assert_close(y, expected, **CLOSE)
+    torch.testing.assert_close(zeros.grad, product, **CLOSE)
+    assert not zeros.any()
+    assert weight.grad is None
+    if attached is not None:
+        torch.testing.assert_close(attached.values.grad, low_rank_gradient(whole.grad, attached.projector), **CLOSE)
+
+
 # ---- whole models
 
 

@@ -211,6 +211,25 @@ def test_owners_by_hand(world: int, owners: dict[str, int], slots: dict[str, tup
     assert plan.stride == stride
 
 
+def test_first_sketches_take_as_many_rows_as_the_longer_side() -> None:
+    plan = plan_refresh(REFRESHED, 2, long=True)
+    assert plan.owners == plan_refresh(REFRESHED, 2).owners
+    assert plan.slots == {"d": (0, 8), "b": (8, 16), "f": (16, 26), "e": (26, 32), "a": (32, 36)}
+    assert plan.stride == 26
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_bytes_of_sketches_by_hand(world: int) -> None:
+    """Two matrices at rank 2: 4 columns of 4 bytes reduced, 4 or 2 columns of 2 bytes gathered."""
+    matrices = [matrix("d", 8, 4), matrix("e", 4, 6)]
+    stride = {1: (14, 8), 2: (8, 4), 3: (8, 4)}[world]
+    rows = [(world - 1) * one for one in stride]
+    first = plan_refresh(matrices, world, long=True).bytes_of_pass(world, 4)
+    assert first == {"sketches": rows[0] * 16, "sketch_bases": rows[0] * 8}
+    second = plan_refresh(matrices, world).bytes_of_pass(world, 4, 2)
+    assert second == {"sketches": rows[1] * 16, "projectors": rows[1] * 4}
+
+
 def test_nothing_to_refresh() -> None:
     plan = plan_refresh([], 3)
     assert (plan.owners, plan.slots, plan.stride) == ({}, {}, 0)

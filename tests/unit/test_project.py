@@ -10,9 +10,13 @@ from ows_ds.project import (
     exact_projector,
     find_projector,
     is_tall,
+    leading,
     low_rank_gradient,
+    orthonormal,
     randomized_projector,
     rotation,
+    sketch_width,
+    start_basis,
 )
 
 SHAPES = [(40, 24), (24, 40), (30, 30)]
@@ -88,6 +92,72 @@ def test_randomized_is_wider_than_its_rank_and_in_order() -> None:
     assert 0.99 <= energy(g, q) / energy(g, top(g, 8)) <= 1
     each = [energy(g, column[:, None]) for column in q.T]
     assert each == sorted(each, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 200)])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_from_the_previous_projector(shape: tuple[int, int], spectrum: str, kept: float) -> None:
+    """One round less from a projector that shares a part of its directions with the new one, or none."""
+    for seed in range(5):
+        g = gradient(shape, spectrum, seed)
+        best = top(g, RANK)
+        noise = torch.randn(best.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        previous = torch.linalg.qr(kept * best + (1 - kept) * noise / best.shape[0] ** 0.5).Q
+        q = randomized_projector(g.float(), RANK, seed, previous.to(torch.bfloat16))
+        assert (q.dtype, q.shape) == (torch.float32, (min(shape), RANK))
+        assert_orthonormal(q)
+        assert 0.975 + 0.015 * (kept > 0) <= energy(g, q) / energy(g, best) <= 1 + 1e-5
+
+
+def test_start_basis() -> None:
+    cold, again = start_basis(24, 8, 5), start_basis(24, 8, 5)
+    assert torch.equal(cold, again)
+    assert not torch.equal(cold, start_basis(24, 8, 6))
+    assert float(start_basis(2000, 50, 1).norm(dim=0).mean()) == pytest.approx(1, rel=0.01)
+    previous = exact_projector(gradient((40, 24)), 6)
+    warm = start_basis(24, 8, 5, previous)
+    assert torch.equal(warm[:, :6], previous)
+    assert torch.equal(warm[:, 6:], cold[:, 6:])
+    assert torch.linalg.matrix_rank(warm) == 8
+    assert torch.equal(start_basis(24, 6, 5, previous), previous)
+
+
+@pytest.mark.parametrize("largest_over_smallest", [1.0, 1e2, 1e3, 1e5, 1e8, float("inf")])
+def test_orthonormal(largest_over_smallest: float) -> None:
+    """To float32's precision however the columns depend on each other; their span is kept."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        left = torch.linalg.qr(torch.randn(300, 40, generator=generator, dtype=torch.float64)).Q
+        right = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+        values = torch.logspace(0, -1, 40, dtype=torch.float64) ** torch.tensor(largest_over_smallest).log10()
+        columns = 7e-6 * ((left * values.nan_to_num(0.0)) @ right.T).float()
+        q, r = orthonormal(columns)
+        assert (q.dtype, r.dtype) == (torch.float32, torch.float32)
+        assert_orthonormal(q)
+        assert float((q @ r - columns).norm() / columns.norm()) < 1e-6
+        assert not r.tril(-1).any()
+
+
+def test_leading() -> None:
+    columns = gradient((50, 30), "1 / sqrt(k)").float()
+    q = leading(columns, 7)
+    assert_orthonormal(q)
+    expected = torch.linalg.svd(columns.double()).U[:, :7]
+    torch.testing.assert_close((q.double().T @ expected).abs(), torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spectrum", list(SPECTRA)[:2])
+def test_two_sketches_keep_the_energy(shape: tuple[int, int], spectrum: str) -> None:
+    for seed in range(5):
+        g = gradient(shape, spectrum, seed)
+        tall = (g if is_tall(shape) else g.T).float()
+        short = min(shape)
+        basis = orthonormal(tall @ start_basis(short, sketch_width(RANK, short), seed))[0].to(torch.bfloat16)
+        q = leading(tall.T @ basis.float(), RANK)
+        assert energy(g, q) >= 0.99 * energy(g, top(g, RANK))
+    assert (sketch_width(4, 20), sketch_width(12, 20)) == (16, 20)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
