@@ -9,12 +9,15 @@ import re
 import shlex
 import sys
 import traceback
+import typing
 from argparse import Action, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ows_ds import config
+from ows_ds.bench.setting import How, Setting, option
+from ows_ds.bench.setting import check as check_how
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 
@@ -27,7 +30,12 @@ VERBS = {
     "export": "write a Hugging Face checkpoint from a run",
     "bench": "compare methods side by side",
 }
-BENCHES = {"quality": "train the variants of a study and compare their losses and right answers"}
+BENCHES = {
+    "quality": "train the variants of a study and compare their losses and right answers",
+    "time": "seconds of a step of each method, against a frozen model's",
+    "memory": "peak memory of each method by component",
+    "traffic": "bytes that each method sends in a step and for a refresh",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +89,19 @@ def _run(argv: list[str]) -> None:
 
 
 def _bench(options: "Namespace", argv: list[str]) -> None:
-    """`bench quality`. argv: what was typed, for the report."""
+    """argv: what was typed, for the report."""
     chosen = options[options.bench]
+    command = shlex.join(["ows-ds", *argv])
+    if options.bench != "quality":
+        given = chosen.as_dict()
+        own = ({f.name for f in dataclasses.fields(kind)} & given.keys() for kind in (Setting, How))
+        of_setting, of_how = ({name: given[name] for name in names} for names in own)
+        setting, how = Setting(**of_setting), How(**of_how)
+        check_how(how)
+        from ows_ds.bench.run import bench
+
+        bench(options.bench, setting, how, command)
+        return
     for name, right in (("config", "give the file of a study"), ("output", "give a folder")):
         if chosen.get(name) is None:
             raise UserError(f"--{name}", None, f"it is required: {right}")
@@ -97,7 +116,6 @@ def _bench(options: "Namespace", argv: list[str]) -> None:
     plan = study.read(chosen.config)
     from ows_ds.bench.quality import quality
 
-    command = shlex.join(["ows-ds", *argv])
     numbers = None if seeds is None else [int(seed) for seed in seeds]
     quality(plan, Path(chosen.output), numbers, variants, bool(chosen.get("json")), command)
 
@@ -208,29 +226,54 @@ def _parser() -> "ArgumentParser":
     sub.add_argument("--variants", metavar="LIST", help="variants to run now, with commas (default: all)")
     sub.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     benches.add_subcommand("quality", sub, help=BENCHES["quality"])
+    for name in ("time", "memory", "traffic"):
+        sub = parser(f"ows-ds bench {name} [options]", _sentence(BENCHES[name]))
+        _add_bench(sub)
+        benches.add_subcommand(name, sub, help=BENCHES[name])
     return top
 
 
 def _add_recipe(parser: "ArgumentParser") -> None:
     """One option per key of the recipe, with the type, default and documentation of its dataclass."""
+    for section, kind in config.SECTIONS.items():
+        group = parser.add_argument_group(section, _summary(kind))
+        for name, more in _options(kind):
+            group.add_argument(f"--{section}.{name}", **more)
+
+
+def _add_bench(parser: "ArgumentParser") -> None:
+    """Options of `bench time`, memory or traffic: those of `Setting` and `How`."""
+    for kind in (Setting, How):
+        group = parser.add_argument_group(_summary(kind).rstrip("."))
+        for name, more in _options(kind):
+            if more["type"] is bool:
+                more = {"action": "store_true", "help": more["help"].partition(" (")[0]}
+            group.add_argument(option(name), **more)
+
+
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").splitlines()[0]
+
+
+def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of each field of a dataclass: its name, and type and help of its option."""
     import docstring_parser
 
-    hints = config.hints()
-    for section, kind in config.SECTIONS.items():
-        doc = docstring_parser.parse(kind.__doc__ or "")
-        help_of = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
-        group = parser.add_argument_group(section, doc.short_description)
-        for f in dataclasses.fields(kind):
-            hint = hints[f"{section}.{f.name}"]
-            words = config.instruction(hint).removeprefix("give ")
-            long = len(words) > 60  # choices that do not fit on the option's own line are told in the text
-            facts = [words] if long or get_origin(hint) is not Literal else []
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            if default is not dataclasses.MISSING:
-                facts.append(f"default: {_as_yaml(default)}")
-            help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
-            metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
-            group.add_argument(f"--{section}.{f.name}", type=hint, default=None, help=help, **metavar)
+    hints = typing.get_type_hints(kind)
+    help_of = {
+        p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse(kind.__doc__ or "").params
+    }
+    for f in dataclasses.fields(kind):
+        hint = hints[f.name]
+        words = config.instruction(hint).removeprefix("give ")
+        long = len(words) > 60  # choices that do not fit on the option's own line are told in the text
+        facts = [words] if long or get_origin(hint) is not Literal else []
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if default is not dataclasses.MISSING:
+            facts.append(f"default: {_as_yaml(default)}")
+        help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
+        metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
+        yield f.name, {"type": hint, "default": None, "help": help, **metavar}
 
 
 def _as_yaml(value: object) -> str:
@@ -240,20 +283,27 @@ def _as_yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _bench_hints(argv: Sequence[str]) -> dict[str, Any]:
+    """Types of the options of a bench by their names."""
+    if argv[1:2] == ["quality"]:
+        return dict.fromkeys(("config", "output", "seeds", "variants"), str)
+    return {option(name)[2:]: hint for kind in (Setting, How) for name, hint in typing.get_type_hints(kind).items()}
+
+
 def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
     """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
-    hints = config.hints()
+    hints = _bench_hints(argv) if argv[:1] == ["bench"] else config.hints()
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
         key, value = found.groups()
+        key = key if key in hints else key.replace("_", "-")
         return UserError(key, value, config.instruction(hints[key]) if key in hints else message)
-    if found := re.match(r"argument (?:--)?([\w.]+)\S*: expected one argument", message):
+    if found := re.match(r"argument (?:--)?([\w.-]+)\S*: expected one argument", message):
         key = found[1]
         return UserError(key, "", config.instruction(hints[key]) if key in hints else "give a value after it")
     if found := re.match(r"unrecognized arguments: (--)?([^\s=]+)(?:[\s=](.*))?", message, re.DOTALL):
         dashes, word, rest = found.groups()
         if dashes:
-            bench = "bench" in argv[:1]
-            return config.unknown(word, rest or "", ["config", "output", "seeds", "variants"] if bench else list(hints))
+            return config.unknown(word, rest or "", list(hints))
         return UserError("arguments", word, "settings are given as --section.key value")
     if found := re.match(r"argument VERB: invalid choice: '([^']*)'", message):
         return UserError("VERB", found[1], f"give one of {', '.join(VERBS)}")

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from ows_ds.bench import table
 from ows_ds.bench.statistics import describe, t_test
 from ows_ds.bench.study import Run, Study, choose, size
+from ows_ds.bench.table import Table
 from ows_ds.plot import plot
 from ows_ds.score import Scores, beside
 
 METRICS = {"accuracy": "right answers [%]", "loss": "loss on test"}
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "reasoning-gym", "scipy")
+_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy")
 _WINDOW = 0.05  # of the steps: half the window that the training loss is averaged over
 Result = Mapping[str, Any]
 
@@ -99,8 +101,8 @@ def _percent(result: Result) -> float | None:
     return 100 * result["right"] / result["rows"] if result["rows"] else None
 
 
-def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows of cells) of each table; everything that is missing says so."""
+def _tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Everything that is missing says so."""
     tables = []
     total = len(summary["seeds"])
     for metric, what in METRICS.items():
@@ -122,7 +124,7 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[
                     "" if name == summary["baseline"] else "n/a" if one["p"] is None else f"{one['p']:.2g}",
                 ]
             )
-        tables.append((title, ["variant", "lr", "seeds", "mean ± std", "t", "p"], rows))
+        tables.append(Table(title, ["variant", "lr", "seeds", "mean ± std", "t", "p"], rows))
     return tables
 
 
@@ -152,23 +154,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 def terminal(summary: Mapping[str, Any]) -> str:
     """The tables for a terminal of 80 columns; colours only where there is one."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        for title, head, rows in _tables(summary):
-            table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-            for index, name in enumerate(head):
-                table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-            for row in rows:
-                table.add_row(*map(Text, row))
-            console.print(table)
-            console.print()
-        for note in _notes(summary):
-            console.print(Text(note))
-    return captured.get().rstrip()
+    return table.terminal(_tables(summary), _notes(summary))
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -183,8 +169,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     ]
     if summary["rows_answered"]:
         lines.append(f"* right answers: of {summary['rows_answered']} rows of test, generated greedily")
-    for title, head, rows in _tables(summary):
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown_table(head, rows)]
+    for one in _tables(summary):
+        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *table.markdown(one)]
     grids = [
         [name, f"{one['lr']:g}", _number(one["loss_on_eval"], 4), "chosen" if one["lr"] == variant["lr"] else ""]
         for name, variant in summary["variants"].items()
@@ -192,15 +178,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         for one in variant["lrs_tried"]
     ]
     if grids:
-        head = ["variant", "lr", "loss on data.eval", ""]
-        lines += ["", f"## Learning rates tried, seed {summary['seeds'][0]}", "", *_markdown_table(head, grids)]
+        tried = Table("", ["variant", "lr", "loss on data.eval", ""], grids)
+        lines += ["", f"## Learning rates tried, seed {summary['seeds'][0]}", "", *table.markdown(tried)]
     lines += ["", *(f"* {note.removeprefix('* ')}" for note in _notes(summary))]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def write(plan: Study, summary: Mapping[str, Any], output: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ows_ds import config
+from ows_ds.bench.setting import How, Setting
 from ows_ds.cli import main
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
@@ -173,7 +174,7 @@ def test_errors_of_a_verb(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert leave.value.code == 7
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["score"], ["export"]])
+@pytest.mark.parametrize("verb", [[], ["train"], ["score"], ["export"], ["bench"], ["bench", "time"]])
 def test_help_reads_at_80_columns(
     verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +189,8 @@ def test_help_reads_at_80_columns(
         flat = " ".join(out.split())
         assert "(an integer; default: 128)" in flat
         assert "(a list of 2 numbers, such as [0.9, 0.999]; default: [0.9, 0.999])" in flat
+    if verb == ["bench", "time"]:
+        assert all(f"--{name.replace('_', '-')} " in out for name in ("kv_heads", "refresh_gap", "warm_up", "sweep"))
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -219,9 +222,30 @@ def test_bench_quality_gets_the_study(recipe: str, monkeypatch: pytest.MonkeyPat
     assert noted[0][5] == "ows-ds bench quality --config s.yaml --output o"
 
 
+def test_the_other_benches_get_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[tuple[Any, ...]] = []
+    module = types.ModuleType("ows_ds.bench.run")
+    module.bench = lambda *given: noted.append(given)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ows_ds.bench.run", module)
+    assert main(["bench", "memory"]) == 0
+    words = ["bench", "time", "--hidden", "64", "--kv-heads=2", "--layers", "all", "--one-at-a-time", "--warm-up", "0"]
+    assert main([*words, "--json", "--sweep", "gamma=1,2", "--dtype", "float32"]) == 0
+    assert noted[0] == ("memory", Setting(), How(), "ows-ds bench memory")
+    what, setting, how, command = noted[1]
+    assert (what, setting) == ("time", Setting(hidden=64, kv_heads=2, layers="all", dtype="float32"))
+    assert how == How(one_at_a_time=True, warm_up=0, json=True, sweep="gamma=1,2")
+    assert command.startswith("ows-ds bench time --hidden 64 --kv-heads=2")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["time", "--rounds", "x"], "rounds: 'x' is not right: give an integer"),
+        (["time", "--rounds", "0"], "--rounds: 0 is not right: give an integer of at least 1"),
+        (["memory", "--kv-heads", "x"], "kv-heads: 'x' is not right: give an integer or null"),
+        (["memory", "--kv-heads"], "kv-heads: '' is not right: give an integer or null"),
+        (["traffic", "--wrld", "3"], "wrld: '3' is not right: there is no such key; is world meant?"),
+        (["time", "--dtype", "int8"], "dtype: 'int8' is not right: give one of auto, float32, bfloat16"),
         ([], "bench WHAT: None is not right: give one of quality"),
         (["speed"], "bench WHAT: 'speed' is not right: give one of quality"),
         (["quality"], "--config: None is not right: it is required: give the file of a study"),

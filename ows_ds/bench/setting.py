@@ -1,0 +1,277 @@
+"""What `ows-ds bench time | memory | traffic` measure: a model's widths, how much of it, and which methods. Pure.
+
+Nothing here imports torch, so that mistakes and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ows_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a LLaMA: features of hidden states and of the MLP, attention heads, vocabulary, layers of the whole."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32000
+    layers: int = 32
+
+
+# Touvron et al. 2023, and the models' own configurations
+SHAPES = {
+    "llama2-7b": Shape(4096, 11008, 32, 32),
+    "llama2-13b": Shape(5120, 13824, 40, 40, layers=40),
+    "llama2-70b": Shape(8192, 28672, 64, 8, layers=80),
+}
+SMALL_VOCAB = 1024  # of a slice on a CPU
+ITEMSIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight
+
+OURS = ("ows", "ows-lean", "lisa", "galore", "badam", "hift", "full", "lora", "dora", "mezo")
+RIVALS = {
+    "galore_torch": "GaLoreAdamW of galore_torch on all matrices of the layers",
+    "peft-lora": "LoRA by peft on all linear layers, torch's AdamW",
+    "lmflow-lisa": "random layers take turns in one torch AdamW, as LMFlow's callback does it",
+    "torch-adamw": "all weights, torch's AdamW",
+    "deepspeed": "all weights, ZeRO-3 with DeepSpeed around torch's AdamW",
+}
+LIMITS = ("limit", "limit-lean")  # down to the input; down to the lowest sampled layer
+DISTRIBUTED = (*OURS, "deepspeed")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        model: Folder of a Hugging Face model; null: random weights of --shape or --hidden.
+        shape: Widths of the random model: llama2-7b, llama2-13b or llama2-70b; null: those of --hidden, or llama2-7b.
+        hidden: Features of a hidden state.
+        intermediate: Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B.
+        heads: Attention heads; null: of 128 features each.
+        kv_heads: Heads of keys and values; null: as --heads.
+        vocab: Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000.
+        layers: Number of layers of a random model, or all of the shape's; a model has its own.
+        tokens: Tokens of a step: one sequence.
+        gamma: Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.
+        rank: Rank of ows and galore.
+        lora_rank: Rank of lora and dora.
+        refresh_gap: Steps between two projectors (T_p), over which the time of a refresh is spread.
+        refresh: What projectors are found from: full gradients, or sketches over two steps.
+        dtype: Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU.
+        device: Where it runs; auto: on a GPU where there is one (traffic: always on the CPU).
+        threads: Threads of each process on a CPU.
+        gradient_checkpointing: Compute activations again in the backward pass.
+        sharding: Frozen weights on every process (replicated) or in shards (zero3), for our methods.
+    """
+
+    model: str | None = None
+    shape: str | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocab: int | None = None
+    layers: str = "1"
+    tokens: int = 512
+    gamma: int | None = None
+    rank: int = 128
+    lora_rank: int = 8
+    refresh_gap: int = 200
+    refresh: Literal["full", "sketch"] = "full"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 2
+    gradient_checkpointing: bool = False
+    sharding: Literal["replicated", "zero3"] = "replicated"
+
+    @property
+    def n_layers(self) -> int:
+        """Of a resolved setting."""
+        return int(self.layers)
+
+    @property
+    def widths(self) -> Shape:
+        """Of a resolved setting."""
+        return Shape(**{name: int(getattr(self, name) or 0) for name in WIDTHS}, layers=self.n_layers)
+
+
+@dataclass(frozen=True)
+class How:
+    """How it is measured and shown.
+
+    Attributes:
+        methods: List with commas; null: all that can be measured.
+        sweep: gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point.
+        rounds: Of time: rounds through all methods.
+        steps: Of time: timed steps of a method in a round.
+        warm_up: Of time: steps before them that are not counted.
+        one_at_a_time: Of time: end each method's process before the next one starts, as is done where memory does
+            not suffice for all.
+        world: Of traffic: processes, on this machine.
+        output: Folder of the files that are written; null: none.
+        json: Print the result as JSON and nothing else.
+    """
+
+    methods: str | None = None
+    sweep: str | None = None
+    rounds: int = 5
+    steps: int = 4
+    warm_up: int = 1
+    one_at_a_time: bool = False
+    world: int = 2
+    output: str | None = None
+    json: bool = False
+
+
+WIDTHS = ("hidden", "intermediate", "heads", "kv_heads", "vocab")
+
+
+def resolve(setting: Setting, cuda: bool) -> Setting:
+    """``setting`` with every null and auto filled in (but for model and shape).
+
+    cuda: whether there is a GPU. Raises UserError for what is out of range or contradicts itself.
+    """
+    for name, value in asdict(setting).items():
+        if type(value) is int and value < 1:
+            raise UserError(option(name), value, "give an integer of at least 1")
+    if setting.layers != "all" and not (setting.layers.isdecimal() and int(setting.layers)):
+        raise UserError("--layers", setting.layers, "give an integer of at least 1, or all")
+    device = ("cuda" if cuda else "cpu") if setting.device == "auto" else setting.device
+    if device == "cuda" and not cuda:
+        raise UserError("--device", "cuda", "give cpu: no GPU is to be seen")
+    shape = _shape(setting, device) if setting.model is None else _shape_of_model(setting)
+    layers = shape.layers
+    gamma = layers if setting.gamma is None else setting.gamma
+    if gamma > layers:
+        raise UserError("--gamma", gamma, f"give at most {layers}, the number of layers")
+    smallest = min(shape.hidden // shape.heads * shape.kv_heads, shape.hidden, shape.intermediate)
+    if setting.rank > smallest:
+        raise UserError("--rank", setting.rank, f"give at most {smallest}, the smallest side of a matrix")
+    filled = {width: getattr(shape, width) for width in WIDTHS}
+    dtype = ("bfloat16" if device == "cuda" else "float32") if setting.dtype == "auto" else setting.dtype
+    return replace(setting, device=device, dtype=dtype, layers=str(layers), gamma=gamma, **filled)
+
+
+def _shape(setting: Setting, device: str) -> Shape:
+    """Of a random model."""
+    if setting.shape is not None and setting.hidden is not None:
+        raise UserError("--hidden", setting.hidden, "give --shape or --hidden, not both")
+    name = setting.shape or "llama2-7b"
+    if name not in SHAPES:
+        raise UserError("--shape", name, f"give one of {', '.join(SHAPES)}")
+    shape = SHAPES[name]
+    if setting.hidden is not None:
+        heads = setting.heads or max(1, setting.hidden // 128)
+        shape = Shape(setting.hidden, 43 * setting.hidden // 16, heads, heads)
+    given = {width: getattr(setting, width) for width in WIDTHS if getattr(setting, width) is not None}
+    if device == "cpu":
+        given.setdefault("vocab", SMALL_VOCAB)
+    layers = shape.layers if setting.layers == "all" else int(setting.layers)
+    shape = replace(shape, **given, layers=layers)
+    if shape.hidden % (2 * shape.heads) or shape.heads % shape.kv_heads:
+        right = f"give --heads that share {shape.hidden} features in even parts, and --kv-heads that divide --heads"
+        raise UserError("--heads, --kv-heads", f"{shape.heads}, {shape.kv_heads}", right)
+    return shape
+
+
+def _shape_of_model(setting: Setting) -> Shape:
+    for name in ("shape", *WIDTHS):
+        if getattr(setting, name) is not None:
+            raise UserError(option(name), getattr(setting, name), "leave it out where --model is given")
+    try:
+        found = json.loads((Path(str(setting.model)) / "config.json").read_text(encoding="utf-8"))
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        widths = {width: int(found[name]) for width, name in zip(WIDTHS, names, strict=True)}
+        return Shape(**widths, layers=int(found["num_hidden_layers"]))
+    except (OSError, ValueError, KeyError) as error:
+        right = f"give the folder of a model of the LLaMA kind ({type(error).__name__}: {error})"
+        raise UserError("--model", setting.model, right) from error
+
+
+def check(how: How) -> None:
+    """Raises UserError for what is out of range."""
+    for name, least in {"rounds": 1, "steps": 1, "warm_up": 0, "world": 2}.items():
+        if getattr(how, name) < least:
+            raise UserError(option(name), getattr(how, name), f"give an integer of at least {least}")
+    if how.output is not None and Path(how.output).exists() and not Path(how.output).is_dir():
+        raise UserError("--output", how.output, "give a folder, or a name at which one can be made")
+
+
+def option(name: str) -> str:
+    """A field as the user types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse_methods(given: str | None, known: Sequence[str]) -> list[str]:
+    """A list with commas -> methods; null: all that are ``known``. Raises UserError naming ``--methods``."""
+    names = list(known) if given is None else [word.strip() for word in given.split(",")]
+    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+        raise UserError("--methods", given, f"give different ones of {', '.join(known)}, with commas between them")
+    return names
+
+
+def parse_sweep(given: str | None) -> tuple[str, list[int]] | None:
+    """``gamma=1,2,4`` -> ("gamma", [1, 2, 4]). Raises UserError naming ``--sweep``."""
+    if given is None:
+        return None
+    name, _, values = given.partition("=")
+    words = [word.strip() for word in values.split(",")]
+    if name not in ("gamma", "rank") or not all(word.isdecimal() and int(word) for word in words):
+        raise UserError("--sweep", given, "give gamma or rank with its values, such as gamma=1,2,4")
+    return name, [int(word) for word in words]
+
+
+def points(setting: Setting, sweep: tuple[str, list[int]] | None, cuda: bool) -> list[Setting]:
+    """The resolved settings that are measured, one after the other. Raises UserError for any that cannot be."""
+    changes: list[dict[str, Any]] = [{}] if sweep is None else [{sweep[0]: value} for value in sweep[1]]
+    return [resolve(replace(setting, **change), cuda) for change in changes]
+
+
+def limits(setting: Setting) -> list[str]:
+    """The limits that the methods are compared with: one where every method runs down to the input."""
+    return list(LIMITS if setting.gamma is not None and setting.gamma != setting.n_layers else LIMITS[:1])
+
+
+def limit_of(method: str, setting: Setting) -> str:
+    """The limit as deep as ``method``: where nothing below the sampled layers trains, it stops at the lowest one."""
+    return limits(setting)[-1 if method == "ows-lean" else 0]
+
+
+def entries(shape: Shape, layers: int | None = None) -> tuple[int, int]:
+    """Weights of ``layers`` layers (null: all) of a LLaMA without biases; of embedding, head and final norm."""
+    kv = shape.hidden // shape.heads * shape.kv_heads
+    layer = 2 * shape.hidden * (shape.hidden + kv) + 3 * shape.hidden * shape.intermediate + 2 * shape.hidden
+    return layer * (shape.layers if layers is None else layers), (2 * shape.vocab + 1) * shape.hidden
+
+
+def flops_of_limit(shape: Shape, tokens: int) -> int:
+    """Of one forward pass and one backward pass through activations, a multiply-add being two: the least of any step.
+
+    Each is 2 a token and weight of layers and head, and 2 * tokens * hidden a token for the two products of causal
+    attention; the backward pass has four of these.
+    """
+    layers, outside = entries(shape)
+    matrices = layers - 2 * shape.hidden * shape.layers + (outside - shape.hidden) // 2
+    return 4 * matrices * tokens + 3 * 2 * tokens**2 * shape.hidden * shape.layers
+
+
+def estimate(setting: Setting, method: str) -> int:
+    """About how many bytes a process of ``method`` takes; only decides whether all fit at once."""
+    layers, outside = entries(setting.widths)
+    wide = ITEMSIZE[setting.dtype]
+    # beside the weight itself, for every weight that trains: gradient, two moments, and a float32 copy
+    state = {"lisa": 16, "badam": 16, "hift": 16, "full": 16, "deepspeed": 16, "lmflow-lisa": 3 * wide}
+    state |= {"torch-adamw": 3 * wide, "galore_torch": wide}
+    share = (setting.gamma or 1) / setting.n_layers if method in ("lisa", "lmflow-lisa") else 1.0
+    trained = int(layers * share) + outside
+    activations = setting.tokens * setting.n_layers * (20 * setting.widths.hidden + 5 * setting.widths.intermediate)
+    return 700 * 2**20 + (layers + outside + activations) * wide + trained * state.get(method, 0)
