@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ows_ds.bench.setting import Setting
-from ows_ds.bench.trial import LR, NEVER, Trial, batch_of, build_model, ours, sampled
+from ows_ds.bench.trial import LR, NEVER, Trial, batch_of, build_model, differentiate_input, ours, sampled
 from ows_ds.communicate import Communicator
 from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers, find_layers
@@ -23,7 +22,7 @@ def rival(setting: Setting, name: str, world: int) -> Trial:
     model = build_model(setting)
     layers = find_layers(model)
     if name in ("limit", "limit-lean"):
-        return _limit(setting, model, layers, min(sampled(setting)) if name == "limit-lean" else 0)
+        return _limit(setting, model, min(sampled(setting)) if name == "limit-lean" else 0)
     if name == "peft-lora":
         try:
             from peft import LoraConfig, get_peft_model
@@ -80,15 +79,11 @@ def _galore(setting: Setting, model: Any, layers: ModelLayers) -> Trial:
     return trial
 
 
-def _limit(setting: Setting, model: Any, layers: ModelLayers, lowest: int) -> Trial:
+def _limit(setting: Setting, model: Any, lowest: int) -> Trial:
     """A forward pass, and a backward pass through activations alone, down to the input of layer ``lowest``."""
     model.requires_grad_(False)
     weights, batch = Replicated(model, Communicator()), batch_of(setting)
-
-    def differentiate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-
-    model.get_submodule(layers.layers[lowest].name).register_forward_pre_hook(differentiate, with_kwargs=True)
+    differentiate_input(model, lowest)
 
     def step() -> None:
         with trial.watch():

@@ -60,6 +60,8 @@ class Setting:
         kv_heads: Heads of keys and values; null: as --heads.
         vocab: Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000.
         layers: Number of layers of a random model, or all of the shape's; a model has its own.
+        inside: The layers stand inside a model: under every method their input takes a gradient, as where layers below
+            them train. Always so where a random model has fewer layers than its shape.
         tokens: Tokens of a step: one sequence.
         gamma: Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.
         rank: Rank of ows and galore.
@@ -81,6 +83,7 @@ class Setting:
     kv_heads: int | None = None
     vocab: int | None = None
     layers: str = "1"
+    inside: bool = False
     tokens: int = 512
     gamma: int | None = None
     rank: int = 128
@@ -158,7 +161,9 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
         raise UserError("--rank", setting.rank, f"give at most {smallest}, the smallest side of a matrix")
     filled = {width: getattr(shape, width) for width in WIDTHS}
     dtype = ("bfloat16" if device == "cuda" else "float32") if setting.dtype == "auto" else setting.dtype
-    return replace(setting, device=device, dtype=dtype, layers=str(layers), gamma=gamma, **filled)
+    whole = setting.model is not None or setting.layers == "all"
+    inside = setting.inside or (not whole and layers < SHAPES.get(setting.shape or "", Shape(0, 0, 1, 1)).layers)
+    return replace(setting, device=device, dtype=dtype, layers=str(layers), inside=inside, gamma=gamma, **filled)
 
 
 def _shape(setting: Setting, device: str) -> Shape:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ows_ds import memory, methods
 from ows_ds.bench.setting import ITEMSIZE, Setting
@@ -72,10 +72,23 @@ def build_model(setting: Setting) -> Any:
         with torch.device(setting.device):
             model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.use_cache = False
+    if setting.inside:
+        differentiate_input(model, 0)
     if setting.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # see `ows_ds.runtime.load_model`
     return model.train()
+
+
+def differentiate_input(model: Any, layer: int) -> None:
+    """Let every backward pass run down to the input of ``layer``, if nothing below it needs a gradient anyway."""
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        needed = args[0].requires_grad or not torch.is_grad_enabled()
+        return (args[0] if needed else args[0].detach().requires_grad_(), *args[1:]), kwargs
+
+    name = find_layers(model).layers[layer].name
+    model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def batch_of(setting: Setting, index: int = 0) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -53,6 +54,7 @@ def test_flops_of_the_limit() -> None:
     ],
 )  # fmt: skip
 def test_what_is_left_out_is_filled_in(given: Setting, cuda: bool, expected: tuple[Any, ...]) -> None:
+    assert resolve(given, cuda).inside == (given.layers == "1")
     names = ("device", "dtype", *settings.WIDTHS, "layers", "gamma")
     assert tuple(getattr(resolve(given, cuda), name) for name in names) == expected
 
@@ -177,7 +179,7 @@ def test_rivals_train_what_they_say() -> None:
 
 
 def test_the_limit_differentiates_activations_alone() -> None:
-    some = replace(TINY, gamma=1)
+    some = replace(TINY, gamma=1, inside=False)
     trial = rival(some, "limit", 1)
     reached: list[str] = []
     for name, module in trial.model.named_modules():
@@ -193,6 +195,18 @@ def test_the_limit_differentiates_activations_alone() -> None:
             module.register_full_backward_hook(lambda *_, name=name: reached.append(name))
     trial.step()
     assert min(int(name.split(".")[2]) for name in reached if "layers" in name) == sampled(some)[0]
+
+
+def test_inside_a_model_every_method_runs_down_to_the_input() -> None:
+    for inside in (True, False):
+        trial = ours(replace(TINY, inside=inside), "lora", 1)
+        reached: list[Any] = []
+        [module] = [m for name, m in trial.model.named_modules() if name.endswith("layers.0.self_attn.q_proj")]
+        note = functools.partial(lambda found, _, grads, __: found.append(grads[0]), reached)
+        module.register_full_backward_hook(note)
+        trial.step()
+        assert len(reached) == 1
+        assert (reached[0] is not None) == inside
 
 
 def test_a_missing_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
