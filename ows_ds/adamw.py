@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ows_ds.errors import UserError
+from ows_ds.full_rank import FullRank, pieces_of_states, read_states, steps_of
 from ows_ds.sample import LayerSet
-from ows_ds.update import FullRank, Hyper, pieces_of_states, read_states, steps_of
+from ows_ds.update import Hyper
 from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
 from ows_ds.zero3 import Zero3AdamW
 
@@ -115,7 +116,6 @@ class AdamW(torch.optim.Optimizer):
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.grad_norm = norm
         self._full.update(hyper, clip)
-        self._full.zero_grad()
         self.steps += 1
         if len(self.groups) > 1:
             self._full.leave(list(self._full.parameters), keep=True)

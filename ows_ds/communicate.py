@@ -18,7 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,21 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 class Disagreement(RuntimeError):
     """Processes that must agree do not; the message says what differs."""
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Any:
+        """Return when its result may be used (on a GPU: by what is queued from now on)."""
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+_DONE = _Done()
 
 
 class Communicator:
@@ -62,13 +77,21 @@ class Communicator:
         """
         return tensor
 
-    def all_gather(self, part: Tensor, name: str = "all_gather", out: Tensor | None = None) -> Tensor:
-        """The processes' equal-sized ``part`` one after the other along the first dimension, into ``out`` if given."""
-        if out is None:
-            return part
-        if out.data_ptr() != part.data_ptr():
-            out.copy_(part)
-        return out
+    def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "reduce_scatter") -> Pending:
+        """As `reduce_scatter`, into ``part`` and in the background: neither is touched until `Pending.wait`."""
+        if part.data_ptr() != tensor.data_ptr():
+            part.copy_(tensor)
+        return _DONE
+
+    def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
+        """The processes' equal-sized ``part`` one after the other along the first dimension; may share memory."""
+        return part
+
+    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
+        """As `all_gather`, into ``whole`` (which ``part`` may lie in, at its place) and in the background."""
+        if whole.data_ptr() != part.data_ptr():
+            whole.copy_(part)
+        return _DONE
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         """The sum over processes, in place."""
@@ -143,16 +166,23 @@ class Distributed(Communicator):
 
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
         part = tensor.new_empty(tensor.shape[0] // self.world, *tensor.shape[1:])
-        _reduce_scatter(part, tensor, group=self.group)
-        self.sent[name] += part.nbytes * (self.world - 1)
+        self.start_reduce_scatter(tensor, part, name).wait()
         return part
 
-    def all_gather(self, part: Tensor, name: str = "all_gather", out: Tensor | None = None) -> Tensor:
-        if out is None:
-            out = part.new_empty(part.shape[0] * self.world, *part.shape[1:])
-        _all_gather(out, part.contiguous(), group=self.group)
+    def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "reduce_scatter") -> Pending:
         self.sent[name] += part.nbytes * (self.world - 1)
-        return out
+        work: Pending = _reduce_scatter(part, tensor, group=self.group, async_op=True)
+        return work
+
+    def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
+        whole = part.new_empty(part.shape[0] * self.world, *part.shape[1:])
+        self.start_all_gather(part.contiguous(), whole, name).wait()
+        return whole
+
+    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
+        self.sent[name] += part.nbytes * (self.world - 1)
+        work: Pending = _all_gather(whole, part, group=self.group, async_op=True)
+        return work
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         dist.all_reduce(tensor, group=self.group)

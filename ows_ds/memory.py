@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ows_ds.layers import Matrix, ModelLayers, Unit, Vector
-from ows_ds.plan import CHUNK, COLUMNS, Plan, make_plan, plan_refresh
-from ows_ds.project import OVERSAMPLING, sketch_width
+from ows_ds.plan import CHUNK, COLUMNS, Plan, make_plan, pack, plan_refresh, together
+from ows_ds.project import BLOCK, OVERSAMPLING, sketch_width
 
 LOW_RANK = ("ows", "galore")
 SAMPLED = (*LOW_RANK, "lisa", "lisa-d", "badam")
@@ -158,15 +158,16 @@ def state(job: Job) -> dict[str, int]:
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(job.full_rank.values()) if job.method in ADAPTERS else 0
     mine = sum(math.ceil(size / w) for size in job.full_rank.values())
-    coordinates = plan.rows * plan.rank * e
+    rows, own = plan.rows * plan.rank, plan.stride * plan.rank
     return {
         "weights": sum(math.ceil(size / w) if job.sharded else size for size in sizes) * b
         + (math.ceil(adapters / w) * b if job.sharded else adapters * e),
-        "coordinates": coordinates,
-        # DeepSpeed keeps a shard's gradient in the weights' format, and in float32 for the step
-        "gradients": coordinates + mine * (e + b if job.deepspeed_trains else e),
-        "moments": 2 * plan.stride * plan.rank * e + 2 * mine * e,
-        "masters": mine * e,
+        "coordinates": rows * b,
+        # this process's sums over processes lie beside its own; DeepSpeed keeps a shard's gradient in the weights'
+        # format, and in float32 for the step
+        "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if job.deepspeed_trains else 0),
+        "moments": 2 * own * e + 2 * mine * e,
+        "masters": mine * e + (own * e if b < e else 0),
         "projectors": sum(m.short for m in plan.matrices.values()) * plan.rank * b,
     }
 
@@ -206,7 +207,8 @@ def memory(job: Job, refresh: bool = False) -> Memory:
     inputs = [hidden * job.itemsize * bool(kind) for kind in kinds]
     alive = inputs if job.checkpointing else saved
 
-    backward: dict[str, int] = {"activations": 0, "one layer": 0}
+    kept = _gradients(job)
+    backward: dict[str, int] = {"activations": 0, "one layer": 0, "gradients": 0}
     for index, unit in enumerate(job.layers.layers):
         if not kinds[index]:
             continue
@@ -215,12 +217,14 @@ def memory(job: Job, refresh: bool = False) -> Memory:
             shared = job.itemsize == 4 and (index != lowest or _outside_trains(job))
             below += saved[index] - (inputs[index] if shared else 0)
         working = _working(job, unit, kinds[index], refresh)
-        if below + working > sum(backward.values()):
-            backward = {"activations": below, "one layer": working}
-    phases = {"loss": {"activations": sum(alive) + last, "logits": _loss(job, refresh)}, "backward": backward}
+        if below + working + kept[index] > sum(backward.values()):
+            backward = {"activations": below, "one layer": working, "gradients": kept[index]}
+    before = kept[-1] if job.accumulation > 1 else 0
+    loss = {"activations": sum(alive) + last, "logits": _loss(job, refresh), "gradients": before}
+    phases = {"loss": loss, "backward": backward}
     if not flows:  # mezo, and an idle step
         phases["backward"] = {"one layer": _forward(job)}
-    phases["update"] = {"temporaries": _update(job)}
+    phases["update"] = {"temporaries": _update(job), "gradients": kept[-1]}
     if refresh and job.method in LOW_RANK:
         phases["gather"] = {"projectors": _gather(job)}
     for phase in ("loss", "backward"):
@@ -357,8 +361,8 @@ def _working(job: Job, unit: Unit, kind: str, refresh: bool) -> int:
 
 
 def _finder(job: Job, matrix: Matrix) -> int:
-    """Bytes that the search for a projector needs: G in float32 where it is not, products and their bases."""
-    copy = 4 * _numel(matrix) if job.itemsize != 4 else 0
+    """Bytes that the search for a projector needs: float32 blocks of G where it is not, products and their bases."""
+    copy = 4 * min(BLOCK, _numel(matrix)) if job.itemsize != 4 else 0
     return copy + 4 * 4 * sum(matrix.shape) * (job.rank + OVERSAMPLING)
 
 
@@ -384,13 +388,43 @@ def _loss(job: Job, refresh: bool) -> int:
     return logits + rows + head
 
 
+def _gradients(job: Job) -> list[int]:
+    """Bytes of this process's gradients of weights that train whole: while each layer's backward pass runs, and, last,
+    when all are there. In the weights' format, or in float32 where micro-batches add up.
+    """
+    itemsize = job.itemsize if job.accumulation == 1 else job.wide
+    sizes = {name: math.ceil(size / job.world) * itemsize for name, size in job.full_rank.items()}
+    if job.deepspeed_trains:  # among the state
+        sizes = {}
+    total = sum(sizes.values())
+    if job.accumulation > 1:
+        return [total] * (len(job.layers.layers) + 1)
+    inside = [sum(sizes.get(part.name, 0) for part in _parts(unit)) for unit in job.layers.layers]
+    head = sizes.get(job.head.name, 0)
+    return [head + sum(inside[index + 1 :]) for index in range(len(inside))] + [total]
+
+
 def _update(job: Job) -> int:
-    """Bytes of the roots of the second moments: of all at once, or twice those of the largest tensor."""
+    """Bytes of the roots of the second moments: of all that Adam works on at once, or twice those of the largest
+    tensor; and of the float32 gradients of weights that train whole.
+    """
     plan = job.plan
-    mine = [math.ceil(size / job.world) for size in job.full_rank.values()]
-    segments = [(s.rows[1] - s.rows[0]) * plan.rank for s in plan.local_segments(0)]
-    groups = [mine, segments]
-    return max((sum(g) if job.foreach else 2 * max(g)) for g in groups if g) * job.wide if mine or segments else 0
+    found = [0]
+    for kind in ("matrices", "vectors"):
+        local = [layout.local(layout.segments.get(kind, (0, 0)), 0) for layout in plan.layouts]
+        sizes = [(rows.stop - rows.start) * plan.rank for rows in local if rows is not None]
+        found += [_roots(job, some) for some in together(sizes)]
+    shares = {name: math.ceil(size / job.world) for name, size in job.full_rank.items()}
+    limit = sum(shares.values()) if job.deepspeed_trains else CHUNK
+    for run in pack(shares, max(1, limit)):
+        sizes = [stop - start for _, start, stop in run]
+        cast = sum(sizes) * job.wide if job.itemsize < job.wide and not job.deepspeed_trains else 0
+        found.append(_roots(job, sizes) + cast)
+    return max(found)
+
+
+def _roots(job: Job, sizes: Sequence[int]) -> int:
+    return (sum(sizes) if job.foreach else 2 * max(sizes, default=0)) * job.wide
 
 
 def _gather(job: Job) -> int:
@@ -412,7 +446,7 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
     up to padding.
     """
     w, b, e, plan = job.world, job.itemsize, job.wide, job.plan
-    sent = dict.fromkeys(("gradients", "coordinates", "full_rank_gradients"), 0) | plan.bytes_per_step(e)
+    sent = dict.fromkeys(("gradients", "coordinates", "full_rank_gradients"), 0) | plan.bytes_per_step(e, b)
     part = sum(math.ceil(size / w) for size in job.full_rank.values()) * b * (w - 1)
     sent["full_rank_gradients"] = part * job.accumulation
     sent["full_rank_weights"] = 0 if job.sharded else part
@@ -421,6 +455,7 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
         matrices = list(plan.matrices.values())
         last = plan_refresh(matrices, w)
         sent["projectors"] = last.stride * job.rank * b * (w - 1)
+        sent["fold"] = plan.stride * plan.rank * e * (w - 1) if b < e else 0
         if job.refresh == "sketch":
             first = plan_refresh(matrices, w, True)
             sent["sketches"] = (first.stride + last.stride) * _width(job) * e * (w - 1)

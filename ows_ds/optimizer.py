@@ -23,16 +23,17 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.communicate import join
 from ows_ds.config import check_sketch
-from ows_ds.coordinates import Attachment, Coordinates
+from ows_ds.coordinates import Attachment, collect
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
+from ows_ds.full_rank import FullRank, pieces_of_states, read_states, steps_of
 from ows_ds.layers import Matrix, ModelLayers, Unit, find_layers
 from ows_ds.plan import COLUMNS, Plan, RefreshPlan, make_plan, plan_refresh
 from ows_ds.project import find_projector, rotation, sketch_width, start_basis
 from ows_ds.refresh import Refresh, Sketch
 from ows_ds.sample import Cycle, LayerSet, Sampler, importance, probabilities
 from ows_ds.score import Scores
-from ows_ds.update import CoordinateBuffer, FullRank, Hyper, pieces_of_states, read_states, steps_of
+from ows_ds.update import CoordinateBuffer, Hyper
 from ows_ds.weights import Piece, ReadPiece, Replicated, Weights, interval, pieces_of, read_weights
 
 CHOICES = {
@@ -138,8 +139,9 @@ class OWS(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": scale}
         super().__init__([{"params": list(self._parameters.values())}], defaults)
 
-        example = next(iter(self._parameters.values()))
-        self.dtype = torch.promote_types(example.dtype, torch.float32)
+        self._weight_dtype = next(iter(self._parameters.values())).dtype
+        self.dtype = torch.promote_types(self._weight_dtype, torch.float32)
+        self._lookups = {matrix.name for matrix in self.layers.embeddings}
         self._attachments: dict[str, list[Attachment]] = {}
         units = (*self.layers.layers, self._always)
         for matrix in (m for unit in units for m in unit.matrices):
@@ -158,7 +160,8 @@ class OWS(torch.optim.Optimizer):
         self._vector_hooks: dict[str, RemovableHandle] = {}
         self._refresh: Refresh | None = None
         self._sketches: list[Sketch] = []
-        self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
+        nothing = make_plan((), self.rank, self.comm.world)
+        self._buffer = CoordinateBuffer(nothing, self.comm, self.dtype, self._weight_dtype, self.device)
         self._full = FullRank(self.weights, self.dtype)
         if always_on == "full":
             self._enter_full(self.layers.embeddings)
@@ -194,6 +197,7 @@ class OWS(torch.optim.Optimizer):
             return
         if self._micro == self.accumulation:
             raise RuntimeError(f"backward was called more than accumulation = {self.accumulation} times a step")
+        self._buffer.last_pass(self._micro + 1 == self.accumulation)
         self.weights.backward(loss)
         self._micro += 1
         if self._refresh is not None and self.refresh_batch == "first":
@@ -222,7 +226,7 @@ class OWS(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
-        self._buffer.grads.zero_()
+        self._buffer.zero_grad()
         for sketch in self._sketches:
             sketch.grads.zero_()
         self._full.zero_grad()
@@ -231,7 +235,7 @@ class OWS(torch.optim.Optimizer):
     def fold(self) -> None:
         """Add all coordinates to the weights and set them to zero: the model alone then is what was trained.
 
-        Training may go on. Not between `backward` and `step`.
+        Training may go on. Not between `backward` and `step`. Collective.
         """
         self.weights.after_step()
         for unit in self.plan.units:
@@ -269,23 +273,26 @@ class OWS(torch.optim.Optimizer):
         group = self.param_groups[0]
         hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
         grads = self._buffer.reduce()
-        squares = torch.stack([grads.square().sum(), *self._full.squares()])
-        norm = self.comm.all_reduce(squares.sum(), "grad_norm").sqrt()
+        squares = [norm.square() for norm in torch._foreach_norm(grads)] if grads else []
+        norm = self.comm.all_reduce(torch.stack([*squares, *self._full.squares()]).sum(), "grad_norm").sqrt()
         clip = torch.ones_like(norm)
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.grad_norm = norm
-        self._buffer.update(grads.mul_(clip), hyper)
+        if grads:
+            torch._foreach_mul_(grads, clip)
+        self._buffer.update(hyper)
         self._full.update(hyper, clip)
-        for unit in self.plan.units:
-            for vector in unit.vectors:
-                value = self._buffer.value(vector.name).view(-1)[: vector.numel]
-                self.weights.write(self._parameters[vector.name], value)
-            for matrix in unit.matrices:
-                # tied modules share one Coordinates
-                attached = self._attachments[matrix.name][0].coordinates
-                if attached is not None:  # not yet, where only sketches of the matrix are taken
-                    attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
+        vectors = [vector for unit in self.plan.units for vector in unit.vectors]
+        self.weights.write(
+            [self._parameters[vector.name] for vector in vectors],
+            [self._buffer.value(vector.name).view(-1)[: vector.numel] for vector in vectors],
+        )
+        for matrix in self.plan.matrices.values() if hyper.weight_decay else ():
+            # tied modules share one Coordinates
+            attached = self._attachments[matrix.name][0].coordinates
+            if attached is not None:  # not yet, where only sketches of the matrix are taken
+                attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
 
     # ------------------------------------------------------------------ between steps
 
@@ -311,6 +318,12 @@ class OWS(torch.optim.Optimizer):
         for unit in due if self.refresh == "full" else ():
             self._fold(unit)
         self._arm(passes)
+        self._await_gradients()
+
+    def _await_gradients(self) -> None:
+        """Let the gradients of layers whose every matrix has coordinates go as they come: the highest come first."""
+        whole = (u for u in self.plan.units if all(self._attachments[m.name][0].coordinates for m in u.matrices))
+        self._buffer.await_gradients([unit.name for unit in whole if unit.name != ALWAYS][::-1])
 
     def _due(self, plan: Plan) -> list[Unit]:
         """The units for whose matrices new projectors, or the first ones, are to be found from the coming step on."""
@@ -334,29 +347,22 @@ class OWS(torch.optim.Optimizer):
 
     def _change(self, plan: Plan) -> None:
         """From the old set to ``plan``: fold and free what leaves, carry over what stays, start what enters."""
-        old = self._buffer
-        if plan == old.plan:
+        if plan == self.plan:
             return
         stay = {unit.name for unit in plan.units}
-        for unit in old.plan.units:
+        for unit in self.plan.units:
             if unit.name not in stay:
                 self._fold(unit)
                 self._release(unit)
                 self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
-        self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
-        self._buffer.adopt(old)
+        self._buffer.change(plan)
         for unit in plan.units:
-            if unit.name in self._clocks:
-                for matrix in unit.matrices:
-                    if matrix.name in self._projectors:
-                        self._attach(matrix, self._decay(matrix))
-                continue
-            self._clocks[unit.name] = 0
-            for vector in unit.vectors:
-                value = self.weights.whole(self._parameters[vector.name]).reshape(-1)
-                self._buffer.value(vector.name).view(-1)[: vector.numel] = value.to(self.dtype)
-            self._listen(unit)
-            self._enter_full(self._full_rank_matrices(unit))
+            if unit.name not in self._clocks:
+                self._clocks[unit.name] = 0
+                for vector in unit.vectors:
+                    self._buffer.unit(vector.name).fill(vector.name, self.weights.whole(self._parameters[vector.name]))
+                self._listen(unit)
+                self._enter_full(self._full_rank_matrices(unit))
 
     def _full_rank_matrices(self, unit: Unit) -> tuple[Matrix, ...]:
         """The matrices of a unit of the plan that train at full rank beside it."""
@@ -372,11 +378,12 @@ class OWS(torch.optim.Optimizer):
     def _listen(self, unit: Unit) -> None:
         """Let the unit's vectors train: their gradients go straight into the buffer."""
 
-        def collect(name: str, numel: int) -> Any:
+        def hook_of(name: str, numel: int) -> Any:
             def hook(parameter: Tensor) -> None:
                 gradient, parameter.grad = parameter.grad, None
                 assert gradient is not None
-                self._buffer.grad(name).view(-1)[:numel] += gradient.reshape(-1).to(self.dtype)
+                self._buffer.grad(name).view(-1)[:numel] += gradient.reshape(-1)
+                self._buffer.arrived(name)
 
             return hook
 
@@ -384,7 +391,7 @@ class OWS(torch.optim.Optimizer):
             parameter = self._parameters[vector.name]
             parameter.requires_grad_(True)
             self._vector_hooks[vector.name] = parameter.register_post_accumulate_grad_hook(
-                collect(vector.name, vector.numel)
+                hook_of(vector.name, vector.numel)
             )
             self.touched.add(vector.name)
         self.touched.update(matrix.name for matrix in unit.matrices)
@@ -401,8 +408,13 @@ class OWS(torch.optim.Optimizer):
         del self._clocks[unit.name]
 
     def _attach(self, matrix: Matrix, decay: float = 1.0) -> None:
-        leaf = self._buffer.leaf(matrix.name)
-        coordinates = Coordinates(matrix.shape, leaf, self._projectors[matrix.name], decay, matrix.across)
+        name, buffer = matrix.name, self._buffer
+        direct = name not in self._lookups
+        projector, values, grad = self._projectors[name], buffer.value(name), buffer.grad(name)
+        coordinates = collect(matrix.shape, values, projector, grad, direct, matrix.across)
+        coordinates.decay = decay
+        # called when all the leaf's uses have had their turn, though they bring autograd nothing
+        coordinates.values.register_hook(lambda _: buffer.arrived(name))
         # tied modules share one object, and with it one decay
         for attachment in self._attachments[matrix.name]:
             attachment.coordinates = coordinates
@@ -416,15 +428,23 @@ class OWS(torch.optim.Optimizer):
         return 1.0 if attached is None else attached.decay
 
     def _fold(self, unit: Unit) -> None:
-        """W <- decay * W + L R^T for the unit's matrices, on this process's part of W; coordinates become zero."""
+        """W <- decay * W + L R^T for the unit's matrices, on this process's part of W; coordinates become zero.
+
+        Collective under bfloat16: the float32 coordinates come together.
+        """
+        if not any(self._attachments[matrix.name][0].coordinates for matrix in unit.matrices):
+            return
+        buffer = self._buffer.units[unit.name]
+        values = buffer.whole()
         for matrix in unit.matrices:
             attached = self._attachments[matrix.name][0].coordinates
             if attached is None:
                 continue
-            left, right = (factor.detach().to(self.dtype) for factor in attached.factors)
+            mine, projector = values[slice(*buffer.layout.slots[matrix.name])], attached.projector.to(self.dtype)
+            left, right = (mine, projector) if attached.left else (projector, mine)
             noise = f"{self.seed}/{self.steps}/{matrix.name}" if self.fold_rounding == "stochastic" else None
             self.weights.fold(self._parameters[matrix.name], left, right, attached.decay, noise)
-            attached.values.data.zero_()
+            buffer.fill(matrix.name, torch.zeros_like(mine))
             attached.decay = 1.0
 
     # ------------------------------------------------------------------ refresh
@@ -454,7 +474,7 @@ class OWS(torch.optim.Optimizer):
             width = sketch_width(self.rank, min(matrix.shape))
             start = start_basis(matrix.short, width, self._seed(matrix.name), self._projectors.get(matrix.name))
             bases[matrix.name] = start.to(self.device, self._parameters[matrix.name].dtype)
-        sketch = Sketch(self.comm, plan, matrices, bases, self.dtype, second)
+        sketch = Sketch(self.comm, plan, matrices, bases, self.dtype, second, self._lookups)
         self._sketches.append(sketch)
         for name, coordinates in sketch.coordinates.items():
             for attachment in self._attachments[name]:
@@ -532,10 +552,11 @@ class OWS(torch.optim.Optimizer):
         keep: nothing, as GaLore. reset: zero. rotate: the mean turns with the subspace; the second moment as that of
         uncorrelated components would.
         """
-        rows = self._buffer.local_rows(name)
+        unit = self._buffer.unit(name)
+        rows = unit.local_rows(name)
         if rows is None or self.moments_on_refresh == "keep":
             return
-        mean, square = self._buffer.exp_avg[rows], self._buffer.exp_avg_sq[rows]
+        mean, square = unit.exp_avg[rows], unit.exp_avg_sq[rows]
         if self.moments_on_refresh == "reset":
             mean.zero_()
             square.zero_()
@@ -555,17 +576,12 @@ class OWS(torch.optim.Optimizer):
         for unit in self.plan.units:
             self._release(unit)
             self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
-        self._buffer = CoordinateBuffer(make_plan((), self.rank, self.comm.world), self.comm, self.dtype, self.device)
+        self._buffer.change(make_plan((), self.rank, self.comm.world))
 
     def pieces(self) -> list[Piece]:
         """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()
-        first = self.comm.index * self.plan.stride * self.rank
-        used = self.plan.segments[-1].rows[1] if self.plan.segments else 0
-        result = []
-        for name, tensor in self._buffer.tensors():
-            run = tensor.detach().reshape(-1)[: max(0, used * self.rank - first)]
-            result.append(Piece(name, (used, self.rank), first, run))
+        result = list(self._buffer.pieces())
         for kind, tensors in (("projector", self._projectors), ("sketch_basis", self._sketch_bases())):
             for name, tensor in tensors.items():
                 start, stop = interval(tensor.numel(), self.comm.index, self.comm.world)
@@ -592,7 +608,7 @@ class OWS(torch.optim.Optimizer):
             "decays": {name: self._decay(matrix) for name, matrix in self.plan.matrices.items()},
             "projectors": sorted(self._projectors),
             "sketch_bases": sorted(self._sketch_bases()),
-            "adam_steps": [[*key, float(count)] for key, count in self._buffer.steps.items()],
+            "adam_steps": [[*key, count] for key, count in self._buffer.steps.items()],
             "full_steps": steps_of(self._full.states()),
             "touched": sorted(self.touched),
             "lr": self.param_groups[0]["lr"],
@@ -621,13 +637,8 @@ class OWS(torch.optim.Optimizer):
         read_weights(self.weights, self._parameters, numbers["touched"], read)
 
         plan = self._plan(self.layer_set)
-        self._buffer = CoordinateBuffer(plan, self.comm, self.dtype, self.device)
-        used = plan.segments[-1].rows[1] if plan.segments else 0
-        first, last = (min(row, used) * self.rank for row in plan.part(self.comm.index))
-        for name, tensor in (("exp_avg", self._buffer.exp_avg), ("exp_avg_sq", self._buffer.exp_avg_sq)):
-            tensor.view(-1)[: last - first] = read(name, first, last).to(tensor)
-        values = self._buffer.values.view(-1)
-        values[: used * self.rank] = read("coordinates", 0, used * self.rank).to(values)
+        self._buffer.change(plan)
+        self._buffer.read(read)
         self._buffer.set_steps({(unit, kind): count for unit, kind, count in numbers["adam_steps"]})
         for unit in plan.units:
             self._enter_full(self._full_rank_matrices(unit))
@@ -647,6 +658,7 @@ class OWS(torch.optim.Optimizer):
                     flat = read(f"sketch_basis/{matrix.name}", 0, matrix.long * width)
                     self._bases[matrix.name] = flat.view(matrix.long, width).to(self.device, dtype)
         self._arm(self._passes(plan))
+        self._await_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Not to be had: the state is spread over processes. Use `ows_ds.checkpoint` with `pieces` and `numbers`."""

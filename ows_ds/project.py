@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8
+BLOCK = 1 << 22  # entries of a gradient that are in float32 at once where it is not
 ROUNDS = 3  # of the range finder: products with G and with G^T
 ROUNDS_FROM_PREVIOUS = 2
 WELL_CONDITIONED = 1e-4  # smallest over largest diagonal entry of R, from which Q is orthonormal to about 1e-7
@@ -27,8 +28,15 @@ def low_rank_gradient(gradient: Tensor, projector: Tensor, across: bool = False)
 
     across, here and below: the sides are exchanged (`ows_ds.layers.Matrix.across`).
     """
-    gradient = gradient.to(projector.dtype)
-    return gradient @ projector if is_tall(gradient.shape) != across else gradient.T @ projector
+    return _product(gradient if is_tall(gradient.shape) != across else gradient.T, projector)
+
+
+def _product(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix @ factor in the factor's dtype, without a whole copy of the matrix where its dtype is another."""
+    if matrix.dtype == factor.dtype:
+        return matrix @ factor
+    rows = max(1, BLOCK // matrix.shape[1])
+    return torch.cat([some.to(factor.dtype) @ factor for some in matrix.split(rows)])
 
 
 def exact_projector(gradient: Tensor, rank: int, across: bool = False) -> Tensor:
@@ -82,14 +90,12 @@ def randomized_projector(
     saves a round. About 2 * rounds * m * n * (r + OVERSAMPLING) multiply-adds, in place of an SVD's m * n * min(m, n)
     times ten or more.
     """
-    matrix = gradient.float()
-    if is_tall(matrix.shape) == across:
-        matrix = matrix.T
+    matrix = gradient.T if is_tall(gradient.shape) == across else gradient
     width = min(rank + OVERSAMPLING, *matrix.shape)
     image = start_basis(matrix.shape[1], width, seed, previous).to(matrix.device)
     for _ in range(ROUNDS if previous is None else ROUNDS_FROM_PREVIOUS):
         # orthonormalised between products: powers of G^T G alone would drown all but the first direction
-        image = matrix.T @ orthonormal(matrix @ orthonormal(image)[0])[0]
+        image = _product(matrix.T, orthonormal(_product(matrix, orthonormal(image)[0]))[0])
     # G^T times an orthonormal basis of (nearly) G's range: its singular vectors are G's
     return leading(image, rank)
 

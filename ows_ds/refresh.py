@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.communicate import Communicator
-from ows_ds.coordinates import Coordinates
+from ows_ds.coordinates import Coordinates, collect
 from ows_ds.layers import Matrix
 from ows_ds.plan import RefreshPlan
 from ows_ds.project import leading, low_rank_gradient, orthonormal
@@ -136,11 +136,12 @@ class Sketch:
         bases: Mapping[str, Tensor],
         dtype: torch.dtype,
         second: bool,
+        lookups: Collection[str] = (),
     ) -> None:
         """plan: of the longer sides, or of the shorter ones where this is the ``second`` pass.
 
         bases: by name, what the gradient is multiplied with: (short, w), or the first pass's result (long, w) in the
-        second. dtype: of the sums.
+        second. dtype: of the sums. lookups: names of the matrices that are embeddings or heads.
         """
         self.comm, self.plan, self.second = comm, plan, second
         self._device = next(iter(bases.values())).device
@@ -151,9 +152,9 @@ class Sketch:
             basis = bases[matrix.name]
             sums = self.grads[slice(*plan.slots[matrix.name]), : basis.shape[1]]
             # of one entry's memory: never written to, only its gradient is of interest
-            zeros = torch.zeros((), dtype=dtype, device=self._device).expand_as(sums).requires_grad_()
-            zeros.grad = sums
-            self.coordinates[matrix.name] = Coordinates(matrix.shape, zeros, basis, across=second != matrix.across)
+            zeros = torch.zeros((), dtype=basis.dtype, device=self._device).expand_as(sums)
+            across, direct = second != matrix.across, matrix.name not in lookups
+            self.coordinates[matrix.name] = collect(matrix.shape, zeros, basis, sums, direct, across)
 
     def finish(self, rank: int) -> dict[str, Tensor]:
         """By matrix, in the bases' dtype, on every process: the second pass's basis (long, w), or, after it, the

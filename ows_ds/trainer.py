@@ -210,7 +210,10 @@ class _Steps:
         share = self.comm.world / targets
         job.weights.module.train()
         total = method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)])
-        mine = torch.stack([total, torch.tensor(_peak_memory(device), dtype=total.dtype, device=device)])
+        norm = method.grad_norm if method.grad_norm is not None and not idle else total
+        memory = torch.tensor(_peak_memory(device), dtype=total.dtype, device=device)
+        mine = torch.stack([total, norm.to(total.dtype), memory])
+        # the step's only wait for the device
         everyones = self.comm.all_gather(mine[None], "metrics").cpu()
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
@@ -218,12 +221,12 @@ class _Steps:
             "step": step + 1,
             "loss": None if idle else float(everyones[:, 0].mean()),
             "lr": lr,
-            "grad_norm": None if idle or method.grad_norm is None else float(method.grad_norm),
+            "grad_norm": None if idle or method.grad_norm is None else float(everyones[0, 1]),
             "sampled_layers": sampled,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "peak_memory_bytes": int(everyones[:, 1].max()),
+            "peak_memory_bytes": int(everyones[:, 2].max()),
             **({"skipped": True} if idle else {}),
         }
 

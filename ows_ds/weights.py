@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -78,8 +78,8 @@ class Weights(Protocol):
     def publish(self, parameters: list[nn.Parameter]) -> None:
         """After writing ``local`` of ``parameters``: let every process see it. Collective."""
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the whole parameter to ``value`` (any dtype, numel entries), which every process holds."""
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Set whole parameters to ``values`` (any dtype, numel entries each), which every process holds."""
 
     def fold(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
@@ -180,8 +180,10 @@ class Replicated:
             whole = self.comm.all_gather(part, "full_rank_weights")
             parameter.data.view(-1).copy_(whole[: parameter.numel()])
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value.view(parameter.shape))
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        if parameters:
+            whole = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
+            torch._foreach_copy_([p.data for p in parameters], whole)
 
     def fold(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any
 
@@ -196,9 +196,10 @@ class Zero3:
     def publish(self, parameters: list[ZeroParameter]) -> None:
         pass
 
-    def write(self, parameter: ZeroParameter, value: Tensor) -> None:
-        start, stop = self.interval(parameter)
-        self.local(parameter).copy_(value.reshape(-1)[start:stop])
+    def write(self, parameters: Sequence[ZeroParameter], values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(parameters, values, strict=True):
+            start, stop = self.interval(parameter)
+            self.local(parameter).copy_(value.reshape(-1)[start:stop])
 
     def fold(
         self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None

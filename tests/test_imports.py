@@ -28,6 +28,7 @@ LAYOUT = [
     ["weights"],
     ["zero3", "fingerprint"],
     ["calibrate", "update", "refresh"],
+    ["full_rank"],
     ["score"],
     ["metrics", "plot"],
     ["optimizer", "adamw"],

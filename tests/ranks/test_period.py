@@ -18,6 +18,7 @@ import ows_ds.optimizer
 from ows_ds.communicate import Communicator
 from ows_ds.optimizer import OWS
 from ows_ds.plan import RefreshPlan, plan_refresh
+from ows_ds.update import UnitBuffer
 from tests.ranks.pool import Pools
 from tests.ranks.training import RATIOS, home, mean_loss, micro_batches, one_step, whole_weights
 from tests.unit.families import tiny
@@ -87,7 +88,8 @@ def elements_over_steps(rank: int, world: int, sharding: str, always_on: str) ->
     for _ in range(12):
         one_step(ows, rank, world)
         plan = ows.plan
-        buffers = (2 * plan.rows + 2 * plan.stride) * RANK  # values, gradients; two moments of this process's rows
+        # values, gradients; of this process's rows: the gradients' sums over processes, two moments
+        buffers = (2 * plan.rows + 3 * plan.stride) * RANK
         entered = {unit.name for unit in plan.units if ows.numbers()["clocks"][unit.name] == 0}
         projectors = sum(m.short for u in plan.units if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
@@ -225,6 +227,55 @@ def test_owners_of_sums_find_projectors_at_the_same_time(pools: Pools) -> None:
         assert events.count("reduce") == 21
         assert events.count("find") == owned
         assert events[-1 - owned :] != ["reduce"] + ["find"] * owned  # streamed: each before the next gradient
+
+
+# ------------------------------------------------------------------ reductions beside the backward pass
+
+
+def order_of_reductions(rank: int, world: int, sharding: str, accumulation: int) -> list[tuple[bool, list[str]]]:
+    """For each step: whether it refreshes; which units' reductions begin, and when backward passes end."""
+    always = "low_rank" if accumulation == 1 else "none"
+    settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "always_on": always}
+    ows = OWS(home(tiny("llama"), sharding, world), scores=RATIOS, **settings)
+    begun = UnitBuffer.start_reduce
+    events: list[str] = []
+    seen = []
+    try:
+        UnitBuffer.start_reduce = lambda unit: (events.append(unit.layout.unit.name), begun(unit))[1]  # type: ignore
+        for _ in range(12):
+            refreshes = ows._refresh is not None
+            for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+                ows.backward(mean_loss(ows.weights, ids) / accumulation)
+                events.append("backward")
+            ows.step()
+            ows.zero_grad()
+            seen.append((refreshes, events.copy()))
+            events.clear()
+    finally:
+        UnitBuffer.start_reduce = begun  # type: ignore[method-assign]
+    ows.close()
+    return seen
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_reductions_begin_within_the_last_backward_pass(pools: Pools, sharding: str, accumulation: int) -> None:
+    ranks = pools(2).run(order_of_reductions, sharding, accumulation)
+    assert ranks[0] == ranks[1]
+    early = 0
+    for refreshes, events in ranks[0]:
+        if not events:
+            continue  # an idle step
+        ends = [index for index, event in enumerate(events) if event == "backward"]
+        assert len(ends) == accumulation
+        layers = [event for event in events[: ends[-1]] if event != "backward"]
+        after = events[ends[-1] + 1 :]
+        assert accumulation == 1 or ends[0] == 0  # not while another micro-batch is to come
+        if not refreshes:  # all layers, the highest first; what is always on at the end
+            early += len(layers)
+            assert layers == sorted(layers, reverse=True)
+            assert after == (["always"] if accumulation == 1 else [])
+    assert early >= 3
 
 
 # ------------------------------------------------------------------ processes that disagree

@@ -31,13 +31,16 @@ def test_every_operation_is_the_identity() -> None:
     assert not comm.sent
 
 
-def test_all_gather_into_a_buffer() -> None:
+def test_alone_what_is_begun_is_done() -> None:
     comm = Communicator()
-    part, out = torch.arange(4.0), torch.zeros(4)
-    assert comm.all_gather(part, out=out) is out
-    assert torch.equal(out, part)
-    assert comm.all_gather(out[:], out=out) is out  # a view of the buffer itself
-    assert torch.equal(out, part)
+    part, whole = torch.arange(4.0), torch.zeros(4)
+    for start in (comm.start_all_gather, comm.start_reduce_scatter):
+        start(part, whole).wait()
+        assert torch.equal(whole, torch.arange(4.0))
+        start(whole[:], whole).wait()  # a view of the same memory
+        assert torch.equal(whole, torch.arange(4.0))
+        whole.zero_()
+    assert not comm.sent
 
 
 def test_errors_come_out_as_they_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.coordinates import Attachment, Coordinates, FrozenLinear
+from ows_ds.coordinates import Attachment, Coordinates, FrozenLinear, collect
 from ows_ds.layers import Matrix, find_layers
 from ows_ds.project import is_tall, low_rank_gradient
 from tests.unit.families import FAMILIES, tiny
@@ -61,62 +62,89 @@ def dense(weight: Tensor, attached: Coordinates) -> Tensor:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("inputs_first", [False, True])
-@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("decay", [None, 1.0, 0.9])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("sides", SIDES)
 def test_frozen_linear(
-    sides: tuple[int, int], attached: bool, bias: bool, decay: float, inputs_first: bool, tokens: tuple[int, ...]
+    sides: tuple[int, int], across: bool, bias: bool, decay: float | None, inputs_first: bool, tokens: tuple[int, ...]
 ) -> None:
+    """decay: None without coordinates."""
     outputs, inputs = sides
-    weight = random(outputs, inputs, seed=1)
-    given: dict[str, Tensor | None] = {
-        "x": random(*tokens, inputs, seed=2),
-        "bias": random(outputs, seed=3) if bias else None,
-        "inner": random(inputs, RANK, seed=4) if attached else None,
-        "outer": random(outputs, RANK, seed=5) if attached else None,
-    }
+    stored = random(inputs, outputs, seed=1) if inputs_first else random(outputs, inputs, seed=1)
+    attached = [] if decay is None else [coordinates_of(stored, decay)]
+    if attached and across:
+        attached = [Coordinates(stored.shape, attached[0].projector, attached[0].values.detach(), decay, across=True)]
+    given = {"x": random(*tokens, inputs, seed=2), **({"bias": random(outputs, seed=3)} if bias else {})}
+    given |= {"values": attached[0].values.detach()} if attached else {}
     head = random(*tokens, outputs, seed=6)
 
     def run(compute: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves = {k: None if v is None else v.clone().requires_grad_() for k, v in given.items()}
+        leaves = {k: v.clone().requires_grad_() for k, v in given.items()}
         y = compute(**leaves)
         (y * head).sum().backward()
-        return y.detach(), {k: leaf.grad for k, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
+        return y.detach(), {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
 
-    def plain(x: Tensor, bias: Tensor | None, inner: Tensor | None, outer: Tensor | None) -> Tensor:
-        whole = decay * weight
-        if inner is not None and outer is not None:
-            whole = whole + outer @ inner.T
-        y = x @ whole.T
+    def plain(x: Tensor, bias: Tensor | None = None, values: Tensor | None = None) -> Tensor:
+        whole = stored
+        if values is not None:
+            q = attached[0].projector
+            whole = decay * stored + (values @ q.T if attached[0].left else q @ values.T)
+        y = x @ (whole if inputs_first else whole.T)
         return y if bias is None else y + bias
 
-    def ours(x: Tensor, bias: Tensor | None, inner: Tensor | None, outer: Tensor | None) -> Tensor:
-        stored = weight.T.contiguous() if inputs_first else weight
-        y: Tensor = FrozenLinear.apply(x, stored, bias, inner, outer, decay, inputs_first)
+    def ours(x: Tensor, bias: Tensor | None = None, *values: Tensor, **named: Tensor) -> Tensor:
+        values = (*values, *named.values())
+        some = [replace(one, values=value) for one, value in zip(attached, values, strict=True)]
+        y: Tensor = FrozenLinear.apply(x, stored, bias, some, inputs_first, *values)
         return y
 
     (y, grads), (expected, expected_grads) = run(ours), run(plain)
     assert y.shape == (*tokens, outputs)
     torch.testing.assert_close(y, expected, **CLOSE)
-    assert grads.keys() == expected_grads.keys() == {k for k, v in given.items() if v is not None}
+    assert grads.keys() == expected_grads.keys() == given.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], **CLOSE)
+    for train in ("x", "values") if attached else ():
+        leaves = {name: value.clone().requires_grad_(name == train) for name, value in given.items()}
+        assert torch.autograd.gradcheck(ours, (leaves["x"], leaves.get("bias"), leaves["values"]))
 
 
-@pytest.mark.parametrize("inputs_first", [False, True])
-@pytest.mark.parametrize("train", [("x", "bias", "inner", "outer"), ("inner",), ("outer",), ("x",)])
-def test_gradcheck(train: tuple[str, ...], inputs_first: bool) -> None:
-    leaves = {"x": random(2, 3, 5), "bias": random(4), "inner": random(5, 2), "outer": random(4, 2, seed=1)}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name in train)
-    weight = random(5, 4) if inputs_first else random(4, 5)
+@pytest.mark.parametrize("tall", [False, True])
+def test_gradients_go_straight_into_their_place(tall: bool) -> None:
+    """Added, in the place's dtype, in as many passes as come; the leaf's hook is called once a pass, after all uses."""
+    module = module_of("Linear", 7, 5) if tall else module_of("Linear", 5, 7)
+    alone, place = coordinates_of(module.weight, 0.9), random(7, RANK, seed=8)
+    direct = collect(alone.shape, alone.values.detach(), alone.projector, place, True)
+    direct.decay = alone.decay
+    before, calls = place.clone(), []
+    direct.values.register_hook(lambda gradient: calls.append((gradient, float((place - before).norm()))))
+    attachment = Attachment(module, False)
+    x, head = random(11, 5 if tall else 7), random(11, 7 if tall else 5, seed=1)
+    for times in (1, 2):
+        for attached in (alone, direct):
+            attachment.coordinates = attached
+            # used twice in a pass
+            (module(x) * head).sum().backward() if times == 1 else ((module(x) + module(2 * x)) * head).sum().backward()
+        torch.testing.assert_close(place - before, alone.values.grad, **CLOSE)
+        assert len(calls) == times
+        assert calls[-1] == (None, float((place - before).norm()))
+    assert direct.values.grad is None
 
-    def y(x: Tensor, bias: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-        result: Tensor = FrozenLinear.apply(x, weight, bias, inner, outer, 0.9, inputs_first)
-        return result
 
-    assert torch.autograd.gradcheck(y, tuple(leaves.values()))
+def test_gradients_of_bfloat16_add_up_in_float32() -> None:
+    module = module_of("Linear", 7, 5, dtype=torch.bfloat16)
+    attached = coordinates_of(module.weight, 1.0, torch.bfloat16)
+    place = torch.full((7, RANK), 1000.0)
+    Attachment(module, False).coordinates = collect(
+        attached.shape, attached.values.detach(), attached.projector, place, True
+    )
+    for _ in range(4):
+        module(random(11, 5, dtype=torch.bfloat16)).sum().backward()
+    # bfloat16 would stay at 1000
+    assert place.dtype == torch.float32
+    assert float((place - 1000).abs().max()) < 40
+    assert float((place - 1000).norm()) > 1
 
 
 # ---- what is kept for the backward pass
@@ -355,15 +383,17 @@ def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int]
     shape = (weight.shape[0], weight.shape[1])
     tall = whole.grad if is_tall(shape) else whole.grad.T
     basis = random(max(shape) if across else min(shape), 4, seed=9)
-    zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if across else max(shape), 4).requires_grad_()
-    zeros.grad = random(*zeros.shape)  # added to, as a later micro-batch does
-    product = zeros.grad + (tall.T if across else tall) @ basis
+    zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if across else max(shape), 4)
+    sums = random(*zeros.shape)  # added to, as a later micro-batch does
+    product = sums + (tall.T if across else tall) @ basis
     attachment = Attachment(module, False)
-    attachment.coordinates, attachment.sketch = attached, Coordinates(shape, zeros, basis, across=across)
+    sketch = collect(shape, zeros, basis, sums, kind != "Embedding", across)
+    attachment.coordinates, attachment.sketch = attached, sketch
     y = module(x)
     (y * head).sum().backward()
     torch.testing.assert_close(y, expected, **CLOSE)
-    torch.testing.assert_close(zeros.grad, product, **CLOSE)
+    torch.testing.assert_close(sums, product, **CLOSE)
+    assert sketch.values.grad is None
     assert not zeros.any()
     assert weight.grad is None
     if attached is not None:

@@ -99,15 +99,17 @@ def test_heads_of_ows(tied: bool, always_on: str, refresh: bool, checkpointing: 
     if not refresh:
         ows.train_step([lambda: token_losses(ows.weights, batch(1))])
         for each in (a.coordinates for some in ows._attachments.values() for a in some):
-            if each is not None:  # one step's are small
-                each.values.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)
+            if each is not None:
+                each.values.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)  # one step's are small
+                each.grad = None  # so that autograd brings the gradient
     head = model.get_output_embeddings()
     kinds = {"full": 1, "low_rank": 1, "none": 0}
     assert len(trained(head)) == kinds[always_on]
     assert isinstance(next(iter(trained(head)), None), nn.Parameter) == (
         always_on == "full" or (always_on == "low_rank" and refresh)
     )
-    hooks = [p._post_accumulate_grad_hooks for p in model.parameters() if p.requires_grad]
+    leaves = [p for p in model.parameters() if p.requires_grad] + [leaf for leaf in trained(head) if not refresh]
+    hooks = [leaf._post_accumulate_grad_hooks for leaf in dict.fromkeys(leaves)]
     kept = [dict(hook) for hook in hooks]
     for hook in hooks:  # which take the gradients away
         hook.clear()

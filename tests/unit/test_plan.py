@@ -13,22 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ows_ds.layers import Matrix, Unit, Vector
-from ows_ds.plan import Segment, make_plan, plan_refresh
+from ows_ds.plan import lay_out, make_plan, pack, plan_refresh
 
 
 def matrix(name: str, rows: int, columns: int) -> Matrix:
     return Matrix(name, (rows, columns), (name,))
 
 
-# At rank 2: 6 and 3 rows of matrices, ceil(5 / 2) = 3 and 1 rows of vectors; then ceil(3 / 2) = 2 rows. 15 in all.
+# At rank 2: 6 and 3 rows of matrices, ceil(5 / 2) = 3 and 1 rows of vectors. The other: ceil(3 / 2) = 2 rows.
 LAYER = Unit("layer", (matrix("q", 4, 6), matrix("v", 3, 2)), (Vector("bias", 5), Vector("norm", 2)))
 ALWAYS = Unit("always", (), (Vector("final", 3),))
-SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13), "final": (13, 15)}
-MATRICES, VECTORS, FINAL = ("layer", "matrices"), ("layer", "vectors"), ("always", "vectors")
-
-
-def seg(key: tuple[str, str], first: int, last: int) -> Segment:
-    return Segment(*key, (first, last))
+SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
 
 
 # ---- layout of the coordinates
@@ -37,50 +32,53 @@ def seg(key: tuple[str, str], first: int, last: int) -> Segment:
 @pytest.mark.parametrize(
     ("world", "rows", "parts", "local"),
     [
-        (1, 15, [(0, 15)], [[seg(MATRICES, 0, 9), seg(VECTORS, 9, 13), seg(FINAL, 13, 15)]]),
-        (
-            2,
-            16,
-            [(0, 8), (8, 16)],
-            [[seg(MATRICES, 0, 8)], [seg(MATRICES, 8, 9), seg(VECTORS, 9, 13), seg(FINAL, 13, 15)]],
-        ),
-        (
-            3,
-            15,
-            [(0, 5), (5, 10), (10, 15)],
-            [
-                [seg(MATRICES, 0, 5)],
-                [seg(MATRICES, 5, 9), seg(VECTORS, 9, 10)],
-                [seg(VECTORS, 10, 13), seg(FINAL, 13, 15)],
-            ],
-        ),
+        (1, 13, [(0, 13)], [(slice(0, 9), slice(9, 13))]),
+        (2, 14, [(0, 7), (7, 14)], [(slice(0, 7), None), (slice(0, 2), slice(2, 6))]),
+        (3, 15, [(0, 5), (5, 10), (10, 15)],
+         [(slice(0, 5), None), (slice(0, 4), slice(4, 5)), (None, slice(0, 3))]),
         (
             18,
             18,
             [(row, row + 1) for row in range(18)],
             [
-                *([seg(MATRICES, row, row + 1)] for row in range(9)),
-                *([seg(VECTORS, row, row + 1)] for row in range(9, 13)),
-                *([seg(FINAL, row, row + 1)] for row in range(13, 15)),
-                *([] for _ in range(3)),  # processes that own nothing but padding
+                *((slice(0, 1), None) for _ in range(9)),
+                *((None, slice(0, 1)) for _ in range(4)),
+                *((None, None) for _ in range(5)),  # processes that own nothing but padding
             ],
         ),
     ],
-)
-def test_layout_by_hand(world: int, rows: int, parts: list[tuple[int, int]], local: list[list[Segment]]) -> None:
-    plan = make_plan([LAYER, ALWAYS], rank=2, world=world)
-    assert plan.slots == SLOTS
-    assert plan.segments == (seg(MATRICES, 0, 9), seg(VECTORS, 9, 13), seg(FINAL, 13, 15))
-    assert (plan.rows, plan.stride) == (rows, rows // world)
-    assert [plan.part(index) for index in range(world)] == parts
-    assert [plan.local_segments(index) for index in range(world)] == local
+)  # fmt: skip
+def test_layout_by_hand(
+    world: int, rows: int, parts: list[tuple[int, int]], local: list[tuple[slice | None, slice | None]]
+) -> None:
+    layout = lay_out(LAYER, rank=2, world=world)
+    assert layout.slots == SLOTS
+    assert layout.segments == {"matrices": (0, 9), "vectors": (9, 13)}
+    assert (layout.rows, layout.stride, layout.used) == (rows, rows // world, 13)
+    assert [layout.part(index) for index in range(world)] == parts
+    found = [tuple(layout.local(segment, index) for segment in layout.segments.values()) for index in range(world)]
+    assert found == local
+
+
+def test_plan_by_hand() -> None:
+    plan = make_plan([LAYER, ALWAYS], 2, 3)
+    assert plan.layouts == (lay_out(LAYER, 2, 3), lay_out(ALWAYS, 2, 3))
+    assert plan.units == (LAYER, ALWAYS)
+    assert (plan.rows, plan.stride) == (15 + 3, 5 + 1)
     assert list(plan.matrices) == ["q", "v"]
     assert plan.matrices["q"] is LAYER.matrices[0]
 
 
-@pytest.mark.parametrize(("world", "sent"), [(1, 0), (2, 8 * 2 * 4 * 1), (3, 5 * 2 * 4 * 2), (18, 1 * 2 * 4 * 17)])
-def test_bytes_by_hand(world: int, sent: int) -> None:
-    assert make_plan([LAYER, ALWAYS], 2, world).bytes_per_step() == {"gradients": sent, "coordinates": sent}
+def test_a_layout_does_not_depend_on_the_other_units() -> None:
+    """So that what stays in the set stays where it is, and its moments with their owners."""
+    assert make_plan([ALWAYS, LAYER], 2, 3).layouts[1] == make_plan([LAYER], 2, 3).layouts[0]
+
+
+@pytest.mark.parametrize(("world", "elements"), [(1, 0), (2, 8 * 2 * 1), (3, 6 * 2 * 2), (18, 2 * 2 * 17)])
+def test_bytes_by_hand(world: int, elements: int) -> None:
+    plan = make_plan([LAYER, ALWAYS], 2, world)
+    assert plan.bytes_per_step() == {"gradients": 4 * elements, "coordinates": 4 * elements}
+    assert plan.bytes_per_step(8, 2) == {"gradients": 8 * elements, "coordinates": 2 * elements}
 
 
 def test_bytes_are_within_the_budget() -> None:
@@ -94,16 +92,24 @@ def test_bytes_are_within_the_budget() -> None:
 @pytest.mark.parametrize("units", [[], [Unit("bare", (), ())]])
 def test_empty_set(units: list[Unit]) -> None:
     plan = make_plan(units, rank=4, world=3)
-    assert (plan.rows, plan.stride, plan.slots, plan.segments) == (0, 0, {}, ())
-    assert [plan.part(index) for index in range(3)] == [(0, 0)] * 3
-    assert [plan.local_segments(index) for index in range(3)] == [[]] * 3
+    assert (plan.rows, plan.stride, plan.matrices) == (0, 0, {})
+    assert [(layout.slots, layout.segments, layout.used) for layout in plan.layouts] == [({}, {}, 0)] * len(units)
     assert plan.bytes_per_step() == {"gradients": 0, "coordinates": 0}
 
 
-def test_unit_without_vectors_and_order_of_units() -> None:
-    plan = make_plan([ALWAYS, Unit("m", (matrix("w", 3, 3),), ())], 4, 2)
-    assert plan.slots == {"final": (0, 1), "w": (1, 4)}
-    assert plan.segments == (seg(FINAL, 0, 1), Segment("m", "matrices", (1, 4)))
+def test_pack_by_hand() -> None:
+    assert pack({}, 10) == []
+    assert pack({"a": 4, "b": 6, "c": 1, "d": 25, "e": 5, "f": 0}, 10) == [
+        [("a", 0, 4), ("b", 0, 6)], [("c", 0, 1)], [("d", 0, 10)], [("d", 10, 20)], [("d", 20, 25), ("e", 0, 5)],
+    ]  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), max_size=6), st.integers(1, 20))
+def test_pack_covers_every_entry_once(sizes: dict[str, int], limit: int) -> None:
+    runs = pack(sizes, limit)
+    assert all(0 < sum(stop - start for _, start, stop in run) <= limit for run in runs)
+    entries = [(name, index) for run in runs for name, start, stop in run for index in range(start, stop)]
+    assert entries == [(name, index) for name, size in sizes.items() for index in range(size)]
 
 
 sides = st.integers(1, 20)
@@ -128,37 +134,42 @@ def units(draw: st.DrawFn) -> list[Unit]:
 @settings(deadline=None)
 @given(units(), st.integers(1, 6), st.integers(1, 7))
 def test_every_row_of_a_slot_has_one_owner(units: list[Unit], rank: int, world: int) -> None:
-    plan = make_plan(units, rank, world)
-    sizes = {m.name: max(m.shape) for unit in units for m in unit.matrices}
-    sizes |= {v.name: math.ceil(v.numel / rank) for unit in units for v in unit.vectors}
-    assert {name: last - first for name, (first, last) in plan.slots.items()} == sizes
-    kinds = {m.name: (u.name, "matrices") for u in units for m in u.matrices}
-    kinds |= {v.name: (u.name, "vectors") for u in units for v in u.vectors}
+    for layout in make_plan(units, rank, world).layouts:
+        sizes = {m.name: max(m.shape) for m in layout.unit.matrices}
+        kinds = dict.fromkeys(sizes, "matrices")
+        sizes |= {v.name: math.ceil(v.numel / rank) for v in layout.unit.vectors}
+        kinds = dict.fromkeys(sizes, "vectors") | kinds
+        assert {name: last - first for name, (first, last) in layout.slots.items()} == sizes
 
-    owners: list[list[tuple[int, tuple[str, str]]]] = [[] for _ in range(plan.rows)]
-    for index in range(world):
-        first, last = plan.part(index)
-        for segment in plan.local_segments(index):
-            assert first <= segment.rows[0] < segment.rows[1] <= last
-            for row in range(*segment.rows):
-                owners[row].append((index, (segment.unit, segment.kind)))
-    rows_seen = []
-    for name, (first, last) in plan.slots.items():
-        for row in range(first, last):
-            rows_seen.append(row)
-            assert owners[row] == [(row // plan.stride, kinds[name])]
-    used = sum(sizes.values())
-    assert sorted(rows_seen) == list(range(used))  # no two slots overlap, and no hole is between them
-    assert all(not owners[row] for row in range(used, plan.rows))
-    assert plan.rows == plan.stride * world
-    assert 0 <= plan.rows - used < world
+        owners: list[list[tuple[int, str]]] = [[] for _ in range(layout.rows)]
+        for index in range(world):
+            first, last = layout.part(index)
+            for kind, segment in layout.segments.items():
+                own = layout.local(segment, index)
+                for row in range(0) if own is None else range(first + own.start, first + own.stop):
+                    assert first <= row < last
+                    owners[row].append((index, kind))
+        rows_seen = []
+        for name, (first, last) in layout.slots.items():
+            for row in range(first, last):
+                rows_seen.append(row)
+                assert owners[row] == [(row // layout.stride, kinds[name])]
+        used = sum(sizes.values())
+        assert sorted(rows_seen) == list(range(used))  # no two slots overlap, and no hole is between them
+        assert layout.used == used
+        assert all(not owners[row] for row in range(used, layout.rows))
+        assert layout.rows == layout.stride * world
+        assert 0 <= layout.rows - used < world
 
 
 def test_describe() -> None:
-    plan = make_plan([LAYER, ALWAYS], 2, 3)
-    said = plan.describe()
+    said = make_plan([LAYER, ALWAYS], 2, 3).describe()
     assert json.loads(json.dumps(said)) == {
-        "rank": 2, "world": 3, "rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()},
+        "rank": 2, "world": 3, "order": ["layer", "always"],
+        "units": {
+            "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
+            "always": {"rows": 3, "slots": {"final": [0, 2]}},
+        },
     }  # fmt: skip
     assert make_plan([LAYER, ALWAYS], 2, 3).describe() == said
     for other in (make_plan([LAYER], 2, 3), make_plan([ALWAYS, LAYER], 2, 3), make_plan([LAYER, ALWAYS], 3, 3),

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ows_ds.communicate import Communicator
+from ows_ds.communicate import Communicator, Pending
+from ows_ds.full_rank import FullRank, steps_of
 from ows_ds.layers import Matrix, Unit, Vector
-from ows_ds.plan import make_plan
-from ows_ds.update import CoordinateBuffer, FullRank, Hyper, steps_of
+from ows_ds.plan import Plan, make_plan
+from ows_ds.update import CoordinateBuffer, Hyper
 from ows_ds.weights import Replicated
 
 RANK = 3
@@ -38,13 +39,23 @@ UNITS = {
 }
 
 
-def buffer_of(*names: str, dtype: torch.dtype = torch.float64, comm: Communicator | None = None) -> CoordinateBuffer:
-    comm = comm or Communicator()
-    return CoordinateBuffer(make_plan([UNITS[n] for n in names], RANK, comm.world), comm, dtype, torch.device("cpu"))
+def buffer_of(
+    *names: str, dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None
+) -> CoordinateBuffer:
+    return CoordinateBuffer(plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"))
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan([UNITS[n] for n in names], RANK, 1)
 
 
 def random(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+def fill_gradients(buffer: CoordinateBuffer, seed: int) -> None:
+    for index, unit in enumerate(buffer.units.values()):
+        unit.grads.copy_(random(unit.grads, 100 * seed + index))
 
 
 class Separate:
@@ -55,17 +66,17 @@ class Separate:
         self.optimizers: dict[str, torch.optim.AdamW] = {}
 
     def change(self, buffer: CoordinateBuffer) -> None:
-        slots = buffer.plan.slots
+        slots = [name for unit in buffer.units.values() for name in unit.layout.slots]
         for name in set(self.values) - set(slots):
             del self.values[name], self.optimizers[name]
         for name in set(slots) - set(self.values):
             self.values[name] = nn.Parameter(buffer.value(name).clone())
             self.optimizers[name] = torch.optim.AdamW([self.values[name]], lr=0.0)
 
-    def update(self, buffer: CoordinateBuffer, grads: Tensor, hyper: Hyper) -> None:
-        for name, (first, last) in buffer.plan.slots.items():
+    def update(self, buffer: CoordinateBuffer, hyper: Hyper) -> None:
+        for name, value in self.values.items():
             matrix = name in buffer.plan.matrices
-            self.values[name].grad = grads[first:last].clone()
+            value.grad = buffer.grad(name).clone()
             self.optimizers[name].param_groups[0].update(
                 lr=hyper.lr * hyper.scale if matrix else hyper.lr,
                 betas=hyper.betas,
@@ -75,14 +86,22 @@ class Separate:
             self.optimizers[name].step()
 
     def assert_equals(self, buffer: CoordinateBuffer) -> None:
-        assert set(self.values) == set(buffer.plan.slots)
+        assert set(self.values) == {name for unit in buffer.units.values() for name in unit.layout.slots}
         for name, value in self.values.items():
             assert torch.equal(buffer.value(name), value.data), name
-            state, rows = self.optimizers[name].state[value], buffer.local_rows(name)
+            state, unit = self.optimizers[name].state[value], buffer.unit(name)
+            rows = unit.local_rows(name)
             if state:
-                assert rows is not None
-                assert torch.equal(buffer.exp_avg[rows], state["exp_avg"]), name
-                assert torch.equal(buffer.exp_avg_sq[rows], state["exp_avg_sq"]), name
+                assert torch.equal(unit.exp_avg[rows], state["exp_avg"]), name
+                assert torch.equal(unit.exp_avg_sq[rows], state["exp_avg_sq"]), name
+
+
+def step(buffer: CoordinateBuffer, separate: Separate, hyper: Hyper, seed: int) -> None:
+    fill_gradients(buffer, seed)
+    separate.update(buffer, hyper)
+    buffer.reduce()
+    buffer.update(hyper)
+    separate.assert_equals(buffer)
 
 
 # ---- one plan
@@ -92,34 +111,56 @@ class Separate:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_separate_adamws(dtype: torch.dtype, weight_decay: float) -> None:
     buffer, separate = buffer_of("a", "b", "always", dtype=dtype), Separate()
-    assert buffer.values.dtype == buffer.exp_avg.dtype == buffer.exp_avg_sq.dtype == dtype
-    buffer.values.copy_(random(buffer.values, 99))
-    start = buffer.values.clone()
+    for unit in buffer.units.values():
+        assert {getattr(unit, kind).dtype for kind in ("values", "grads", "master", "exp_avg", "exp_avg_sq")} == {dtype}
+        unit.values.copy_(random(unit.values, 99))
+    start = [unit.values.clone() for unit in buffer.units.values()]
     separate.change(buffer)
-    for step in range(6):
-        hyper = replace(HYPER, weight_decay=weight_decay, lr=HYPER.lr / (1 + step))
-        buffer.grads.copy_(random(buffer.grads, step))
-        grads = buffer.reduce()
-        separate.update(buffer, grads, hyper)
-        buffer.update(grads, hyper)
-        separate.assert_equals(buffer)
-    assert {float(count) for count in buffer.steps.values()} == {6.0}
-    assert float((buffer.values - start).abs().min()) > 0
+    for index in range(6):
+        step(buffer, separate, replace(HYPER, weight_decay=weight_decay, lr=HYPER.lr / (1 + index)), index)
+    assert set(buffer.steps.values()) == {6.0}
+    moved = [unit.values - old for unit, old in zip(buffer.units.values(), start, strict=True)]
+    assert all(float(one.abs().min()) > 0 for one in moved)
+
+
+def test_bfloat16_weights_under_float32_masters() -> None:
+    """Values are the masters rounded; the masters go on as if there were no rounding."""
+    buffer, exact = (
+        buffer_of("a", dtype=torch.float32, weight_dtype=torch.bfloat16),
+        buffer_of("a", dtype=torch.float32),
+    )
+    start = random(torch.empty(11, RANK), 1).bfloat16()
+    for one in (buffer, exact):
+        one.unit("a.m0").fill("a.m0", start[:5])
+        one.unit("a.m1").fill("a.m1", start[5:])
+        for index in range(3):
+            fill_gradients(one, index)
+            one.reduce()
+            one.update(HYPER)
+    rounded, whole = buffer.units["a"], exact.units["a"]
+    assert (rounded.values.dtype, rounded.master.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(rounded.master, whole.values)
+    assert torch.equal(rounded.whole(), whole.values)
+    assert torch.equal(rounded.values, whole.values.bfloat16())
+    assert not torch.equal(rounded.values.float(), whole.values)
 
 
 def test_first_step_by_hand() -> None:
     """Adam's first step is -lr * sign(gradient) where eps is nothing; matrices times scale, and decayed."""
     buffer = buffer_of("b", "always")
-    buffer.values.fill_(1.0)
-    grads = torch.full_like(buffer.grads, 2.0)
-    grads[1] = -0.5
-    hyper = Hyper(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5)
-    buffer.update(grads, hyper)
+    for unit in buffer.units.values():
+        unit.values.fill_(1.0)
+        unit.grads.fill_(2.0)
+    buffer.units["b"].grads[1] = -0.5
+    buffer.reduce()
+    buffer.update(Hyper(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5))
     decayed = 1 - 0.1 * 0.2
-    expected = torch.full_like(buffer.values, 1 - 0.1)
+    expected = torch.full_like(buffer.units["b"].values, 1 - 0.1)
     expected[:4] = decayed - 0.1 * 0.5
     expected[1] = decayed + 0.1 * 0.5
-    torch.testing.assert_close(buffer.values, expected, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(buffer.units["b"].values, expected, rtol=1e-15, atol=1e-15)
+    always = buffer.units["always"].values
+    torch.testing.assert_close(always, torch.full_like(always, 1 - 0.1), rtol=1e-15, atol=1e-15)
 
 
 def test_hyper_by_hand() -> None:
@@ -135,49 +176,24 @@ def test_hyper_by_hand() -> None:
 def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
     """Without a gradient only the decay acts: lr * weight_decay on coordinates, nothing on vectors."""
     buffer = buffer_of("a")
-    buffer.values.fill_(1.0)
+    unit = buffer.units["a"]
+    unit.values.fill_(1.0)
     for _ in range(3):
-        buffer.update(torch.zeros_like(buffer.grads), replace(HYPER, scale=scale))
-    rows = buffer.plan.segments[0].rows[1]
+        buffer.reduce()
+        buffer.update(replace(HYPER, scale=scale))
+    rows = unit.layout.segments["matrices"][1]
     expected = torch.tensor((1 - 0.01 * 0.1) ** 3, dtype=torch.float64)
-    torch.testing.assert_close(buffer.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
-    assert torch.equal(buffer.values[rows:], torch.ones(3, RANK, dtype=torch.float64))
-
-
-def test_leaf_accumulates_in_the_buffer() -> None:
-    buffer = buffer_of("a", "b")
-    buffer.values.copy_(random(buffer.values, 1))
-    leaf = buffer.leaf("a.m1")
-    assert leaf.is_leaf
-    assert leaf.requires_grad
-    assert leaf.shape == (6, RANK)
-    assert leaf.data_ptr() == buffer.value("a.m1").data_ptr()
-    factors = [random(leaf, seed).detach() for seed in (2, 3)]
-    for factor in factors:
-        (leaf * factor).sum().backward()
-    assert leaf.grad is not None
-    assert leaf.grad.data_ptr() == buffer.grad("a.m1").data_ptr()
-    assert torch.equal(buffer.grad("a.m1"), factors[0] + factors[1])
-    first, last = buffer.plan.slots["a.m1"]
-    assert (first, last) == (5, 11)
-    assert not buffer.grads[:first].any()
-    assert not buffer.grads[last:].any()
-    # an update reaches the leaf, and zeroing the buffer empties its gradient
-    before = leaf.detach().clone()
-    buffer.update(buffer.reduce(), HYPER)
-    assert torch.equal(leaf, buffer.value("a.m1"))
-    assert not torch.equal(leaf, before)
-    buffer.grads.zero_()
-    assert not leaf.grad.any()
+    torch.testing.assert_close(unit.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
+    assert torch.equal(unit.values[rows:], torch.ones(3, RANK, dtype=torch.float64))
 
 
 def test_nothing_to_train() -> None:
     buffer = buffer_of()
-    buffer.update(buffer.reduce(), HYPER)
-    assert buffer.values.shape == (0, RANK)
-    later = buffer_of("c")
-    later.adopt(buffer)
-    assert not later.values.any()
+    assert buffer.reduce() == []
+    buffer.update(HYPER)
+    buffer.zero_grad()
+    buffer.change(plan_of("c"))
+    assert not buffer.value("c.m0").any()
 
 
 def test_set_steps() -> None:
@@ -185,15 +201,17 @@ def test_set_steps() -> None:
     buffer, separate = buffer_of("b"), Separate()
     separate.change(buffer)
     buffer.set_steps({("b", "matrices"): 7.0})
-    assert {key: float(count) for key, count in buffer.steps.items()} == {("b", "matrices"): 7, ("b", "vectors"): 0}
-    grads = random(buffer.grads, 0)
-    separate.update(buffer, grads, HYPER)
-    buffer.update(grads, HYPER)
-    assert {key: float(count) for key, count in buffer.steps.items()} == {("b", "matrices"): 8, ("b", "vectors"): 1}
+    assert buffer.steps == {("b", "matrices"): 7, ("b", "vectors"): 0}
+    fill_gradients(buffer, 0)
+    grads = buffer.grad("b.m0").clone()
+    separate.update(buffer, HYPER)
+    buffer.reduce()
+    buffer.update(HYPER)
+    assert buffer.steps == {("b", "matrices"): 8, ("b", "vectors"): 1}
     assert torch.equal(buffer.value("b.v0"), separate.values["b.v0"].data)
     # step 8 of moments that begin now: N = (1 - b1) / (1 - b1^8) / sqrt((1 - b2) / (1 - b2^8)) * sign, eps aside
     size = (1 - 0.8) / (1 - 0.8**8) / math.sqrt((1 - 0.95) / (1 - 0.95**8))
-    expected = -HYPER.lr * HYPER.scale * size * grads[:4].sign()
+    expected = -HYPER.lr * HYPER.scale * size * grads.sign()
     torch.testing.assert_close(buffer.value("b.m0"), expected, rtol=1e-3, atol=0)
 
 
@@ -201,57 +219,105 @@ def test_set_steps() -> None:
 
 
 def test_units_that_stay_go_on_and_others_begin_anew() -> None:
-    """Four periods: units move, leave, return and stay; all as if each slot had an AdamW of its own."""
+    """Units leave, return and stay; all as if each slot had an AdamW of its own. What stays does not move."""
     separate = Separate()
     buffer = buffer_of()
     seed = 0
     for names in (("a", "b", "always"), ("b", "c", "always"), ("a", "b", "c", "always"), ("always",), ("a", "always")):
-        old, buffer = buffer, buffer_of(*names)
-        buffer.adopt(old)
-        stay = {key for key in buffer.steps if key in old.steps}
-        for key, count in buffer.steps.items():
-            assert float(count) == (float(old.steps[key]) if key in stay else 0.0)
-        for segment in buffer.plan.segments:
-            entered = (segment.unit, segment.kind) not in stay
-            for tensor in (buffer.values, buffer.exp_avg, buffer.exp_avg_sq):
-                assert bool(tensor[slice(*segment.rows)].any()) != entered
-        assert not buffer.grads.any()
+        old, steps = dict(buffer.units), buffer.steps
+        buffer.change(plan_of(*names))
+        assert list(buffer.units) == list(names)
+        for name, unit in buffer.units.items():
+            assert (unit is old.get(name)) == (name in old)
+            assert all(bool(t.any()) == (name in old) for t in (unit.values, unit.exp_avg, unit.exp_avg_sq))
+        assert all(count == steps.get(key, 0.0) for key, count in buffer.steps.items())
         separate.change(buffer)
         separate.assert_equals(buffer)
         for _ in range(3):
             seed += 1
-            grads = random(buffer.grads, seed)
-            separate.update(buffer, grads, HYPER)
-            buffer.update(grads, HYPER)
-            separate.assert_equals(buffer)
-    assert float(buffer.steps["always", "vectors"]) == 15
-    assert float(buffer.steps["a", "matrices"]) == 3
+            step(buffer, separate, HYPER, seed)
+    assert buffer.steps["always", "vectors"] == 15
+    assert buffer.steps["a", "matrices"] == 3
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 40])
-def test_rows_move_to_their_new_owners(world: int) -> None:
-    """Each process takes its rows out of the gathered old ones; together they are the new layout."""
-    old = make_plan([UNITS[n] for n in ("a", "b")], RANK, 2)
-    whole = torch.arange(float(old.rows * RANK), dtype=torch.float64).view(old.rows, RANK) + 1
-    parts = []
-    for index in range(world):
-        comm = Communicator()
-        comm.index, comm.world = index, world
-        buffer = buffer_of("b", "c", "a", comm=comm)
-        new_rows = {(s.unit, s.kind): s.rows for s in buffer.plan.segments}
-        buffer.scatter(buffer.exp_avg, whole, [(s.rows, new_rows[s.unit, s.kind]) for s in old.segments])
-        parts.append(buffer.exp_avg)
-        first, last = buffer.plan.part(index)
-        for name, (start, stop) in buffer.plan.slots.items():
-            rows = buffer.local_rows(name)
-            mine = range(max(start, first) - first, min(stop, last) - first)
-            assert (range(0) if rows is None else range(rows.start, rows.stop)) == (mine if len(mine) else range(0))
-    # b: 4 + 3 rows (14 to 21 of the old), c: 6 rows, a: 5 + 6 + 2 + 1 (0 to 14)
-    moved = torch.cat(parts)
-    assert torch.equal(moved[:7], whole[14:21])
-    assert not moved[7:13].any()
-    assert torch.equal(moved[13:27], whole[:14])
-    assert not moved[27:].any()
+# ---- reductions that start during the backward pass
+
+
+class Recorder(Communicator):
+    """Process 0 of two, of which the other one never has a gradient; writes down what is begun and waited for."""
+
+    world = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "") -> Pending:
+        rows = str(tensor.shape[0])
+        self.events.append(f"begin {rows}")
+        recorder = self
+
+        class Work:
+            def wait(self) -> None:
+                recorder.events.append(f"wait {rows}")
+                part.copy_(tensor[: part.shape[0]])
+
+        return Work()
+
+    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "") -> Pending:
+        return Communicator().start_all_gather(part, part)
+
+
+def arriving(*names: str) -> tuple[CoordinateBuffer, list[str]]:
+    comm = Recorder()
+    plan = make_plan([UNITS[n] for n in names], RANK, 2)
+    return CoordinateBuffer(plan, comm, torch.float64, torch.float64, torch.device("cpu")), comm.events
+
+
+A, B, C = ("a.m0", "a.m1", "a.v0", "a.v1"), ("b.m0", "b.v0"), ("c.m0",)  # 14, 7 (padded to 8) and 6 rows
+
+
+def test_reductions_start_in_order_as_soon_as_a_unit_is_complete() -> None:
+    buffer, events = arriving("a", "b", "c")
+    buffer.await_gradients(["c", "b"])
+    buffer.last_pass(False)
+    for name in (*C, *B, *A):
+        buffer.arrived(name)
+    assert events == []  # another micro-batch adds to them
+    buffer.last_pass(True)
+    buffer.arrived("b.v0")
+    buffer.arrived("b.m0")
+    assert events == []  # complete, but not its turn: all processes begin in one order
+    buffer.arrived("c.m0")
+    assert events == ["begin 6", "begin 8"]
+    for name in A:
+        buffer.arrived(name)
+    assert events == ["begin 6", "begin 8"]  # not awaited
+    fill_gradients(buffer, 1)
+    grads = buffer.reduce()
+    assert events == ["begin 6", "begin 8", "begin 14", "wait 14", "wait 8", "wait 6"]
+    assert [g.shape[0] for g in grads] == [7, 4, 3]
+    assert all(torch.equal(g, unit.grads[: len(g)]) for g, unit in zip(grads, buffer.units.values(), strict=True))
+
+
+def test_what_never_arrives_is_reduced_in_its_place() -> None:
+    """As on a process whose batch used no expert of a layer: the order is that of the others."""
+    buffer, events = arriving("a", "b", "c")
+    buffer.await_gradients(["c", "b"])
+    buffer.last_pass(True)
+    for name in B:
+        buffer.arrived(name)
+    buffer.reduce()
+    assert events[:3] == ["begin 6", "begin 8", "begin 14"]
+
+
+def test_a_gradient_that_comes_too_late() -> None:
+    buffer, _ = arriving("c")
+    buffer.await_gradients(["c"])
+    buffer.last_pass(True)
+    buffer.arrived("c.m0")
+    with pytest.raises(RuntimeError, match=r"c\.m0 came after its unit's gradients were on their way"):
+        buffer.arrived("c.m0")
 
 
 # ---- full rank
