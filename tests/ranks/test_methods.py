@@ -162,7 +162,7 @@ def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
     ows = OWS(home(model, sharding, world), scores=RATIOS, always_on="none", **{**SETTINGS, "rank": None})
     found = []
     for _ in range(5):
-        before, active = whole_weights(ows.weights), set(ows._full.masters)
+        before, active = whole_weights(ows.weights), set(ows._full.parameters)
         units = [ows.layers.layers[i] for i in ows.layer_set]
         trained = {part.name for unit in units for part in (*unit.matrices, *unit.vectors)}
         state = {
@@ -170,7 +170,7 @@ def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
         }
         for _ in range(SETTINGS["period"]):
             one_step(ows, rank, world)
-        left = active - set(ows._full.masters)
+        left = active - set(ows._full.parameters)
         alive = sum(not reference.expired() for name in left for reference in state[name])
         after = whole_weights(ows.weights)
         moved = {name for name in before if not torch.equal(before[name], after[name])}
