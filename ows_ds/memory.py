@@ -438,8 +438,9 @@ def _gather(job: Job) -> int:
 
 
 def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
-    """Bytes that process ``index`` sends in a step, by operation as in ``metrics.jsonl``; evaluations, draws, moments
-    that move and messages of some bytes (agreement, ``metrics``) left out. 0 for one process.
+    """Bytes that process ``index`` sends in a step, by operation as in ``metrics.jsonl``. 0 for one process.
+
+    Left out: evaluations, draws, folds at a change of the set, and messages of some bytes (agreement, ``metrics``).
 
     refresh: with full gradients, or (sketch) both of its two steps' products, beside the rest. Gathers of ZeRO-3 are
     not here: see `gathers`. Under ZeRO-3 with DeepSpeed's own optimizer, gradients are its buckets', of the same size

@@ -15,6 +15,8 @@ pytest.importorskip("galore_torch")
 pytest.importorskip("reasoning_gym")
 
 from benchmarks import bf16_drift as drift
+from benchmarks import refresh
+from ows_ds.project import exact_projector
 
 SMALL = Namespace(steps=4, every=2, pretrain=2, lr=1e-3, hidden=32, layers=2, gamma=1, period=2, rank=4, refresh_gap=2)
 
@@ -49,3 +51,26 @@ def test_masters_change_nothing_in_float32(make: Any) -> None:
     runs = [drift.train(SMALL, begin, data, make, torch.float32, master=master)[0][0] for master in (False, True)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in begin)
     assert any(not torch.equal(runs[0][name], begin[name]) for name in begin)
+
+
+def test_energies_of_projectors() -> None:
+    """The exact subspace keeps all it can, another one less; noise that has no leading directions shows it."""
+    noise = torch.Generator().manual_seed(0)
+    flat = {"w": torch.randn(60, 40, generator=noise)}
+    steep = {"w": flat["w"] * torch.logspace(0, -4, 40)}
+    exact = exact_projector(steep["w"], 4)
+    assert refresh.kept(steep["w"], exact, exact) == 1
+    assert refresh.kept(steep["w"], torch.eye(40)[:, -4:], exact) < 0.01
+    found = refresh.energies([steep, steep], 4)
+    assert all(0.99 < one <= 1 + 1e-6 for some in found.values() for one in some)
+    other = refresh.energies([flat, {"w": flat["w"].flip(0).roll(3, 1)}], 4)
+    assert other["sketches, the first of another batch"][0] < other["from noise"][0] < 1
+
+
+def test_table_of_refreshes() -> None:
+    measured = {"60 x 40": refresh.times((60, 40), 4, 1)}
+    assert measured["60 x 40"].keys() == {"exact", "cold", "warm"}
+    assert all(value > 0 for value in measured["60 x 40"].values())
+    lines = refresh.report({"a": {"exact": 8.0, "cold": 2.0, "warm": 0.5}}, {"way": [0.5, 1.0]}, ["# head"])
+    assert "| a | 8.0 | 2.00 | 4 | 0.50 | 16 |" in lines
+    assert "| way | 0.50000 | 0.75000 |" in lines
