@@ -30,13 +30,17 @@ _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its o
 def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar.
 
-    Float64 under float64 weights. A model that works on its head's output (soft-capping, scaling) is found out in its
-    first pass, and from then on its logits are taken whole.
+    Float64 under float64 weights. batch: input_ids, where the model runs; labels, best on the CPU: what is counted from
+    them then needs no wait for a GPU. Rows are padded on the right, where under causal attention no token sees it:
+    there is no mask, which would take attention's slower kernels and, in transformers, a look at its values.
+
+    A model that works on its head's output (soft-capping, scaling) is found out in its first pass, and from then on its
+    logits are taken whole.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {"input_ids": batch["input_ids"]}
     head: Any = getattr(weights.module, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Linear) and _fits.get(head, True):
-        device = batch["labels"].device
+        device = batch["input_ids"].device
         random = None if head in _fits else _random(device)
         loss = _in_chunks(weights, head, inputs, pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten())
         _fits[head] = loss is not None
@@ -46,6 +50,7 @@ def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
         _random(device, random)  # the same dropout as if nothing had been tried
     labels = batch["labels"][:, 1:].reshape(-1)
     logits = weights(**inputs).logits[:, :-1].reshape(labels.numel(), -1)
+    labels = labels.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="sum")
 
@@ -55,8 +60,10 @@ def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Tensor], lab
 
     labels: (rows * tokens), of the token that follows each.
     """
-    wanted = (labels != IGNORE).nonzero().squeeze(1)  # before the model runs: a GPU's queue is still short
-    targets, own, leaves = labels[wanted], head.forward, trained(head)
+    wanted = (labels != IGNORE).nonzero().squeeze(1)
+    device = inputs["input_ids"].device
+    targets, wanted = labels[wanted].to(device), wanted.to(device)
+    own, leaves = head.forward, trained(head)
     made: list[tuple[Tensor, int]] = []  # the loss, and how often it was written to
 
     def forward(hidden: Tensor) -> Tensor:

@@ -125,8 +125,9 @@ class _Job:
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
     def batch(self, rows: list[Encoded]) -> dict[str, Tensor]:
-        """Right-padded tensors (rows, tokens) on the device."""
-        return {name: t.to(self.runtime.device) for name, t in collate(rows, self.pad_id).items()}
+        """Right-padded tensors (rows, tokens): labels on the CPU, the others on the device."""
+        batch = collate(rows, self.pad_id)
+        return {name: t if name == "labels" else t.to(self.runtime.device) for name, t in batch.items()}
 
 
 def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
@@ -274,7 +275,8 @@ def evaluate(job: _Job) -> float:
     sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
     for share in shares:
         batch = job.batch([job.held_out[i] for i in share])
-        sums += torch.stack([token_losses(weights, batch).double(), (batch["labels"][:, 1:] != IGNORE).sum().double()])
+        targets = (batch["labels"][:, 1:] != IGNORE).sum().double().to(sums.device)
+        sums += torch.stack([token_losses(weights, batch).double(), targets])
         weights.after_step()
     weights.module.train(training)
     loss, targets = comm.all_reduce(sums, "evaluation").tolist()

@@ -37,6 +37,7 @@ def measure(
     alive: dict[str, Worker] = {}
     found: dict[str, list[Result]] = {name: [] for name in names}
     failed: dict[str, str] = {}
+    flops: dict[str, int] = {}
     try:
         for index in range(rounds):
             for name in names if index % 2 == 0 else names[::-1]:
@@ -51,6 +52,9 @@ def measure(
                             found[name].append({"seconds": [], "refresh": [first["first"], 1]})
                     [answer] = alive[name].ask(do="time", warm_up=warm_up, steps=steps, refresh=True)
                     found[name].append(answer)
+                    if name not in flops:
+                        [counted] = alive[name].ask(do="flops")
+                        flops[name] = counted["flops"]
                 except Failed as error:
                     failed[name] = str(error)
                     alive.pop(name)
@@ -63,6 +67,8 @@ def measure(
     for name, one in done.items():
         limit = done.get(limit_of(name, setting))
         one["of_limit"] = one["seconds"]["median"] / limit["seconds"]["median"] if limit else None
+        one["flops"] = flops[name]
+        one["flops_of_limit"] = flops[name] / flops[limit_of(name, setting)] if limit else None
         one["tokens_per_second"] = setting.tokens / one["seconds"]["median"]
     return {name: done.get(name, {"failed": failed.get(name)}) for name in names}
 
@@ -98,7 +104,16 @@ def table(results: dict[str, Result], setting: Setting, gpu: str | None) -> Tabl
     """The methods, one a row. gpu: its name, None on a CPU."""
     peak = next((flops for name, flops in PEAKS.items() if gpu and name in gpu), None)
     peak = peak if setting.dtype == "bfloat16" else None
-    head = ["method", "step [ms]", "x limit", "tokens/s", "refresh [ms]", "share [%]", *(["MFU [%]"] if peak else [])]
+    head = [
+        "method",
+        "step [ms]",
+        "x limit",
+        "x flops",
+        "tokens/s",
+        "refresh [ms]",
+        "share [%]",
+        *(["MFU [%]"] if peak else []),
+    ]
     rows = []
     for name, one in results.items():
         if "failed" in one:
@@ -109,6 +124,7 @@ def table(results: dict[str, Result], setting: Setting, gpu: str | None) -> Tabl
             name,
             number(1e3 * one["seconds"]["median"], 4),
             number(one["of_limit"], 3, fixed=True),
+            number(one["flops_of_limit"], 3, fixed=True),
             number(one["tokens_per_second"], 4),
             number(refresh, 3),
             number(None if one["refresh_share"] is None else 100 * one["refresh_share"], 2, fixed=True),
@@ -123,7 +139,8 @@ def table(results: dict[str, Result], setting: Setting, gpu: str | None) -> Tabl
 def notes(setting: Setting) -> list[str]:
     """What a reader must know."""
     said = [
-        "x limit: median over that of a forward pass and a backward pass through activations alone, as deep.",
+        "x limit: median over that of a forward pass and a backward pass through activations alone, as deep; x flops: "
+        "the same of the flops of all matrix products.",
         f"refresh: what new projectors of all sampled layers add; share: of all time at T_p {setting.refresh_gap}.",
     ]
     if setting.device == "cuda":

@@ -94,8 +94,8 @@ def differentiate_input(model: Any, layer: int) -> None:
 def batch_of(setting: Setting, index: int = 0) -> dict[str, Tensor]:
     """One sequence of random tokens, all of them trained; another one on each process."""
     generator = torch.Generator().manual_seed(SEED + index)
-    ids = torch.randint(int(setting.vocab or 0), (1, setting.tokens), generator=generator).to(setting.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ids = torch.randint(int(setting.vocab or 0), (1, setting.tokens), generator=generator)
+    return {"input_ids": ids.to(setting.device), "labels": ids}
 
 
 def sampled(setting: Setting) -> LayerSet:

@@ -4,6 +4,7 @@ In and out are lines of JSON. First the job, {"setting": {...}, "method": name, 
 first step is taken; then questions until the input ends:
 
     {"do": "time", "warm_up": n, "steps": n, "refresh": true}   {"seconds": [...], "refresh": [seconds, steps] or null}
+    {"do": "flops"}                                             {"flops": n}
     {"do": "memory"}                                            {"step": {...}, "refresh": {...} or null, ...}
     {"do": "traffic"}                                           {"step": {...}, "refresh": {...} or null, ...}
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ows_ds import memory
 from ows_ds.bench.rivals import rival
@@ -96,6 +98,18 @@ def _time(
     return {"seconds": seconds, "refresh": more}
 
 
+def _flops(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
+    """Of the matrix products of a step, a multiply-add being two: a count, which no other work on the machine moves."""
+
+    def product(into: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    # torch counts those that are not in place
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
+        trial.step()
+    return {"flops": counter.get_total_flops()}
+
+
 def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     kinds: dict[str, Callable[[], Any] | None] = {"step": trial.step, "refresh": trial.refresh}
@@ -150,7 +164,12 @@ def _sent(work: Callable[[], Any], sent: Counter[str]) -> tuple[dict[str, int], 
     return dict(sorted((sent - before).items())), result
 
 
-WORK: dict[str, Callable[..., dict[str, Any]]] = {"time": _time, "memory": _memory, "traffic": _traffic}
+WORK: dict[str, Callable[..., dict[str, Any]]] = {
+    "time": _time,
+    "flops": _flops,
+    "memory": _memory,
+    "traffic": _traffic,
+}
 
 if __name__ == "__main__":
     main()

@@ -30,7 +30,12 @@ def test_time(tmp_path: Path) -> None:
     results = bench("time", tmp_path, "--methods", "ows,torch-adamw", "--rounds", "2", "--steps", "2")
     assert list(results) == ["limit", "ows", "torch-adamw"]
     assert all([len(some) for some in one["rounds"]] == [2, 2] for one in results.values())
-    assert results["limit"]["of_limit"] == 1
+    assert results["limit"]["of_limit"] == results["limit"]["flops_of_limit"] == 1
+    # each of 7 matrices (n x m): x B, its product, dY times a factor, that times the other, R; 2 flops an entry and r
+    shapes = [(64, 64)] * 4 + [(172, 64)] * 3
+    more = sum(2 * 16 * 8 * (2 * (m + n) + max(m, n)) for m, n in shapes)
+    head = 2 * 15 * 64 * 64  # the head and the embedding train at full rank, beside the layer
+    assert results["ows"]["flops"] - results["limit"]["flops"] == more + head
     assert [one["refresh"] is None for one in results.values()] == [True, False, True]
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ows_ds.optimizer
 from ows_ds.communicate import Communicator
+from ows_ds.loss import token_losses
 from ows_ds.optimizer import OWS
 from ows_ds.plan import RefreshPlan, plan_refresh
 from ows_ds.update import UnitBuffer
@@ -276,6 +277,61 @@ def test_reductions_begin_within_the_last_backward_pass(pools: Pools, sharding: 
             assert layers == sorted(layers, reverse=True)
             assert after == (["always"] if accumulation == 1 else [])
     assert early >= 3
+
+
+# ------------------------------------------------------------------ waits for the device
+
+
+class Waits(TorchDispatchMode):
+    """Names what would make the host wait for a GPU's numbers, but for counters that lie on the CPU by design."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique")
+
+    def __init__(self, known: set[int]) -> None:
+        """known: addresses of tensors that are always on the CPU."""
+        super().__init__()
+        self.known, self.found = known, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.partition(".")[0]
+        on_cpu = args and isinstance(args[0], Tensor) and args[0].data_ptr() in self.known
+        if any(name.startswith(look) for look in self.LOOKS) and not on_cpu:
+            self.found.append((name, tuple(args[0].shape), args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def waits(rank: int, world: int, sharding: str, always_on: str) -> list[tuple[bool, list[Any]]]:
+    """For each step: whether anything is found anew after it, or in it; what waits for the device."""
+    settings = {**SETTINGS, "gamma": 2.0, "max_grad_norm": 0.1, "weight_decay": 0.1, "period": 4, "refresh_gap": 4}
+    ows = OWS(
+        home(tiny("llama", dtype=torch.bfloat16), sharding, world), scores=RATIOS, always_on=always_on, **settings
+    )
+    seen = []
+    for step in range(9):
+        [ids] = micro_batches(step, rank, world, 1)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        steps = [count for unit in ows._buffer.units.values() for count in unit.steps.values()]
+        steps += [p["step"] for state in (a.state for a, _ in ows._full._runs) for p in state.values()]
+        refreshes = ows._refresh is not None
+        with Waits({count.data_ptr() for count in steps}) as mode:
+            ows.train_step([lambda b=batch: token_losses(ows.weights, b)])
+        seen.append((refreshes or ows.steps % 4 == 0 or ows.idle, mode.found))
+    ows.close()
+    return seen
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@pytest.mark.parametrize("always_on", ["full", "low_rank", "none"])
+def test_nothing_waits_for_the_device(pools: Pools, sharding: str, always_on: str) -> None:
+    plain = 0
+    for seen in pools(2).run(waits, sharding, always_on):
+        for changes, found in seen:
+            # which labels count is asked on the CPU, where they are; DeepSpeed has counters there, too
+            own = [one for one in found if one[0] != "nonzero" or one[2] != torch.bool]
+            others = [one for one in own if sharding == "replicated" or one[2].is_floating_point]
+            assert changes or not others
+            plain += not changes
+    assert plain > 4
 
 
 # ------------------------------------------------------------------ processes that disagree

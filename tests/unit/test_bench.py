@@ -314,9 +314,10 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 
 TIMES: dict[str, Any] = {
     "limit": {"seconds": {"min": 0.9, "median": 1.0, "iqr": 0.1}, "refresh": None, "refresh_share": None,
-              "rounds": [[1.0]], "of_limit": 1.0, "tokens_per_second": 512.0},
+              "rounds": [[1.0]], "of_limit": 1.0, "flops": 8, "flops_of_limit": 1.0, "tokens_per_second": 512.0},
     "ows": {"seconds": {"min": 0.9, "median": 1.0456, "iqr": 0.1}, "refresh": {"min": 1, "median": 0.5, "iqr": 0},
-            "refresh_share": 0.0123, "rounds": [[1.0]], "of_limit": 1.0456, "tokens_per_second": 489.67},
+            "refresh_share": 0.0123, "rounds": [[1.0]], "of_limit": 1.0456, "flops": 9, "flops_of_limit": 1.125,
+            "tokens_per_second": 489.67},
     "full": {"failed": "out of memory"},
 }  # fmt: skip
 PARTS = {"weights": 2**30, "gradients": 0, "optimizer": 2**29, "activations": 0, "buffers": 0}
@@ -335,8 +336,8 @@ TRAFFICS: dict[str, Any] = {
 
 def test_rows_of_the_tables() -> None:
     assert time.table(TIMES, TINY, None).rows == [
-        ["limit", "1,000", "1.000", "512.0", "n/a", "n/a"],
-        ["ows", "1,046", "1.046", "489.7", "500", "1.23"],
+        ["limit", "1,000", "1.000", "1.000", "512.0", "n/a", "n/a"],
+        ["ows", "1,046", "1.046", "1.125", "489.7", "500", "1.23"],
         ["full", "failed: out of memory"],
     ]
     bf16 = resolve(Setting(shape="llama2-7b", layers="all", dtype="bfloat16", device="cpu", vocab=32000), False)
