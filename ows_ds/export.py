@@ -2,42 +2,112 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from ows_ds.communicate import Communicator, together
 from ows_ds.errors import UserError
+from ows_ds.tensor_files import Writer
 from ows_ds.weights import Replicated, Weights
+
+FILE_SIZE = "5GB"  # a file of a model holds at most as much, as those on the hub do
 
 
 @torch.no_grad()
-def save_model(weights: Weights, tokenizer: Any, folder: Path) -> None:
+def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = FILE_SIZE) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
-    Coordinates must be folded. Process 0 puts the weights together on its CPU, one parameter after the other.
-    Collective. ``folder`` must not exist.
+    Coordinates must be folded. Process 0 writes; what the others hold is sent to it in runs of entries, so that no
+    process holds more than its part and a run. Only of a model that has other tensors than its family's files does it
+    hold everything. file_size: of a file, at most; a larger tensor has one to itself. Collective. ``folder`` must not
+    exist.
     """
-    comm = weights.comm
-    module: Any = weights.module
-    state = {}
-    for name, parameter in module.named_parameters():
-        whole = weights.whole(parameter)
+    comm, module = weights.comm, cast(Any, weights.module)
+    partial = folder.with_name(folder.name + ".partial")
+    saved = set(module.state_dict()) - set(module._keys_to_ignore_on_save or ())
+    everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
+    tensors = {name: everything[name] for name in sorted(everything, key=dot_natural_key) if name in saved}
+
+    empty = {
+        name: torch.empty(weights.shape(tensor) if isinstance(tensor, nn.Parameter) else tensor.shape,
+                          dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    names: dict[str, str | None] = {}  # in the files, and here; None: made of several
+    with together(comm):
+        ours = {id(tensor): name for name, tensor in empty.items()}
+        names = {name: ours.get(id(tensor)) for name, tensor in revert_weight_conversion(module, empty).items()}
         if comm.index == 0:
-            state[name] = whole.to("cpu", copy=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            module.save_pretrained(partial, state_dict={})  # all but the weights
+            tokenizer.save_pretrained(partial)
+    if None not in names.values():
+        stored = {name: empty[str(own)] for name, own in names.items()}
+        _stream(weights, {name: tensors[str(own)] for name, own in names.items()}, stored, partial, file_size)
+    else:
+        state = {}
+        for name, tensor in tensors.items():
+            whole = weights.whole(tensor) if isinstance(tensor, nn.Parameter) else tensor
+            if comm.index == 0:
+                state[name] = whole.to("cpu", copy=True)
+        with together(comm):
+            if comm.index == 0:
+                module.save_pretrained(partial, state_dict=state, max_shard_size=file_size)
     with together(comm):
         if comm.index == 0:
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            persistent = module.state_dict().keys()
-            state.update({name: buffer.cpu() for name, buffer in module.named_buffers() if name in persistent})
-            module.save_pretrained(partial, state_dict=state)
-            tokenizer.save_pretrained(partial)
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors lets nobody but the owner read
             partial.rename(folder)
+
+
+def _stream(
+    weights: Weights, tensors: dict[str, Tensor], empty: dict[str, Tensor], folder: Path, file_size: str
+) -> None:
+    """Write ``tensors`` (parameters, perhaps in shards, and buffers) to ``folder``, run by run. Collective.
+
+    empty: their whole shapes, and dtypes. Both by the names in the files.
+    """
+    comm = weights.comm
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=file_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        writer = None
+        with together(comm):
+            if comm.index == 0:
+                writer = Writer(folder / file, {name: empty[name] for name in names})
+        for name in names:
+            error = None
+            for start, run in _runs(weights, tensors[name]):
+                try:
+                    if writer is not None and error is None:
+                        writer.write(name, start, run)
+                except OSError as caught:  # the other processes have to gather the rest of this tensor
+                    error = caught
+                del run  # before the next is there
+            comm.all_good(error)
+        with together(comm):
+            if writer is not None:
+                writer.close()
+    with together(comm):
+        if comm.index == 0 and plan.is_sharded:
+            entries = sum(tensor.numel() for tensor in empty.values())
+            metadata = {"total_parameters": entries, **plan.metadata}
+            index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _runs(weights: Weights, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return weights.runs(tensor) if isinstance(tensor, nn.Parameter) else iter([(0, tensor.reshape(-1))])
 
 
 def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
@@ -68,7 +138,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
             raise UserError("run_dir", str(run_dir), "give a run with a complete checkpoint")
         opened = newest
 
-    model = pretrained(recipe)
+    model = pretrained(recipe, comm, torch.device("cpu"))
     layers = find_layers(model)
     weights = Replicated(methods.adapt(recipe, model), comm)
     method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir), 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -50,6 +50,10 @@ class Piece:
 
 ReadPiece = Callable[[str, int, int], Tensor]
 """(name, first, last + 1) -> these entries of the flattened tensor."""
+
+
+Fill = Callable[[int, Tensor], None]
+"""(start, out): out (1-D) <- that many entries of a flattened tensor, from ``start`` on."""
 
 
 class Weights(Protocol):
@@ -100,6 +104,10 @@ class Weights(Protocol):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
+
+    def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        """The same in runs of at most about `CHUNK` entries: where each starts, 1-D, valid until the next. Collective
+        under ZeRO-3, so that every process has to take all of them."""
 
 
 def add_low_rank(
@@ -201,6 +209,10 @@ class Replicated:
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
+
+    def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        flat = parameter.data.view(-1)
+        yield from ((start, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK))
 
 
 def pieces_of(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Piece]:

@@ -6,10 +6,11 @@ gradient, no optimizer state and no float32 copy. What it needs from us in retur
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ows_ds.communicate import Communicator
 from ows_ds.errors import UserError
-from ows_ds.weights import add_low_rank, interval
+from ows_ds.weights import CHUNK, Fill, add_low_rank, interval
 
 ZeroParameter = Any  # an nn.Parameter to which DeepSpeed has added ds_shape, ds_numel, ds_tensor, ds_status
 
@@ -32,6 +33,15 @@ DEFAULT_CONFIG: dict[str, Any] = {
     },
     "steps_per_print": 1_000_000_000,
 }
+
+
+_COORDINATOR = "_PartitionedParameterCoordinator"  # whose private names begin with this
+
+
+def _kept_answers(coordinator: type) -> Any:
+    """The cache of what to release after which module, which outlives what was recorded: it is below a decorator."""
+    decorated = getattr(coordinator, f"{_COORDINATOR}__params_to_release")
+    return inspect.getclosurevars(decorated).nonlocals["func"]
 
 
 _sent = Counter[str]()  # bytes that DeepSpeed's collectives have sent from this process and no Zero3 has booked yet
@@ -77,20 +87,35 @@ def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"{key}: {section}", config[section], "leave it out: the recipe's optim section decides")
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise UserError(f"{key}: zero_optimization.offload_param.device", "nvme", "give none or cpu")
-    if zero.get("zero_quantized_weights"):
-        raise UserError(f"{key}: zero_optimization.zero_quantized_weights", True, "give false")
-    if zero.get("zero_hpz_partition_size", 1) > 1:
-        raise UserError(f"{key}: zero_optimization.zero_hpz_partition_size", zero["zero_hpz_partition_size"], "give 1")
+    if config.get("gradient_clipping", "auto") not in ("auto", 0):
+        right = "leave it out: the recipe's optim.max_grad_norm decides"
+        raise UserError(f"{key}: gradient_clipping", config["gradient_clipping"], right)
+    in_memory = "give none or cpu: shards on NVMe are not in memory when they are folded"
+    own = "give none: DeepSpeed offloads optimizers of its own, and none of them trains here"
+    for name, refused, right in (("offload_param", ["nvme"], in_memory), ("offload_optimizer", ["cpu", "nvme"], own)):
+        device = (zero.get(name) or {}).get("device")
+        if device in refused:
+            raise UserError(f"{key}: zero_optimization.{name}.device", device, right)
+    for name, right in (
+        ("zero_quantized_weights", "give false: every gather would round frozen weights to 8 bits, on GPUs alone"),
+        ("zero_quantized_nontrainable_weights", "give false: folds into shards of 8 bits would be lost"),
+    ):
+        if zero.get(name):
+            raise UserError(f"{key}: zero_optimization.{name}", zero[name], right)
 
 
 def resolve_config(
-    config: dict[str, Any], dtype: str, micro_batch_size: int, accumulation: int, world: int
+    config: dict[str, Any],
+    dtype: str,
+    micro_batch_size: int,
+    accumulation: int,
+    world: int,
+    per_host: int | None = None,
 ) -> dict[str, Any]:
     """A copy of ``config`` with what must agree with the recipe filled in. Raises UserError as `check_config`.
 
-    dtype: ``model.dtype``, the number format of the shards.
+    dtype: ``model.dtype``, the number format of the shards. per_host: processes of a host, where they are as many on
+    each and their numbers follow one another: what hpZ's ``"auto"`` means.
     """
     check_config(config)
     for name, format in (("bf16", "bfloat16"), ("fp16", "float16")):
@@ -102,6 +127,13 @@ def resolve_config(
         # edits of a shard are ignored by the live copy of a parameter that is kept gathered
         "stage3_param_persistence_threshold": 0,
     }
+    group = zero.get("zero_hpz_partition_size", 1)
+    if group == "auto":
+        group = per_host or 1
+    if not isinstance(group, int) or group < 1 or world % group:
+        right = f'give "auto", or a divisor of the {world} processes'
+        raise UserError("train.ds_config: zero_optimization.zero_hpz_partition_size", group, right)
+    zero["zero_hpz_partition_size"] = 1 if group == world else group  # a group of all is what there is without
     sizes = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -110,7 +142,7 @@ def resolve_config(
     for key, value in sizes.items():
         if config.get(key, "auto") not in ("auto", value):
             raise UserError(f"train.ds_config: {key}", config[key], f'give "auto"; the recipe makes it {value}')
-    rest = {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
+    rest = {key: value for key, value in config.items() if key not in ("bf16", "fp16", "gradient_clipping")}
     return {**rest, **sizes, "bf16": {"enabled": dtype == "bfloat16"}, "zero_optimization": zero}
 
 
@@ -119,10 +151,47 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def in_shards(config: dict[str, Any]) -> Callable[[tuple[int, ...], torch.dtype, Fill], ZeroParameter]:
+    """A maker of parameters that lie in DeepSpeed's shards from the beginning (see `ows_ds.load.Make`).
+
+    config: from `resolve_config`. The process group must be known (`join_deepspeed`). Nothing is sent: each process
+    asks for the entries of its own shard alone.
+    """
+    import deepspeed
+
+    init = deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=_hpz_group(config))
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()  # torch's own keeps the gathered weight for the backward pass
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> ZeroParameter:
+        # of this memory nothing is touched but the process's own interval, which DeepSpeed copies into the shard
+        parameter: ZeroParameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=init.local_device))
+        init._convert_to_deepspeed_param(parameter)
+        rank, world = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+        start, stop = interval(parameter.ds_numel, rank, world)
+        fill(start, parameter.data.view(-1)[start:stop])
+        parameter.partition()
+        parameter.ds_secondary_tensor = None  # under hpZ: what was copied there was the untouched memory
+        return parameter
+
+    return make
+
+
+def _hpz_group(config: dict[str, Any]) -> Any:
+    """This process's group of those that hold all weights together under hpZ, made if need be; None without hpZ."""
+    from deepspeed.utils import groups
+
+    size = config["zero_optimization"]["zero_hpz_partition_size"]
+    if size > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group() if size > 1 else None
+
+
 def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:
     import deepspeed
 
     join_deepspeed()
+    _hpz_group(config)  # DeepSpeed expects it where there is no optimizer
     adapted: Any
     for adapted in module.modules():
         # peft's DoRA reads the weight of the module beside it, which DeepSpeed would have released by then
@@ -164,6 +233,8 @@ class Zero3:
         self.device = torch.device(engine.device)
         # with an optimizer of its own, DeepSpeed keeps what it does with weights one level below
         self._offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+        self._went_back = False  # whether the last pass had a backward pass
+        self._traced_backward = False  # whether what the prefetcher recorded, or records, has a backward pass
         _count_collectives()
         _sent.clear()
         for name, parameter in self.module.named_parameters():
@@ -172,7 +243,26 @@ class Zero3:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {parameter.ds_tensor.ds_numel} entries, not {size}")
 
     def __call__(self, **batch: Any) -> Any:
+        self._follow()
         return self.module(**batch)
+
+    def _follow(self) -> None:
+        """Before a forward pass: let DeepSpeed's prefetcher record anew if it has recorded other passes than come now.
+
+        What it has recorded says which weights to keep gathered for their next use. A record of evaluations has no
+        backward pass; one of a backward pass that went further down keeps what is not used again.
+        """
+        coordinator = self._offload.get_param_coordinator()
+        steps, recorded = (getattr(coordinator, f"{_COORDINATOR}__{name}") for name in ("step_id", "submodule_order"))
+        shorter = self._went_back and steps < len(recorded)
+        if not coordinator.is_invalid_trace() and (
+            (torch.is_grad_enabled() and not self._traced_backward) or (coordinator.is_complete_trace() and shorter)
+        ):
+            coordinator._invalidate_trace()
+        self._went_back = False
+        if coordinator.is_invalid_trace():
+            _kept_answers(type(coordinator)).cache_clear()
+            self._traced_backward = torch.is_grad_enabled()
 
     def shape(self, parameter: ZeroParameter) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)
@@ -186,6 +276,8 @@ class Zero3:
         if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
             # a gathered copy would hide the edit, or (in a world of one) receive it twice
             raise RuntimeError(f"{parameter.ds_summary()} is gathered; its shard must not be touched now")
+        # hpZ's copy of the host would not see an edit: the next gather makes it anew, out of the shards
+        parameter.ds_secondary_tensor = None
         start, stop = self.interval(parameter)
         shard: Tensor = parameter.ds_tensor
         return shard.data[: stop - start]
@@ -194,7 +286,8 @@ class Zero3:
         return self.interval(parameter)[0], self.local(parameter)
 
     def publish(self, parameters: list[ZeroParameter]) -> None:
-        pass
+        for parameter in parameters:  # as in `local`, on the processes too that had no entry to write
+            parameter.ds_secondary_tensor = None
 
     def write(self, parameters: Sequence[ZeroParameter], values: Sequence[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
@@ -211,6 +304,7 @@ class Zero3:
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world if self.comm.world > 1 else loss).backward()
         self._offload.release_backward_leftovers()
+        self._went_back = True
 
     def gathered(self, parameters: Iterable[ZeroParameter]) -> AbstractContextManager[None]:
         import deepspeed
@@ -224,10 +318,28 @@ class Zero3:
         _sent.clear()
 
     def whole(self, parameter: ZeroParameter) -> Tensor:
-        local = self.local(parameter)
-        part = local.new_zeros(math.ceil(parameter.ds_numel / self.comm.world))
-        part[: local.numel()] = local
-        return self.comm.all_gather(part, "export")[: parameter.ds_numel].view(parameter.ds_shape)
+        size = math.ceil(parameter.ds_numel / self.comm.world)
+        return self._gather(parameter, 0, size)[: parameter.ds_numel].view(parameter.ds_shape)
+
+    def runs(self, parameter: ZeroParameter) -> Iterator[tuple[int, Tensor]]:
+        size = math.ceil(parameter.ds_numel / self.comm.world)
+        length = math.ceil(CHUNK / self.comm.world)
+        for at in range(0, size, length):
+            length = min(length, size - at)
+            gathered = self._gather(parameter, at, length)
+            for index in range(self.comm.world):
+                start = index * size + at
+                if start < parameter.ds_numel:
+                    yield start, gathered[index * length : (index + 1) * length][: parameter.ds_numel - start]
+            del gathered  # before the next is there
+
+    def _gather(self, parameter: ZeroParameter, at: int, length: int) -> Tensor:
+        """``length`` entries of every process's shard, from its entry ``at`` on, one after the other."""
+        # the CPU is where DeepSpeed keeps the shards if it is told to offload them
+        part = self.local(parameter)[at : at + length].to(self.device)
+        if part.numel() < length:  # the last shards are shorter
+            part = torch.nn.functional.pad(part, (0, length - part.numel()))
+        return self.comm.all_gather(part, "export")
 
 
 class Zero3AdamW(Zero3):
@@ -270,6 +382,7 @@ class Zero3AdamW(Zero3):
                 self.states[names[parameter]] = {"step": step, **own}
 
     def __call__(self, **batch: Any) -> Any:
+        self._follow()
         self.engine.set_gradient_accumulation_boundary(self._micro + 1 == self._steps)
         return self.engine(**batch)
 
