@@ -3,9 +3,11 @@
 What lies between steps (weights, coordinates, gradients, moments, masters, projectors) is exact, and so is what is sent
 but for ZeRO-3's gathers, of which there are bounds. What lives inside a step is a model of the largest of its phases:
 
+    forward    activations of the layers up to one + what that layer's forward pass makes
     loss       activations of all layers + the logits of a run of tokens + their gradients
     backward   activations of the layers still below + what one layer's backward pass makes (or its forward pass, where
                there is no backward)
+    embedding  its whole gradient, where it trains at full rank
     update     Adam's temporaries
     refresh    as backward, with one full gradient and the search for its projector
 
@@ -22,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ows_ds.gathering import Gathered
 from ows_ds.layers import Matrix, ModelLayers, Unit, Vector
 from ows_ds.plan import CHUNK, COLUMNS, Plan, make_plan, pack, plan_refresh, together
 from ows_ds.project import BLOCK, OVERSAMPLING, sketch_width
@@ -37,8 +40,9 @@ class Job:
 
     layers: of the model. method: as ``method.name``. layer_set: the layers that train (all are under galore, full, lora
     and dora). itemsize: b. rows, length: sequences of a micro-batch, and tokens of each; labelled: tokens of the
-    micro-batch with a loss, None: all. whole_logits: the model works on its head's output, as Gemma 2. max_live:
-    DeepSpeed's ``stage3_max_live_parameters``, entries. foreach: Adam works on all tensors at once (torch on GPUs).
+    micro-batch with a loss, None: all. whole_logits: the model works on its head's output, as Gemma 2. max_live,
+    bucket: DeepSpeed's ``stage3_max_live_parameters`` and ``reduce_bucket_size``, entries. foreach: Adam works on all
+    tensors at once (torch on GPUs). gathered: what ZeRO-3 gathers (`ows_ds.gathering`); None: only bounds are known.
     """
 
     layers: ModelLayers
@@ -60,6 +64,8 @@ class Job:
     sharded: bool = False
     max_live: int = 500_000_000
     foreach: bool = True
+    bucket: int = 500_000_000
+    gathered: Gathered | None = None
 
     @property
     def wide(self) -> int:
@@ -169,6 +175,7 @@ def state(job: Job) -> dict[str, int]:
         "moments": 2 * own * e + 2 * mine * e,
         "masters": mine * e + (own * e if b < e else 0),
         "projectors": sum(m.short for m in plan.matrices.values()) * plan.rank * b,
+        **({"buckets": job.bucket * b} if job.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
     }
 
 
@@ -195,8 +202,8 @@ class Memory:
 
 def memory(job: Job, refresh: bool = False) -> Memory:
     """What a step needs; refresh: one in which all projectors are found anew (from full gradients, or by sketches)."""
-    kinds = _kinds(job, refresh)
-    saved = [_activations(job, unit, kind) for unit, kind in zip(job.layers.layers, kinds, strict=True)]
+    kinds = kinds_of(job, refresh)
+    saved = [activations_of(job, unit, kind) for unit, kind in zip(job.layers.layers, kinds, strict=True)]
     hidden = job.tokens * job.head.shape[1]
     flows = any(kinds)
     # the last norm's input, in float32, and what it gives to the head
@@ -207,9 +214,17 @@ def memory(job: Job, refresh: bool = False) -> Memory:
     inputs = [hidden * job.itemsize * bool(kind) for kind in kinds]
     alive = inputs if job.checkpointing else saved
 
-    kept = _gradients(job)
-    backward: dict[str, int] = {"activations": 0, "one layer": 0, "gradients": 0}
+    kept, found = _gradients(job), _found(job, refresh)
+    before = kept[-1] if job.accumulation > 1 else 0  # of earlier micro-batches
+    forward = backward = {"activations": 0, "one layer": 0, "gathered": 0, "gradients": before}
     for index, unit in enumerate(job.layers.layers):
+        # what a layer keeps is part of what its forward pass makes
+        making = 0 if kinds[index] and not job.checkpointing else _forward(job)
+        gathered = _gathered(job, unit.name, False)
+        now = {
+            "activations": sum(alive[: index + 1]), "one layer": making, "gathered": gathered, "gradients": before,
+        }  # fmt: skip
+        forward = max(forward, now, key=_total)
         if not kinds[index]:
             continue
         below = sum(alive[: index + 1])
@@ -217,27 +232,75 @@ def memory(job: Job, refresh: bool = False) -> Memory:
             shared = job.itemsize == 4 and (index != lowest or _outside_trains(job))
             below += saved[index] - (inputs[index] if shared else 0)
         working = _working(job, unit, kinds[index], refresh)
-        if below + working + kept[index] > sum(backward.values()):
-            backward = {"activations": below, "one layer": working, "gradients": kept[index]}
-    before = kept[-1] if job.accumulation > 1 else 0
-    loss = {"activations": sum(alive) + last, "logits": _loss(job, refresh), "gradients": before}
-    phases = {"loss": loss, "backward": backward}
-    if not flows:  # mezo, and an idle step
-        phases["backward"] = {"one layer": _forward(job)}
+        gathered = _gathered(job, unit.name, True)
+        now = {"activations": below, "one layer": working, "gathered": gathered, "gradients": kept[index]}
+        backward = max(backward, now | {"new projectors": found[index]}, key=_total)
+    logits, head = _loss(job, refresh)
+    loss = {"activations": sum(alive) + last, "logits": logits, "gradients": before + head}
+    phases = {"forward": forward, "loss": loss | {"gathered": _gathered(job, job.head.modules[-1], False)}}
+    if flows:
+        phases["backward"] = backward
+    if job.head.name in job.full_rank:
+        phases["embedding"] = _embedding(job, kept) | {"new projectors": found[-1]}
     phases["update"] = {"temporaries": _update(job), "gradients": kept[-1]}
     if refresh and job.method in LOW_RANK:
         phases["gather"] = {"projectors": _gather(job)}
-    for phase in ("loss", "backward"):
-        phases[phase] |= _everywhere(job, refresh)
+    for phase in ("forward", "loss", "backward"):
+        if phase in phases:
+            phases[phase] |= _everywhere(job, refresh)
     return Memory(state(job), phases)
 
 
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _gathered(job: Job, module: str, backward: bool) -> int:
+    """Bytes of gathered weights and of the gathers' buffers while ``module`` runs."""
+    if not job.sharded or job.gathered is not None:
+        return 0 if job.gathered is None else job.gathered.at(module, backward) * job.itemsize
+    total = sum(_numel(p) for u in job.layers.layers for p in _parts(u)) + sum(map(_numel, job.layers.embeddings))
+    return min(total, job.max_live) * job.itemsize
+
+
+def _embedding(job: Job, kept: Sequence[int]) -> dict[str, int]:
+    """The last of a backward pass: the embedding's whole gradient; where it is tied, the head's too, and their sum."""
+    embedding = job.layers.embeddings[0]
+    whole = _numel(embedding) * job.itemsize
+    tied = len(embedding.modules) > 1
+    gradients = whole * (1 + tied) + kept[-1]
+    if job.accumulation == 1 and not job.deepspeed_trains:  # its part comes of it
+        gradients -= math.ceil(_numel(embedding) / job.world) * job.itemsize
+    return {
+        "gradients": gradients, "their sum": whole * tied, "gathered": _gathered(job, embedding.modules[0], True),
+    }  # fmt: skip
+
+
+def _found(job: Job, refresh: bool) -> list[int]:
+    """Bytes of the projectors that the busiest process has found from one micro-batch: while each layer's backward pass
+    runs, and, last, when all are there.
+    """
+    matrices = list(job.plan.matrices.values())
+    streamed = job.accumulation == 1 or job.refresh_batch == "first"
+    if not (refresh and job.method in LOW_RANK and job.refresh == "full" and streamed):
+        return [0] * (len(job.layers.layers) + 1)
+    owners = plan_refresh(matrices, job.world).owners
+
+    def owned(names: set[str]) -> int:
+        sizes = [0] * job.world
+        for m in matrices:
+            sizes[owners[m.name]] += m.short * job.itemsize * job.rank * (m.name in names)
+        return max(sizes)
+
+    inside = [{m.name for m in unit.matrices} for unit in job.layers.layers]
+    head = {job.head.name}
+    above = [owned(head.union(*inside[index + 1 :])) for index in range(len(inside))]
+    return [*above, owned(set(owners))]
+
+
 def _everywhere(job: Job, refresh: bool) -> dict[str, int]:
-    """What lies there in every pass: gathered weights, sums of full gradients, sketches, buckets."""
+    """What lies there in every pass: sums of full gradients, sketches."""
     found = {}
-    if job.sharded:
-        total = sum(_numel(p) for u in job.layers.layers for p in _parts(u)) + sum(map(_numel, job.layers.embeddings))
-        found["gathered"] = min(total, job.max_live) * job.itemsize
     matrices = list(job.plan.matrices.values())
     if refresh and job.method in LOW_RANK and job.refresh == "sketch":
         plans = (plan_refresh(matrices, job.world, True), plan_refresh(matrices, job.world))
@@ -255,7 +318,7 @@ def _width(job: Job) -> int:
     return max((sketch_width(job.rank, min(m.shape)) for m in job.plan.matrices.values()), default=0)
 
 
-def _kinds(job: Job, refresh: bool) -> list[str]:
+def kinds_of(job: Job, refresh: bool) -> list[str]:
     """Of each layer: how its matrices train (low, full, adapters), "frozen" with gradients passing, "" without."""
     kinds = []
     below = _outside_trains(job)  # gradients run through all layers
@@ -296,7 +359,7 @@ class _Parts:
         return up + (self.between if up > self.between else 0)  # gated: the activation's output, too
 
 
-def _parts_of(unit: Unit, hidden: int) -> _Parts:
+def parts_of(unit: Unit, hidden: int) -> _Parts:
     """Raises ValueError for a layer that does not look like attention and an MLP."""
     outputs = [m for m in unit.matrices if m.out_features == hidden]
     down = outputs[-1] if outputs else None
@@ -310,12 +373,12 @@ def _parts_of(unit: Unit, hidden: int) -> _Parts:
     return _Parts(tuple(m for m in rest if m is not output), output, up, down)
 
 
-def _activations(job: Job, unit: Unit, kind: str) -> int:
+def activations_of(job: Job, unit: Unit, kind: str) -> int:
     """Bytes that a layer keeps from its forward pass for its backward pass."""
     if not kind:
         return 0
     tokens, b, hidden = job.tokens, job.itemsize, job.head.shape[1]
-    parts = _parts_of(unit, hidden)
+    parts = parts_of(unit, hidden)
     through = sum(m.out_features for m in parts.attention) + parts.output.in_features + parts.made
     total = tokens * (through * b + 2 * hidden * 4)  # norms work in float32
     if kind in ("low", "full") and unit.vectors:
@@ -340,7 +403,7 @@ def _activations(job: Job, unit: Unit, kind: str) -> int:
 
 def _working(job: Job, unit: Unit, kind: str, refresh: bool) -> int:
     """Bytes that a layer's backward pass needs beside what was kept: gradients of activations, and of weights."""
-    parts = _parts_of(unit, job.head.shape[1])
+    parts = parts_of(unit, job.head.shape[1])
     inner = job.tokens * parts.between * job.itemsize
     hidden = job.tokens * job.head.shape[1] * job.itemsize
     kept = kind in ("full", "adapters") or (kind == "low" and not parts.down.saves_low_rank)
@@ -368,24 +431,26 @@ def _finder(job: Job, matrix: Matrix) -> int:
 
 def _forward(job: Job) -> int:
     """Bytes of a frozen layer's forward pass at its widest."""
-    parts = _parts_of(job.layers.layers[0], job.head.shape[1])
+    parts = parts_of(job.layers.layers[0], job.head.shape[1])
     return job.tokens * (4 * job.head.shape[1] + parts.made) * job.itemsize
 
 
-def _loss(job: Job, refresh: bool) -> int:
-    """Bytes of a run's logits, their float32 copy and gradient, and of the gradients of what the head has seen."""
+def _loss(job: Job, refresh: bool) -> tuple[int, int]:
+    """Bytes of a run's logits, their float32 copy and gradient, with the gradients of what the head has seen; and of
+    the head's own gradient.
+    """
     b, e = job.itemsize, job.wide
     vocabulary, hidden = job.head.shape
     labelled = job.tokens - job.rows if job.labelled is None else job.labelled
     learns = job.head.name in {**job.full_rank, **(job.plan.matrices if refresh and job.refresh == "full" else {})}
-    backward = any(_kinds(job, False)) or learns
+    backward = any(kinds_of(job, False)) or learns
     if job.whole_logits:
-        return (job.tokens * b + (job.tokens - job.rows) * (b + 3 * e)) * vocabulary
+        return (job.tokens * b + (job.tokens - job.rows) * (b + 3 * e)) * vocabulary, 0
     run = min(labelled, max(1, CHUNK // vocabulary))
     logits = run * vocabulary * (b + e + (b if b < e and backward else 0))
     rows = (2 * labelled + run) * hidden * b if backward else labelled * hidden * b
     head = vocabulary * hidden * (b if run == labelled else b + e) if learns else 0
-    return logits + rows + head
+    return logits + rows, head
 
 
 def _gradients(job: Job) -> list[int]:
@@ -443,8 +508,8 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
     Left out: evaluations, draws, folds at a change of the set, and messages of some bytes (agreement, ``metrics``).
 
     refresh: with full gradients, or (sketch) both of its two steps' products, beside the rest. Gathers of ZeRO-3 are
-    not here: see `gathers`. Under ZeRO-3 with DeepSpeed's own optimizer, gradients are its buckets', of the same size
-    up to padding.
+    here where ``job.gathered`` is known, else see `gathers`. Under ZeRO-3 with DeepSpeed's own optimizer, gradients
+    are its buckets', of the same size up to padding.
     """
     w, b, e, plan = job.world, job.itemsize, job.wide, job.plan
     sent = dict.fromkeys(("gradients", "coordinates", "full_rank_gradients"), 0) | plan.bytes_per_step(e, b)
@@ -465,6 +530,8 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
             batches = job.accumulation if job.refresh_batch == "full" else 1
             away = sum(_numel(m) for m in matrices if last.owners[m.name] != index)
             sent["refresh_gradients"] = away * b * batches * (w > 1)
+    if job.gathered is not None:
+        sent["weights"] = job.gathered.shares(w, job.accumulation) * b * (w - 1)
     return {name: size for name, size in sent.items() if size}
 
 
@@ -485,7 +552,7 @@ def gathers(job: Job) -> tuple[int, int]:
 
     layers = job.layers.layers
     outside: list[Matrix | Vector] = [*job.layers.embeddings, *job.layers.final]
-    touched = [unit for unit, kind in zip(layers, _kinds(job, False), strict=True) if kind]
+    touched = [unit for unit, kind in zip(layers, kinds_of(job, False), strict=True) if kind]
     # a tied head is a second use
     forward = shares(layers, outside)
     again = shares(touched, ()) * (2 if job.checkpointing else 1) + shares((), outside)

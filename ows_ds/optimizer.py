@@ -499,6 +499,7 @@ class OWS(torch.optim.Optimizer):
             {name: self._parameters[name] for name in plan.owners},
             1 if self.refresh_batch == "first" else self.accumulation,
             find,
+            lambda name, gradient: self._buffer.grad(name).add_(gradient),
             self.dtype,
             self.device,
             across,
@@ -509,8 +510,6 @@ class OWS(torch.optim.Optimizer):
         refresh, self._refresh = self._refresh, None
         assert refresh is not None
         projectors = refresh.finish(self.rank)
-        for name, gradient in refresh.gradients.items():
-            self._buffer.grad(name).add_(gradient)
         self._take(projectors)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
     backward reaches W      G  (every process, its own part of the batch)
         reduce              G  summed, on W's owner only; the others drop theirs
-        owner               one micro-batch: Q = projector(G),  R = G Q  (its low-rank gradient), G is freed
+        owner               one micro-batch: Q = projector(G),  R = G Q  (its low-rank gradient) is added up, G is freed
                             more: G is added up
     ... next W ...
     finish                  owners, all at once: Q and R of the sums;  all_gather of all Q
@@ -46,22 +46,23 @@ class Refresh:
         parameters: Mapping[str, nn.Parameter],
         micro_batches: int,
         find: FindProjector,
+        take: Callable[[str, Tensor], Any],
         dtype: torch.dtype,
         device: torch.device,
         across: Collection[str] = (),
     ) -> None:
         """parameters: the weights of the plan's matrices, which require gradients until `finish` or `cancel`.
 
-        find: (name, G) -> Q, float32. dtype: of the low-rank gradients. device: of the projectors. across: names of the
-        matrices whose sides are exchanged.
+        find: (name, G) -> Q, float32. take: is given the name and R (max(m, n), r), over all that was seen, of each
+        matrix that this process owns, as soon as it is found. dtype: of the low-rank gradients. device: of the
+        projectors. across: names of the matrices whose sides are exchanged.
         """
         self.comm = comm
         self.plan = plan
         self.parameters = dict(parameters)
         self.projectors: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
         self._dtype, self._device = dtype, device
-        self._find, self._across = find, across
+        self._find, self._take, self._across = find, take, across
         self._streamed = micro_batches == 1
         self._left = dict.fromkeys(parameters, micro_batches)
         self._sums: dict[str, Tensor] = {}
@@ -93,13 +94,10 @@ class Refresh:
         # rounded as it will be stored, so that R and later coordinates share one subspace
         projector = self._find(name, gradient).to(self.parameters[name].dtype)
         self.projectors[name] = projector
-        self.gradients[name] = low_rank_gradient(gradient, projector.to(self._dtype), name in self._across)
+        self._take(name, low_rank_gradient(gradient, projector.to(self._dtype), name in self._across))
 
     def finish(self, rank: int) -> dict[str, Tensor]:
-        """All projectors (min(m, n), r) by matrix name, in the weights' dtype, on every process. Collective.
-
-        `gradients` then holds R (max(m, n), r) of the matrices this process owns, over the whole of what was seen.
-        """
+        """All projectors (min(m, n), r) by matrix name, in the weights' dtype, on every process. Collective."""
         missing = [name for name, left in self._left.items() if left]
         if missing:
             raise RuntimeError(

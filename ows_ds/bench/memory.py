@@ -17,7 +17,8 @@ def measure(setting: Setting, methods: Sequence[str], say: Callable[[str], None]
     """Of each limit and method, one after the other, {"failed": reason} or, for ``step`` and ``refresh``:
 
     KIND: {component: bytes} at the peak of a step (see `ows_ds.bench.tracking`); KIND_planned: what `ows_ds.memory`
-    says; KIND_allocated: the most that torch took on a GPU. None: there is none.
+    says; KIND_parts: that by component, between steps and in each phase; KIND_allocated: the most that torch took on a
+    GPU. None: there is none.
     """
     results: dict[str, Result] = {}
     for name in (*limits(setting), *methods):

@@ -12,26 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ows_ds.errors import UserError
+from ows_ds.shapes import SHAPES, Shape
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Widths of a LLaMA: features of hidden states and of the MLP, attention heads, vocabulary, layers of the whole."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int = 32000
-    layers: int = 32
-
-
-# Touvron et al. 2023, and the models' own configurations
-SHAPES = {
-    "llama2-7b": Shape(4096, 11008, 32, 32),
-    "llama2-13b": Shape(5120, 13824, 40, 40, layers=40),
-    "llama2-70b": Shape(8192, 28672, 64, 8, layers=80),
-}
 SMALL_VOCAB = 1024  # of a slice on a CPU
 ITEMSIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight
 
@@ -53,7 +35,7 @@ class Setting:
 
     Attributes:
         model: Folder of a Hugging Face model; null: random weights of --shape or --hidden.
-        shape: Widths of the random model: llama2-7b, llama2-13b or llama2-70b; null: those of --hidden, or llama2-7b.
+        shape: Widths of the random model, such as llama2-7b or qwen2.5-32b; null: those of --hidden, or llama2-7b.
         hidden: Features of a hidden state.
         intermediate: Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B.
         heads: Attention heads; null: of 128 features each.
@@ -104,7 +86,8 @@ class Setting:
     @property
     def widths(self) -> Shape:
         """Of a resolved setting."""
-        return Shape(**{name: int(getattr(self, name) or 0) for name in WIDTHS}, layers=self.n_layers)
+        hidden, intermediate, heads, kv_heads, vocab = (int(getattr(self, name) or 0) for name in WIDTHS)
+        return Shape(hidden, intermediate, heads, kv_heads, vocab, self.n_layers)
 
 
 @dataclass(frozen=True)
@@ -195,8 +178,8 @@ def _shape_of_model(setting: Setting) -> Shape:
     try:
         found = json.loads((Path(str(setting.model)) / "config.json").read_text(encoding="utf-8"))
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-        widths = {width: int(found[name]) for width, name in zip(WIDTHS, names, strict=True)}
-        return Shape(**widths, layers=int(found["num_hidden_layers"]))
+        hidden, intermediate, heads, kv_heads, vocab = (int(found[name]) for name in names)
+        return Shape(hidden, intermediate, heads, kv_heads, vocab, int(found["num_hidden_layers"]))
     except (OSError, ValueError, KeyError) as error:
         right = f"give the folder of a model of the LLaMA kind ({type(error).__name__}: {error})"
         raise UserError("--model", setting.model, right) from error

@@ -46,7 +46,9 @@ def terminal(tables: Sequence[Table], notes: Sequence[str]) -> str:
         for one in tables:
             table = RichTable(title=Text(one.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
             for index, name in enumerate(one.head):
-                table.add_column(Text(name), justify="left" if index == 0 else "right", overflow="fold")
+                table.add_column(
+                    Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0
+                )
             spanning = []
             for row in one.rows:
                 if len(row) == 2 < len(one.head):
@@ -94,23 +96,32 @@ def bars(parts: Mapping[str, Mapping[str, float]], label: str, path: Path) -> No
         figure.savefig(partial, format="png")
 
 
-def lines(series: Mapping[str, Mapping[int, float]], x: str, y: str, path: Path) -> None:
-    """A line a method over the values of a sweep, as a PNG at ``path``."""
+def lines(series: Mapping[str, Mapping[int, float]], x: str, y: str, path: Path, log: bool = False) -> None:
+    """A line a method over the values of a sweep, as a PNG at ``path``. log: both axes are logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.2, 4.2 if not log or len(series) <= 3 else 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(series.items()):
         style = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
         axes.plot(list(points), list(points.values()), style, marker="o", markersize=3.5, linewidth=1.5, label=name)
-    axes.set_xticks(sorted({value for points in series.values() for value in points}))
+    values = sorted({value for points in series.values() for value in points})
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
+    if log and len(series) > 3:  # long names
+        figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+    else:
+        axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
     with beside(path) as partial:
         figure.savefig(partial, format="png")

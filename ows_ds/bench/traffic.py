@@ -64,6 +64,6 @@ def notes(setting: Setting) -> list[str]:
     """What a reader must know."""
     return [
         "x full-rank: of an all-reduce of the sampled layers' whole gradients. refresh: what one adds to its steps.",
-        "Bytes are those of ring algorithms, of the process that sends most. planned: what the planner says, ZeRO-3's "
-        "gathers of weights and messages of some bytes left out.",
+        "Bytes are those of ring algorithms, of the process that sends most. planned: what the planner says, messages "
+        "of some bytes left out, and ZeRO-3's gathers where the layers stand inside a model.",
     ]

@@ -6,6 +6,7 @@ transformers' Trainer does by default. Ours are built as training builds them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ from ows_ds import memory, methods
 from ows_ds.bench.setting import ITEMSIZE, Setting
 from ows_ds.communicate import Communicator
 from ows_ds.config import Method, Model, Optim, Recipe, Sampling, Train
+from ows_ds.forecast import Replays
 from ows_ds.layers import find_layers
 from ows_ds.loss import token_losses
 from ows_ds.optimizer import OWS
@@ -172,6 +174,9 @@ def ours(setting: Setting, name: str, world: int) -> Trial:
         sharded=sharded,
         foreach=setting.device == "cuda",
     )
+    if runtime is not None and runtime.ds_config is not None and not setting.inside:
+        adapt = functools.partial(methods.adapt, recipe)
+        job = Replays(model.config, runtime.ds_config["zero_optimization"], adapt).complete(job)
     kept = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
     trial = Trial(weights.module, kept, step, method, comm, job=job)
     if isinstance(method, OWS) and method.low_rank:

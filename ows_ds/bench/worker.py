@@ -114,7 +114,7 @@ def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[st
     answer: dict[str, Any] = {}
     kinds: dict[str, Callable[[], Any] | None] = {"step": trial.step, "refresh": trial.refresh}
     for kind, work in kinds.items():
-        answer[kind] = answer[f"{kind}_planned"] = answer[f"{kind}_allocated"] = None
+        answer[kind] = answer[f"{kind}_planned"] = answer[f"{kind}_parts"] = answer[f"{kind}_allocated"] = None
         if work is None:
             continue
         if setting.device == "cuda":
@@ -128,7 +128,9 @@ def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[st
         tracker.close()
         answer[kind] = tracker.peak()
         if trial.job is not None:
-            answer[f"{kind}_planned"] = memory.memory(trial.job, kind == "refresh").peak
+            planned = memory.memory(trial.job, kind == "refresh")
+            answer[f"{kind}_planned"] = planned.peak
+            answer[f"{kind}_parts"] = {"state": planned.state, **planned.phases}
     return answer
 
 
