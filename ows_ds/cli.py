@@ -1,6 +1,7 @@
 """The command line: verbs, help, and exit codes.
 
-0: done. 2: a mistake of the user, told in one line on standard error. 1: anything else, with its traceback.
+0: done. 2: a mistake of the user, told in one line on standard error. 75: stopped by a signal, with all that was done
+saved: the same command goes on. 1: anything else, with its traceback.
 A verb's implementation is imported when it runs, so that `--help` and mistakes answer at once.
 """
 
@@ -15,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from ows_ds import config
+from ows_ds import config, signals
 from ows_ds.bench.setting import How, Setting, option
 from ows_ds.bench.setting import check as check_how
+from ows_ds.cluster import GPUS, Cluster, read_cluster
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
+from ows_ds.shapes import SHAPES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -29,6 +32,8 @@ VERBS = {
     "score": "write the layers' importance (scores.json) and a plot of it",
     "export": "write a Hugging Face checkpoint from a run",
     "bench": "compare methods side by side",
+    "launch": "check a job, and hand it to SLURM",
+    "plan": "tell memory, traffic and time on a cluster before anything runs",
 }
 BENCHES = {
     "quality": "train the variants of a study and compare their losses and right answers",
@@ -48,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"ows-ds: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except signals.Stopped:
+        signals.ignore()
+        return signals.EXIT_CODE
     except Exception:
         traceback.print_exc()
         return 1
@@ -70,12 +78,17 @@ def _run(argv: list[str]) -> None:
     if given.verb == "bench":
         _bench(options, argv)
         return
+    if given.verb == "plan":
+        _plan(options)
+        return
     recipe = _recipe(options)
     if options.get("print_config"):
         print(config.to_yaml(recipe), end="")
         return
     config.check(recipe)
-    if given.verb == "train":
+    if given.verb == "launch":
+        _launch(recipe, options)
+    elif given.verb == "train":
         from ows_ds.trainer import train
 
         train(recipe)
@@ -86,6 +99,46 @@ def _run(argv: list[str]) -> None:
         from ows_ds.trainer import score
 
         score(recipe, None if output is None else Path(output), kinds)
+
+
+def _launch(recipe: Recipe, options: "Namespace") -> None:
+    for name in ("slurm", "config"):
+        if options.get(name) is None:
+            raise UserError(f"--{name}", None, "it is required: give a file")
+    from ows_ds import slurm
+
+    job = slurm.read(options.slurm)
+    sections = {section: options[section].as_dict() for section in config.SECTIONS if section in options}
+    given = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    planned = None
+    if Path(recipe.model.path).is_dir():
+        from ows_ds import forecast
+        from ows_ds.shapes import read_model
+
+        planned = forecast.planned(recipe, read_model(recipe.model.path), forecast.choice_of(recipe, job.world))
+    slurm.launch(recipe, job, str(Path(options.config).resolve()), given, bool(options.get("dry_run")), planned)
+
+
+def _plan(options: "Namespace") -> None:
+    tree = _tree(options)
+    train = tree.get("train") or {}
+    if isinstance(train, dict):
+        tree["train"] = {"output_dir": "runs/planned", **train}  # nothing is written there
+    recipe = config.from_dict(tree)
+    config.check(recipe, files=False)
+    given = {name: options.get(name) for name in typing.get_type_hints(Cluster)}
+    cluster = read_cluster(options.get("cluster") or "8xA100-80", given)
+    words = options.get("methods")
+    others = [] if words is None else [word.strip() for word in words.split(",")]
+    known = get_args(config.hints()["method.name"])
+    if not set(others) <= set(known):
+        raise UserError("--methods", words, f"give some of {', '.join(known)}, with commas between them")
+    output, choose = options.get("output"), options.get("choose") or "cheapest"
+    if choose not in ("cheapest", "fastest"):
+        raise UserError("--choose", choose, "give cheapest or fastest")
+    from ows_ds.planning import plan
+
+    plan(recipe, cluster, others, None if output is None else Path(output), choose, bool(options.get("json")))
 
 
 def _bench(options: "Namespace", argv: list[str]) -> None:
@@ -136,11 +189,16 @@ def _without_local_rank(argv: list[str]) -> list[str]:
 
 def _recipe(options: "Namespace") -> Recipe:
     """The recipe file with the options of the command line on top."""
+    return config.from_dict(_tree(options))
+
+
+def _tree(options: "Namespace") -> dict[str, Any]:
+    """The same as a mapping."""
     tree: dict[str, Any] = config.read_yaml(options.config) if options.get("config") else {}
     for section in config.SECTIONS:
         if section in options and isinstance(tree.get(section) or {}, dict):
             tree[section] = {**(tree.get(section) or {}), **options[section].as_dict()}
-    return config.from_dict(tree)
+    return tree
 
 
 def _kinds(options: "Namespace") -> list[str]:
@@ -188,9 +246,10 @@ def _parser() -> "ArgumentParser":
         title="verbs",
         description="`ows-ds VERB --help` lists the options of a verb.",
     )
-    for verb in ("train", "score"):
+    for verb in ("train", "score", "launch"):
+        cluster = " --slurm CLUSTER.yaml" if verb == "launch" else ""
         sub = parser(
-            f"ows-ds {verb} --config RECIPE.yaml [--section.key value ...]",
+            f"ows-ds {verb}{cluster} --config RECIPE.yaml [--section.key value ...]",
             f"{_sentence(VERBS[verb])} Every key of the recipe is an option here, and wins over the file.",
         )
         sub.add_argument("--config", metavar="RECIPE.yaml", help="recipe; its sections and keys are those below")
@@ -208,6 +267,9 @@ def _parser() -> "ArgumentParser":
                 "the recipe's importance needs). FILE.json holds the metric that the recipe's importance needs, or the "
                 "first one; where several are measured, each is also in FILE-METRIC.json",
             )
+        if verb == "launch":
+            sub.add_argument("--slurm", metavar="CLUSTER.yaml", help="the cluster, and what the job takes of it")
+            sub.add_argument("--dry-run", action="store_true", help="check and print the script; submit nothing")
         _add_recipe(sub)
         verbs.add_subcommand(verb, sub, help=VERBS[verb])
     sub = parser("ows-ds export RUN_DIR OUT_DIR [--checkpoint step-N]", _sentence(VERBS["export"]))
@@ -216,6 +278,33 @@ def _parser() -> "ArgumentParser":
     sub.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder to write; made if it is missing")
     sub.add_argument("--checkpoint", metavar="step-N", help="checkpoint to export (default: the newest complete one)")
     verbs.add_subcommand("export", sub, help=VERBS["export"])
+    sub = parser(
+        "ows-ds plan --model.path MODEL [--config RECIPE.yaml] [--cluster CLUSTER] [options]",
+        f"{_sentence(VERBS['plan'])} The model needs no weights: a folder with a config.json, or a name such as "
+        f"{next(iter(SHAPES))}. Every key of the recipe is an option here, and wins over the file.",
+    )
+    sub.add_argument("--config", metavar="RECIPE.yaml", help="recipe; its sections and keys are those below")
+    sub.add_argument(
+        "--cluster",
+        metavar="CLUSTER",
+        help=f"nodes x GPUs of a node, such as 4x8xH100 (of {', '.join(GPUS)}), or a YAML file of the keys below "
+        "(default: 8xA100-80)",
+    )
+    sub.add_argument("--methods", metavar="LIST", help="values of method.name to compare with, with commas")
+    sub.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of a recipe, a DeepSpeed file, plan.json and scaling.png; nothing in it is written over",
+    )
+    sub.add_argument(
+        "--choose", metavar="WHICH", help="of what fits, the recipe that is written: cheapest (the default) or fastest"
+    )
+    sub.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
+    group = sub.add_argument_group("cluster", "What the options change of --cluster.")
+    for name, more in _options(Cluster):
+        group.add_argument(option(name), **{**more, "help": re.sub(r"; default: [^)]*\)$", ")", more["help"])})
+    _add_recipe(sub)
+    verbs.add_subcommand("plan", sub, help=VERBS["plan"])
     sub = parser("ows-ds bench WHAT [options]", _sentence(VERBS["bench"]))
     verbs.add_subcommand("bench", sub, help=VERBS["bench"])
     benches = sub.add_subcommands(dest="bench", metavar="WHAT", title="what")
@@ -293,6 +382,8 @@ def _bench_hints(argv: Sequence[str]) -> dict[str, Any]:
 def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
     """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
     hints = _bench_hints(argv) if argv[:1] == ["bench"] else config.hints()
+    if argv[:1] == ["plan"]:
+        hints |= {option(name)[2:]: hint for name, hint in typing.get_type_hints(Cluster).items()}
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
         key, value = found.groups()
         key = key if key in hints else key.replace("_", "-")

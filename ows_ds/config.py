@@ -386,12 +386,12 @@ def is_file(source: str) -> bool:
     return Path(source).suffix.lower() in DATA_FILES or Path(source).is_file()
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, files: bool = True) -> None:
     """Refuse values that are out of range or contradict each other, as far as that shows without the model.
 
-    Raises UserError for the first one. Needs the files that the recipe names.
+    files: also what the recipe names: data, scores, folders. Raises UserError for the first one.
     """
-    for key, right in _wrong(recipe):
+    for key, right in (*_wrong(recipe), *(_missing(recipe) if files else ())):
         section, name = key.split(".")
         raise UserError(key, getattr(getattr(recipe, section), name), right)
     if recipe.optim.refresh == "sketch":
@@ -471,6 +471,11 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "log.trackers", f"give a list of some of {', '.join(TRACKERS)}"
     if not recipe.model.path:
         yield "model.path", "give a folder or a name on the hub"
+
+
+def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The same of every file and folder that is not there, or cannot be."""
+    data, sampling, train = recipe.data, recipe.sampling, recipe.train
     if not train.output_dir or (Path(train.output_dir).exists() and not Path(train.output_dir).is_dir()):
         yield "train.output_dir", "give a folder, or a name at which one can be made"
     if data.train is None:

@@ -6,10 +6,11 @@ import io
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ows_ds.communicate import Communicator, join
+from ows_ds import rendezvous
+from ows_ds.communicate import Communicator, join, together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers, find_layers
+from ows_ds.load import Source, whole
 from ows_ds.weights import Replicated, Weights
-from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, join_deepspeed, resolve_config, whole_shape
+from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, in_shards, join_deepspeed, resolve_config, whole_shape
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,17 +47,23 @@ class Runtime:
 def start(recipe: Recipe) -> Runtime:
     """Join the processes that the launcher started (one alone is a world of one). Collective.
 
-    Raises UserError for a sharding or a DeepSpeed file that cannot be had.
+    Raises UserError for a sharding or a DeepSpeed file that cannot be had, and for hosts that cannot meet.
     """
     import accelerate
     from accelerate.utils import InitProcessGroupKwargs
 
     environment = os.environ
+    environment.update(rendezvous.discover(environment))
     launched = "LOCAL_RANK" in environment
     cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     timeout = timedelta(seconds=recipe.train.timeout_seconds)
     backend = "nccl" if cuda else "gloo"
+    if launched:
+        rendezvous.check(environment, backend)
+    if launched and cuda and int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
+        right = f"start at most {torch.cuda.device_count()} processes here, one for each GPU that all of them see"
+        raise UserError("LOCAL_RANK", environment["LOCAL_RANK"], right)
     # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
     # it ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
@@ -80,7 +89,8 @@ def start(recipe: Recipe) -> Runtime:
     if sharded:
         raw = _ds_config(recipe, accelerator)
         steps = accumulation(recipe, comm.world)
-        config = resolve_config(raw, recipe.model.dtype, recipe.train.micro_batch_size, steps, comm.world)
+        micro, hosts = recipe.train.micro_batch_size, comm.collect(socket.gethostname())
+        config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world, per_host(hosts))
     return Runtime(accelerator, comm, accelerator.device, config)
 
 
@@ -92,8 +102,8 @@ def quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed calls collectives by names that torch is about to rename
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    # and peft asks transformers by an old name
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # and peft asks transformers by an old name, as we do: the new ones are not in all versions that will do
+    warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
 
 
 def _alone(backend: str, timeout: timedelta) -> None:
@@ -104,16 +114,31 @@ def _alone(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def per_host(hosts: list[str]) -> int | None:
+    """How many processes each host has, where they are as many on each and follow one another; otherwise None.
+
+    hosts: names, by process.
+    """
+    size = hosts.count(hosts[0])
+    groups = [hosts[first : first + size] for first in range(0, len(hosts), size)]
+    same = all(group == [group[0]] * size for group in groups)
+    return size if same and len({group[0] for group in groups}) == len(groups) else None
+
+
 def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """The DeepSpeed file of the recipe, else the launcher's, else ours."""
-    if recipe.train.ds_config is not None:
-        try:
-            config: dict[str, Any] = json.loads(Path(recipe.train.ds_config).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError("train.ds_config", recipe.train.ds_config, f"give a JSON file ({error})") from None
-        return config
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return dict(plugin.deepspeed_config) if plugin is not None else DEFAULT_CONFIG
+    # the launcher's file as it is written: Accelerate fills in "auto" for a number format that is not the recipe's
+    path = recipe.train.ds_config or (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if plugin else None)
+    if path is not None and path != "none":
+        try:
+            config: dict[str, Any] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError("train.ds_config", path, f"give a JSON file ({error})") from None
+        return config
+    if plugin is None:
+        return DEFAULT_CONFIG
+    return {key: value for key, value in plugin.deepspeed_config.items() if key not in ("bf16", "fp16")}
 
 
 def load_model(
@@ -128,38 +153,72 @@ def load_model(
     from transformers.integrations import HfDeepSpeedConfig
 
     config = runtime.ds_config
-    # while this object lives, transformers builds models in shards and peft knows of them; not in float64
-    keep = HfDeepSpeedConfig(config) if config is not None and recipe.model.dtype != "float64" else None
-    model = pretrained(recipe)
+    model = pretrained(recipe, runtime.comm, runtime.device, config)
     layers = find_layers(model, None if config is None else whole_shape)
     model.config.use_cache = False
     if adapt is not None:
+        keep = None if config is None else HfDeepSpeedConfig(config)  # while it lives, peft knows of shards
         model = adapt(model)
-    del keep
+        del keep
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embedding's output require gradients, which would drag every backward pass to the input
         model.disable_input_require_grads()
     if config is None:
-        return Replicated(model.to(runtime.device), runtime.comm), layers
+        return Replicated(model, runtime.comm), layers
     if deepspeed_trains:
         return Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm), layers
     return Zero3(model, config, runtime.comm), layers
 
 
-def pretrained(recipe: Recipe) -> Any:
-    """``model.path`` as transformers loads it. Raises UserError (``model.path``) where it cannot."""
-    from transformers import AutoModelForCausalLM
+def pretrained(
+    recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
+) -> Any:
+    """The model of ``model.path``: whole, with entries on process 0 alone, or in shards (ds_config). Collective.
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+    Each process reads what it holds. Where transformers has to load the checkpoint, process 0 says why.
+    Raises UserError (``model.path``) for what cannot be loaded.
+    """
+    source: Source
+    with together(comm), _refusing(recipe):
+        source = Source(recipe.model, DTYPES[recipe.model.dtype])
+    comm.agree("how the model is loaded", source.why_not)
+    if source.why_not is None:
+        with together(comm), _refusing(recipe):
+            make = whole(device, comm.index == 0) if ds_config is None else in_shards(ds_config)
+            return source.fill(make, device)
+    if comm.index == 0:
+        print(f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on process 0")
+    return _by_transformers(recipe, device, ds_config)
+
+
+def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # while this object lives, transformers builds models in shards; not in float64
+    sharded = ds_config is not None and recipe.model.dtype != "float64"
+    keep = HfDeepSpeedConfig(ds_config) if sharded else None
+    with _refusing(recipe):
+        model = AutoModelForCausalLM.from_pretrained(
             recipe.model.path,
             revision=recipe.model.revision,
             dtype=DTYPES[recipe.model.dtype],
             attn_implementation=recipe.model.attention,
             trust_remote_code=recipe.model.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    del keep
+    return model if ds_config is not None else model.to(device)
+
+
+@contextmanager
+def _refusing(recipe: Recipe) -> Iterator[None]:
+    """What the files of ``model.path`` may raise, as a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
         raise _refuse(recipe, "give a model that transformers can load", error) from error
 
 

@@ -180,11 +180,11 @@ def input_squares(
 def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
     """This process's interval of a matrix as blocks (any, features) of at most about _BLOCK entries.
 
-    Yields the slice of input features that a block's columns are, and the block: a view of the weight.
+    Yields the slice of input features that a block's columns are, and the block.
     """
     start, _ = weights.interval(parameter)
     width = matrix.shape[1]
-    flat = weights.local(parameter)
+    flat = weights.local(parameter).to(weights.device)  # DeepSpeed may keep the shards on the CPU
     position = 0
     while position < len(flat):
         row, column = divmod(start + position, width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import resource
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config, methods, scoring
+from ows_ds import checkpoint, config, methods, scoring, signals
 from ows_ds.communicate import together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches
@@ -43,10 +44,15 @@ MAY_CHANGE = {
 def train(recipe: Recipe) -> None:
     """Fine-tune as ``recipe`` says, into ``train.output_dir``. Collective over the launcher's processes.
 
-    Raises UserError for whatever the user can put right, before anything is written.
+    Raises UserError for whatever the user can put right, before anything is written; signals.Stopped where a signal
+    came, after the step that was in hand (or the first one) and a checkpoint.
     """
+    with signals.heeded() as told:
+        _train(recipe, start(recipe), told)
+
+
+def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     run_dir = Path(recipe.train.output_dir)
-    runtime = start(recipe)
     comm, main = runtime.comm, runtime.comm.index == 0
     opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
     with together(comm):
@@ -72,7 +78,7 @@ def train(recipe: Recipe) -> None:
             (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
-        steps = _Steps(job, method, batches)
+        steps = _Steps(job, method, batches, told)
         if opened is not None:
             log.event(f"going on after step {begin} from {opened.folder}")
         elif job.held_out:
@@ -81,15 +87,20 @@ def train(recipe: Recipe) -> None:
             record = steps.take(step)
             scheduler.step()
             last = step + 1 == total
-            if job.held_out and (last or _due(step + 1, recipe.train.eval_every)):
+            # asked to stop, an evaluation could take longer than there is time
+            if job.held_out and (last or (not steps.stop and _due(step + 1, recipe.train.eval_every))):
                 record["eval_loss"] = evaluate(job)
             record["comm_bytes"] = steps.sent()
             log.step(record)
-            if last or _due(step + 1, recipe.train.save_every):
+            if last or steps.stop or _due(step + 1, recipe.train.save_every):
                 numbers = {"method": method.numbers(), "scheduler": scheduler.state_dict()}
                 checkpoint.save(checkpoint.folder_of(run_dir, step + 1), method.pieces(), numbers, comm)
                 if main:
                     checkpoint.prune(run_dir, recipe.train.keep_last)
+            if steps.stop:
+                log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto goes on")
+                comm.barrier()  # not before process 0 is done, or a launcher could end it
+                raise signals.Stopped
         method.close()
         if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
             save_model(job.weights, job.tokenizer, run_dir / "model")
@@ -192,8 +203,9 @@ def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:
 class _Steps:
     """Optimizer steps, one after the other."""
 
-    def __init__(self, job: _Job, method: Method, batches: Batches) -> None:
+    def __init__(self, job: _Job, method: Method, batches: Batches, told: threading.Event) -> None:
         self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
+        self.told, self.stop = told, False  # a signal came here; to any process before the last step's end
         self.before: Counter[str] = Counter()
 
     def take(self, step: int) -> dict[str, Any]:
@@ -212,10 +224,12 @@ class _Steps:
         job.weights.module.train()
         total = method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)])
         norm = method.grad_norm if method.grad_norm is not None and not idle else total
-        memory = torch.tensor(_peak_memory(device), dtype=total.dtype, device=device)
-        mine = torch.stack([total, norm.to(total.dtype), memory])
+        # whether a signal came travels along, so that all processes stop after the same step
+        more = torch.tensor([_peak_memory(device), self.told.is_set()], dtype=total.dtype, device=device)
+        mine = torch.cat([torch.stack([total, norm.to(total.dtype)]), more])
         # the step's only wait for the device
         everyones = self.comm.all_gather(mine[None], "metrics").cpu()
+        self.stop = bool(everyones[:, 3].any())
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
         return {

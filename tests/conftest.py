@@ -6,11 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks.pool import Pools
 from tests.tiny_run import write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave float32 at one and three processes to --slow: float64 shows the arithmetic, two processes float32."""
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if given.get("dtype") == torch.float32 and given.get("world") in (1, 3):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,14 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # Bottom first. A module imports, also inside its functions, only from rows above its own in this list.
 LAYOUT = [
-    ["errors"],
-    ["config"],
-    ["layers", "sample", "project", "rows"],
-    ["plan", "coordinates"],
+    ["errors", "signals"],
+    ["config", "rendezvous", "gathering"],
+    ["slurm"],
+    ["layers", "sample", "project", "rows", "cluster"],
+    ["plan", "coordinates", "shapes"],
     ["reference", "memory"],
+    ["roofline"],
+    ["forecast"],
     ["communicate"],
     ["weights"],
     ["zero3", "fingerprint"],
@@ -32,7 +35,8 @@ LAYOUT = [
     ["score"],
     ["metrics", "plot"],
     ["optimizer", "adamw"],
-    ["checkpoint", "data", "log", "samples"],
+    ["checkpoint", "data", "log", "samples", "tensor_files"],
+    ["load"],
     ["runtime", "loss"],
     [f"methods.{name}" for name in ("badam", "full", "galore", "hift", "lisa", "lora", "mezo", "ows")],
     ["methods.__init__"],
@@ -42,7 +46,7 @@ LAYOUT = [
     ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
     ["bench.answers", "bench.report", "bench.trial", "bench.crew"],
     ["bench.quality", "bench.rivals", "bench.time", "bench.memory", "bench.traffic"],
-    ["bench.worker", "bench.run"],
+    ["bench.worker", "bench.run", "planning"],
     ["cli"],
     ["__main__"],
 ]
@@ -55,14 +59,19 @@ PURE = {
     "project": {"errors"},
     "plan": {"errors", "layers", "sample"},
     "coordinates": {"errors", "project"},
-    "memory": {"errors", "layers", "project", "plan"},
+    "gathering": set(),
+    "cluster": {"errors", "config"},
+    "shapes": {"errors", "layers"},
+    "memory": {"errors", "layers", "project", "plan", "gathering"},
+    "roofline": {"errors", "layers", "project", "plan", "memory", "cluster"},
+    "forecast": {"errors", "config", "cluster", "gathering", "memory", "roofline", "sample", "shapes"},
     "reference": {"errors", "layers", "sample", "project", "plan", "coordinates"},
 }
 # Who may use what; all other modules may not.
 ALLOWED = {
     "torch.distributed": {"communicate", "runtime"},
     "deepspeed": {"zero3"},
-    "accelerate": {"runtime", "log"},
+    "accelerate": {"runtime", "log", "load"},
     "os.environ": {"runtime", "log"},
     "ds_ attributes": {"zero3"},
 }

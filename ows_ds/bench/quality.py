@@ -133,7 +133,8 @@ class _Work:
             if wrong := study.conflict(config.read_yaml(file, "output"), tree, begun):
                 right = f"give another folder: it holds a study that differs in {wrong}"
                 raise UserError("output", str(self.output), right)
-        elif self.output.exists() and any(self.output.iterdir()):
+        # a hidden file is another job's that has just begun with the same study
+        elif self.output.exists() and any(not file.name.startswith(".") for file in self.output.iterdir()):
             raise UserError("output", str(self.output), "give an empty folder, or the one of a study to go on with")
         with beside(file) as partial:
             partial.write_text(yaml.safe_dump(tree, sort_keys=False))

@@ -75,6 +75,16 @@ def test_alone_without_a_launcher(inputs: Path, tmp_path: Path, sharding: str) -
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_cpu", "one_gpu"])  # the second takes the CPU where there is no GPU
+def test_accelerate_alone(inputs: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", steps=2)))
+    result = launch([str(BIN / "accelerate"), "launch", "--config_file", f"launch/accelerate/{name}.yaml"], file)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(inputs: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", steps=2)).replace("rank: 4", "rank: 4000"))

@@ -203,7 +203,7 @@ class Pool:
         if not path.exists():
             return "    (before it could tell)"
         with contextlib.suppress(OSError):
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+            os.kill(self._processes[rank].pid, signal.SIGUSR2)
         time.sleep(0.5)
         return path.read_text(errors="replace")
 
@@ -264,7 +264,7 @@ def _work(
     os.dup2(log, 1)
     os.dup2(log, 2)
     stack = (folder / f"rank{rank}.stack").open("w")
-    faulthandler.register(signal.SIGUSR1, file=stack)
+    faulthandler.register(signal.SIGUSR2, file=stack)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipes
     answer: tuple[bool, str | None] = (True, None)
     try:

@@ -1,0 +1,191 @@
+"""Two hosts on one machine, for launchers that want several: namespaces with a network, a name, a hosts file and shared
+memory of their own, joined by one cable. They vanish with the processes that hold them. Needs root on Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from tests.conftest import ROOT
+
+ADDRESSES = {"n0": "10.77.0.10", "n1": "10.77.0.11"}
+NAMES = tuple(ADDRESSES)
+LIMIT = 240  # seconds for one job
+# Debian's packages of the programs that are needed
+PACKAGES = {
+    "ip": ["iproute2"],
+    "mpirun": ["openmpi-bin", "libopenmpi-dev"],
+    "sshd": ["openssh-server", "openssh-client"],
+    "pdsh": ["pdsh"],
+    "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
+}
+# What a process of a job gets; nothing of a launcher that this one may run under.
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": os.environ.get("HOME", "/root"),
+    "LANG": "C.UTF-8",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    # transformers writes into a tokenizer's file whether it was there
+    **{name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ},
+}
+
+
+def need(*programs: str) -> None:
+    """Install what is missing of ``programs``; skip the test, with the reason, where that or namespaces cannot be had.
+
+    Programs are keys of `PACKAGES`.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("hosts are network namespaces, which need root")
+    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("hosts are network namespaces, which this machine does not give")
+    packages = [name for program in programs if not shutil.which(program, path=_path()) for name in PACKAGES[program]]
+    if not packages:
+        return
+    if not shutil.which("apt-get"):
+        pytest.skip(f"there is no apt-get to install {' '.join(packages)}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        done = subprocess.run(["apt-get", "-qq", *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        pytest.skip(f"apt-get cannot install {' '.join(packages)}: {done.stderr[-200:]}")
+
+
+def _path() -> str:
+    return ENVIRONMENT["PATH"]
+
+
+class Hosts:
+    """Hosts n0 and n1, at 10.77.0.10 and .11 on their ``eth0``.
+
+    folder: for the files of the hosts. own_name: what a host's own name means to itself, by host; its address unless
+    given.
+    """
+
+    def __init__(self, folder: Path, own_name: Mapping[str, str] | None = None) -> None:
+        self._stack = contextlib.ExitStack()
+        self._holders: dict[str, int] = {}
+        try:
+            for name in NAMES:
+                known = ADDRESSES | {name: (own_name or {}).get(name, ADDRESSES[name])}
+                hosts = folder / f"{name}.hosts"
+                lines = "".join(f"{address} {host}\n" for host, address in known.items())
+                hosts.write_text(f"127.0.0.1 localhost\n{lines}")
+                self._hold(name, hosts)
+            self._join_networks()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _hold(self, name: str, hosts: Path) -> None:
+        script = f"""
+            hostname {name} && mount --bind {hosts} /etc/hosts && mount -t tmpfs shm /dev/shm &&
+            mount -t tmpfs run /run && mkdir /run/sshd && ip link set lo up && echo ready && exec sleep infinity
+        """
+        words = ["unshare", "--net", "--uts", "--mount", "sh", "-ec", script]
+        holder = subprocess.Popen(words, stdout=subprocess.PIPE, env=ENVIRONMENT)
+        self._stack.callback(_end, holder)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        self._holders[name] = holder.pid
+        self._stack.callback(_kill_all_of, os.readlink(f"/proc/{holder.pid}/ns/net"))
+
+    def _join_networks(self) -> None:
+        a, b = (str(self._holders[name]) for name in NAMES)
+        cable = f"link add eth0 netns {a} type veth peer name eth0 netns {b}"
+        subprocess.run(["ip", *cable.split()], check=True, env=ENVIRONMENT)
+        for name, address in ADDRESSES.items():
+            for words in (f"address add {address}/24 dev eth0", "link set eth0 up"):
+                subprocess.run([*self.at(name), "ip", *words.split()], check=True, env=ENVIRONMENT)
+
+    def at(self, name: str) -> list[str]:
+        """What a command begins with that runs on host ``name``. It keeps its process id."""
+        return ["nsenter", f"--target={self._holders[name]}", "--net", "--uts", "--mount", f"--wd={ROOT}", "--"]
+
+    def start(self, name: str, words: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a command on host ``name``, in a session of its own; its output goes to ``log``."""
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                [*self.at(name), *words],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=ENVIRONMENT | environment,
+                start_new_session=True,
+            )
+
+    @contextlib.contextmanager
+    def running(self, name: str, words: Sequence[str], log: Path, **environment: str) -> Iterator[None]:
+        """A daemon that stays in the foreground, as long as the context lasts."""
+        daemon = self.start(name, words, log, **environment)
+        try:
+            yield
+            assert daemon.poll() is None, log.read_text()
+        finally:
+            _end(daemon)
+
+    def run(self, commands: Mapping[str, Sequence[str]], folder: Path, **environment: str) -> dict[str, int]:
+        """Run a command on each host at the same time; exit codes by host, output in ``folder``/HOST.log.
+
+        What does not end within `LIMIT` is killed, with its session, and fails the test.
+        """
+        jobs = {
+            name: self.start(name, words, folder / f"{name}.log", **environment) for name, words in commands.items()
+        }
+        try:
+            return {name: job.wait(LIMIT) for name, job in jobs.items()}
+        except subprocess.TimeoutExpired:
+            logs = "\n".join(f"{name}: {(folder / f'{name}.log').read_text()[-3000:]}" for name in jobs)
+            pytest.fail(f"not done after {LIMIT} s\n{logs}")
+        finally:
+            for job in jobs.values():
+                self.stop(job)
+
+    @staticmethod
+    def stop(job: subprocess.Popen[bytes]) -> None:
+        """Kill what `start` started, with all of its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def _kill_all_of(network: str) -> None:
+    """What is left on a host, such as processes of a launcher that was killed, which have sessions of their own."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "ns" / "net") == network:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,203 @@
+"""Every launcher over two hosts: two processes, ZeRO-3, and the weights of two processes without any launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ows_ds import config
+from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, Hosts, need
+from tests.ranks.pool import Pools
+from tests.ranks.test_trainer import contents, run
+from tests.tiny_run import recipe
+
+FIRST = ADDRESSES["n0"]
+PYTHON = sys.executable
+OWS_DS = str(Path(PYTHON).parent / "ows-ds")  # for launchers that take no module
+STEPS = 5
+# what a process on another host does not have by itself
+FORWARDED = [name for name in ENVIRONMENT if name not in ("HOME", "LANG")]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    need("ip")
+    with Hosts(tmp_path_factory.mktemp("hosts")) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def expected(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Records and digests of two processes on one host."""
+    folder = tmp_path_factory.mktemp("expected") / "run"
+    pools(2).run(run, recipe(inputs, folder, sharding="zero3", steps=STEPS), None)
+    return contents(folder)
+
+
+@pytest.fixture(scope="module")
+def sshd(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An ssh daemon on each host, which lets us in without a password; a folder with files for DeepSpeed."""
+    need("sshd", "pdsh")
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nUsePAM no\nStrictModes no\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"IdentityFile {folder}/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+    )
+    (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    (folder / "deepspeed_env").write_text("".join(f"{name}={ENVIRONMENT[name]}\n" for name in FORWARDED))
+    daemon = ["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")]
+    with contextlib.ExitStack() as stack:
+        for name in NAMES:
+            mount = ["mount", "--bind", str(folder / "ssh_config"), "/etc/ssh/ssh_config"]
+            subprocess.run([*hosts.at(name), *mount], check=True)
+            stack.enter_context(hosts.running(name, daemon, folder / f"{name}.log"))
+        yield folder
+
+
+def train(hosts: Hosts, inputs: Path, folder: Path, launchers: Mapping[str, list[str]], **more: Any) -> Path:
+    """Run ``LAUNCHER ows_ds train ...`` on the hosts; the folder of the run."""
+    environment = more.pop("environment", {})
+    run_dir = folder / "run"
+    file = folder / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe(inputs, run_dir, **{"sharding": "zero3", "steps": STEPS} | more)))
+    commands = {name: [*words, "train", "--config", str(file)] for name, words in launchers.items()}
+    codes = hosts.run(commands, folder, **environment)
+    logs = "\n".join(f"{name}:\n{(folder / f'{name}.log').read_text()[-4000:]}" for name in commands)
+    assert set(codes.values()) == {0}, logs
+    return run_dir
+
+
+def same(run_dir: Path, expected: Any) -> None:
+    records, files = contents(run_dir)
+    assert files == expected[1]
+    assert records == expected[0]
+    assert records[2]["comm_bytes"]["gradients"] > 0  # of two processes that share the work
+
+
+def accelerate(file: str) -> dict[str, list[str]]:
+    words = [f"{Path(PYTHON).parent}/accelerate", "launch", "--config_file", f"launch/accelerate/{file}"]
+    words += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", FIRST, "--main_process_port", "29500"]
+    return {name: [*words, "--machine_rank", name[1:], "-m", "ows_ds"] for name in NAMES}
+
+
+def torchrun(*options: str) -> list[str]:
+    return [f"{Path(PYTHON).parent}/torchrun", "--nnodes", "2", "--nproc-per-node", "1", *options, "-m", "ows_ds"]
+
+
+def static(*options: str) -> dict[str, list[str]]:
+    meeting = ["--master-addr", FIRST, "--master-port", "29500"]
+    return {name: torchrun("--node-rank", name[1:], *meeting, *options) for name in NAMES}
+
+
+def c10d(*options: str) -> dict[str, list[str]]:
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{FIRST}:29500", "--rdzv-id", "1"]
+    return dict.fromkeys(NAMES, torchrun(*meeting, *options))
+
+
+def test_accelerate(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any) -> None:
+    same(train(hosts, inputs, tmp_path, accelerate("zero3_nodes.yaml"), sharding="auto"), expected)
+
+
+@pytest.mark.slow
+def test_accelerate_replicated(hosts: Hosts, inputs: Path, tmp_path: Path) -> None:
+    records, _ = contents(train(hosts, inputs, tmp_path, accelerate("replicated_nodes.yaml"), sharding="auto"))
+    assert records[2]["comm_bytes"]["gradients"] > 0
+    assert "weights" not in records[2]["comm_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meeting", [static, c10d])
+def test_torchrun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, meeting: Any) -> None:
+    same(train(hosts, inputs, tmp_path, meeting()), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meeting", [static, c10d])
+def test_a_killed_process_comes_back(hosts: Hosts, pools: Pools, inputs: Path, tmp_path: Path, meeting: Any) -> None:
+    """`torchrun --max-restarts`: all processes start anew, and the run goes on from its newest checkpoint."""
+    long: dict[str, Any] = {"sharding": "zero3", "steps": 24, "batch_size": 2, "micro_batch_size": 1}
+    pools(2).run(run, recipe(inputs, tmp_path / "whole", **long), None)
+    file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
+    file.write_text(config.to_yaml(recipe(inputs, run_dir, **long, resume="auto")))
+    agents = {
+        name: hosts.start(name, [*words, "train", "--config", str(file)], tmp_path / f"{name}.log")
+        for name, words in meeting("--max-restarts", "2").items()
+    }
+    try:
+        end = time.monotonic() + LIMIT
+        while not (run_dir / "checkpoints" / "step-9").exists():
+            assert time.monotonic() < end
+            assert all(agent.poll() is None for agent in agents.values())
+            time.sleep(0.1)
+        agent = agents["n1"].pid
+        [worker] = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        os.kill(int(worker), signal.SIGKILL)
+        codes = [agent.wait(LIMIT) for agent in agents.values()]
+    finally:
+        for agent in agents.values():
+            hosts.stop(agent)
+    logs = "\n".join((tmp_path / f"{name}.log").read_text()[-4000:] for name in NAMES)
+    assert codes == [0, 0], logs
+    same(run_dir, contents(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: Any) -> None:
+    """Debian's habit: gloo would offer 127.0.1.1 to the other host. It is told, and what is told helps."""
+    need("ip")
+    (tmp_path / "told").mkdir()
+    with Hosts(tmp_path, {"n1": "127.0.1.1"}) as both:
+        file = tmp_path / "told" / "recipe.yaml"
+        file.write_text(config.to_yaml(recipe(inputs, tmp_path / "told" / "run", timeout_seconds=20)))
+        commands = {name: [*words, "train", "--config", str(file)] for name, words in static().items()}
+        codes = both.run(commands, tmp_path / "told")
+        assert 0 not in codes.values()
+        assert (
+            "ows-ds: error: GLOO_SOCKET_IFNAME: None is not right: n1 resolves to 127.0.1.1, where other hosts cannot "
+            "reach it: set it to the network interface, such as eth0\n"
+        ) in (tmp_path / "told" / "n1.log").read_text()
+        assert not (tmp_path / "told" / "run").exists()
+        environment = {"GLOO_SOCKET_IFNAME": "eth0"}
+        same(train(both, inputs, tmp_path, static(), environment=environment), expected)
+
+
+def mpirun(*options: str) -> list[str]:
+    """Over ssh: `sshd` must be there."""
+    words = ["mpirun", "-np", "2", "--host", "n0:1,n1:1", "--mca", "btl_tcp_if_include", "eth0"]
+    words += ["--mca", "oob_tcp_if_include", "eth0"]
+    exports = [word for name in FORWARDED for word in ("-x", name)]
+    return [*words, *exports, *options]
+
+
+def test_mpirun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path) -> None:
+    need("mpirun")
+    launcher = {"n0": [*mpirun(), PYTHON, "-m", "ows_ds"]}
+    same(train(hosts, inputs, tmp_path, launcher), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pdsh", "no_ssh", "openmpi"])
+def test_deepspeed(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path, name: str) -> None:
+    words = [f"{Path(PYTHON).parent}/deepspeed", "--hostfile", str(sshd / "hostfile")]
+    if name == "no_ssh":
+        words += ["--no_ssh", "--master_addr", FIRST]
+        launchers = {host: [*words, "--node_rank", host[1:], "--module", "ows_ds"] for host in NAMES}
+    else:
+        if name == "openmpi":
+            need("mpirun")
+        launchers = {"n0": [*words, "--launcher", name, "--module", "ows_ds"]}
+    environment = {"DS_ENV_FILE": str(sshd / "deepspeed_env")}  # a user has .deepspeed_env
+    same(train(hosts, inputs, tmp_path, launchers, environment=environment), expected)
