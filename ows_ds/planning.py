@@ -117,22 +117,12 @@ class _Planner:
     @functools.cached_property
     def cheapest(self) -> Forecast | None:
         """Of those that fit and that training takes."""
-        return next((one for one in ranked(self.all) if self.refused(one.choice) is None), None)
+        return next(iter(ranked(self.all)), None)
 
     @functools.cached_property
     def fastest(self) -> Forecast | None:
         """The same with most tokens a day."""
-        able = [one for one in ranked(self.all) if self.refused(one.choice) is None]
-        return max(able, key=lambda one: one.tokens_per_day, default=None)
-
-    def refused(self, choice: Choice) -> str | None:
-        """Why training would not take it, None if it does."""
-        try:
-            if choice.home != "replicated":
-                check_config(self.ds_config(choice))
-        except UserError as error:
-            return error.key.rpartition(".")[2]
-        return None
+        return max(ranked(self.all), key=lambda one: one.tokens_per_day, default=None)
 
     def ds_config(self, choice: Choice) -> dict[str, Any]:
         """The DeepSpeed file of a choice: the recipe's, or ours."""
@@ -205,8 +195,7 @@ class _Planner:
             some = [one for one in self.all if (one.choice.world, one.choice.home) == (world, home)]
             best = next(iter(ranked(some)), None)
             shown = best or min(some, key=lambda one: one.peak)
-            refused = self.refused(shown.choice)
-            mark = "too big" if best is None else "" if refused is None else "refused"
+            mark = "too big" if best is None else ""
             mark = "cheapest" if best is self.cheapest and best else mark
             mark = "fastest" if best is self.fastest and best and best is not self.cheapest else mark
             cost = shown.gpu_hours * (self.cluster.price or 1)
@@ -269,7 +258,7 @@ class _Planner:
             "cluster": asdict(self.cluster),
             "recipe": config.to_dict(self.recipe),
             "whole cluster": [_described(one) for some in self.columns.values() for _, one in some],
-            "choices": [{**_brief(one), "refused": self.refused(one.choice)} for one in self.all],
+            "choices": [_brief(one) for one in self.all],
             "cheapest": None if self.cheapest is None else asdict(self.cheapest.choice),
             "fastest": None if self.fastest is None else asdict(self.fastest.choice),
             "scaling": {

@@ -40,7 +40,6 @@ def test_tables_fit_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str])
     assert set(titles) <= {line.strip() for line in shown}
     assert any(line.startswith("lora ") for line in shown)
     assert any(line.startswith("Cheapest: ows-ds train --config RECIPE.yaml --train.sharding") for line in shown)
-    assert sum("refused" in line for line in shown) == 1  # hpZ, which training does not take
     assert {path.name for path in folder.iterdir()} == {"m"}
 
 
@@ -56,9 +55,14 @@ def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[
     assert {x["home"] for x in found["whole cluster"]} == {"replicated", "zero3", "hpz"}
     assert set(found["scaling"]) == {"replicated", "zero3", "hpz"}
     assert max(map(int, found["scaling"]["replicated"])) == 1024
-    hpz = [x for x in found["choices"] if x["home"] == "hpz"]
-    assert {x["refused"] for x in hpz} == {"zero_hpz_partition_size"}
-    assert found["cheapest"]["home"] != "hpz"
+    assert {x["home"] for x in found["choices"]} == {"replicated", "zero3", "hpz"}
+
+
+def test_a_file_that_training_refuses_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
+    (folder / "nvme.json").write_text(json.dumps(nvme))
+    assert main(["plan", "--model.path", "m", *WORDS, "--train.ds_config", "nvme.json"]) == 2
+    assert "train.ds_config: zero_optimization.offload_param.device: 'nvme' is not right" in capsys.readouterr().err
 
 
 def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
