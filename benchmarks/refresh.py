@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ows_ds.bench.report import facts
+from ows_ds.bench.report import facts, heading
 from ows_ds.communicate import Communicator
 from ows_ds.data import collate, encode_rows
 from ows_ds.layers import find_layers
@@ -153,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = facts(command, 1)
     measured = {name: times(SHAPES[name], args.rank, args.rounds) for name in args.shapes}
     shares = energies(gradients(args.layers, args.sequences), args.rank)
-    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-    lines = [f"# Refresh of projectors, {known['date']}", "", f"* command: `{known['command']}`"]
-    lines += [f"* hardware: {known['hardware']}, 2 threads", f"* versions: {versions}"]
+    lines = heading("Refresh of projectors", known, threads=", 2 threads")
     lines += [
         f"* rank {args.rank}, float32; {args.sequences} sequences a batch; {len(next(iter(shares.values())))} matrices"
     ]

@@ -11,13 +11,12 @@ within (Cho et al. 2019, BlueConnect). Nothing here imports torch.
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ows_ds.config import convert, read_yaml, unknown
+from ows_ds.config import convert_all, read_yaml
 from ows_ds.errors import UserError
 
 LAUNCH = 8.4e-6  # seconds before the first round of any collective: NCCL's tuner, ring, protocol Simple (tuning.cc)
@@ -108,11 +107,7 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
         tree = read_yaml(given, "--cluster")
         like = tree.pop("like", None)
         start = Cluster() if like is None else read_cluster(str(like))
-        hints = typing.get_type_hints(Cluster)
-        for key, value in tree.items():
-            if key not in hints:
-                raise unknown(str(key), value, list(hints))
-        start = replace(start, **{key: convert(key, value, hints[key], hints[key]) for key, value in tree.items()})
+        start = replace(start, **convert_all(tree, Cluster))
     return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
 
 

@@ -42,12 +42,15 @@ class Pending(Protocol):
         """Return when its result may be used (on a GPU: by what is queued from now on)."""
 
 
-class _Done:
+class _Copied:
+    """What is done at once: ``target`` <- ``source``, unless it is the same memory."""
+
+    def __init__(self, source: Tensor, target: Tensor) -> None:
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source)
+
     def wait(self) -> None:
         pass
-
-
-_DONE = _Done()
 
 
 class Communicator:
@@ -79,9 +82,7 @@ class Communicator:
 
     def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "reduce_scatter") -> Pending:
         """As `reduce_scatter`, into ``part`` and in the background: neither is touched until `Pending.wait`."""
-        if part.data_ptr() != tensor.data_ptr():
-            part.copy_(tensor)
-        return _DONE
+        return _Copied(tensor, part)
 
     def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
         """The processes' equal-sized ``part`` one after the other along the first dimension; may share memory."""
@@ -89,9 +90,7 @@ class Communicator:
 
     def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
         """As `all_gather`, into ``whole`` (which ``part`` may lie in, at its place) and in the background."""
-        if whole.data_ptr() != part.data_ptr():
-            whole.copy_(part)
-        return _DONE
+        return _Copied(part, whole)
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         """The sum over processes, in place."""

@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -319,6 +319,24 @@ def unknown(key: str, value: object, known: list[str]) -> UserError:
     return UserError(key, value, f"there is no such key; {hint}")
 
 
+def refuse_unknown(tree: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> None:
+    """Raise UserError naming prefix + key for the first key of ``tree`` that is none of ``known``."""
+    names = list(known)
+    for key, value in tree.items():
+        if key not in names:
+            raise unknown(f"{prefix}{key}", value, [f"{prefix}{name}" for name in names])
+
+
+def convert_all(tree: Mapping[str, Any], kind: type, prefix: str = "") -> dict[str, Any]:
+    """The fields of dataclass ``kind`` that ``tree``, as YAML gives it, sets.
+
+    Raises UserError naming prefix + key for unknown keys and wrong types.
+    """
+    wanted = typing.get_type_hints(kind)
+    refuse_unknown(tree, wanted, prefix)
+    return {key: convert(f"{prefix}{key}", value, wanted[key], wanted[key]) for key, value in tree.items()}
+
+
 def from_dict(tree: Mapping[str, Any]) -> Recipe:
     """The recipe that a parsed YAML file describes: `{"optim": {"rank": 64}, ...}`.
 
@@ -335,15 +353,11 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
     for name, kind in SECTIONS.items():
         given = tree.get(name) or {}  # None: a section whose lines are all commented out
         wanted = typing.get_type_hints(kind)
-        for key, value in given.items():
-            if key not in wanted:
-                raise unknown(f"{name}.{key}", value, [f"{name}.{w}" for w in wanted])
+        refuse_unknown(given, wanted, f"{name}.")
         for f in dataclasses.fields(kind):
             if f.default is f.default_factory is dataclasses.MISSING and given.get(f.name) is None:
                 raise UserError(f"{name}.{f.name}", None, f"it is required: {instruction(wanted[f.name])}")
-        sections[name] = kind(
-            **{k: convert(f"{name}.{k}", v, wanted[k], wanted[k]) for k, v in given.items()},
-        )
+        sections[name] = kind(**convert_all(given, kind, f"{name}."))
     return Recipe(**sections)
 
 
@@ -379,6 +393,11 @@ def read_yaml(path: str | Path, key: str = "config") -> dict[str, Any]:
     if not isinstance({} if tree is None else tree, dict):
         raise UserError(key, str(path), "give a YAML file of sections, such as `optim:` above `  rank: 64`")
     return tree or {}
+
+
+def used(run_dir: Path) -> list[str]:
+    """What a run has left in its folder, of that which no other run may write over."""
+    return [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
 
 
 def is_file(source: str) -> bool:

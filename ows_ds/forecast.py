@@ -16,7 +16,7 @@ from ows_ds.cluster import Cluster
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 from ows_ds.gathering import Gathered, Limits, Trace, record, replay
-from ows_ds.memory import ADAPTERS, SAMPLED, Job, Memory, gathers, likely_set, memory, traffic
+from ows_ds.memory import ADAPTERS, SAMPLED, Job, Memory, gathers, likely_set, memory, sizes_of, traffic
 from ows_ds.roofline import Messages, Times, messages, times, work
 from ows_ds.sample import LayerSet, importance, probabilities
 from ows_ds.shapes import Model, without_weights
@@ -124,16 +124,7 @@ class Forecast:
 
 def _second(job: Job, gpus: int) -> int:
     """Bytes of the weights in shards over the GPUs of a node (Wang et al. 2023, ZeRO++, section 3.2)."""
-    whole = state_of_weights(job)
-    return math.ceil(whole / gpus)
-
-
-def state_of_weights(job: Job) -> int:
-    """Bytes of all weights, whole."""
-    parts = [m.shape[0] * m.shape[1] for m in job.layers.embeddings] + [v.numel for v in job.layers.final]
-    for unit in job.layers.layers:
-        parts += [m.shape[0] * m.shape[1] for m in unit.matrices] + [v.numel for v in unit.vectors]
-    return sum(parts) * job.itemsize
+    return math.ceil(sum(sizes_of(job.layers)) * job.itemsize / gpus)
 
 
 # ------------------------------------------------------------------ from a recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.plan import pack
-from ows_ds.update import Hyper
+from ows_ds.update import STATE, Hyper
 from ows_ds.weights import Piece, ReadPiece, Weights
 
 
@@ -115,9 +115,10 @@ class FullRank:
         return reduce_scatter
 
     def squares(self) -> list[Tensor]:
-        """Sum of squares of this process's part of each gradient: scalars."""
+        """Sum of squares of this process's part of each gradient: scalars; a zero where no module was used."""
         norms = [torch.linalg.vector_norm(gradient, dtype=self.dtype) for gradient in self.grads.values()]
-        return [norm.square().to(self.weights.device) for norm in norms]
+        found = [norm.square().to(self.weights.device) for norm in norms]
+        return found or [torch.zeros((), dtype=self.dtype, device=self.weights.device)]
 
     def update(self, hyper: Hyper, clip: Tensor) -> None:
         """One AdamW step with gradients times ``clip`` (scalar), which are spent; every process sees the new weights.
@@ -151,9 +152,6 @@ class FullRank:
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Of each weight that trains or is kept: master, exp_avg, exp_avg_sq (1-D, this process's interval), step."""
         return {**self.parked, **self._states}
-
-
-STATE = ("master", "exp_avg", "exp_avg_sq")  # of a weight trained at full rank, as tensors
 
 
 def pieces_of_states(

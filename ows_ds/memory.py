@@ -140,6 +140,12 @@ def _parts(unit: Unit) -> list[Matrix | Vector]:
     return [*unit.matrices, *unit.vectors]
 
 
+def sizes_of(layers: ModelLayers) -> list[int]:
+    """Entries of each weight of a model."""
+    parts = [*layers.embeddings, *layers.final, *(part for unit in layers.layers for part in _parts(unit))]
+    return [_numel(part) for part in parts]
+
+
 def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:
     """A layer set to plan for: as many layers as are expected, or ``deviations`` standard deviations more.
 
@@ -159,8 +165,7 @@ def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple
 def state(job: Job) -> dict[str, int]:
     """Bytes that a process holds between two steps, by component; the process with the largest parts."""
     plan, b, e, w = job.plan, job.itemsize, job.wide, job.world
-    parts = [*job.layers.embeddings, *job.layers.final, *(p for unit in job.layers.layers for p in _parts(unit))]
-    sizes = [_numel(part) for part in parts]
+    sizes = sizes_of(job.layers)
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(job.full_rank.values()) if job.method in ADAPTERS else 0
     mine = sum(math.ceil(size / w) for size in job.full_rank.values())

@@ -34,7 +34,7 @@ from ows_ds.runtime import quieten
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores, beside
 from ows_ds.shapes import Model, read_model
-from ows_ds.zero3 import DEFAULT_CONFIG, check_config
+from ows_ds.zero3 import DEFAULT_CONFIG, check_config, read_config
 
 FILES = ("plan.json", "recipe.yaml", "scaling.png")
 STATE = ("weights", "second shards", "coordinates", "gradients", "moments", "masters", "projectors", "buckets")
@@ -116,7 +116,7 @@ class _Planner:
 
     @functools.cached_property
     def cheapest(self) -> Forecast | None:
-        """Of those that fit and that training takes."""
+        """Of those that fit."""
         return next(iter(ranked(self.all)), None)
 
     @functools.cached_property
@@ -334,10 +334,7 @@ def _ds_config(recipe: Recipe) -> dict[str, Any]:
     """The recipe's DeepSpeed file, or ours. Raises UserError for what training would refuse."""
     if recipe.train.ds_config is None:
         return dict(DEFAULT_CONFIG)
-    try:
-        found: dict[str, Any] = json.loads(Path(recipe.train.ds_config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError("train.ds_config", recipe.train.ds_config, f"give a JSON file ({error})") from None
+    found = read_config(recipe.train.ds_config)
     check_config(found)
     return found
 

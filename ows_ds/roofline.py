@@ -14,9 +14,8 @@ from ows_ds.cluster import Cluster, collective
 from ows_ds.layers import Unit
 from ows_ds.memory import Job, activations_of, kinds_of, parts_of, state
 from ows_ds.plan import plan_refresh
-from ows_ds.project import OVERSAMPLING, sketch_width
+from ows_ds.project import OVERSAMPLING, ROUNDS, sketch_width
 
-ROUNDS = 3  # of the range finder, from noise
 # what travels while a pass computes; the rest waits for the update, or the update for it
 HIDDEN = ("weights", "gradients", "full_rank_gradients", "refresh_gradients")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import socket
@@ -26,7 +25,16 @@ from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.load import Source, whole
 from ows_ds.weights import Replicated, Weights
-from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, in_shards, join_deepspeed, resolve_config, whole_shape
+from ows_ds.zero3 import (
+    DEFAULT_CONFIG,
+    Zero3,
+    Zero3AdamW,
+    in_shards,
+    join_deepspeed,
+    read_config,
+    resolve_config,
+    whole_shape,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,11 +139,7 @@ def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     # the launcher's file as it is written: Accelerate fills in "auto" for a number format that is not the recipe's
     path = recipe.train.ds_config or (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if plugin else None)
     if path is not None and path != "none":
-        try:
-            config: dict[str, Any] = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError("train.ds_config", path, f"give a JSON file ({error})") from None
-        return config
+        return read_config(path)
     if plugin is None:
         return DEFAULT_CONFIG
     return {key: value for key, value in plugin.deepspeed_config.items() if key not in ("bf16", "fp16")}

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,12 +83,7 @@ class Allocation:
 
 def read(path: str | Path) -> Allocation:
     """The cluster that a YAML file describes. Raises UserError for unknown keys, wrong types and impossible values."""
-    tree, wanted = config.read_yaml(path, "--slurm"), typing.get_type_hints(Allocation)
-    for key in tree:
-        if key not in wanted:
-            raise config.unknown(f"cluster.{key}", tree[key], [f"cluster.{name}" for name in wanted])
-    given = {key: config.convert(f"cluster.{key}", value, wanted[key], wanted[key]) for key, value in tree.items()}
-    job = Allocation(**given)
+    job = Allocation(**config.convert_all(config.read_yaml(path, "--slurm"), Allocation, "cluster."))
     for key, right in _wrong(job):
         raise UserError(f"cluster.{key}", getattr(job, key), right)
     return job
@@ -140,7 +134,7 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
     if recipe.train.resume not in ("never", "auto"):
         right = "give auto, or never for a new run: a job that is requeued goes on with its own run"
         raise UserError("train.resume", recipe.train.resume, right)
-    used = [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
+    used = config.used(run_dir)
     if used and recipe.train.resume == "never":
         right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
         raise UserError("train.output_dir", str(run_dir), right)

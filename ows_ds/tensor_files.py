@@ -66,11 +66,6 @@ class Files:
                 out[a - start : b - start].copy_(block[a - first : b - first])
 
 
-def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of ``tensors`` in the order in which safetensors writes them: widest dtypes first, then by name."""
-    return sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
-
-
 class Writer:
     """A file that is written by runs of entries, in any order. Its bytes are those of ``safetensors.torch.save_file``.
 

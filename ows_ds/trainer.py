@@ -328,7 +328,7 @@ def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint 
     own = opened is not None and opened.folder.resolve().parent.parent == run_dir.resolve()
     restarted = opened is None and recipe.train.resume == "auto" and not (run_dir / "model").exists()
     if not own and not (restarted and (run_dir / "config.yaml").exists()):
-        used = [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
+        used = config.used(run_dir)
         if used:
             right = f"give a folder without {used[0]}"
             if recipe.train.resume == "never":

@@ -23,6 +23,8 @@ from ows_ds.communicate import Communicator, Pending
 from ows_ds.plan import Layout, Plan, together
 from ows_ds.weights import Piece, ReadPiece
 
+STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -258,6 +260,3 @@ class CoordinateBuffer:
                 tensor = getattr(unit, kind)
                 tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)
         self.publish()
-
-
-STATE = ("master", "exp_avg", "exp_avg_sq")  # of a unit

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,15 @@ def join_deepspeed() -> None:
 
     with redirect_stdout(io.StringIO()):  # it prints that its CPU operator is there
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A DeepSpeed file. Raises UserError (``train.ds_config``) for what is no JSON."""
+    try:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("train.ds_config", path, f"give a JSON file ({error})") from None
+    return found
 
 
 def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:

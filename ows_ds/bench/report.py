@@ -42,6 +42,18 @@ def facts(command: str, world: int) -> dict[str, Any]:
     return {"date": date, "command": command, "processes": world, "hardware": hardware, "versions": versions}
 
 
+def heading(title: str, known: Mapping[str, Any], processes: str = "", threads: str = "") -> list[str]:
+    """Lines of Markdown that say what `facts` has found. processes, threads: behind the command and the hardware."""
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    return [
+        f"# {title}, {known['date']}",
+        "",
+        f"* command: `{known['command']}`{processes}",
+        f"* hardware: {known['hardware']}{threads}",
+        f"* versions: {versions}",
+    ]
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -159,14 +171,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """quality.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    lines = [
-        f"# Quality, {summary['date']}",
-        "",
-        f"* command: `{summary['command']}`, {summary['processes']} process(es)",
-        f"* hardware: {summary['hardware']}",
-        f"* versions: {versions}",
-    ]
+    lines = heading("Quality", summary, f", {summary['processes']} process(es)")
     if summary["rows_answered"]:
         lines.append(f"* right answers: of {summary['rows_answered']} rows of test, generated greedily")
     for one in _tables(summary):

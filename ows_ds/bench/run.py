@@ -152,15 +152,7 @@ def _model(setting: Setting) -> str:
 
 def markdown(summary: Summary, shown: Sequence[Table], notes: Sequence[str]) -> str:
     """WHAT.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    lines = [
-        f"# {summary['what'].capitalize()}, {summary['date']}",
-        "",
-        f"* command: `{summary['command']}`",
-        f"* hardware: {summary['hardware']}",
-        f"* versions: {versions}",
-        *(f"* {note}" for note in notes),
-    ]
+    lines = [*report.heading(summary["what"].capitalize(), summary), *(f"* {note}" for note in notes)]
     for one in shown:
         lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *table.markdown(one)]
     return "\n".join(lines) + "\n"

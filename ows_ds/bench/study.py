@@ -100,7 +100,7 @@ def read(path: str | Path) -> Study:
 def from_dict(tree: Mapping[str, Any]) -> Study:
     """The study that a parsed file describes (see `read`): keys of `Study`, and ``lrs``, the variants' default."""
     wanted = typing.get_type_hints(Study)
-    _refuse_unknown("", tree, [*wanted, "lrs"])
+    config.refuse_unknown(tree, [*wanted, "lrs"])
     recipe = _base(tree.get("recipe"))
     seeds = tuple(config.convert("seeds", tree.get("seeds", [0]), list[int], list[int]))
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
@@ -120,12 +120,6 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
     if study.baseline is not None and study.baseline not in variants:
         raise UserError("baseline", study.baseline, f"give one of {', '.join(variants)}")
     return study
-
-
-def _refuse_unknown(prefix: str, tree: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in tree:
-        if key not in known:
-            raise config.unknown(f"{prefix}{key}", tree[key], [f"{prefix}{k}" for k in known])
 
 
 def _base(given: Any) -> dict[str, Any]:
@@ -170,7 +164,7 @@ def _variant(name: str, given: Any, lrs: tuple[float, ...]) -> Variant:
             overrides |= {f"{setting}.{inner}": v for inner, v in value.items()}
         else:
             overrides[str(setting)] = value
-    _refuse_unknown(f"{key}.", overrides, list(config.hints()))
+    config.refuse_unknown(overrides, list(config.hints()), f"{key}.")
     for setting in overrides:
         if setting in FIXED:
             right = "leave it out: it is the same for all variants, or the study sets it"
@@ -188,7 +182,7 @@ def _accuracy(given: Any) -> Accuracy | None:
     if not isinstance(given, Mapping):
         raise UserError("accuracy", given, "give rows, max_new_tokens and batch_size, or null")
     wanted = typing.get_type_hints(Accuracy)
-    _refuse_unknown("accuracy.", given, list(wanted))
+    config.refuse_unknown(given, list(wanted), "accuracy.")
     values = {key: config.convert(f"accuracy.{key}", value, int, int) for key, value in given.items()}
     for key, value in values.items():
         if value < 1:

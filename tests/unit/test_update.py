@@ -421,3 +421,14 @@ def test_full_rank_adds_up_in_float32() -> None:
     assert module.weight.dtype == torch.bfloat16
     torch.testing.assert_close(full.states()["weight"]["master"], torch.full((4,), 1 - 8e-3), rtol=1e-6, atol=0)
     assert torch.equal(module.weight, torch.full((2, 2), 1 - 8e-3).bfloat16())
+
+
+def test_full_rank_without_a_gradient() -> None:
+    """As of experts that no token went to: the norm is zero, and the weight only decays."""
+    module = linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
+    before = module.weight.clone()
+    assert [float(square) for square in full.squares()] == [0.0]
+    full.update(HYPER, torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(module.weight, before * (1 - 0.01 * 0.1), rtol=1e-15, atol=0)
