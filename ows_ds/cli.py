@@ -34,6 +34,7 @@ VERBS = {
     "bench": "compare methods side by side",
     "launch": "check a job, and hand it to SLURM",
     "plan": "tell memory, traffic and time on a cluster before anything runs",
+    "report": "write a page about a run, or about several side by side",
 }
 BENCHES = {
     "quality": "train the variants of a study and compare their losses and right answers",
@@ -77,6 +78,13 @@ def _run(argv: list[str]) -> None:
         return
     if given.verb == "bench":
         _bench(options, argv)
+        return
+    if given.verb == "report":
+        _need(options, "run_dir")
+        from ows_ds.report.page import report
+
+        output = options.get("output")
+        print(report([Path(one) for one in options.run_dir], None if output is None else Path(output)))
         return
     if given.verb == "plan":
         _plan(options)
@@ -217,7 +225,7 @@ def _sentence(text: str) -> str:
 
 def _need(options: "Namespace", *names: str) -> None:
     for name in names:
-        if options.get(name) is None:
+        if not options.get(name):
             raise UserError(name.upper(), None, "it is required: give a folder")
 
 
@@ -278,6 +286,12 @@ def _parser() -> "ArgumentParser":
     sub.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder to write; made if it is missing")
     sub.add_argument("--checkpoint", metavar="step-N", help="checkpoint to export (default: the newest complete one)")
     verbs.add_subcommand("export", sub, help=VERBS["export"])
+    sub = parser("ows-ds report RUN_DIR [RUN_DIR ...] [--output FILE.html]", _sentence(VERBS["report"]))
+    sub.add_argument("run_dir", metavar="RUN_DIR", nargs="*", help="folder of a run (its train.output_dir)")
+    sub.add_argument(
+        "--output", metavar="FILE.html", help="the page (default: report.html in the first folder); it needs no network"
+    )
+    verbs.add_subcommand("report", sub, help=VERBS["report"])
     sub = parser(
         "ows-ds plan --model.path MODEL [--config RECIPE.yaml] [--cluster CLUSTER] [options]",
         f"{_sentence(VERBS['plan'])} The model needs no weights: a folder with a config.json, or a name such as "

@@ -27,6 +27,7 @@ PACKAGES = {
     "mpirun": ["openmpi-bin", "libopenmpi-dev"],
     "sshd": ["openssh-server", "openssh-client"],
     "pdsh": ["pdsh"],
+    "chromium": ["chromium"],
     "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
 }
 # What a process of a job gets; nothing of a launcher that this one may run under.

@@ -1,0 +1,1 @@
+"""The verb `report`: folders of runs -> one HTML page that needs no network."""
