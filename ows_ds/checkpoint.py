@@ -171,7 +171,7 @@ class _Writing:
     ) -> None:
         """Collective. background: begin with copies of these pieces in a thread; None: `write` is to be called.
 
-        Raises SaveError on all processes where there is no room for folder or copies.
+        Raises SaveError on all processes where the folder cannot be made.
         """
         self.folder, self.comm = folder, comm
         self.partial = folder.with_name(folder.name + ".partial")
@@ -180,24 +180,27 @@ class _Writing:
         self._error: Exception | None = None
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
-        copies: list[Piece] = []
         error = None
-        try:
-            if comm.index == 0:
-                shutil.rmtree(self.partial, ignore_errors=True)
+        if comm.index == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            try:
                 self.partial.mkdir(parents=True)
-            copies = [replace(p, tensor=p.tensor.detach().to("cpu", copy=True)) for p in background or ()]
-        except Exception as caught:
-            error = caught
+            except OSError as caught:
+                error = caught
         self._agree(None, error)
         if background is not None:
+            try:
+                copies = _copies(background)
+            except (RuntimeError, MemoryError):  # no memory for them: this process waits for the disk
+                self.write(background)
+                return
             self._thread = threading.Thread(target=self.write, args=(copies,), name=f"write {folder.name}", daemon=True)
             self._thread.start()
 
     @property
     def done(self) -> bool:
         """This process's file is on the disk, or has failed."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._thread is None or not self._thread.is_alive()
 
     def write(self, pieces: list[Piece]) -> None:
         """Write this process's file. Errors are kept for `complete`."""
@@ -353,6 +356,11 @@ def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | N
 
 
 # ---------------------------------------------------------------------- files
+
+
+def _copies(pieces: list[Piece]) -> list[Piece]:
+    """The pieces as they are now, in the host's memory."""
+    return [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
 
 def _write_pieces(path: Path, pieces: list[Piece], abandoned: threading.Event) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Outcome:
 def draw(chance: random.Random, seconds: float) -> Plan:
     """seconds: that a whole run takes."""
     rank, together = chance.randrange(WORLD), chance.random() < 0.5
-    if chance.random() < 0.25:
-        return Plan(rank, together, AT_A_TIME, seconds=chance.uniform(0, seconds))
+    if chance.random() < 0.25:  # perhaps before they have met, where one alone would wait for the other
+        return Plan(rank, True, AT_A_TIME, seconds=chance.uniform(0, seconds))
     place = chance.choice(list(PLACES))
     rank = 0 if place in OF_PROCESS_0 else rank
     return Plan(rank, together, place, chance.randint(1, PLACES[place][2]), chance.random() < 0.5)
@@ -136,7 +136,7 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
 def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
     """Start the processes, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.kills"])  # imported once; processes are forked from there
+    context.set_forkserver_preload(["tests.faults.warm"])
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     port = next(pool._ports)
     args = [(rank, port, folder, job, plan) for rank in range(WORLD)]

@@ -150,6 +150,23 @@ def test_what_goes_and_what_stays(tmp_path: Path) -> None:
     assert set(opened.versions) == {"ows_ds", "torch", "transformers", "deepspeed"}
 
 
+def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(pieces: list[Piece]) -> list[Piece]:
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "_copies", no_memory)
+    entries = torch.arange(4.0)
+    with checkpoint.Saver(tmp_path, 1, ALONE, {}) as saver:
+        assert not saver.done
+        saver.start(1, [Piece("weight/a", (4,), 0, entries)], {})
+        assert saver.done
+        entries += 1  # too late
+        saver.complete()
+    assert saver.failed == 0
+    opened = checkpoint.open_checkpoint(checkpoint.folder_of(tmp_path, 1), ALONE)
+    assert opened.read("weight/a", 0, 4).tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_the_last_good_one_stays_beside_a_damaged_newer_one(pools: Pools, inputs: Path, run_dir: Path) -> None:
     """Of the checkpoints after 3 and 6 the second is damaged; the run goes on with keep_last 1 and dies after 5."""
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
