@@ -13,6 +13,7 @@ needs. Safetensors and JSON only: nothing that is loaded can run code.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -175,7 +176,7 @@ class _Writing:
         """
         self.folder, self.comm = folder, comm
         self.partial = folder.with_name(folder.name + ".partial")
-        self._numbers, self._facts = numbers, facts
+        self._numbers, self._facts = copy.deepcopy(numbers), facts
         self._entry: dict[str, Any] = {}
         self._error: Exception | None = None
         self._abandoned = threading.Event()
