@@ -190,6 +190,10 @@ class Train:
         eval_batch_size: Sequences per rank and forward pass in evaluation.
         save_every: Optimizer steps between checkpoints; null: only at the end.
         keep_last: Newest checkpoints that are kept.
+        checkpoint: What a checkpoint holds of the weights: incremental those that have ever trained, the rest is the
+            base model's; full all of them.
+        on_save_error: What a checkpoint that cannot be written does to the run, the last one aside: continue with a
+            line that says so, or stop.
         resume: never, auto (the newest complete checkpoint, if there is one), or the folder of a checkpoint.
         sharding: Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the
             launcher set it up, otherwise replicated.
@@ -208,6 +212,8 @@ class Train:
     eval_batch_size: int = 8
     save_every: int | None = None
     keep_last: int = 2
+    checkpoint: Literal["incremental", "full"] = "incremental"
+    on_save_error: Literal["continue", "stop"] = "continue"
     resume: str = "never"
     sharding: Literal["auto", "replicated", "zero3"] = "auto"
     ds_config: str | None = None

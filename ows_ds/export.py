@@ -116,7 +116,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is missing
     or damaged, another base model, and an ``out_dir`` that exists.
     """
-    from ows_ds import checkpoint, config, methods
+    from ows_ds import checkpoint, config, methods, resume
     from ows_ds.layers import find_layers
     from ows_ds.runtime import load_tokenizer, pretrained, quieten
     from ows_ds.scoring import importance
@@ -141,8 +141,10 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     model = pretrained(recipe, comm, torch.device("cpu"))
     layers = find_layers(model)
     weights = Replicated(methods.adapt(recipe, model), comm)
-    method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir), 1)
-    method.restore(opened.numbers["method"], opened.read)
+    loaded = methods.base_model(recipe, weights)
+    base = resume.base_model(opened, weights, loaded, recipe.model.path, everything=True)
+    method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir, base), 1)
+    resume.restore(method, opened)
     method.close()
     save_model(weights, load_tokenizer(recipe), out_dir)
     print(f"{out_dir}: {opened.folder.name} of {run_dir}")

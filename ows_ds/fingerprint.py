@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ows_ds.weights import Weights
 
 _BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
 
 
-def fingerprint(weights: Weights) -> str:
+def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = None) -> str:
     """The content of ``weights`` in 64 hexadecimal digits. Collective: one all-reduce of 8 bytes per parameter.
 
     The same for any number of processes, replicated or sharded, and any dtype that holds bfloat16 entries exactly:
     entries are rounded to bfloat16 first (a float32 checkpoint loaded in bfloat16 is the same model). Tied parameters
     count once. A single entry that changes always changes the result. The weights are only read.
+
+    named: some of the model's parameters, under the names that count; None: all of them.
     """
-    parameters = list(weights.module.named_parameters())
+    parameters = list(weights.module.named_parameters() if named is None else named.items())
     places: dict[torch.device, Tensor] = {}
     sums = []
     for _, parameter in parameters:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,8 @@ class RunLog:
         for record in keep_until(metrics, start_step or -1):
             self._note_layers(record)
         self._trackers = _trackers(accelerator, recipe_log, run_dir, start_step) if accelerator else []
-        self._file = open(metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._unwritten = b""
         self._screen = _screen(recipe_log.progress, total_steps, n_layers, start_step, console)
         self._closed = False
 
@@ -132,18 +133,15 @@ class RunLog:
         """
         if not self.main:
             return
-        self._file.write(as_json(record) + "\n")
-        self._file.flush()
+        self._write(as_json(record) + "\n")
         if record.get("eval_loss") is not None:
             self.event(f"held-out loss {record['eval_loss']:.4f} after step {record['step']}")
         if record["step"] == 0:  # an evaluation before the first step
-            for tracker in self._trackers:
-                tracker.log(_scalars(record), step=0)
+            self._track(lambda tracker: tracker.log(_scalars(record), step=0))
             return
         self.done = int(record["step"])
         changed = self._note_layers(record)
-        for tracker in self._trackers:
-            tracker.log(_scalars(record), step=self.done)
+        self._track(lambda tracker: tracker.log(_scalars(record), step=self.done))
         if changed:
             self._draw()
         self._screen.step(record)
@@ -158,11 +156,11 @@ class RunLog:
         if not self.main or self._closed:
             return
         self._closed = True
+        self._write("")
         self._screen.close()
         self._file.close()
         self._draw()
-        for tracker in self._trackers:
-            tracker.finish()
+        self._track(lambda tracker: tracker.finish())
 
     def __enter__(self) -> "RunLog":
         return self
@@ -171,6 +169,26 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _write(self, line: str) -> None:
+        """Append to metrics.jsonl, at once; what a full disk does not take is kept until it does."""
+        told = bool(self._unwritten)
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not told:
+                self.event(f"metrics.jsonl is behind until it can be written again ({error})")
+
+    def _track(self, what: Callable[[Any], None]) -> None:
+        """Do it with every tracker; one that cannot write any more is told so, and left alone from then on."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except OSError as error:
+                self._trackers.remove(tracker)
+                self.event(f"{tracker.name} gets no more records ({error})")
 
     def _note_layers(self, record: Mapping[str, Any]) -> bool:
         """Remember the step's set of layers; say whether it is a new one."""
@@ -183,11 +201,14 @@ class RunLog:
     def _draw(self) -> None:
         if not self.done:
             return
-        for tracker in self._trackers:
+
+        def draw(tracker: Any) -> None:
             if hasattr(tracker, "log_images"):
                 image = picture(self._changes, self.n_layers, self.done)[None]
                 shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"sampled_layers": image}, step=self.done, **shape)
+
+        self._track(draw)
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -26,24 +26,33 @@ Batches = Iterable[dict[str, Tensor] | None]
 
 
 def measure(
-    weights: Weights, layers: ModelLayers, metrics: Collection[str], batches: Callable[[], Batches], tau: float
+    weights: Weights,
+    layers: ModelLayers,
+    metrics: Collection[str],
+    batches: Callable[[], Batches],
+    tau: float,
+    model: str | None = None,
 ) -> dict[str, Scores]:
     """Scores of every one of ``metrics`` (outlier, rm, bi, alpha), in their order. Collective; the same on all.
 
     batches: gives this process's calibration batches, as for `ows_ds.score.score`, each time it is called: once for
-    outlier and once for rm and bi together. tau: threshold of an outlier. Errors as for the functions below.
+    outlier and once for rm and bi together. tau: threshold of an outlier. model: its fingerprint, where it is known.
+    Errors as for the functions below.
     """
+    model = model or fingerprint(weights)
     found: dict[str, Scores] = {}
     if "outlier" in metrics:
-        found["outlier"] = score(weights, layers, batches(), tau)
+        found["outlier"] = score(weights, layers, batches(), tau, model)
     if "rm" in metrics or "bi" in metrics:
-        found["rm"], found["bi"] = magnitude_and_influence(weights, layers, batches())
+        found["rm"], found["bi"] = magnitude_and_influence(weights, layers, batches(), model)
     if "alpha" in metrics:
-        found["alpha"] = tail_exponents(weights, layers)
+        found["alpha"] = tail_exponents(weights, layers, model)
     return {metric: found[metric] for metric in metrics}
 
 
-def magnitude_and_influence(weights: Weights, layers: ModelLayers, batches: Batches) -> tuple[Scores, Scores]:
+def magnitude_and_influence(
+    weights: Weights, layers: ModelLayers, batches: Batches, model: str | None = None
+) -> tuple[Scores, Scores]:
     """Relative magnitude (rm) and block influence (bi) of every layer, from the same forward passes.
 
     rm: mean over tokens of ||f(x)||_2 / ||x + f(x)||_2 (Samragh et al. 2023, "Weight subcloning", in the form that
@@ -84,12 +93,12 @@ def magnitude_and_influence(weights: Weights, layers: ModelLayers, batches: Batc
         if not math.isfinite(total):  # the same on all processes
             raise RuntimeError(f"activations of {layer.name} are not finite: no scores can be computed")
     means = [max(0.0, total / tokens) for total in totals]
-    model = fingerprint(weights)
+    model = model or fingerprint(weights)
     magnitude = Scores("rm", 0.0, model, tuple(means[:n_layers]), int(tokens))
     return magnitude, Scores("bi", 0.0, model, tuple(means[n_layers:]), int(tokens))
 
 
-def tail_exponents(weights: Weights, layers: ModelLayers) -> Scores:
+def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = None) -> Scores:
     """alpha of every layer: the mean of `hill` over its matrices (Lu et al. 2024, "AlphaPruning").
 
     The smaller alpha, the heavier the tails and the better trained the layer (OwLore, abstract). Matrices without a
@@ -121,7 +130,7 @@ def tail_exponents(weights: Weights, layers: ModelLayers) -> Scores:
             right = f"give another one: no weight of {name} has two different eigenvalues above 0, so none has a tail"
             raise UserError("sampling.importance", "alpha", right)
     means = tuple(sum(values) / len(values) for values in found.values())
-    return Scores("alpha", 0.0, fingerprint(weights), means, 0)
+    return Scores("alpha", 0.0, model or fingerprint(weights), means, 0)
 
 
 def hill(matrix: Tensor) -> float:

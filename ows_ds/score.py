@@ -110,12 +110,19 @@ class Scores:
             raise UserError(_KEY, f"scores with tau {self.tau:g}", f"sampling.tau is {tau:g}; {again}")
 
 
-def score(weights: Weights, layers: ModelLayers, batches: Iterable[dict[str, Tensor] | None], tau: float) -> Scores:
+def score(
+    weights: Weights,
+    layers: ModelLayers,
+    batches: Iterable[dict[str, Tensor] | None],
+    tau: float,
+    model: str | None = None,
+) -> Scores:
     """Equation 2 over this process's ``batches`` and all others'. Collective; the result is the same on all.
 
     batches: keyword arguments of the model's forward pass on its device, ``labels`` left out: input_ids (batch,
     length), attention_mask (batch, length), 0 where a token is padding; without it all count. Every process must give
     the same number of them (the forward pass is collective under ZeRO-3); one that runs out gives None.
+    model: its fingerprint, where it is known.
 
     The module runs in eval mode without gradients and is left in the mode it was in; no weight changes. Everything
     but the forward pass is float64. Raises UserError (``data.train``) if there is no token at all, RuntimeError if a
@@ -151,7 +158,7 @@ def score(weights: Weights, layers: ModelLayers, batches: Iterable[dict[str, Ten
     if not all_tokens:
         raise UserError("data.train", "0 calibration tokens", "give rows of which something is left after tokenizing")
     ratios = tuple(count / max(1, number) for count, number in zip(above_threshold, entries, strict=True))
-    return Scores("outlier", tau, fingerprint(weights), ratios, all_tokens)
+    return Scores("outlier", tau, model or fingerprint(weights), ratios, all_tokens)
 
 
 def input_squares(

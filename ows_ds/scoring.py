@@ -10,7 +10,6 @@ from torch import Tensor
 from ows_ds import methods, sample
 from ows_ds.communicate import together
 from ows_ds.config import Recipe
-from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import ModelLayers
 from ows_ds.metrics import measure
 from ows_ds.plot import plot, strip
@@ -27,15 +26,17 @@ def importance(
     weights: Weights,
     layers: ModelLayers,
     run_dir: Path,
+    model: str,
     earlier: Path | None = None,
     batches: MakeBatches | None = None,
 ) -> list[float]:
     """What the recipe's method samples layers by: one number >= 0 each, input side first. Collective.
 
-    Where the method needs scores, they are those of ``sampling.scores``; without it, of scores.json in ``earlier``, the
-    folder of the run that is continued (None: ``run_dir``); without that file, computed now over ``batches``. The run
-    keeps them in ``run_dir`` as scores.json, with a picture. Without ``batches`` (an export) the run's own scores.json
-    is read, and nothing is written. Raises UserError for a file that is missing or made for something else.
+    model: the fingerprint of ``weights``. Where the method needs scores, they are those of ``sampling.scores``; without
+    it, of scores.json in ``earlier``, the folder of the run that is continued (None: ``run_dir``); without that file,
+    computed now over ``batches``. The run keeps them in ``run_dir`` as scores.json, with a picture. Without ``batches``
+    (an export) the run's own scores.json is read, and nothing is written. Raises UserError for a file that is missing
+    or made for something else.
     """
     sampling, kind = recipe.sampling, methods.importance_of(recipe)
     n_layers = len(layers.layers)
@@ -49,12 +50,11 @@ def importance(
             given = None
     if given is None:
         assert batches is not None
-        [scores] = measure(weights, layers, [METRIC_OF[kind]], batches, sampling.tau).values()
+        [scores] = measure(weights, layers, [METRIC_OF[kind]], batches, sampling.tau, model).values()
     else:
-        name = fingerprint(weights)
         with together(weights.comm):
             scores = Scores.read(given)
-            scores.check(name, n_layers, kind, sampling.tau)
+            scores.check(model, n_layers, kind, sampling.tau)
     if batches is not None and given != own:
         with together(weights.comm):
             if weights.comm.index == 0:

@@ -72,8 +72,11 @@ class Writer:
     names: its tensors, in the order in which they lie in it.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: what will be written, of which only shapes and dtypes count (on the meta device, for example)."""
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], digest: Any = None) -> None:
+        """tensors: what will be written, of which only shapes and dtypes count (on the meta device, for example).
+
+        digest: of hashlib, to take in all bytes as they are written; the file's, if that is in the order of ``names``.
+        """
         self.names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         places: dict[str, int] = {}
@@ -86,13 +89,19 @@ class Writer:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._places = {name: 8 + len(text) + place for name, place in places.items()}
+        self._digest = digest
         self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, start: int, run: Tensor) -> None:
         """Entries of the tensor ``name`` from ``start`` on. run: 1-D, on any device."""
         self._file.seek(self._places[name] + start * run.element_size())
-        self._file.write(run.detach().cpu().view(torch.uint8).numpy().data)
+        self._write(run.detach().cpu().view(torch.uint8).numpy().data)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        if self._digest is not None:
+            self._digest.update(content)
+        self._file.write(content)
 
     def close(self) -> None:
         """All is on the disk when this returns."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config, methods, scoring, signals
+from ows_ds import checkpoint, config, methods, resume, scoring, signals
 from ows_ds.communicate import together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches
@@ -28,12 +28,13 @@ from ows_ds.loss import token_losses
 from ows_ds.methods import Method
 from ows_ds.rows import fetch, load_rows
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
+from ows_ds.score import beside
 from ows_ds.weights import Weights
 
 # what may differ between a run and its continuation; everything else decides the weights
 MAY_CHANGE = {
-    "train": {"resume", "save_every", "keep_last", "eval_every", "eval_batch_size", "sharding", "ds_config",
-              "timeout_seconds", "micro_batch_size", "gradient_checkpointing", "output_dir"},
+    "train": {"resume", "save_every", "keep_last", "checkpoint", "on_save_error", "eval_every", "eval_batch_size",
+              "sharding", "ds_config", "timeout_seconds", "micro_batch_size", "gradient_checkpointing", "output_dir"},
     "log": {"trackers", "progress"},
     "model": {"path", "attention"},
     "data": {"train", "eval", "eval_subset", "eval_split"},
@@ -56,8 +57,14 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     comm, main = runtime.comm, runtime.comm.index == 0
     opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
     with together(comm):
+        if opened is None and passed:
+            right = f"remove {run_dir / 'checkpoints'} to begin anew: none in it can be gone on from ({passed[0]})"
+            raise UserError("train.resume", recipe.train.resume, right)
         _check_run_dir(run_dir, recipe, opened)
     job = _load(recipe, runtime)
+    everything = recipe.train.checkpoint == "full"
+    if opened is not None:
+        job.model = resume.base_model(opened, job.weights, job.model, recipe.model.path, everything)
     batches = Batches(
         job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
     )
@@ -69,16 +76,27 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     scheduler = _scheduler(recipe, method, total)
     begin = 0
     if opened is not None:
-        method.restore(opened.numbers["method"], opened.read)
+        resume.restore(method, opened)
         scheduler.load_state_dict(opened.numbers["scheduler"])
         begin = method.steps
 
-    with RunLog(run_dir, total, len(job.layers.layers), main, recipe.log, runtime.accelerator, begin) as log:
-        if main:
-            (run_dir / "config.yaml").write_text(config.to_yaml(recipe))
+    with together(comm):
+        if main:  # before there are records, without which a run that is started again has not begun
+            with beside(run_dir / "config.yaml") as file:
+                file.write_text(config.to_yaml(recipe))
+    facts = {
+        "model": job.model,
+        "sharding": "zero3" if job.weights.sharded else "replicated",
+        "recipe": config.to_dict(recipe),
+    }
+    go_on = recipe.train.on_save_error == "continue"
+    with (
+        RunLog(run_dir, total, len(job.layers.layers), main, recipe.log, runtime.accelerator, begin) as log,
+        checkpoint.Saver(run_dir, recipe.train.keep_last, comm, facts, go_on, log.event) as saver,
+    ):
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
-        steps = _Steps(job, method, batches, told)
+        steps = _Steps(job, method, batches, told, saver)
         if opened is not None:
             log.event(f"going on after step {begin} from {opened.folder}")
         elif job.held_out:
@@ -91,12 +109,13 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             if job.held_out and (last or (not steps.stop and _due(step + 1, recipe.train.eval_every))):
                 record["eval_loss"] = evaluate(job)
             record["comm_bytes"] = steps.sent()
+            if steps.saved:
+                saver.complete()
             log.step(record)
             if last or steps.stop or _due(step + 1, recipe.train.save_every):
-                numbers = {"method": method.numbers(), "scheduler": scheduler.state_dict()}
-                checkpoint.save(checkpoint.folder_of(run_dir, step + 1), method.pieces(), numbers, comm)
-                if main:
-                    checkpoint.prune(run_dir, recipe.train.keep_last)
+                save = saver.save if last or steps.stop else saver.start
+                pieces, numbers = resume.contents(method, everything)
+                save(step + 1, pieces, {**numbers, "scheduler": scheduler.state_dict()})
             if steps.stop:
                 log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto goes on")
                 comm.barrier()  # not before process 0 is done, or a launcher could end it
@@ -104,7 +123,9 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         method.close()
         if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
             save_model(job.weights, job.tokenizer, run_dir / "model")
-        log.event(f"done: {run_dir / 'model'}" + (f", {method.skipped} steps skipped" if method.skipped else ""))
+        notes = f", {method.skipped} steps skipped" if method.skipped else ""
+        notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
+        log.event(f"done: {run_dir / 'model'}{notes}")
     comm.barrier()
 
 
@@ -125,10 +146,11 @@ class _Job:
     recipe: Recipe
     runtime: Runtime
     weights: Weights
+    layers: ModelLayers  # of the model without adapters
     tokenizer: Any
     rows: list[Encoded]
     held_out: list[Encoded]
-    layers: ModelLayers  # of the model without adapters
+    model: str = ""  # fingerprint of the base model
 
     @property
     def pad_id(self) -> int:
@@ -153,13 +175,11 @@ def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
         rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
         if training and recipe.data.eval is not None:
             held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
-    if training:
-        weights, layers = load_model(
-            recipe, runtime, functools.partial(methods.adapt, recipe), methods.deepspeed_trains(recipe)
-        )
-    else:
-        weights, layers = load_model(recipe, runtime)
-    return _Job(recipe, runtime, weights, tokenizer, rows, held_out, layers)
+    if not training:
+        return _Job(recipe, runtime, *load_model(recipe, runtime), tokenizer, rows, held_out)
+    adapt = functools.partial(methods.adapt, recipe)
+    weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
+    return _Job(recipe, runtime, weights, layers, tokenizer, rows, held_out, methods.base_model(recipe, weights))
 
 
 def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
@@ -179,7 +199,7 @@ def _importance(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) 
     """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
     earlier = None if opened is None else opened.folder.parent.parent
     batches = functools.partial(_calibration, job)
-    return scoring.importance(job.recipe, job.weights, job.layers, run_dir, earlier, batches)
+    return scoring.importance(job.recipe, job.weights, job.layers, run_dir, job.model, earlier, batches)
 
 
 def _calibration(job: _Job) -> Iterator[dict[str, Tensor]]:
@@ -203,9 +223,12 @@ def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:
 class _Steps:
     """Optimizer steps, one after the other."""
 
-    def __init__(self, job: _Job, method: Method, batches: Batches, told: threading.Event) -> None:
+    def __init__(
+        self, job: _Job, method: Method, batches: Batches, told: threading.Event, saver: checkpoint.Saver
+    ) -> None:
         self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
         self.told, self.stop = told, False  # a signal came here; to any process before the last step's end
+        self.saver, self.saved = saver, False  # all processes' parts of a checkpoint are there, or have failed
         self.before: Counter[str] = Counter()
 
     def take(self, step: int) -> dict[str, Any]:
@@ -224,12 +247,12 @@ class _Steps:
         job.weights.module.train()
         total = method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)])
         norm = method.grad_norm if method.grad_norm is not None and not idle else total
-        # whether a signal came travels along, so that all processes stop after the same step
-        more = torch.tensor([_peak_memory(device), self.told.is_set()], dtype=total.dtype, device=device)
-        mine = torch.cat([torch.stack([total, norm.to(total.dtype)]), more])
+        # whether a signal came, or a file is written, travels along: all processes heed it after the same step
+        more = torch.tensor([_peak_memory(device), self.told.is_set(), self.saver.done], dtype=total.dtype)
+        mine = torch.cat([torch.stack([total, norm.to(total.dtype)]), more.to(device)])
         # the step's only wait for the device
         everyones = self.comm.all_gather(mine[None], "metrics").cpu()
-        self.stop = bool(everyones[:, 3].any())
+        self.stop, self.saved = bool(everyones[:, 3].any()), bool(everyones[:, 4].all())
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
         return {
@@ -306,7 +329,7 @@ def mean_loss(
     """
     with together(runtime.comm):
         rows = _encode(recipe, tokenizer, path, key, runtime)
-    return evaluate(_Job(recipe, runtime, weights, tokenizer, [], rows, layers))
+    return evaluate(_Job(recipe, runtime, weights, layers, tokenizer, [], rows))
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -341,10 +364,13 @@ def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint 
                 f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
             )
             raise UserError("train.resume", recipe.train.resume, right)
-    earlier = run_dir if opened is None else opened.folder.parent.parent
-    if (opened is None and not restarted) or not (earlier / "config.yaml").exists():
+    if opened is not None:
+        tree = opened.facts["recipe"]
+    elif restarted and (run_dir / "config.yaml").exists():
+        tree = config.read_yaml(run_dir / "config.yaml", "train.resume")
+    else:
         return
-    old = config.to_dict(config.from_dict(config.read_yaml(earlier / "config.yaml", "train.resume")))
+    old = config.to_dict(config.from_dict(tree))
     for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
             if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):

@@ -29,18 +29,18 @@ LAYOUT = [
     ["forecast"],
     ["communicate"],
     ["weights"],
-    ["zero3", "fingerprint"],
+    ["zero3", "fingerprint", "tensor_files"],
     ["calibrate", "update", "refresh"],
     ["full_rank"],
     ["score"],
     ["metrics", "plot"],
     ["optimizer", "adamw"],
-    ["checkpoint", "data", "log", "samples", "tensor_files"],
+    ["checkpoint", "data", "log", "samples"],
     ["load"],
     ["runtime", "loss"],
     [f"methods.{name}" for name in ("badam", "full", "galore", "hift", "lisa", "lora", "mezo", "ows")],
     ["methods.__init__"],
-    ["scoring"],
+    ["scoring", "resume"],
     ["export"],
     ["trainer"],
     ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
@@ -74,6 +74,7 @@ ALLOWED = {
     "accelerate": {"runtime", "log", "load"},
     "os.environ": {"runtime", "log"},
     "ds_ attributes": {"zero3"},
+    "data that is code": set(),
 }
 EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "hypothesis", "pytest"]
 
@@ -114,6 +115,8 @@ def uses(tree: ast.Module) -> set[str]:
             found.add(what)
     if any(name.startswith(("os.environ", "os.getenv", "os.putenv")) for name in names):
         found.add("os.environ")
+    if imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle"} or names & {"torch.load", "torch.save"}:
+        found.add("data that is code")
     for node in ast.walk(tree):
         # DeepSpeed's attributes of parameters, also through getattr and hasattr; ds_config is the recipe's
         if isinstance(node, ast.Attribute):
@@ -136,6 +139,8 @@ def uses(tree: ast.Module) -> set[str]:
         ("from deepspeed.runtime.zero import x", {"deepspeed"}),
         ("from accelerate.utils import x", {"accelerate"}),
         ("import os\nx = os.environ.get('RANK')", {"os.environ"}),
+        ("def f():\n    import pickle", {"data that is code"}),
+        ("import torch\nx = torch.load(y, weights_only=True)", {"data that is code"}),
         ("from os import environ", {"os.environ"}),
         ("import os\nx = os.getenv('RANK')", {"os.environ"}),
         ("def f(p):\n    return p.ds_tensor", {"ds_ attributes"}),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ows_ds.communicate import Communicator
 from ows_ds.config import Recipe
+from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import ModelLayers
 from ows_ds.methods import badam, full, galore, hift, lisa, lora, mezo, ows
 from ows_ds.optimizer import check_fits
@@ -82,6 +83,11 @@ def importance_of(recipe: Recipe) -> str:
 def adapt(recipe: Recipe, model: Any) -> Any:
     """The model that is trained: ``model`` itself, or with adapters."""
     return lora.adapt(recipe, model) if recipe.method.name in ADAPTERS else model
+
+
+def base_model(recipe: Recipe, weights: Weights) -> str:
+    """Fingerprint of the model as it was before `adapt`. Before anything has trained. Collective."""
+    return fingerprint(weights, lora.base(weights) if recipe.method.name in ADAPTERS else None)
 
 
 def deepspeed_trains(recipe: Recipe) -> bool:

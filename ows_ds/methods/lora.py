@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ows_ds.adamw import AdamW, Group
 from ows_ds.config import Recipe
@@ -43,6 +44,15 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -
     """AdamW on the adapters."""
     names = tuple(name for name, _ in weights.module.named_parameters() if "lora_" in name)
     return AdamW(weights, [Group(names, tuple(range(len(layers.layers))))], close=merge, **adamw)
+
+
+def base(weights: Weights) -> dict[str, nn.Parameter]:
+    """The parameters that the model had before `adapt`, by their names there."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+        for name, parameter in weights.module.named_parameters()
+        if "lora_" not in name
+    }
 
 
 def merge(weights: Weights) -> None:

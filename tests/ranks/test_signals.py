@@ -8,32 +8,45 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from ows_ds import config, log, signals
-from ows_ds.trainer import train
+from ows_ds import config, log, signals, trainer
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
 
 
-def signalled(rank: int, world: int, recipe: config.Recipe, at: int, order: Sequence[int]) -> bool:
-    """Train; process r gets ``order[r]`` (0: nothing) once step ``at`` is logged. Whether it stopped."""
-    step = log.RunLog.step
+def signalled(
+    rank: int, world: int, recipe: config.Recipe, at: int, order: Sequence[int], within: bool = False
+) -> bool:
+    """Train; process r gets ``order[r]`` (0: nothing) once step ``at`` is logged. Whether it stopped.
+
+    within: in the middle of the step after it, between two micro-batches.
+    """
+    step, losses, passes = log.RunLog.step, trainer.token_losses, -1
 
     def signalling(self: log.RunLog, record: dict[str, Any]) -> None:
+        nonlocal passes
         step(self, record)
         if record["step"] == at and order[rank]:
-            os.kill(os.getpid(), order[rank])
+            passes = 0
+            if not within:
+                os.kill(os.getpid(), order[rank])
 
-    log.RunLog.step = signalling  # type: ignore[method-assign,assignment]
-    try:
-        train(recipe)
-    except signals.Stopped:
-        return True
-    finally:
-        log.RunLog.step = step  # type: ignore[method-assign]
+    def computing(*args: Any) -> Any:
+        nonlocal passes
+        passes += passes >= 0
+        if within and passes == 2:
+            os.kill(os.getpid(), order[rank])
+        return losses(*args)
+
+    with patch.object(log.RunLog, "step", signalling), patch.object(trainer, "token_losses", computing):
+        try:
+            trainer.train(recipe)
+        except signals.Stopped:
+            return True
     return False
 
 
@@ -45,13 +58,16 @@ def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) 
     return contents(folder)
 
 
-@pytest.mark.parametrize("order", [(0, signal.SIGUSR1), (signal.SIGTERM, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("order", "within"),
+    [((0, signal.SIGUSR1), False), ((signal.SIGTERM, signal.SIGUSR1), False), ((0, signal.SIGTERM), True)],
+)
 def test_all_stop_after_the_same_step_and_go_on(
-    pools: Pools, inputs: Path, tmp_path: Path, whole: Any, order: Sequence[int]
+    pools: Pools, inputs: Path, tmp_path: Path, whole: Any, order: Sequence[int], within: bool
 ) -> None:
-    """The signals come when step 4 is logged, the last of a period: step 5 is still taken, and an evaluation due."""
+    """The signals come when step 4 is logged, the last of a period, or within step 5, after which one is due."""
     settings: dict[str, Any] = {"sharding": "zero3", "eval_every": 5, "keep_last": 1}
-    assert pools(2).run(signalled, recipe(inputs, tmp_path / "run", **settings), 4, order) == [True, True]
+    assert pools(2).run(signalled, recipe(inputs, tmp_path / "run", **settings), 4, order, within) == [True, True]
     [newest] = (tmp_path / "run" / "checkpoints").iterdir()
     assert newest.name in ("step-5", "step-6")  # the second where the signal reached the thread late
     assert not (tmp_path / "run" / "model").exists()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ows_ds import config, log
+from ows_ds import checkpoint, config, log
 from ows_ds.errors import UserError
 from ows_ds.export import export
 from ows_ds.trainer import train
@@ -21,22 +23,36 @@ from tests.tiny_run import recipe
 TIMINGS = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-def run(rank: int, world: int, recipe: config.Recipe, stop_after: int | None) -> None:
-    """Train; die after step ``stop_after``, as a machine would: before the next checkpoint, nothing closed."""
-    step = log.RunLog.step
+def run(rank: int, world: int, recipe: config.Recipe, stop_after: int | None) -> list[str]:
+    """Train; die after step ``stop_after``, as a machine would: before the next checkpoint, nothing closed.
+
+    The disk is faster than a step: what is saved after one is complete after the next. Returns the lines told.
+    """
+    step, event, start = log.RunLog.step, log.RunLog.event, checkpoint.Saver.start
+    told: list[str] = []
 
     def stopping(self: log.RunLog, record: dict[str, Any]) -> None:
         step(self, record)
         if record["step"] == stop_after:
             raise KeyboardInterrupt
 
-    log.RunLog.step = stopping  # type: ignore[method-assign,assignment]
-    try:
+    def noting(self: log.RunLog, text: str) -> None:
+        told.append(text)
+        event(self, text)
+
+    def quickly(self: checkpoint.Saver, *args: Any) -> None:
+        start(self, *args)
+        if self._writing is not None and self._writing._thread is not None:
+            self._writing._thread.join()
+
+    with (
+        patch.object(log.RunLog, "step", stopping),
+        patch.object(log.RunLog, "event", noting),
+        patch.object(checkpoint.Saver, "start", quickly),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         train(recipe)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        log.RunLog.step = step  # type: ignore[method-assign]
+    return told
 
 
 def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -60,7 +76,8 @@ def test_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path
     pools(world).run(run, recipe(inputs, whole, sharding=sharding), None)
     pools(world).run(run, recipe(inputs, parts, sharding=sharding), 5)
     assert not (parts / "model").exists()
-    pools(world).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)
+    told = pools(world).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)[0]
+    assert f"going on after step 3 from {parts / 'checkpoints' / 'step-3'}" in told
 
     records, files = contents(whole)
     assert [record["step"] for record in records] == list(range(10))
@@ -165,10 +182,16 @@ def test_a_run_is_never_written_over(pools: Pools, inputs: Path, tmp_path: Path)
 
 def test_a_damaged_checkpoint_is_passed_over(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3"), 7)
-    file = tmp_path / "run" / "checkpoints" / "step-6" / "state-00001-of-00002.safetensors"
+    damaged = tmp_path / "run" / "checkpoints" / "step-6"
+    file = damaged / "state-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", resume="auto"), None)
+    told = pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", resume="auto"), None)[0]
+    problem = f"give a complete checkpoint: {file.name} is damaged"
+    assert told[:2] == [
+        f"passed over a checkpoint: {UserError('train.resume', str(damaged), problem)}",
+        f"going on after step 3 from {damaged.with_name('step-3')}",
+    ]
     pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")

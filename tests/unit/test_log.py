@@ -47,6 +47,53 @@ def test_one_json_object_a_step(tmp_path: Path) -> None:
     assert len(lines) == 3
 
 
+def test_a_full_disk_loses_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, 4, 4, True, Log(trackers=[], progress="plain")) as log:
+        file, room = log._file, [10_000]
+
+        class Full:
+            """Takes ``room`` bytes more."""
+
+            def write(self, content: bytes) -> int:
+                if not room[0]:
+                    raise OSError(28, "No space left on device")
+                taken = file.write(content[: room[0]])
+                room[0] -= taken
+                return taken
+
+            def close(self) -> None:
+                file.close()
+
+        log._file = Full()  # type: ignore[assignment]
+        log.step(record(1))
+        room[0] = 20  # a part of a line
+        log.step(record(2))
+        log.step(record(3))
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == 20
+        room[0] = 10_000
+        log.step(record(4))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record(step) for step in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.count("metrics.jsonl is behind until it can be written again") == 1
+
+
+def test_a_tracker_that_cannot_write_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(tmp_path, 3, 4, True, Log(progress="plain"), Accelerator(cpu=True)) as log:
+        [tracker] = log._trackers
+
+        def broken(*args: Any, **more: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        log.step(record(1))
+        monkeypatch.setattr(tracker, "log", broken)
+        log.step(record(2))
+        log.step(record(3))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capsys.readouterr().out.count("tensorboard gets no more records (") == 1
+
+
 def test_numbers_that_json_cannot_write() -> None:
     assert as_json({"loss": float("nan"), "grad_norm": float("-inf"), "lr": 1.0}) == (
         '{"loss": null, "grad_norm": null, "lr": 1.0, "nonfinite": {"loss": "nan", "grad_norm": "-inf"}}'
