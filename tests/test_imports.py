@@ -19,7 +19,8 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # Bottom first. A module imports, also inside its functions, only from rows above its own in this list.
 LAYOUT = [
-    ["errors", "signals"],
+    ["errors"],
+    ["signals"],
     ["config", "rendezvous", "gathering"],
     ["slurm"],
     ["layers", "sample", "project", "rows", "cluster"],
@@ -28,7 +29,7 @@ LAYOUT = [
     ["roofline"],
     ["forecast"],
     ["communicate"],
-    ["weights"],
+    ["weights", "watch"],
     ["zero3", "fingerprint"],
     ["calibrate", "update", "refresh"],
     ["full_rank"],
