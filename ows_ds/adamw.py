@@ -5,6 +5,7 @@ The gradients' way is that of `ows_ds.update.FullRank`, or DeepSpeed's own where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from ows_ds.errors import UserError
 from ows_ds.full_rank import FullRank, pieces_of_states, read_states, steps_of
 from ows_ds.sample import LayerSet
-from ows_ds.update import Hyper
+from ows_ds.update import Accept, Hyper, always
 from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
 from ows_ds.zero3 import Zero3AdamW
 
@@ -35,7 +36,6 @@ class AdamW(torch.optim.Optimizer):
     Interface: `ows_ds.methods.Method`.
     """
 
-    skipped = 0
     idle = False
 
     def __init__(
@@ -61,9 +61,10 @@ class AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([{"params": [self._parameters[name] for g in groups for name in g.names]}], defaults)
         self.max_grad_norm = max_grad_norm
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.grad_norm: Tensor | None = None
         self._round_lr = lr
+        self._accept: Callable[[Tensor], bool] = lambda norm: True
         self._close = close
         self._full: FullRank | None = None
         if not isinstance(weights, Zero3AdamW):
@@ -87,13 +88,17 @@ class AdamW(torch.optim.Optimizer):
         """The learning rate of the coming step: the schedule's at the beginning of the round."""
         return float(self.param_groups[0]["lr"]) if self.steps % len(self.groups) == 0 else self._round_lr
 
-    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
-        """A whole optimizer step, as `ows_ds.optimizer.OWS.train_step`. Collective."""
+    def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
+        """A whole optimizer step, as `ows_ds.optimizer.OWS.train_step`. Collective.
+
+        DeepSpeed's own optimizer skips what is not finite by itself, and is not asked: ``accept`` must say the same.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for compute in losses:
             loss = compute()
             self.weights.backward(loss)
             total += loss.detach()
+        self._accept = functools.partial(accept, total)
         self.step()
         return total
 
@@ -105,21 +110,30 @@ class AdamW(torch.optim.Optimizer):
         hyper = Hyper(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
         if isinstance(self.weights, Zero3AdamW):
             self.grad_norm = self.weights.step(hyper.full(), hyper.vectors())
+            taken = self._accept(self.grad_norm)
             self.weights.after_step()
-            self.steps += 1
-            return
-        assert self._full is not None
-        self.weights.after_step()
-        norm = self.comm.all_reduce(torch.stack(self._full.squares()).sum(), "grad_norm").sqrt()
-        clip = torch.ones_like(norm)
-        if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.grad_norm = norm
-        self._full.update(hyper, clip)
+        else:
+            taken = self._step_on_shards(hyper)
+        self.skipped += not taken
         self.steps += 1
-        if len(self.groups) > 1:
+        if self._full is not None and len(self.groups) > 1:
             self._full.leave(list(self._full.parameters), keep=True)
             self._enter()
+
+    def _step_on_shards(self, hyper: Hyper) -> bool:
+        """Whether the step was taken."""
+        assert self._full is not None
+        self.weights.after_step()
+        self.grad_norm = norm = self.comm.all_reduce(torch.stack(self._full.squares()).sum(), "grad_norm").sqrt()
+        taken = self._accept(norm)
+        if taken:
+            clip = torch.ones_like(norm)
+            if self.max_grad_norm is not None:
+                clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._full.update(hyper, clip)
+        else:
+            self._full.zero_grad()
+        return taken
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: `step` spends the gradients."""
@@ -156,6 +170,7 @@ class AdamW(torch.optim.Optimizer):
         """The rest of the state, JSON-able."""
         return {
             "steps": self.steps,
+            "skipped": self.skipped,
             "lr": self.param_groups[0]["lr"],
             "round_lr": self._round_lr,
             "groups": [list(group.names) for group in self.groups],
@@ -174,7 +189,8 @@ class AdamW(torch.optim.Optimizer):
             self._full.leave(list(self._full.parameters))
             self._full.enter({name: self._parameters[name] for name in names})
         read_states(self.weights, self._parameters, self._states, numbers["full_steps"], read)
-        self.steps, self.param_groups[0]["lr"], self._round_lr = numbers["steps"], numbers["lr"], numbers["round_lr"]
+        self.steps, self.skipped = numbers["steps"], numbers["skipped"]
+        self.param_groups[0]["lr"], self._round_lr = numbers["lr"], numbers["round_lr"]
         if self._full is not None:
             self._full.leave([name for name in names if name not in self.group.names], keep=True)
             self._full.enter({n: self._parameters[n] for n in self.group.names if n not in self._full.parameters})

@@ -1,11 +1,13 @@
 """The command line: verbs, help, and exit codes.
 
 0: done. 2: a mistake of the user, told in one line on standard error. 75: stopped by a signal, with all that was done
-saved: the same command goes on. 1: anything else, with its traceback.
+saved: the same command goes on. 1: anything else, with its traceback, or with the first cause on the last line where
+several processes end together.
 A verb's implementation is imported when it runs, so that `--help` and mistakes answer at once.
 """
 
 import dataclasses
+import os
 import re
 import shlex
 import sys
@@ -21,7 +23,7 @@ from ows_ds.bench.setting import How, Setting, option
 from ows_ds.bench.setting import check as check_how
 from ows_ds.cluster import GPUS, Cluster, read_cluster
 from ows_ds.config import Recipe
-from ows_ds.errors import UserError
+from ows_ds.errors import Failed, UserError
 from ows_ds.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -57,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except signals.Stopped:
         signals.ignore()
         return signals.EXIT_CODE
+    except Failed as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"ows-ds: failed: {error}", file=sys.stderr, flush=True)
+        if argv is None:
+            sys.stdout.flush()
+            # not the interpreter's end: process groups would wait for processes that are no more, and talk of it
+            os._exit(1)
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

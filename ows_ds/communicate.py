@@ -107,6 +107,10 @@ class Communicator:
     def barrier(self) -> None:
         """Returns when all have come."""
 
+    def store(self) -> Any:
+        """torch's store in which the processes met, by a connection of its own; None alone."""
+        return None
+
     def agree(self, what: str, value: Any) -> None:
         """Compare a digest of the JSON-able ``value`` over all processes.
 
@@ -206,6 +210,10 @@ class Distributed(Communicator):
 
     def barrier(self) -> None:
         dist.barrier(group=self.group)
+
+    def store(self) -> Any:
+        met: Any = dist.distributed_c10d._get_default_store()
+        return met.clone()
 
 
 def join(device: torch.device | str) -> Communicator:

@@ -198,7 +198,10 @@ class Train:
         sharding: Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the
             launcher set it up, otherwise replicated.
         ds_config: DeepSpeed file (JSON); null: the launcher's, or ours.
-        timeout_seconds: Seconds after which a collective that does not complete stops all ranks.
+        max_nonfinite_steps: So many steps in a row whose loss or gradient is NaN or infinite stop the run; each of them
+            is skipped. null: no number of them does.
+        timeout_seconds: Seconds after which a rank that is not heard of, or a collective that does not complete, stops
+            all ranks.
     """
 
     output_dir: str
@@ -217,6 +220,7 @@ class Train:
     resume: str = "never"
     sharding: Literal["auto", "replicated", "zero3"] = "auto"
     ds_config: str | None = None
+    max_nonfinite_steps: int | None = 10
     timeout_seconds: int = 600
 
 
@@ -459,6 +463,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "train.eval_batch_size": (train.eval_batch_size, 1),
         "train.save_every": (train.save_every, 1),
         "train.keep_last": (train.keep_last, 1),
+        "train.max_nonfinite_steps": (train.max_nonfinite_steps, 1),
         "train.timeout_seconds": (train.timeout_seconds, 1),
     }
     for key, (integer, least) in at_least.items():

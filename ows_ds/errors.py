@@ -12,6 +12,13 @@ def shorten(value: object) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
+class Failed(Exception):
+    """The end of a run, on all processes, that no setting is to blame for: told in one line, exit code 1.
+
+    Its ``__cause__``, where it has one, is this process's own error.
+    """
+
+
 class UserError(Exception):
     """Something that the user can put right: the command line prints it as one line and exits with status 2.
 

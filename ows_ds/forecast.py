@@ -331,16 +331,24 @@ def planned(recipe: Recipe, model: Model, choice: Choice, ratios: Sequence[float
 
 
 def check_memory(
-    recipe: Recipe, model: Model, world: int, sharded: bool, free: int, ratios: Sequence[float] | None = None
+    recipe: Recipe,
+    model: Model,
+    world: int,
+    sharded: bool,
+    free: int,
+    ratios: Sequence[float] | None = None,
+    margin: float = 1.0,
+    place: tuple[str, str] = ("GPU", "GPUs"),
 ) -> None:
     """Refuse (UserError) a recipe whose step cannot fit into ``free`` bytes of a GPU, before weights are loaded.
 
-    The set that is expected must fit, not the largest that may be drawn. The message says which of the settings that do
-    not change what is trained would fit.
+    The set that is expected must fit, not the largest that may be drawn. margin: so many times ``free`` may be planned.
+    place: what has ``free`` bytes, one and several, for the message, which says what would fit of the settings that do
+    not change what is trained.
     """
     asked = choice_of(recipe, world, "zero3" if sharded else "replicated")
     needed = planned(recipe, model, asked, ratios)
-    if needed <= free:
+    if needed <= free * margin:
         return
     homes = HOMES[:2] if world > 1 else HOMES[:1]
     others = [
@@ -350,8 +358,9 @@ def check_memory(
         for checkpointing in (False, True)
     ]
     fitting = [choice for choice in others if planned(recipe, model, choice, ratios) <= free]
-    right = f"a step needs {needed / 1e9:.1f} GB of a GPU that has {free / 1e9:.1f} GB; give "
-    right += ", ".join(_settings(fitting[0], asked)) if fitting else "more GPUs under zero3, or a smaller optim.rank"
+    right = f"a step needs {needed / 1e9:.1f} GB of a {place[0]} that has {free / 1e9:.1f} GB; give "
+    more = f"more {place[1]} under zero3, or a smaller optim.rank"
+    right += ", ".join(_settings(fitting[0], asked)) if fitting else more
     raise UserError("train.sharding", "zero3" if sharded else "replicated", right)
 
 

@@ -33,7 +33,7 @@ from ows_ds.project import find_projector, rotation, sketch_width, start_basis
 from ows_ds.refresh import Refresh, Sketch
 from ows_ds.sample import Cycle, LayerSet, Sampler, importance, probabilities
 from ows_ds.score import Scores
-from ows_ds.update import CoordinateBuffer, Hyper
+from ows_ds.update import Accept, CoordinateBuffer, Hyper, always
 from ows_ds.weights import Piece, ReadPiece, Replicated, Weights, interval, pieces_of, read_weights
 
 CHOICES = {
@@ -159,7 +159,9 @@ class OWS(torch.optim.Optimizer):
         self._bases: dict[str, Tensor] = {}  # (long, w): what a first pass of sketches found, for the second
         self._vector_hooks: dict[str, RemovableHandle] = {}
         self._refresh: Refresh | None = None
+        self._found: dict[str, Tensor] = {}  # projectors that the step's refresh has found, until the step is taken
         self._sketches: list[Sketch] = []
+        self._reduced: list[Tensor] | None = None
         nothing = make_plan((), self.rank, self.comm.world)
         self._buffer = CoordinateBuffer(nothing, self.comm, self.dtype, self._weight_dtype, self.device)
         self._full = FullRank(self.weights, self.dtype)
@@ -202,6 +204,31 @@ class OWS(torch.optim.Optimizer):
         self._micro += 1
         if self._refresh is not None and self.refresh_batch == "first":
             self._finish_refresh()
+            for name, projector in self._found.items():
+                self._attach(self.plan.matrices[name], projector)
+
+    @torch.no_grad()
+    def reduce(self) -> Tensor:
+        """Average the gradients over processes, after the step's last `backward`. Collective.
+
+        Returns their global norm, () on the device; 0 where nothing trains. `step` and `skip` do it if need be: it is
+        for those who want to look at the norm first.
+        """
+        self.weights.after_step()
+        if self.idle:
+            self._reduced = []
+            return torch.zeros((), dtype=self.dtype, device=self.device)
+        if self._micro != self.accumulation:
+            raise RuntimeError(f"step after {self._micro} of accumulation = {self.accumulation} backward passes")
+        if self._refresh is not None:
+            self._finish_refresh()
+        self._reduced = grads = self._buffer.reduce()
+        squares = [norm.square() for norm in torch._foreach_norm(grads)] if grads else []
+        # nothing is added but what is not finite, of which no basis must be made
+        squares += [torch.linalg.vector_norm(sketch.grads) * 0 for sketch in self._sketches]
+        squares += self._full.squares()
+        self.grad_norm = norm = self.comm.all_reduce(torch.stack(squares).sum(), "grad_norm").sqrt()
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -211,17 +238,39 @@ class OWS(torch.optim.Optimizer):
         """
         if closure is not None:
             raise RuntimeError("OWS takes no closure: it evaluates the loss once a step")
-        self.weights.after_step()
+        if self._reduced is None:
+            self.reduce()
         if self.idle:
             self.skipped += 1
-        elif self._micro != self.accumulation:
-            raise RuntimeError(f"step after {self._micro} of accumulation = {self.accumulation} backward passes")
         else:
             self._update()
-        self.steps += 1
-        self._micro = 0
         for name in self._clocks:
             self._clocks[name] += 1
+        self._advance()
+
+    @torch.no_grad()
+    def skip(self) -> None:
+        """In place of `step`, where gradients are not finite: what trains and its moments stay as they are. Collective.
+
+        The step is counted, also in `skipped`; projectors that were due in it are taken in the next one.
+        """
+        if self._reduced is None:
+            self.reduce()
+        self._opt_called = True  # else torch's schedulers would miss a call of `step`
+        for name in self._found:
+            self._detach(self.plan.matrices[name])
+        self._found = {}
+        self._bases.update(self._sketch_bases())
+        for name in (name for sketch in self._sketches for name in sketch.coordinates):
+            for attachment in self._attachments[name]:
+                attachment.sketch = None
+        self._sketches = []
+        self.skipped += 1
+        self._advance()
+
+    def _advance(self) -> None:
+        self.steps += 1
+        self._micro, self._reduced = 0, None
         self._prepare()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -250,35 +299,38 @@ class OWS(torch.optim.Optimizer):
             for attachment in attachments:
                 attachment.remove()
 
-    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
-        """A whole optimizer step: `backward` on each micro-batch's loss, `step`, `zero_grad`.
+    def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
+        """A whole optimizer step: `backward` on each micro-batch's loss, `step` (or `skip`), `zero_grad`.
 
         losses: computes this process's losses, one a micro-batch; their sum is its mean. Not called in a step in which
-        nothing trains. Returns the sum: float64, (). Collective.
+        nothing trains. accept: of the sum and the gradients' norm (see `reduce`): whether the step is taken, the same
+        on all processes. Returns the sum: float64, (). Collective.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for compute in () if self.idle else losses:
             loss = compute()
             self.backward(loss)
             total += loss.detach()
-        self.step()
+        if accept(total, self.reduce()):
+            self.step()
+        else:
+            self.skip()
         self.zero_grad()
         return total
 
     # ------------------------------------------------------------------ update
 
     def _update(self) -> None:
-        if self._refresh is not None:
-            self._finish_refresh()
+        found, self._found = self._found, {}
+        self._take(found)
+        grads, norm = self._reduced, self.grad_norm
+        assert grads is not None
+        assert norm is not None
         group = self.param_groups[0]
         hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
-        grads = self._buffer.reduce()
-        squares = [norm.square() for norm in torch._foreach_norm(grads)] if grads else []
-        norm = self.comm.all_reduce(torch.stack([*squares, *self._full.squares()]).sum(), "grad_norm").sqrt()
         clip = torch.ones_like(norm)
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.grad_norm = norm
         if grads:
             torch._foreach_mul_(grads, clip)
         self._buffer.update(hyper)
@@ -407,10 +459,10 @@ class OWS(torch.optim.Optimizer):
             self._detach(matrix)
         del self._clocks[unit.name]
 
-    def _attach(self, matrix: Matrix, decay: float = 1.0) -> None:
+    def _attach(self, matrix: Matrix, projector: Tensor, decay: float = 1.0) -> None:
         name, buffer = matrix.name, self._buffer
         direct = name not in self._lookups
-        projector, values, grad = self._projectors[name], buffer.value(name), buffer.grad(name)
+        values, grad = buffer.value(name), buffer.grad(name)
         coordinates = collect(matrix.shape, values, projector, grad, direct, matrix.across)
         coordinates.decay = decay
         # called when all the leaf's uses have had their turn, though they bring autograd nothing
@@ -509,8 +561,7 @@ class OWS(torch.optim.Optimizer):
     def _finish_refresh(self) -> None:
         refresh, self._refresh = self._refresh, None
         assert refresh is not None
-        projectors = refresh.finish(self.rank)
-        self._take(projectors)
+        self._found = refresh.finish(self.rank)
 
     @torch.no_grad()
     def _finish_sketches(self) -> None:
@@ -542,7 +593,7 @@ class OWS(torch.optim.Optimizer):
             if old is not None:
                 self._carry_moments(name, old, projector)
             self._projectors[name] = projector
-            self._attach(self.plan.matrices[name])
+            self._attach(self.plan.matrices[name], projector)
         self._buffer.set_steps({(unit, "matrices"): 0.0 for unit in anew})
 
     def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
@@ -571,7 +622,7 @@ class OWS(torch.optim.Optimizer):
         if self._refresh is not None:
             self._refresh.cancel()
             self._refresh = None
-        self._sketches = []
+        self._sketches, self._found, self._reduced = [], {}, None
         for unit in self.plan.units:
             self._release(unit)
             self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
@@ -651,7 +702,7 @@ class OWS(torch.optim.Optimizer):
                 if matrix.name in numbers["projectors"]:
                     flat = read(f"projector/{matrix.name}", 0, matrix.short * self.rank)
                     self._projectors[matrix.name] = flat.view(matrix.short, self.rank).to(self.device, dtype)
-                    self._attach(matrix, numbers["decays"][matrix.name])
+                    self._attach(matrix, self._projectors[matrix.name], numbers["decays"][matrix.name])
                 if matrix.name in numbers["sketch_bases"]:
                     width = sketch_width(self.rank, min(matrix.shape))
                     flat = read(f"sketch_basis/{matrix.name}", 0, matrix.long * width)

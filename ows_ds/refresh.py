@@ -17,6 +17,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -91,6 +92,10 @@ class Refresh:
         return stream
 
     def _project(self, name: str, gradient: Tensor) -> None:
+        if not bool(torch.linalg.vector_norm(gradient, dtype=self._dtype).isfinite()):
+            # no projector is made of it; the norm of all gradients tells every process to skip the step
+            self._take(name, gradient.new_full((), math.nan))
+            return
         # rounded as it will be stored, so that R and later coordinates share one subspace
         projector = self._find(name, gradient).to(self.parameters[name].dtype)
         self.projectors[name] = projector

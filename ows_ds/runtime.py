@@ -9,26 +9,29 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from ows_ds import rendezvous
+from ows_ds import forecast, rendezvous
 from ows_ds.communicate import Communicator, join, together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.load import Source, whole
+from ows_ds.shapes import read_model
 from ows_ds.weights import Replicated, Weights
 from ows_ds.zero3 import (
     DEFAULT_CONFIG,
     Zero3,
     Zero3AdamW,
+    free_operator,
     in_shards,
     join_deepspeed,
     read_config,
@@ -80,6 +83,7 @@ def start(recipe: Recipe) -> Runtime:
         # two versions of ninja, the activated environment's and the system's, would take turns at compiling DeepSpeed's
         # CPU operator anew
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        free_operator()
     quieten()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
         accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
@@ -143,6 +147,42 @@ def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     if plugin is None:
         return DEFAULT_CONFIG
     return {key: value for key, value in plugin.deepspeed_config.items() if key not in ("bf16", "fp16")}
+
+
+def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
+    """Refuse (UserError) a recipe whose step needs clearly more memory than is free, before weights load. Collective.
+
+    longest: tokens of the longest row. What cannot be planned is not refused.
+    """
+    config, comm, device = runtime.ds_config, runtime.comm, runtime.device
+    hosts = comm.collect(socket.gethostname())
+    if config is not None and (config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu":
+        return
+    with together(comm):
+        try:
+            model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
+        except Exception:  # whatever code comes with a model; loading it says what is wrong
+            return
+        recipe = replace(recipe, data=replace(recipe.data, max_length=min(recipe.data.max_length, longest)))
+        if device.type == "cuda":
+            free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
+        else:  # where memory may be swapped, and kernels differ from those that are planned
+            free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
+        forecast.check_memory(recipe, model, comm.world, config is not None, free, margin=margin, place=place)
+
+
+def available() -> int:
+    """Bytes of main memory that this host, and the job's control groups, would still give."""
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, StopIteration):
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = Path(f"/sys/fs/cgroup{own}")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # the topmost has no limit; "max" is none
+                limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free = min(free, limit - used + int(stat["inactive_file"]))
+    return max(0, free)
 
 
 def load_model(

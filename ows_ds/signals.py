@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ows_ds.errors import Failed
+
 EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, a failure that another attempt mends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # SLURM signals a step's launcher and its processes; launchers pass on what they get: one order arrives several times
@@ -33,6 +35,8 @@ def heeded() -> Iterator[threading.Event]:
 
     Also while the main thread waits in a collective: a thread looks for signals, and Python's own handlers would wait
     until the collective returns. Outside of the main thread nothing is changed, and the event is never set.
+
+    After a `Failed` signals are ignored: it is still to be told why, and the launcher may end all at once.
     """
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -46,6 +50,9 @@ def heeded() -> Iterator[threading.Event]:
     threading.Thread(target=_watch, args=(reader, told), daemon=True).start()
     try:
         yield told
+    except Failed:
+        earlier = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import resource
 import threading
 import time
@@ -16,25 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config, methods, resume, scoring, signals
-from ows_ds.communicate import together
+from ows_ds import checkpoint, config, methods, resume, scoring, signals, watch
+from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches
-from ows_ds.errors import UserError
+from ows_ds.errors import Failed, UserError
 from ows_ds.export import save_model
 from ows_ds.layers import ModelLayers
 from ows_ds.log import RunLog
 from ows_ds.loss import token_losses
 from ows_ds.methods import Method
 from ows_ds.rows import fetch, load_rows
-from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
+from ows_ds.runtime import Runtime, check_memory, load_model, load_tokenizer, start
 from ows_ds.score import beside
 from ows_ds.weights import Weights
 
 # what may differ between a run and its continuation; everything else decides the weights
 MAY_CHANGE = {
     "train": {"resume", "save_every", "keep_last", "checkpoint", "on_save_error", "eval_every", "eval_batch_size",
-              "sharding", "ds_config", "timeout_seconds", "micro_batch_size", "gradient_checkpointing", "output_dir"},
+              "sharding", "ds_config", "timeout_seconds", "max_nonfinite_steps", "micro_batch_size",
+              "gradient_checkpointing", "output_dir"},
     "log": {"trackers", "progress"},
     "model": {"path", "attention"},
     "data": {"train", "eval", "eval_subset", "eval_split"},
@@ -46,10 +48,13 @@ def train(recipe: Recipe) -> None:
     """Fine-tune as ``recipe`` says, into ``train.output_dir``. Collective over the launcher's processes.
 
     Raises UserError for whatever the user can put right, before anything is written; signals.Stopped where a signal
-    came, after the step that was in hand (or the first one) and a checkpoint.
+    came, after the step that was in hand (or the first one) and a checkpoint; Failed where any process ends too early,
+    or step after step is not finite.
     """
     with signals.heeded() as told:
-        _train(recipe, start(recipe), told)
+        runtime = start(recipe)
+        with watch.armed(runtime.comm, recipe.train.timeout_seconds):
+            _train(recipe, runtime, told)
 
 
 def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
@@ -112,6 +117,11 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             if steps.saved:
                 saver.complete()
             log.step(record)
+            if steps.trouble is not None:
+                log.event(f"step {step + 1} is skipped: {steps.trouble}")
+                if steps.in_a_row == recipe.train.max_nonfinite_steps:
+                    saver.complete()  # it may be the last good one
+                    raise Failed(_given_up(run_dir, step + 1, steps, comm))
             if last or steps.stop or _due(step + 1, recipe.train.save_every):
                 save = saver.save if last or steps.stop else saver.start
                 pieces, numbers = resume.contents(method, everything)
@@ -134,9 +144,11 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
 
     output: file of the scores; None: scores.json in ``train.output_dir``. kinds: see `ows_ds.scoring.report`.
     """
-    job = _load(recipe, start(recipe), training=False)
-    path = output or Path(recipe.train.output_dir) / "scores.json"
-    scoring.report(recipe, job.weights, job.layers, functools.partial(_calibration, job), kinds, path)
+    runtime = start(recipe)
+    with watch.armed(runtime.comm, recipe.train.timeout_seconds):
+        job = _load(recipe, runtime, training=False)
+        path = output or Path(recipe.train.output_dir) / "scores.json"
+        scoring.report(recipe, job.weights, job.layers, functools.partial(_calibration, job), kinds, path)
 
 
 @dataclass
@@ -177,6 +189,8 @@ def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
             held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
     if not training:
         return _Job(recipe, runtime, *load_model(recipe, runtime), tokenizer, rows, held_out)
+    accumulation(recipe, runtime.comm.world)  # refuses what does not divide
+    check_memory(recipe, runtime, max((len(row["input_ids"]) for row in [*rows, *held_out]), default=1))
     adapt = functools.partial(methods.adapt, recipe)
     weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     return _Job(recipe, runtime, weights, layers, tokenizer, rows, held_out, methods.base_model(recipe, weights))
@@ -227,8 +241,10 @@ class _Steps:
         self, job: _Job, method: Method, batches: Batches, told: threading.Event, saver: checkpoint.Saver
     ) -> None:
         self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
-        self.told, self.stop = told, False  # a signal came here; to any process before the last step's end
+        self.told, self.stop = told, False  # a signal came here; to any process before the last step's update
         self.saver, self.saved = saver, False  # all processes' parts of a checkpoint are there, or have failed
+        self.trouble: str | None = None  # why the last step was skipped: what was not finite
+        self.in_a_row = 0  # such steps
         self.before: Counter[str] = Counter()
 
     def take(self, step: int) -> dict[str, Any]:
@@ -245,32 +261,41 @@ class _Steps:
         # processes are averaged: the sum over all of them, divided by all targets of the step
         share = self.comm.world / targets
         job.weights.module.train()
-        total = method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)])
-        norm = method.grad_norm if method.grad_norm is not None and not idle else total
-        # whether a signal came, or a file is written, travels along: all processes heed it after the same step
-        more = torch.tensor([_peak_memory(device), self.told.is_set(), self.saver.done], dtype=total.dtype)
-        mine = torch.cat([torch.stack([total, norm.to(total.dtype)]), more.to(device)])
-        # the step's only wait for the device
-        everyones = self.comm.all_gather(mine[None], "metrics").cpu()
-        self.stop, self.saved = bool(everyones[:, 3].any()), bool(everyones[:, 4].all())
+        everyones: list[list[float]] = []
+
+        def accept(loss: Tensor, norm: Tensor) -> bool:
+            # whether a signal came, or a file is written, travels along: all processes heed it after the same step
+            more = torch.tensor([_peak_memory(device), self.told.is_set(), self.saver.done], dtype=loss.dtype)
+            mine = torch.cat([torch.stack([loss, norm.to(loss)]), more.to(device)])
+            # the step's only wait for the device
+            everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
+            return math.isfinite(everyones[0][1])
+
+        method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)], accept)
+        losses, norms, peaks, signalled, saved = zip(*everyones, strict=True)
+        self.stop, self.saved = any(signalled), all(saved)
+        self.trouble = _trouble(losses, norms[0])
+        self.in_a_row = 0 if self.trouble is None else self.in_a_row + 1
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
         return {
             "step": step + 1,
-            "loss": None if idle else float(everyones[:, 0].mean()),
+            "loss": None if idle else sum(losses) / len(losses),
             "lr": lr,
-            "grad_norm": None if idle or method.grad_norm is None else float(everyones[0, 1]),
+            "grad_norm": None if idle else norms[0],
             "sampled_layers": sampled,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "peak_memory_bytes": int(everyones[:, 2].max()),
-            **({"skipped": True} if idle else {}),
+            "peak_memory_bytes": int(max(peaks)),
+            **({"skipped": True} if idle or self.trouble else {}),
         }
 
     def _loss(self, rows: list[int], share: float) -> Tensor:
         """The cross entropies of a micro-batch, summed, times ``share``."""
-        return token_losses(self.job.weights, self.job.batch([self.job.rows[i] for i in rows])) * share
+        loss = token_losses(self.job.weights, self.job.batch([self.job.rows[i] for i in rows])) * share
+        # one that is not finite has no finite gradient either: the gradients' norm tells all processes
+        return loss * (loss.detach() * 0 + 1)
 
     def before_the_first(self) -> dict[str, Any]:
         """The record of step 0: nothing trained, an evaluation."""
@@ -330,6 +355,23 @@ def mean_loss(
     with together(runtime.comm):
         rows = _encode(recipe, tokenizer, path, key, runtime)
     return evaluate(_Job(recipe, runtime, weights, layers, tokenizer, [], rows))
+
+
+def _trouble(losses: Sequence[float], norm: float) -> str | None:
+    """What is not finite, of the processes' losses and their gradients' norm, in words; None: nothing."""
+    if math.isfinite(norm):
+        return None
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            return f"the loss is {loss}" + (f" on process {index}" if len(losses) > 1 else "")
+    return f"the gradient's norm is {norm}"
+
+
+def _given_up(run_dir: Path, step: int, steps: _Steps, comm: Communicator) -> str:
+    """Why the run ends, and what is left of it. Collective."""
+    newest = comm.share([str(folder) for folder in checkpoint.checkpoints(run_dir)][:1])
+    last = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+    return f"step {step}: {steps.trouble}, for {steps.in_a_row} steps in a row (train.max_nonfinite_steps); {last}"
 
 
 def _due(step: int, every: int | None) -> bool:

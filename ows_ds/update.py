@@ -11,7 +11,7 @@ all units at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,6 +24,14 @@ from ows_ds.plan import Layout, Plan, together
 from ows_ds.weights import Piece, ReadPiece
 
 STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
+
+Accept = Callable[[Tensor, Tensor], bool]
+"""(this process's loss, the norm of all processes' gradients) -> whether the step is taken."""
+
+
+def always(loss: Tensor, norm: Tensor) -> bool:
+    """An `Accept` that does not look, and so does not wait for the device."""
+    return True
 
 
 @dataclass(frozen=True)

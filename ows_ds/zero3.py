@@ -10,9 +10,11 @@ import inspect
 import io
 import json
 import math
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 
 
+COMPILING = 300.0  # seconds; it takes about one minute
 _COORDINATOR = "_PartitionedParameterCoordinator"  # whose private names begin with this
 
 
@@ -69,6 +72,38 @@ def _count_collectives() -> None:
     counting_gather.counted = True  # type: ignore[attr-defined]
     partition_parameters._dist_allgather_fn = counting_gather
     coalesced_collectives._torch_reduce_scatter_fn = counting_reduce
+
+
+def free_operator() -> None:
+    """Remove the lock of a process that was killed while it compiled DeepSpeed's CPU operator; else all wait for it.
+
+    A lock that nobody on this host holds may be another host's, in a shared folder: it gets `COMPILING` seconds.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    lock = Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
+    told = False
+    with suppress(FileNotFoundError):
+        while not _held(lock):
+            age = time.time() - lock.stat().st_mtime
+            if age > COMPILING:
+                lock.unlink()
+                print(f"{lock} removed: nobody has been compiling DeepSpeed's operator for {age:.0f} s", flush=True)
+            elif not told:
+                told = True
+                wait = f"waiting up to {COMPILING - age:.0f} s"
+                print(f"{lock}: {wait} for another host to compile DeepSpeed's operator", flush=True)
+            time.sleep(0.2)
+
+
+def _held(path: Path) -> bool:
+    """Whether a process on this host has the file open, as far as we may know."""
+    where = str(path.resolve(strict=True))
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(descriptor) == where:
+                return True
+    return False
 
 
 def join_deepspeed() -> None:

@@ -19,7 +19,8 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in FILES.it
 
 # Bottom first. A module imports, also inside its functions, only from rows above its own in this list.
 LAYOUT = [
-    ["errors", "signals"],
+    ["errors"],
+    ["signals"],
     ["config", "rendezvous", "gathering"],
     ["slurm"],
     ["layers", "sample", "project", "rows", "cluster"],
@@ -28,7 +29,7 @@ LAYOUT = [
     ["roofline"],
     ["forecast"],
     ["communicate"],
-    ["weights"],
+    ["weights", "watch"],
     ["zero3", "fingerprint", "tensor_files"],
     ["calibrate", "update", "refresh"],
     ["full_rank"],
@@ -44,6 +45,9 @@ LAYOUT = [
     ["export"],
     ["trainer"],
     ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
+    ["report.__init__", "report.runs"],
+    ["report.charts"],
+    ["report.page"],
     ["bench.answers", "bench.report", "bench.trial", "bench.crew"],
     ["bench.quality", "bench.rivals", "bench.time", "bench.memory", "bench.traffic"],
     ["bench.worker", "bench.run", "planning"],

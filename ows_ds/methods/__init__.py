@@ -14,6 +14,7 @@ from ows_ds.layers import ModelLayers
 from ows_ds.methods import badam, full, galore, hift, lisa, lora, mezo, ows
 from ows_ds.optimizer import check_fits
 from ows_ds.sample import LayerSet
+from ows_ds.update import Accept, always
 from ows_ds.weights import Piece, ReadPiece, Weights
 
 
@@ -39,9 +40,10 @@ class Method(Protocol):
     def lr(self) -> float:
         """The learning rate of the coming step."""
 
-    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
+    def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
         """A whole optimizer step with this process's losses, one a micro-batch, the sum of which is its mean.
 
+        accept: is asked once, before anything changes, whether the step is taken: not where the norm is not finite.
         Returns the sum: float64, (). Collective.
         """
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ows_ds.config import Recipe
 from ows_ds.layers import ModelLayers
 from ows_ds.sample import LayerSet
+from ows_ds.update import Accept, always
 from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights, stream
 
 BLOCK = 1 << 16  # entries that are drawn at once
@@ -38,7 +39,6 @@ def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.
 class MeZO(torch.optim.Optimizer):
     """Two-point steps on all weights of a model. Interface: `ows_ds.methods.Method`."""
 
-    skipped = 0
     idle = False
 
     def __init__(
@@ -55,7 +55,7 @@ class MeZO(torch.optim.Optimizer):
         super().__init__([{"params": list(self._parameters.values())}], {"lr": lr, "weight_decay": weight_decay})
         self.epsilon, self.max_grad_norm, self.seed = epsilon, max_grad_norm, seed
         self.layer_set: LayerSet = tuple(range(n_layers))
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.grad_norm: Tensor | None = None
 
     @property
@@ -64,8 +64,11 @@ class MeZO(torch.optim.Optimizer):
         return float(self.param_groups[0]["lr"])
 
     @torch.no_grad()
-    def train_step(self, losses: Iterable[Callable[[], Tensor]]) -> Tensor:
-        """A whole step, as `ows_ds.optimizer.OWS.train_step`, without dropout. Returns the mean of the two points."""
+    def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
+        """A whole step, as `ows_ds.optimizer.OWS.train_step`, without dropout. Returns the mean of the two points.
+
+        A step that is not taken leaves the weights as they were but for two roundings: there is no copy of them.
+        """
         losses = list(losses)
         self.weights.module.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -80,9 +83,13 @@ class MeZO(torch.optim.Optimizer):
         self.grad_norm = torch.tensor(abs(slope), dtype=torch.float64)
         if self.max_grad_norm is not None:
             slope = max(-self.max_grad_norm, min(self.max_grad_norm, slope))
-        # from W - epsilon z to decay * W - lr * slope * z, at once
-        decay = 1 - self.lr * self.param_groups[0]["weight_decay"]
-        self._move(self.epsilon - self.lr * slope, self.epsilon * decay - self.lr * slope, decay)
+        if accept(mine, self.grad_norm):
+            # from W - epsilon z to decay * W - lr * slope * z, at once
+            decay = 1 - self.lr * self.param_groups[0]["weight_decay"]
+            self._move(self.epsilon - self.lr * slope, self.epsilon * decay - self.lr * slope, decay)
+        else:
+            self._move(self.epsilon, self.epsilon)
+            self.skipped += 1
         self.step()
         return mine
 
@@ -113,14 +120,14 @@ class MeZO(torch.optim.Optimizer):
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
-        return {"steps": self.steps, "lr": self.lr}
+        return {"steps": self.steps, "skipped": self.skipped, "lr": self.lr}
 
     @torch.no_grad()
     def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
         """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
         self.weights.after_step()
         read_weights(self.weights, self._parameters, self._parameters, read)
-        self.steps, self.param_groups[0]["lr"] = numbers["steps"], numbers["lr"]
+        self.steps, self.skipped, self.param_groups[0]["lr"] = numbers["steps"], numbers["skipped"], numbers["lr"]
 
 
 def build(recipe: Recipe, weights: Weights, layers: ModelLayers) -> MeZO:
