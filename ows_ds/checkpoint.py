@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from ows_ds.communicate import Communicator, together
-from ows_ds.errors import UserError
+from ows_ds.config import parse_json, read_text
+from ows_ds.errors import UserError, shorten
 from ows_ds.weights import Piece
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 30  # bytes: a line of about 100 for each piece of each process
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -165,20 +167,37 @@ def _read_manifest(folder: Path, key: str) -> dict[str, Any]:
         return UserError(key, str(folder), f"give a complete checkpoint: {problem}")
 
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parse_json(read_text(folder / MANIFEST, LARGEST_MANIFEST))
     except (OSError, ValueError) as error:
         raise refuse(f"{MANIFEST} cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise refuse(f"{MANIFEST} is not of format {FORMAT}")
-    for file in manifest["files"]:
-        if Path(file["name"]).name != file["name"]:
-            raise refuse(f"{MANIFEST} names the file {file['name']!r} outside of it")
+    files = manifest.get("files")
+    if not isinstance(manifest.get("numbers"), dict) or not isinstance(files, list) or not all(map(_is_entry, files)):
+        raise refuse(f"{MANIFEST} is damaged")
+    for file in files:
+        name = file["name"]
+        # neither by its name nor through a link: what is read is the checkpoint's own
+        if Path(name).name != name or os.path.islink(folder / name):
+            raise refuse(f"{MANIFEST} names the file {shorten(name)} outside of it")
     return manifest
+
+
+def _is_entry(file: Any) -> bool:
+    """Whether a value from JSON describes a file, as `_write_pieces` does."""
+    match file:
+        case {"name": str(), "bytes": int(), "sha256": str(), "pieces": dict() as pieces}:
+            return all(
+                isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], list)
+                and all(type(number) is int and number >= 0 for number in (*piece[0], *piece[1:]))
+                for piece in pieces.values()
+            )  # fmt: skip
+    return False
 
 
 def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
     path = folder / file["name"]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(key, str(folder), f"give a complete checkpoint: {file['name']} is missing")
     if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
         raise UserError(key, str(folder), f"give a complete checkpoint: {file['name']} is damaged")

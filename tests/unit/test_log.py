@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ows_ds.config import Log
 from ows_ds.errors import UserError
-from ows_ds.log import PICTURE, RunLog, as_json, keep_until, picture, strip
+from ows_ds.log import PICTURE, RunLog, as_json, check_trackers, keep_until, picture, strip
 
 QUIET = Log(trackers=[], progress="none")
 
@@ -155,6 +155,6 @@ def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
     assert [e.step for e in events.Images("sampled_layers")] == [1, 3, 4]
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(UserError, match=r"log\.trackers: 'swanlab' is not right: install swanlab"):
-        RunLog(tmp_path, 1, 1, True, Log(trackers=["swanlab"], progress="none"), Accelerator(cpu=True))
+        check_trackers(Log(trackers=["tensorboard", "swanlab"]))
