@@ -127,7 +127,7 @@ def _splits(source: str, key: str, subset: str | None) -> dict[str, Any]:
     try:
         return dict(datasets.load_dataset(source, subset))
     except Exception as error:  # a README.md and the files of a folder can be wrong in many ways
-        reason = f"({error.__cause__ or first_line(error)})"
+        reason = f"({error.__cause__ or error})"
         if isinstance(error, ValueError) and "config" in str(error).lower():  # the library's word for a subset
             raise UserError(f"{key}_subset", subset, f"give one that the data set has {reason}") from error
         right = "give a file that exists, or a data set on the hub that can be reached or is in the cache"

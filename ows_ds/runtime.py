@@ -199,7 +199,7 @@ def pretrained(
     Raises UserError (``model.path``) for what cannot be loaded.
     """
     source: Source
-    with together(comm), _refusing(recipe, Exception):
+    with together(comm), _refusing(recipe, Exception), _hushed():
         source = Source(recipe.model, DTYPES[recipe.model.dtype])
     comm.agree("how the model is loaded", source.why_not)
     if source.why_not is None:
@@ -213,9 +213,8 @@ def pretrained(
         model, lost = _by_transformers(recipe, device, ds_config)
         with together(comm):
             if lost:  # transformers would go on with random numbers
-                right = (
-                    f"give a checkpoint that fits its config.json ({len(lost)} of its weights are missing: {lost[0]})"
-                )
+                missing = f"{len(lost)} of its weights are missing: {lost[0]}"
+                right = f"give a checkpoint that fits its config.json ({missing})"
                 raise UserError("model.path", recipe.model.path, right)
     with together(comm), _refusing(recipe, ValueError, TypeError, KeyError, AttributeError):
         if comm.index == 0:  # what transformers would refuse to write after training, such as a generation_config.json
@@ -247,31 +246,48 @@ def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, 
     return model if ds_config is not None else model.to(device), lost
 
 
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
+    from transformers import AutoTokenizer
+
+    # tokenizers raises no kind but Exception
+    with _refusing(recipe, Exception, right="give a model with a tokenizer"), _hushed():
+        return AutoTokenizer.from_pretrained(
+            recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+
+
 @contextmanager
-def _refusing(recipe: Recipe, *kinds: type[Exception]) -> Iterator[None]:
+def _refusing(
+    recipe: Recipe, *kinds: type[Exception], right: str = "give a model that transformers can load"
+) -> Iterator[None]:
     """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but the want of memory."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except kinds as error:
-        raise _refuse(recipe, "give a model that transformers can load", error) from error
-
-
-def load_tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-        )
-    except Exception as error:  # tokenizers raises no other kind
-        raise _refuse(recipe, "give a model with a tokenizer", error) from error
+        raise _refuse(recipe, right, error) from error
 
 
 def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
     said, attention = first_line(error), recipe.model.attention
+    if "trust_remote_code" in str(error):
+        right = "give true to run the Python code that comes with this model, or a model without any"
+        return UserError("model.trust_remote_code", recipe.model.trust_remote_code, right)
     if attention is not None and (attention in said or "attn_implementation" in said):
         return UserError("model.attention", attention, f"give a kernel that transformers has here, or null ({said})")
     return UserError("model.path", recipe.model.path, f"{right} ({said})")
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

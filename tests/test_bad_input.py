@@ -284,9 +284,9 @@ TOGETHER = {
     "model: of no known kind": Bad("model.path: 'model'", spoil=as_json("model/config.json", model_type="t5"),
                                    says="T5"),
     "model: widths that are none": Bad("model.path: 'model'", spoil=as_json("model/config.json", hidden_size="wide")),
-    "model: code of its own": Bad("model.path: 'model'", spoil=as_json(
+    "model: code of its own": Bad("model.trust_remote_code: False", spoil=as_json(
         "model/config.json", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
-        says="trust_remote_code"),
+        says="give true to run the Python code"),
     "model: quantised": Bad("model.path: 'model'", says="not quantised", spoil=as_json(
         "model/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})),
     "model: whole numbers": Bad("model.path: 'model'", says="not quantised", spoil=weights(

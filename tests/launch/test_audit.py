@@ -51,6 +51,11 @@ def test_without_a_network_nothing_fails(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "not audited: ConnectionError: no route to host\n")
 
 
+def test_a_service_that_knows_nothing_has_audited_nothing(tmp_path: Path) -> None:
+    done = audit(tmp_path, json.dumps({"dependencies": [{"name": "own", "skip_reason": "not found"}], "fixes": []}))
+    assert (done.returncode, done.stdout) == (0, "not audited: the service knows none of the packages\n")
+
+
 def test_an_exception_needs_a_reason(tmp_path: Path) -> None:
     done = audit(tmp_path, "{}", 0, "CVE-1\n")
     assert (done.returncode, done.stderr) == (1, "audit-ignore.txt: CVE-1 stands there without a reason\n")

@@ -79,12 +79,12 @@ ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "con
 
 @st.composite
 def spoiled(draw: Any, good: Any, more: list[str] | None = None) -> Any:
-    """A tree of dicts and lists like ``good``, in which one to three places are other values, gone, or new.
+    """A tree of dicts and lists like ``good``, in which up to three places are other values, gone, or new.
 
     more: keys that may come anew, beside any text.
     """
     tree = copy.deepcopy(good)
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(0, 3))):
         place: Any = tree
         while True:
             keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
@@ -219,7 +219,7 @@ HUNTS: dict[str, tuple[SearchStrategy[Any], Callable[[Path, Any], None]]] = {
 }
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [150, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HUNTS)
 def test_nothing_but_mistakes_in_one_line(
     name: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -240,8 +240,10 @@ def test_nothing_but_mistakes_in_one_line(
         assert len(line) < 3000
         assert {path.name for path in tmp_path.iterdir()} <= FILES
 
+    if name == "option":  # parsers are made anew each time
+        examples //= 5
     # the few of every day are always the same
-    often = settings(max_examples=examples, derandomize=examples < 100, database=None, deadline=None,
+    often = settings(max_examples=examples, derandomize=examples < 1000, database=None, deadline=None,
                      suppress_health_check=list(HealthCheck))  # fmt: skip
     given(strategy)(often(look))()
     assert outcomes == {"read", "refused"} or name == "option"
