@@ -39,10 +39,11 @@ def as_json(record: Mapping[str, Any]) -> str:
 
 def check_trackers(log: Log) -> None:
     """Raises UserError naming log.trackers where one of them is not installed."""
-    from accelerate.tracking import filter_trackers
+    from accelerate.tracking import get_available_trackers
 
+    installed = [tracker.value for tracker in get_available_trackers()]
     for name in log.trackers:
-        if not filter_trackers([name], "."):
+        if name not in installed:
             raise UserError("log.trackers", name, f"install {name}, or give a list without it")
 
 

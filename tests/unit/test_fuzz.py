@@ -25,7 +25,7 @@ from ows_ds.cli import main
 from ows_ds.communicate import Communicator
 from ows_ds.data import encode_rows
 from ows_ds.errors import UserError
-from ows_ds.rows import COLUMNS, load_rows
+from ows_ds.rows import load_rows
 from ows_ds.score import Scores
 from ows_ds.weights import Piece
 from ows_ds.zero3 import read_config, resolve_config
@@ -74,7 +74,13 @@ DEEPSPEED = {
 }
 STUDY = {"recipe": RECIPE, "test": "rows.jsonl", "variants": {"a": {"method.name": "lisa"}, "b": None}, "seeds": [0, 1],
          "lrs": [1e-4], "baseline": "a", "accuracy": {"rows": 2}}  # fmt: skip
-ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ROWS: list[Any] = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"instruction": "a", "input": "b", "output": "c"},
+    {"question": "a?", "choices": ["b", "c"], "answer": 1},
+    {"prompt": "a", "completion": "b"},
+    {"text": "ab"},
+]
 
 
 @st.composite
@@ -203,9 +209,7 @@ FILES = {
     "s.yaml",
 }  # what the tests themselves write
 SETTINGS = list(config.hints())
-LINES = st.lists(
-    spoiled(ROW) | st.dictionaries(st.sampled_from([c for cs in COLUMNS.values() for c in cs]), VALUES), max_size=3
-)
+LINES = st.lists(st.sampled_from(ROWS).flatmap(lambda row: st.just(row) | spoiled(row)), max_size=3)
 HUNTS: dict[str, tuple[SearchStrategy[Any], Callable[[Path, Any], None]]] = {
     "recipe": (as_yaml(spoiled(RECIPE, [key.split(".")[1] for key in SETTINGS])), read_recipe),
     "option": (st.tuples(st.sampled_from(SETTINGS), SYNTAX | TEXTS), type_options),

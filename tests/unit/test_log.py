@@ -138,6 +138,16 @@ def test_nothing_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("progress", ["plain", "rich"])
+def test_what_is_shown_does_not_steer_the_terminal(tmp_path: Path, progress: Any) -> None:
+    console = Console(file=io.StringIO(), force_terminal=progress == "rich", width=200)
+    with RunLog(tmp_path, 3, 4, True, Log(trackers=[], progress=progress), console=console) as log:
+        log.event("going on from runs/\x1b]0;title\a\nstep 9/9")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "going on from runs/\\x1b]0;title\\x07 step 9/9" in shown
+    assert "\x1b]0" not in shown
+
+
 def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
     log_only = Log(trackers=["tensorboard"], progress="none")
     with RunLog(tmp_path, 4, 4, True, log_only, Accelerator(cpu=True)) as log:
