@@ -31,12 +31,14 @@ import torch
 from torch import Tensor
 
 from ows_ds.communicate import Communicator, together
-from ows_ds.errors import UserError
+from ows_ds.config import parse_json
+from ows_ds.errors import UserError, shorten
 from ows_ds.tensor_files import Writer
 from ows_ds.weights import CHUNK, Piece
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 30  # bytes: a line of about 100 for each piece of each process
 NAME = re.compile(r"step-(\d+)")
 PACKAGES = ("ows_ds", "torch", "transformers", "deepspeed")
 _SEAL = b'{"sha256": "'  # how a manifest begins; its own digest follows, taken with zeros in its place
@@ -396,29 +398,52 @@ def _read_manifest(folder: Path, key: str) -> Checkpoint:
         return UserError(key, str(folder), f"give a complete checkpoint: {MANIFEST} {problem}")
 
     try:
-        content = (folder / MANIFEST).read_bytes()
+        with (folder / MANIFEST).open("rb") as file:
+            content = file.read(LARGEST_MANIFEST + 1)
     except OSError as error:
         raise refuse(f"cannot be read ({error.strerror})") from None
+    if len(content) > LARGEST_MANIFEST:
+        raise refuse(f"has more than {LARGEST_MANIFEST} bytes")
     begin, end = len(_SEAL), len(_SEAL) + len(_BLANK)
     digest = hashlib.sha256(content[:begin] + _BLANK + content[end:]).hexdigest().encode()
     if not content.startswith(_SEAL) or content[begin:end] != digest:
         raise refuse(f"is damaged, or not of format {FORMAT}")
     try:
-        manifest = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise refuse(f"is of format {manifest['format']}, not {FORMAT}")
-        opened = Checkpoint(
-            folder, manifest["numbers"], manifest["facts"], manifest["versions"], {}, manifest["files"], {}
-        )
-        for file in opened._files:
-            if Path(file["name"]).name != file["name"]:
-                raise refuse(f"names the file {file['name']!r} outside of it")
-            for name, (shape, start, count) in file["pieces"].items():
-                opened.shapes[name] = tuple(shape)
-                opened._index.setdefault(name, []).append((folder / file["name"], start, start + count))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise refuse(f"is not of format {FORMAT}") from None
+        manifest = parse_json(content.decode())
+    except ValueError:
+        raise refuse("is damaged") from None
+    match manifest:
+        case {"format": int() as format, **rest} if format == FORMAT:
+            pass
+        case _:
+            raise refuse(f"is not of format {FORMAT}")
+    match rest:
+        case {"numbers": dict() as numbers, "facts": dict() as facts, "versions": dict() as versions,
+              "files": list() as files} if all(map(_is_entry, files)):  # fmt: skip
+            opened = Checkpoint(folder, numbers, facts, versions, {}, files, {})
+        case _:
+            raise refuse("is damaged")
+    for entry in files:
+        path = folder / entry["name"]
+        # neither by its name nor through a link: what is read is the checkpoint's own
+        if Path(entry["name"]).name != entry["name"] or os.path.islink(path):
+            raise refuse(f"names the file {shorten(entry['name'])} outside of it")
+        for name, (shape, start, count) in entry["pieces"].items():
+            opened.shapes[name] = tuple(shape)
+            opened._index.setdefault(name, []).append((path, start, start + count))
     return opened
+
+
+def _is_entry(file: Any) -> bool:
+    """Whether a value from JSON describes a file, as `_write_pieces` does."""
+    match file:
+        case {"name": str(), "bytes": int(), "sha256": str(), "pieces": dict() as pieces}:
+            return all(
+                isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], list)
+                and all(type(number) is int and number >= 0 for number in (*piece[0], *piece[1:]))
+                for piece in pieces.values()
+            )  # fmt: skip
+    return False
 
 
 def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
@@ -426,7 +451,7 @@ def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
         return UserError(key, str(folder), f"give a complete checkpoint: {file['name']} {problem}")
 
     path = folder / file["name"]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise refuse("is missing")
     try:
         good = path.stat().st_size == file["bytes"] and _sha256(path) == file["sha256"]

@@ -113,8 +113,10 @@ def _run(argv: list[str]) -> None:
         train(recipe)
     else:
         kinds, output = _kinds(options), options.get("output")
-        if output is not None and not output.endswith(".json"):
+        if output is not None and (not output.endswith(".json") or os.path.isdir(output)):
             raise UserError("--output", output, "give a file whose name ends in .json; the plot lies beside it")
+        if output is not None and not config.can_be_made(Path(output).parent):
+            raise UserError("--output", output, "give a file in a folder that can be written to, or can be made")
         from ows_ds.trainer import score
 
         score(recipe, None if output is None else Path(output), kinds)
@@ -134,7 +136,8 @@ def _launch(recipe: Recipe, options: "Namespace") -> None:
         from ows_ds import forecast
         from ows_ds.shapes import read_model
 
-        planned = forecast.planned(recipe, read_model(recipe.model.path), forecast.choice_of(recipe, job.world))
+        model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        planned = forecast.planned(recipe, model, forecast.choice_of(recipe, job.world))
     slurm.launch(recipe, job, str(Path(options.config).resolve()), given, bool(options.get("dry_run")), planned)
 
 
@@ -215,7 +218,7 @@ def _tree(options: "Namespace") -> dict[str, Any]:
     """The same as a mapping."""
     tree: dict[str, Any] = config.read_yaml(options.config) if options.get("config") else {}
     for section in config.SECTIONS:
-        if section in options and isinstance(tree.get(section) or {}, dict):
+        if section in options and isinstance(tree.get(section), dict | None):
             tree[section] = {**(tree.get(section) or {}), **options[section].as_dict()}
     return tree
 

@@ -96,19 +96,28 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
 
     A file may name what it starts from: ``like: 8xH100``. changes: what wins over both. Raises UserError.
     """
-    if found := re.fullmatch(r"(?:(\d+)x)?(\d+)x([\w-]+)", given):
-        nodes, gpus, kind = found.groups()
-        if kind not in GPUS:
-            raise UserError("--cluster", given, f"give a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
-        start = Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
-    elif not Path(given).suffix:
+    start = _by_name(given)
+    if start is None and not Path(given).suffix:
         raise UserError("--cluster", given, f"give a file, or a number of GPUs such as 8xA100-80 ({', '.join(GPUS)})")
-    else:
+    if start is None:
         tree = read_yaml(given, "--cluster")
         like = tree.pop("like", None)
-        start = Cluster() if like is None else read_cluster(str(like))
+        start = Cluster() if like is None else _by_name(str(like))
+        if start is None:
+            raise UserError("like", like, "give nodes x GPUs of a node, such as 4x8xH100")
         start = replace(start, **convert_all(tree, Cluster))
     return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
+
+
+def _by_name(given: str) -> Cluster | None:
+    """The cluster of such a name, None where it is none. Raises UserError for GPUs that are not known."""
+    found = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x([\w-]+)", given)
+    if found is None:
+        return None
+    nodes, gpus, kind = found.groups()
+    if kind not in GPUS:
+        raise UserError("--cluster", given, f"give a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
+    return Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
 
 
 def check(cluster: Cluster) -> Cluster:

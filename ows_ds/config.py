@@ -6,7 +6,10 @@ contradictions, `to_yaml` writes every default out. Importing this module is che
 
 import dataclasses
 import difflib
+import functools
+import json
 import math
+import os
 import re
 import types
 import typing
@@ -15,7 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line
+
+LARGEST = 1 << 20  # bytes of a file of settings
+MOST_NODES = 100_000  # values in a YAML file, its aliases written out
+MOST = 2**31 - 1  # of any number of things
 
 
 @dataclass(frozen=True)
@@ -385,24 +392,80 @@ def to_yaml(recipe: Recipe) -> str:
     return str(yaml.safe_dump(to_dict(recipe), sort_keys=False))
 
 
+def read_text(path: str | Path, largest: int = LARGEST) -> str:
+    """The text of a file of settings, UTF-8. Raises OSError or ValueError, also where it has over ``largest`` bytes."""
+    with open(path, "rb") as file:
+        content = file.read(largest + 1)  # not its size first: a pipe and a device have none
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest} bytes")
+    return content.decode("utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """What JSON text says. Raises ValueError for all that is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_yaml(path: str | Path, key: str = "config") -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping.
 
-    Raises UserError naming `key` and the file, with the line where the YAML is broken.
+    Raises UserError naming `key` and the file, with the line where the YAML is broken or says a key twice.
     """
     import yaml
 
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UserError(key, str(path), f"give a readable YAML file ({error})") from error
-    except yaml.YAMLError as error:
+    try:
+        tree = yaml.load(text, _strict_loader())
+    except Exception as error:  # the reader meets some values that are none with KeyErrors and the like
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(key, where, f"give valid YAML ({getattr(error, 'problem', None) or error})") from error
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(key, where, f"give valid YAML ({problem})") from error
     if not isinstance({} if tree is None else tree, dict):
         raise UserError(key, str(path), "give a YAML file of sections, such as `optim:` above `  rank: 64`")
     return tree or {}
+
+
+@functools.cache
+def _strict_loader() -> Any:
+    """YAML's safe loader, which makes no objects; it also refuses a key that stands twice, and a file that would grow
+    without bounds when its aliases are written out, as merging (``<<``) and printing do."""
+    import yaml
+
+    def refuse(problem: str, node: Any) -> yaml.MarkedYAMLError:
+        return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+    def count(node: Any, counts: dict[Any, int]) -> int:
+        """Values in ``node``, itself included. counts: of the nodes that were met."""
+        if node not in counts:
+            counts[node] = MOST_NODES  # until it is known: what contains itself has no end
+            parts = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                said = set()
+                for name in (name for name, _ in node.value if isinstance(name, yaml.ScalarNode)):
+                    if (name.tag, name.value) in said:
+                        raise refuse(f"the key {name.value} stands here for the second time", name)
+                    said.add((name.tag, name.value))
+                parts = [part for pair in node.value for part in pair]
+            counts[node] = 1 + sum(count(part, counts) for part in parts)
+            if counts[node] > MOST_NODES:
+                raise refuse(f"it has more than {MOST_NODES} values, those behind aliases included", node)
+        return counts[node]
+
+    class Strict(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            if node is not None:
+                count(node, {})
+            return node
+
+    return Strict
 
 
 def used(run_dir: Path) -> list[str]:
@@ -412,7 +475,21 @@ def used(run_dir: Path) -> list[str]:
 
 def is_file(source: str) -> bool:
     """Whether a source of rows is meant as a local file (it ends like one, or is there), not as a data set."""
-    return Path(source).suffix.lower() in DATA_FILES or Path(source).is_file()
+    return Path(source).suffix.lower() in DATA_FILES or os.path.isfile(source)
+
+
+def can_be_made(folder: str | Path) -> bool:
+    """Whether a folder is there and can be written to, or can be made. Nothing is."""
+    path = os.path.abspath(folder)
+    try:
+        names = [os.fsencode(name) for name in path.split(os.sep)]
+    except UnicodeEncodeError:
+        return False
+    if any(len(name) > 255 or b"\0" in name for name in names) or sum(map(len, names)) > 3500:  # Linux's limits
+        return False
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 def check(recipe: Recipe, files: bool = True) -> None:
@@ -469,6 +546,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, (integer, least) in at_least.items():
         if integer is not None and integer < least:
             yield key, f"give an integer of at least {least}"
+        if integer is not None and integer > MOST:
+            yield key, f"give an integer of at most {MOST}"
     above_zero: dict[str, float | None] = {
         "method.lora_alpha": recipe.method.lora_alpha,
         "method.epsilon": recipe.method.epsilon,
@@ -482,6 +561,8 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, number in above_zero.items():
         if number is not None and number <= 0:
             yield key, "give a number above 0"
+    if train.epochs > MOST:
+        yield "train.epochs", f"give a number of at most {MOST}"
     for key, number in {"optim.lr": optim.lr, "optim.weight_decay": optim.weight_decay}.items():
         if number < 0:
             yield key, "give a number of at least 0"
@@ -499,23 +580,34 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"
     if not set(recipe.log.trackers) <= set(TRACKERS):
         yield "log.trackers", f"give a list of some of {', '.join(TRACKERS)}"
+    if train.eval_every is not None and data.eval is None:
+        yield "train.eval_every", "leave it out, or give data.eval: there is nothing to evaluate with"
+    if train.sharding == "replicated" and train.ds_config is not None:
+        yield "train.ds_config", "leave it out under train.sharding replicated, or give zero3"
     if not recipe.model.path:
         yield "model.path", "give a folder or a name on the hub"
+    if "/" in (recipe.model.attention or "") and not recipe.model.trust_remote_code:
+        right = "give a kernel of transformers, or model.trust_remote_code true: this one is code from the hub"
+        yield "model.attention", right
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The same of every file and folder that is not there, or cannot be."""
     data, sampling, train = recipe.data, recipe.sampling, recipe.train
-    if not train.output_dir or (Path(train.output_dir).exists() and not Path(train.output_dir).is_dir()):
-        yield "train.output_dir", "give a folder, or a name at which one can be made"
+    if not train.output_dir or not can_be_made(train.output_dir):
+        yield "train.output_dir", "give a folder that can be written to, or a name at which one can be made"
+    if not os.path.isdir(recipe.model.path) and (
+        os.path.isfile(recipe.model.path) or not re.fullmatch(HUB_NAME, recipe.model.path)
+    ):
+        yield "model.path", "give a folder that exists, or a name on the hub"
     if data.train is None:
         yield "data.train", "it is required: give a file or a data set"
     for key, source in {"data.train": data.train, "data.eval": data.eval}.items():
-        if source is None or Path(source).is_file():
+        if source is None or os.path.isfile(source):
             continue
         if is_file(source):
             yield key, "give a file that exists"
-        if not Path(source).is_dir() and not re.fullmatch(HUB_NAME, source):
+        if not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
             yield key, "give a file or folder that exists, or the name of a data set on the hub"
     for key, split in {"data.train_split": data.train_split, "data.eval_split": data.eval_split}.items():
         if not re.fullmatch(SPLIT, split):
@@ -525,9 +617,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "train.ds_config": train.ds_config,
     }
     for key, path in files.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not os.path.isfile(path):
             yield key, "give a file that exists"
-    if train.resume not in ("never", "auto") and not Path(train.resume).is_dir():
+    if train.resume not in ("never", "auto") and not os.path.isdir(train.resume):
         yield "train.resume", "give never, auto, or the folder of a checkpoint"
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import jinja2
 import numpy
 import torch
 
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line
 from ows_ds.rows import COLUMNS, LETTERS, Row, format_of
 
+MULTIPLE = 8  # tokens: rows of a batch are padded to a multiple of it
 IGNORE = -100  # the label that torch's cross entropy leaves out
 # Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
 ALPACA = (
@@ -87,10 +87,11 @@ def encode_rows(
     Raises UserError as `encode` does, and naming `key` when no row is left.
     """
     kept: list[Encoded] = []
-    truncated = tokens = trained = 0
+    truncated = tokens = trained = without = 0
     for row in rows:
         ids, labels = _tokens(row, tokenizer, loss_on, format, key, template)
         truncated += len(ids) > max_length
+        without += all(label == IGNORE for label in labels[1:])
         ids, labels = ids[:max_length], labels[:max_length]
         targets = sum(label != IGNORE for label in labels[1:])
         if targets:
@@ -98,11 +99,10 @@ def encode_rows(
             tokens += len(ids)
             trained += targets
     if not kept:
-        raise UserError(
-            key,
-            f"{len(rows)} rows",
-            f"give rows with a token to train among the first {max_length} (data.max_length)",
-        )
+        right = f"give rows with a token to train among the first {max_length} (data.max_length)"
+        if without:
+            right += f": {without} have none at any length, as without an assistant's turn or with an empty answer"
+        raise UserError(key, f"{len(rows)} rows", right)
     return kept, Counts(len(rows), len(kept), len(rows) - len(kept), truncated, tokens, trained)
 
 
@@ -192,10 +192,9 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any, loss_on: str, key: str
     def render(until: int, prompt: bool) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages[:until], tokenize=False, add_generation_prompt=prompt))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(
-                key, messages[:until], f"give messages that the model's chat template takes ({error})"
-            ) from error
+        except Exception as error:  # the template is a program of the model's
+            right = f"give messages that the model's chat template takes ({first_line(error)})"
+            raise UserError(key, messages[:until], right) from error
 
     text = render(len(messages), False)
     spans: list[tuple[int, int]] = []
@@ -277,7 +276,7 @@ def held_out_batches(
     return batches[rank::world]
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Encoded], pad_id: int, multiple: int = MULTIPLE) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels` of encoded rows: int64, shape (rows, tokens).
 
     Padded on the right with `pad_id`, mask 0 and label -100, to the next `multiple` of tokens above the

@@ -4,12 +4,23 @@ import reprlib
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_LONGEST = 2000  # characters of an instruction: what a library says of a file may quote the file
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line, each run of white space as one space; what would steer a terminal (control and format
+    characters, also those that turn the direction of writing) as its escape sequence."""
+    flat = " ".join(text.split())
+    return flat if flat.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in flat)
 
 
 def shorten(value: object) -> str:
     """`repr(value)` on one line of at most 120 characters."""
-    text = " ".join(_SHORT.repr(value).split())
-    return text if len(text) <= 120 else text[:117] + "..."
+    try:
+        text = one_line(_SHORT.repr(value))
+    except ValueError:  # an integer of thousands of digits
+        text = f"<{type(value).__name__} too long to be shown>"
+    return _cut(text, 120)
 
 
 class Failed(Exception):
@@ -29,11 +40,20 @@ class UserError(Exception):
     """
 
     def __init__(self, key: str, value: object, right: str) -> None:
-        self.key = " ".join(key.split())
+        self.key = _cut(one_line(key), 120)
         self.value = value
-        self.right = " ".join(right.split())
+        self.right = _cut(one_line(right), _LONGEST)
         super().__init__(f"{self.key}: {shorten(value)} is not right: {self.right}")
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
         # Exceptions cross process borders by pickle, which would otherwise call UserError(message).
         return UserError, (self.key, self.value, self.right)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what it adds below; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."

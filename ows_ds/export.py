@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from ows_ds.communicate import Communicator, together
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, one_line
 from ows_ds.tensor_files import Writer
 from ows_ds.weights import Replicated, Weights
 
@@ -121,11 +122,13 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     from ows_ds.runtime import load_tokenizer, pretrained, quieten
     from ows_ds.scoring import importance
 
-    if out_dir.exists():
-        raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet")
+    if name is not None and not checkpoint.NAME.fullmatch(name):
+        raise UserError("--checkpoint", name, "give the name of one of the run's checkpoints, such as step-20")
+    if os.path.lexists(out_dir) or not config.can_be_made(out_dir):
+        raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet and can be made")
     quieten()
     comm = Communicator()
-    if not (run_dir / "config.yaml").is_file():
+    if not os.path.isfile(run_dir / "config.yaml"):
         raise UserError("run_dir", str(run_dir), "give the folder of a run, with its config.yaml")
     recipe = config.from_dict(config.read_yaml(run_dir / "config.yaml"))
     if name is not None:
@@ -133,7 +136,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     else:
         newest, passed = checkpoint.find(run_dir, "auto", comm)
         for line in passed:
-            print(f"passed over a checkpoint: {line}")
+            print(one_line(f"passed over a checkpoint: {line}"))
         if newest is None:
             raise UserError("run_dir", str(run_dir), "give a run with a complete checkpoint")
         opened = newest
@@ -147,4 +150,4 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     resume.restore(method, opened)
     method.close()
     save_model(weights, load_tokenizer(recipe), out_dir)
-    print(f"{out_dir}: {opened.folder.name} of {run_dir}")
+    print(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

@@ -32,9 +32,10 @@ class Source:
     """
 
     def __init__(self, model: config.Model, dtype: torch.dtype) -> None:
-        """Raises UserError (``model.path``) where tensors are missing, left over or of another shape.
+        """Raises UserError (``model.path``) where tensors are missing, left over or of another shape, where the model
+        is quantised, and where it has no safetensors files.
 
-        Raises OSError or ValueError where configuration or files are missing or damaged.
+        Raises whatever transformers does where configuration or files are missing or damaged.
         """
         import transformers as tf
         from accelerate import init_empty_weights
@@ -45,10 +46,15 @@ class Source:
         described = tf.AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        paths = _find(model)
-        self.why_not = _unusual(described) or (None if paths else "it has no safetensors files")
-        if self.why_not is not None:
+        if getattr(described, "quantization_config", None) is not None:
+            raise _quantised(model, "as its config.json says")
+        if getattr(described, "transformers_weights", None) is not None:
+            self.why_not: str | None = "its config.json names its files"
             return
+        paths = _find(model)
+        if not paths:
+            right = "give a model with safetensors files; transformers' save_pretrained makes them of others"
+            raise UserError("model.path", model.path, right)
         how: dict[str, Any] = {} if model.attention is None else {"attn_implementation": model.attention}
         if model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
             how["code_revision"] = model.revision
@@ -64,12 +70,13 @@ class Source:
             shapes = {name: self.files.shapes[key] for name, key in called.items()}
             names, self.why_not = match(self.model, shapes, model.path)
             self.keys = {name: called[stored] for name, stored in names.items()}
-        if self.why_not is None and self.model.can_generate():
-            try:
-                given = tf.GenerationConfig.from_pretrained(model.path, revision=model.revision)
-                self.model.generation_config = given
-            except OSError:
-                pass  # there is none: the model's own, made from its configuration
+            for name, parameter in self.model.named_parameters() if names else ():
+                kind = self.files.dtypes[self.keys[name]]
+                if parameter.is_floating_point() and "F" not in kind:
+                    raise _quantised(model, f"{name} is of {kind}")
+        if self.why_not is None and self.model.can_generate() and _cached(model, "generation_config.json"):
+            # otherwise the model's own, made from its configuration
+            self.model.generation_config = tf.GenerationConfig.from_pretrained(model.path, revision=model.revision)
 
     def fill(self, make: Make, device: torch.device) -> Any:
         """The model with its entries, parameters by ``make`` and buffers on ``device``, in evaluation mode."""
@@ -152,18 +159,35 @@ def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple
     return keys, None
 
 
+def _quantised(model: config.Model, why: str) -> UserError:
+    return UserError("model.path", model.path, f"give a model that is not quantised ({why}): folds add to its weights")
+
+
 def _find(model: config.Model) -> list[Path]:
     """The checkpoint's safetensors files, in the order in which transformers looks for them; none where none are."""
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+    from transformers.utils.hub import get_checkpoint_shard_files
 
-    given = {"revision": model.revision or "main"}
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        path = cached_file(model.path, name, _raise_exceptions_for_missing_entries=False, **given)
-        if path is not None and name.endswith(".json"):
-            return [Path(shard) for shard in get_checkpoint_shard_files(model.path, path, **given)[0]]
-        if path is not None:
-            return [Path(path)]
-    return []
+    if path := _cached(model, "model.safetensors"):
+        return [Path(path)]
+    path = _cached(model, "model.safetensors.index.json")
+    if not path:
+        return []
+    names = config.parse_json(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+    if outside := sorted({name for name in names if Path(name).name != name or not name.endswith(".safetensors")}):
+        right = "give a model whose index names safetensors files of its own folder"
+        raise UserError("model.path", f"{model.path}: {outside[0]}", right)
+    shards = get_checkpoint_shard_files(model.path, path, revision=model.revision or "main")[0]
+    return [Path(shard) for shard in shards]
+
+
+def _cached(model: config.Model, name: str) -> str | None:
+    """Where a file of the model lies on this machine, brought there if need be; None where the model has none."""
+    from transformers.utils.hub import cached_file
+
+    found: str | None = cached_file(
+        model.path, name, revision=model.revision or "main", _raise_exceptions_for_missing_entries=False
+    )
+    return found
 
 
 @contextmanager
@@ -177,14 +201,6 @@ def _undivided() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = told
-
-
-def _unusual(described: Any) -> str | None:
-    if getattr(described, "quantization_config", None) is not None:
-        return "it is quantised"
-    if getattr(described, "transformers_weights", None) is not None:
-        return "its config.json names its files"
-    return None
 
 
 def _called(model: Any, stored: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], str | None]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from ows_ds.config import Log
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +35,16 @@ def as_json(record: Mapping[str, Any]) -> str:
     bad = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     finite = {k: None if k in bad else v for k, v in record.items()}
     return json.dumps(finite | ({"nonfinite": bad} if bad else {}), allow_nan=False)
+
+
+def check_trackers(log: Log) -> None:
+    """Raises UserError naming log.trackers where one of them is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    for name in log.trackers:
+        if name not in installed:
+            raise UserError("log.trackers", name, f"install {name}, or give a list without it")
 
 
 def keep_until(path: Path, step: int) -> list[Record]:
@@ -108,8 +118,8 @@ class RunLog:
     ) -> None:
         """Open the records of `run_dir`; those of steps after `start_step`, the last one done, are dropped.
 
-        `accelerator` carries the trackers of `recipe_log`; without one there are none. `console` is for
-        tests. Raises UserError naming log.trackers when one of them is not installed.
+        `accelerator` carries the trackers of `recipe_log` (see `check_trackers`); without one there are none.
+        `console` is for tests.
         """
         self.main = main
         if not main:
@@ -149,7 +159,7 @@ class RunLog:
     def event(self, text: str) -> None:
         """Show a line above the progress; it goes nowhere else. On ranks other than 0 nothing happens."""
         if self.main:
-            self._screen.event(text)
+            self._screen.event(one_line(text))
 
     def close(self) -> None:
         """Write the final picture, close files and trackers, give the terminal back. Can be called again."""
@@ -226,13 +236,11 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _trackers(accelerator: "Accelerator", log: Log, run_dir: Path, start_step: int) -> list[Any]:
     """Start the trackers of the recipe in `accelerator`."""
-    from accelerate.tracking import TensorBoardTracker, filter_trackers
+    from accelerate.tracking import TensorBoardTracker
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     trackers: list[Any] = []
     for name in log.trackers:
-        if not filter_trackers([name], str(run_dir)):
-            raise UserError("log.trackers", name, f"install {name}, or give a list without it")
         if name == "tensorboard":
             # Made here: accelerate would put the files into a folder named after the project.
             trackers.append(TensorBoardTracker("", str(run_dir / "tensorboard"), purge_step=start_step + 1))

@@ -759,4 +759,6 @@ def as_weights(model: Any) -> Weights:
         return Zero3.adopt(model, join(model.device))
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise UserError("model", "DistributedDataParallel", "give the model inside it: OWS averages gradients itself")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("model", "weights on the meta device", "load its weights first")
     return Replicated(model, join(next(model.parameters()).device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -75,7 +76,7 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, model: Model, cluster: Cluster, settings: dict[str, Any]) -> None:
         self.recipe, self.model, self.cluster, self.settings = recipe, model, cluster, settings
-        self.ratios = _ratios(recipe)
+        self.ratios = _ratios(recipe, len(model.layers.layers))
         self.replays = self._replays(recipe)
 
     def _replays(self, recipe: Recipe) -> Replays:
@@ -320,13 +321,14 @@ def _described(one: Forecast) -> dict[str, Any]:
 # ------------------------------------------------------------------ files
 
 
-def _ratios(recipe: Recipe) -> tuple[float, ...] | None:
-    """The layers' scores, if the recipe's run has them already and its method needs them."""
+def _ratios(recipe: Recipe, n_layers: int) -> tuple[float, ...] | None:
+    """The layers' scores, if they are named or the recipe's run has them already, and its method needs them."""
     metric = METRIC_OF.get(methods.importance_of(recipe))
     path = Path(recipe.sampling.scores or Path(recipe.train.output_dir) / "scores.json")
-    if metric is None or not path.is_file():
+    if metric is None or (recipe.sampling.scores is None and not os.path.isfile(path)):
         return None
     scores = Scores.read(path)
+    scores.check(scores.model, n_layers)
     return scores.layers if scores.metric == metric else None
 
 
@@ -340,8 +342,10 @@ def _ds_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError("--output", str(output), "give a folder, or a name at which one can be made")
+    if not config.can_be_made(output):
+        raise UserError(
+            "--output", str(output), "give a folder that can be written to, or a name at which one can be made"
+        )
     for name in (*FILES, "ds_config.json"):
         if (output / name).exists():
             raise UserError("--output", str(output), f"give a folder without {name}: nothing is written over")

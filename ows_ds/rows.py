@@ -3,14 +3,13 @@
 A row is a dict of columns. The columns tell its format (`COLUMNS`); `data.py` writes it as text and tokens.
 """
 
-import json
 import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ows_ds.config import Data, is_file
-from ows_ds.errors import UserError
+from ows_ds.config import DATA_FILES, Data, is_file, parse_json
+from ows_ds.errors import UserError, first_line
 
 # A row is of the first format whose columns it has: Alpaca-GPT4 also has text, commonsense_170k also answer.
 COLUMNS = {
@@ -86,10 +85,15 @@ def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
             if kind != ".json" or not text.lstrip().startswith("["):  # many a .json is JSON Lines
                 yield from _lines(source, text, key)
                 return
-            rows = json.loads(text)
-    except (OSError, ValueError) as error:
+            rows = parse_json(text)
+    except UserError:
+        raise
+    except Exception as error:  # Arrow has kinds of its own
         kinds = {".parquet": "Parquet", ".csv": "CSV", ".json": "JSON"}
-        raise UserError(key, source, f"give a readable {kinds.get(kind, 'JSON Lines')} file ({error})") from error
+        right = f"give a readable {kinds.get(kind, 'JSON Lines')} file ({first_line(error)})"
+        if kind not in DATA_FILES:
+            right += f"; other formats are known by their names: {', '.join(DATA_FILES)}"
+        raise UserError(key, source, right) from error
     for number, row in enumerate(rows, start=1):
         yield f"{source}: row {number}", row
 
@@ -99,9 +103,10 @@ def _lines(source: str, text: str, key: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             where = f"{source}:{number}"
             try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(key, where, f"give one JSON object a line ({error.msg})") from error
+                row = parse_json(line)
+            except ValueError as error:
+                raise UserError(key, where, f"give one JSON object a line ({getattr(error, 'msg', error)})") from error
+            yield where, row
 
 
 def _data_set(source: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
@@ -121,7 +126,7 @@ def _splits(source: str, key: str, subset: str | None) -> dict[str, Any]:
 
     try:
         return dict(datasets.load_dataset(source, subset))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # a README.md and the files of a folder can be wrong in many ways
         reason = f"({error.__cause__ or error})"
         if isinstance(error, ValueError) and "config" in str(error).lower():  # the library's word for a subset
             raise UserError(f"{key}_subset", subset, f"give one that the data set has {reason}") from error
@@ -161,7 +166,7 @@ def _mistake(row: Row, format: str) -> str | None:
         if not isinstance(messages, list) or not messages:
             return "give messages as a list of at least one message"
         for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            if not isinstance(message, dict) or not all(_is_text(message.get(k)) for k in ("role", "content")):
                 return "give every message a role and a content, both text"
         return None
     texts = COLUMNS[name]
@@ -170,11 +175,19 @@ def _mistake(row: Row, format: str) -> str | None:
     elif name == "multiple_choice":
         texts = ("question",)
         choices, answer = row.get("choices"), row.get("answer")
-        if not (isinstance(choices, list) and 2 <= len(choices) <= 26 and all(isinstance(c, str) for c in choices)):
+        if not (isinstance(choices, list) and 2 <= len(choices) <= 26 and all(map(_is_text, choices))):
             return "give choices as a list of 2 to 26 texts"
         if type(answer) is not int or not 0 <= answer < len(choices):
             return f"give answer as the number of the right choice, from 0 to {len(choices) - 1}"
     for column in texts:
-        if not isinstance(row.get(column), str):
+        if not _is_text(row.get(column)):
             return f"give {column} as text"
     return None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that tokenizers take: JSON can also name halves of characters (\\ud83d)."""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:
+        return False

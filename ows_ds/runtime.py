@@ -7,8 +7,9 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ows_ds import forecast, rendezvous
 from ows_ds.communicate import Communicator, join, together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.load import Source, whole
 from ows_ds.shapes import read_model
@@ -31,6 +33,7 @@ from ows_ds.zero3 import (
     DEFAULT_CONFIG,
     Zero3,
     Zero3AdamW,
+    check_by_deepspeed,
     free_operator,
     in_shards,
     join_deepspeed,
@@ -72,9 +75,8 @@ def start(recipe: Recipe) -> Runtime:
     backend = "nccl" if cuda else "gloo"
     if launched:
         rendezvous.check(environment, backend)
-    if launched and cuda and int(environment["LOCAL_RANK"]) >= torch.cuda.device_count():
-        right = f"start at most {torch.cuda.device_count()} processes here, one for each GPU that all of them see"
-        raise UserError("LOCAL_RANK", environment["LOCAL_RANK"], right)
+    if launched and cuda:
+        _check_gpus(environment, torch.cuda.device_count())
     # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
     # it ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
@@ -90,6 +92,9 @@ def start(recipe: Recipe) -> Runtime:
     sharded = recipe.train.sharding == "zero3" or (
         recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
     )
+    if recipe.train.ds_config is not None and not sharded:
+        right = "give train.sharding zero3 with it: this launcher has not set DeepSpeed up"
+        raise UserError("train.ds_config", recipe.train.ds_config, right)
     if sharded and not dist.is_initialized():
         _alone(backend, timeout)
     elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
@@ -103,7 +108,17 @@ def start(recipe: Recipe) -> Runtime:
         steps = accumulation(recipe, comm.world)
         micro, hosts = recipe.train.micro_batch_size, comm.collect(socket.gethostname())
         config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world, per_host(hosts))
+        check_by_deepspeed(config)
     return Runtime(accelerator, comm, accelerator.device, config)
+
+
+def _check_gpus(environment: Mapping[str, str], gpus: int) -> None:
+    """Refuse (UserError), on every process of this host, more processes than there are GPUs."""
+    here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")  # the second is DeepSpeed's
+    processes = int(here or int(environment["LOCAL_RANK"]) + 1)
+    if processes > gpus:
+        right = f"start at most {gpus} processes here, one for each GPU that all of them see"
+        raise UserError("processes of this host", processes, right)
 
 
 def quieten() -> None:
@@ -224,60 +239,95 @@ def pretrained(
     Raises UserError (``model.path``) for what cannot be loaded.
     """
     source: Source
-    with together(comm), _refusing(recipe):
+    with together(comm), _refusing(recipe, Exception), _hushed():
         source = Source(recipe.model, DTYPES[recipe.model.dtype])
     comm.agree("how the model is loaded", source.why_not)
     if source.why_not is None:
-        with together(comm), _refusing(recipe):
+        with together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
             make = whole(device, comm.index == 0) if ds_config is None else in_shards(ds_config)
-            return source.fill(make, device)
-    if comm.index == 0:
-        print(f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on process 0")
-    return _by_transformers(recipe, device, ds_config)
+            model = source.fill(make, device)
+    else:
+        if comm.index == 0:
+            says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on process 0"
+            print(one_line(says))
+        model, lost = _by_transformers(recipe, device, ds_config)
+        with together(comm):
+            if lost:  # transformers would go on with random numbers
+                missing = f"{len(lost)} of its weights are missing: {lost[0]}"
+                right = f"give a checkpoint that fits its config.json ({missing})"
+                raise UserError("model.path", recipe.model.path, right)
+    with together(comm), _refusing(recipe, ValueError, TypeError, KeyError, AttributeError):
+        if comm.index == 0:  # what transformers would refuse to write after training, such as a generation_config.json
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder, state_dict={})
+    return model
 
 
-def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> Any:
+def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> tuple[Any, list[str]]:
+    """The model, and which of its weights are not in its files, as far as this process has seen."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     # while this object lives, transformers builds models in shards; not in float64
     sharded = ds_config is not None and recipe.model.dtype != "float64"
     keep = HfDeepSpeedConfig(ds_config) if sharded else None
-    with _refusing(recipe):
-        model = AutoModelForCausalLM.from_pretrained(
+    with _refusing(recipe, OSError, ValueError, SafetensorError):
+        model, found = AutoModelForCausalLM.from_pretrained(
             recipe.model.path,
             revision=recipe.model.revision,
             dtype=DTYPES[recipe.model.dtype],
             attn_implementation=recipe.model.attention,
             trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,  # other files would be unpickled
+            output_loading_info=True,
         )
     del keep
-    return model if ds_config is not None else model.to(device)
-
-
-@contextmanager
-def _refusing(recipe: Recipe) -> Iterator[None]:
-    """What the files of ``model.path`` may raise, as a UserError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _refuse(recipe, "give a model that transformers can load", error) from error
+    lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    return model if ds_config is not None else model.to(device), lost
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
     from transformers import AutoTokenizer
 
-    try:
+    # tokenizers raises no kind but Exception
+    with _refusing(recipe, Exception, right="give a model with a tokenizer"), _hushed():
         return AutoTokenizer.from_pretrained(
             recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise _refuse(recipe, "give a model with a tokenizer", error) from error
+
+
+@contextmanager
+def _refusing(
+    recipe: Recipe, *kinds: type[Exception], right: str = "give a model that transformers can load"
+) -> Iterator[None]:
+    """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but the want of memory."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        raise _refuse(recipe, right, error) from error
 
 
 def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError("model.path", recipe.model.path, f"{right} ({first})")
+    said, attention = first_line(error), recipe.model.attention
+    if "trust_remote_code" in str(error):
+        right = "give true to run the Python code that comes with this model, or a model without any"
+        return UserError("model.trust_remote_code", recipe.model.trust_remote_code, right)
+    if attention is not None and (attention in said or "attn_implementation" in said):
+        return UserError("model.attention", attention, f"give a kernel that transformers has here, or null ({said})")
+    return UserError("model.path", recipe.model.path, f"{right} ({said})")
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

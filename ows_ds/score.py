@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.calibrate import Select, calibrate
+from ows_ds.config import parse_json, read_text
 from ows_ds.errors import UserError
 from ows_ds.fingerprint import fingerprint
 from ows_ds.layers import Matrix, ModelLayers
@@ -66,7 +68,7 @@ class Scores:
     def read(cls, path: Path) -> Scores:
         """Read what `write` wrote. Raises UserError (``sampling.scores``) for anything else."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = parse_json(read_text(path))
         except OSError as error:
             right = f"give a file that can be read ({error.strerror}); `ows-ds score` writes one"
             raise UserError(_KEY, str(path), right) from error
@@ -75,8 +77,9 @@ class Scores:
         if not isinstance(data, dict) or data.get("format") != 1 or not {"layers", "model", "metric"} <= data.keys():
             raise UserError(_KEY, str(path), "give a file that `ows-ds score` wrote (scores of format 1)")
         for key, kind in (("metric", str), ("model", str), ("tokens", int), ("tau", (int, float))):
-            if not isinstance(data.get(key), kind) or isinstance(data.get(key), bool):
-                raise UserError(f"{_KEY}: {key}", data.get(key), f"compute {path} again with `ows-ds score`")
+            value = data.get(key)
+            if not isinstance(value, kind) or isinstance(value, bool) or not (kind is str or _is_ratio(value)):
+                raise UserError(f"{_KEY}: {key}", value, f"compute {path} again with `ows-ds score`")
         if data["metric"] not in METRIC_OF.values():
             right = f"give scores of one of {', '.join(dict.fromkeys(METRIC_OF.values()))}"
             raise UserError(f"{_KEY}: metric", data["metric"], right)
@@ -209,7 +212,8 @@ def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterat
 
 
 def _is_ratio(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    """Whether a value from JSON is a number that a float can hold, finite and not below 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 @contextmanager

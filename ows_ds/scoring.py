@@ -10,6 +10,7 @@ from torch import Tensor
 from ows_ds import methods, sample
 from ows_ds.communicate import together
 from ows_ds.config import Recipe
+from ows_ds.errors import one_line
 from ows_ds.layers import ModelLayers
 from ows_ds.metrics import measure
 from ows_ds.plot import plot, strip
@@ -55,12 +56,14 @@ def importance(
         with together(weights.comm):
             scores = Scores.read(given)
             scores.check(model, n_layers, kind, sampling.tau)
+    found = sample.importance(kind, n_layers, scores.layers)
+    sample.probabilities(found, sampling.gamma, sampling.tau)  # what it refuses is refused before anything is written
     if batches is not None and given != own:
         with together(weights.comm):
             if weights.comm.index == 0:
                 scores.write(own)
                 plot([(Path(recipe.model.path).name, scores)], own.with_suffix(".png"))
-    return sample.importance(kind, n_layers, scores.layers)
+    return found
 
 
 def report(
@@ -98,5 +101,5 @@ def report(
             for file, scores in files.items():
                 facts = f", {scores.tokens:,} tokens" if scores.tokens else ""
                 facts += f", tau {scores.tau:g}" if scores.metric == "outlier" else ""
-                print(f"{file}: {scores.metric}{facts}")
-            print(f"{picture}: {', '.join(kinds)}")
+                print(one_line(f"{file}: {scores.metric}{facts}"))
+            print(one_line(f"{picture}: {', '.join(kinds)}"))

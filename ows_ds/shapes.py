@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line, one_line
 
 if TYPE_CHECKING:
     from ows_ds.layers import ModelLayers
@@ -88,10 +88,11 @@ def read_model(path: str, revision: str | None = None, trust_remote_code: bool =
             config = tf.AutoConfig.for_model(**configuration(SHAPES[path]))
         else:
             config = tf.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        return model_of(config, Path(path).name)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        right = f"give a folder with a config.json, or one of {', '.join(SHAPES)} ({first})"
+        return model_of(config, one_line(Path(path).name))
+    except UserError:
+        raise
+    except Exception as error:  # a config.json can be wrong in many ways
+        right = f"give a folder with a config.json, or one of {', '.join(SHAPES)} ({first_line(error)})"
         raise UserError("model.path", path, right) from error
 
 

@@ -5,6 +5,7 @@ processes, passes signals on and has the job requeued. The scripts in ``launch/s
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from ows_ds import config
 from ows_ds.config import Recipe, accumulation
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, one_line
 
 BODY = Path(__file__).with_name("slurm.sh")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -91,15 +92,12 @@ def read(path: str | Path) -> Allocation:
 
 def _wrong(job: Allocation) -> Iterator[tuple[str, str]]:
     """Yield (key, what would be right) of every value that is wrong."""
-    for key in ("nodes", "processes_per_node"):
-        if getattr(job, key) < 1:
-            yield key, "give an integer of at least 1"
-    for key in ("lead", "retries"):
-        if getattr(job, key) < 0:
-            yield key, "give an integer of at least 0"
+    for key, least in {"nodes": 1, "processes_per_node": 1, "lead": 0, "retries": 0}.items():
+        if not least <= getattr(job, key) <= config.MOST:
+            yield key, f"give an integer of at least {least}"
     if job.gpus not in (0, job.processes_per_node):
         yield "gpus_per_node", f"give cluster.processes_per_node, {job.processes_per_node}, or 0 for the CPU"
-    if job.gpu_memory is not None and job.gpu_memory <= 0:
+    if job.gpu_memory is not None and not 0 < job.gpu_memory < config.MOST:
         yield "gpu_memory", "give a number above 0"
     if not re.fullmatch(TIME, job.time):
         yield "time", "give a time such as 24:00:00 or 2-00:00:00, in quotes"
@@ -109,9 +107,11 @@ def _wrong(job: Allocation) -> Iterator[tuple[str, str]]:
             yield key, "give a name without spaces and quotes"
     if not all(re.fullmatch(rf"--[a-z][a-z-]*(={PLAIN})?", option) for option in job.sbatch):
         yield "sbatch", "give a list of options such as --constraint=a100, each without spaces and quotes"
-    if not all(re.match(r"[A-Za-z_]\w*=", variable) for variable in job.environment):
+    if not all(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", variable) for variable in job.environment):
         yield "environment", "give a list of NAME=VALUE"
-    if job.activate is not None and not Path(job.activate).is_file():
+    if any("\0" in text for text in (*job.environment, *job.inside, *job.modules)):
+        yield "environment, inside, modules", "give text"
+    if job.activate is not None and not os.path.isfile(job.activate):
         yield "activate", "give a file that exists"
     if job.inside and not shutil.which(job.inside[0]) and "/" in job.inside[0]:
         yield "inside", f"give a program that exists: there is no {job.inside[0]}"
@@ -139,8 +139,6 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
         right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
         raise UserError("train.output_dir", str(run_dir), right)
     local = Path(recipe.model.path).is_dir()
-    if not local and not re.fullmatch(config.HUB_NAME, recipe.model.path):
-        raise UserError("model.path", recipe.model.path, "give a folder that exists, or a name on the hub")
     memory = "not planned" if planned is None else f"{planned / 1e9:.1f} GB"
     if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
         right = f"give GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
@@ -185,7 +183,7 @@ def render(job: Allocation, notes: Sequence[str], recipe_file: str, options: Map
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"# {' '.join(note.split())}" for note in notes),
+            *(f"# {one_line(note)}" for note in notes),
             *lines,
             "",
             f"cd {shlex.quote(str(folder))} || exit 1",

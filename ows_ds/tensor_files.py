@@ -35,7 +35,7 @@ DTYPES = {
 
 
 class Files:
-    """Files that are open for reading. shapes: of all tensors in them, by name."""
+    """Files that are open for reading. shapes, dtypes (safetensors' names): of all tensors in them, by name."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         """Raises OSError or safetensors' own error for what is missing or no such file."""
@@ -47,6 +47,7 @@ class Files:
             names: list[str] = file.keys()
             self._views |= {name: file.get_slice(name) for name in names}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(v.get_shape()) for name, v in self._views.items()}
+        self.dtypes: dict[str, str] = {name: v.get_dtype() for name, v in self._views.items()}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """out <- entries [start, start + out.numel()) of the flattened tensor ``name``, in out's dtype.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,16 +20,17 @@ from torch import Tensor
 from ows_ds import checkpoint, config, methods, resume, scoring, signals, watch
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.data import IGNORE, Batches, Encoded, collate, encode_rows, held_out_batches
+from ows_ds.data import IGNORE, MULTIPLE, Batches, Encoded, collate, encode_rows, held_out_batches
 from ows_ds.errors import Failed, UserError
 from ows_ds.export import save_model
 from ows_ds.layers import ModelLayers
-from ows_ds.log import RunLog
+from ows_ds.log import RunLog, check_trackers
 from ows_ds.loss import token_losses
 from ows_ds.methods import Method
 from ows_ds.rows import fetch, load_rows
 from ows_ds.runtime import Runtime, check_memory, load_model, load_tokenizer, start
-from ows_ds.score import beside
+from ows_ds.sample import METRIC_OF
+from ows_ds.score import Scores, beside
 from ows_ds.weights import Weights
 
 # what may differ between a run and its continuation; everything else decides the weights
@@ -60,6 +61,8 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     run_dir = Path(recipe.train.output_dir)
     comm, main = runtime.comm, runtime.comm.index == 0
+    with together(comm):
+        _check_settings(recipe, comm.world)
     opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
     with together(comm):
         if opened is None and passed:
@@ -75,6 +78,8 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     )
     methods.check(recipe, job.layers)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+    if recipe.optim.warmup_steps > total:
+        raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, f"give at most the number of steps, {total}")
     method = methods.build(
         recipe, job.weights, job.layers, _importance(job, run_dir, opened), accumulation(recipe, comm.world)
     )
@@ -165,9 +170,16 @@ class _Job:
     model: str = ""  # fingerprint of the base model
 
     @property
+    def vocabulary(self) -> int:
+        """Entries of the model's embedding."""
+        module: Any = self.weights.module
+        return int(self.weights.shape(module.get_input_embeddings().weight)[0])
+
+    @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        pad = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+        return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
 
     def batch(self, rows: list[Encoded]) -> dict[str, Tensor]:
         """Right-padded tensors (rows, tokens): labels on the CPU, the others on the device."""
@@ -187,13 +199,43 @@ def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
         rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
         if training and recipe.data.eval is not None:
             held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
-    if not training:
-        return _Job(recipe, runtime, *load_model(recipe, runtime), tokenizer, rows, held_out)
-    accumulation(recipe, runtime.comm.world)  # refuses what does not divide
-    check_memory(recipe, runtime, max((len(row["input_ids"]) for row in [*rows, *held_out]), default=1))
-    adapt = functools.partial(methods.adapt, recipe)
-    weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
-    return _Job(recipe, runtime, weights, layers, tokenizer, rows, held_out, methods.base_model(recipe, weights))
+    if training:
+        check_memory(recipe, runtime, max((len(row["input_ids"]) for row in [*rows, *held_out]), default=1))
+        adapt = functools.partial(methods.adapt, recipe)
+        weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
+    else:
+        weights, layers = load_model(recipe, runtime)
+    job = _Job(recipe, runtime, weights, layers, tokenizer, rows, held_out)
+    _check_rows(job)
+    if training:
+        job.model = methods.base_model(recipe, weights)
+    return job
+
+
+def _check_settings(recipe: Recipe, world: int) -> None:
+    """Refuse (UserError) what shows before the model is loaded, which may take long."""
+    accumulation(recipe, world)
+    check_trackers(recipe.log)
+    if recipe.sampling.scores is not None and methods.importance_of(recipe) in METRIC_OF:
+        Scores.read(Path(recipe.sampling.scores))
+
+
+def _check_rows(job: _Job) -> None:
+    """Refuse (UserError) rows with tokens or positions that the model has no embedding of."""
+    rows, module = [*job.rows, *job.held_out], cast(Any, job.weights.module)
+    largest = max(max(row["input_ids"]) for row in rows)
+    if largest >= job.vocabulary:
+        right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {job.vocabulary}"
+        raise UserError("model.path", job.recipe.model.path, right)
+    words = (module.get_input_embeddings(), module.get_output_embeddings())
+    tables = [m.shape[0] for m in job.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
+    if not tables:
+        return  # positions are computed
+    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0])
+    longest = max(len(row["input_ids"]) for row in rows)
+    if -(-longest // MULTIPLE) * MULTIPLE > positions:
+        right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
+        raise UserError("data.max_length", job.recipe.data.max_length, right)
 
 
 def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
@@ -354,7 +396,9 @@ def mean_loss(
     """
     with together(runtime.comm):
         rows = _encode(recipe, tokenizer, path, key, runtime)
-    return evaluate(_Job(recipe, runtime, weights, layers, tokenizer, [], rows))
+    job = _Job(recipe, runtime, weights, layers, tokenizer, [], rows)
+    _check_rows(job)
+    return evaluate(job)
 
 
 def _trouble(losses: Sequence[float], norm: float) -> str | None:
@@ -412,7 +456,11 @@ def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint 
         tree = config.read_yaml(run_dir / "config.yaml", "train.resume")
     else:
         return
-    old = config.to_dict(config.from_dict(tree))
+    try:
+        old = config.to_dict(config.from_dict(tree))
+    except UserError as error:
+        right = f"give never and another train.output_dir: the recipe of the run is none of this version ({error})"
+        raise UserError("train.resume", recipe.train.resume, right) from error
     for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
             if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import math
 import os
 import time
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.communicate import Communicator
-from ows_ds.errors import UserError
+from ows_ds.config import parse_json, read_text
+from ows_ds.errors import UserError, first_line
 from ows_ds.weights import CHUNK, Fill, add_low_rank, interval
 
 ZeroParameter = Any  # an nn.Parameter to which DeepSpeed has added ds_shape, ds_numel, ds_tensor, ds_status
@@ -40,6 +40,10 @@ DEFAULT_CONFIG: dict[str, Any] = {
 
 
 COMPILING = 300.0  # seconds; it takes about one minute
+# sections of DeepSpeed's that train in a way of their own where they are enabled
+OWN_TRAINING = (
+    "amp", "elasticity", "progressive_layer_drop", "curriculum_learning", "data_efficiency", "hybrid_engine",
+)  # fmt: skip
 _COORDINATOR = "_PartitionedParameterCoordinator"  # whose private names begin with this
 
 
@@ -115,17 +119,19 @@ def join_deepspeed() -> None:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A DeepSpeed file. Raises UserError (``train.ds_config``) for what is no JSON."""
+    """A DeepSpeed file. Raises UserError (``train.ds_config``) for what is no JSON object."""
     try:
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError("train.ds_config", path, f"give a JSON file ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError("train.ds_config", path, "give a JSON object of sections and settings")
     return found
 
 
 def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     """Refuse (UserError) what does not work with frozen weights that are folded now and then."""
-    zero = config.get("zero_optimization", {})
+    zero = _section(config, "zero_optimization", key)
     if zero.get("stage") != 3:
         raise UserError(
             f"{key}: zero_optimization.stage", zero.get("stage"), "give 3: it is what shards frozen weights"
@@ -133,13 +139,17 @@ def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise UserError(f"{key}: {section}", config[section], "leave it out: the recipe's optim section decides")
+    for section in OWN_TRAINING:
+        if _section(config, section, key).get("enabled"):
+            right = "leave it out: it changes what is trained, and how, beside the recipe"
+            raise UserError(f"{key}: {section}", config[section], right)
     if config.get("gradient_clipping", "auto") not in ("auto", 0):
         right = "leave it out: the recipe's optim.max_grad_norm decides"
         raise UserError(f"{key}: gradient_clipping", config["gradient_clipping"], right)
     in_memory = "give none or cpu: shards on NVMe are not in memory when they are folded"
     own = "give none: DeepSpeed offloads optimizers of its own, and none of them trains here"
     for name, refused, right in (("offload_param", ["nvme"], in_memory), ("offload_optimizer", ["cpu", "nvme"], own)):
-        device = (zero.get(name) or {}).get("device")
+        device = _section(zero, name, f"{key}: zero_optimization").get("device")
         if device in refused:
             raise UserError(f"{key}: zero_optimization.{name}.device", device, right)
     for name, right in (
@@ -148,6 +158,28 @@ def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     ):
         if zero.get(name):
             raise UserError(f"{key}: zero_optimization.{name}", zero[name], right)
+
+
+def _section(config: dict[str, Any], name: str, key: str) -> dict[str, Any]:
+    """A section of a DeepSpeed file, empty where it has none. Raises UserError for what is no section."""
+    found = config.get(name)
+    if not isinstance(found, dict | None):
+        raise UserError(f"{key}: {name}", found, "give a section, such as {}")
+    return found or {}
+
+
+def check_by_deepspeed(config: dict[str, Any]) -> None:
+    """Refuse (UserError) settings of ``zero_optimization`` that DeepSpeed does not know, or not of this type."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except (TypeError, ValueError) as error:  # pydantic's is a ValueError, with one entry for each mistake
+        mistakes: list[dict[str, Any]] = getattr(error, "errors", list)() or [{}]
+        first = mistakes[0]
+        name = ".".join(map(str, ["zero_optimization", *first.get("loc", ())]))
+        right = f"give what DeepSpeed takes ({first.get('msg') or first_line(error)})"
+        raise UserError(f"train.ds_config: {name}", first.get("input"), right) from None
 
 
 def resolve_config(
@@ -165,7 +197,7 @@ def resolve_config(
     """
     check_config(config)
     for name, format in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if (config.get(name) or {}).get("enabled", "auto") not in ("auto", dtype == format):
+        if _section(config, name, "train.ds_config").get("enabled", "auto") not in ("auto", dtype == format):
             right = f'give "auto"; the recipe\'s model.dtype is {dtype}'
             raise UserError(f"train.ds_config: {name}.enabled", config[name]["enabled"], right)
     zero = {
@@ -176,7 +208,7 @@ def resolve_config(
     group = zero.get("zero_hpz_partition_size", 1)
     if group == "auto":
         group = per_host or 1
-    if not isinstance(group, int) or group < 1 or world % group:
+    if type(group) is not int or group < 1 or world % group:
         right = f'give "auto", or a divisor of the {world} processes'
         raise UserError("train.ds_config: zero_optimization.zero_hpz_partition_size", group, right)
     zero["zero_hpz_partition_size"] = 1 if group == world else group  # a group of all is what there is without

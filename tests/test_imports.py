@@ -78,8 +78,13 @@ ALLOWED = {
     "accelerate": {"runtime", "log", "load"},
     "os.environ": {"runtime", "log"},
     "ds_ attributes": {"zero3"},
-    "data that is code": set(),
+    "data that runs": set(),
 }
+# Modules and calls that run what they read, or could.
+RUNNING = {
+    "pickle", "marshal", "shelve", "dill", "joblib", "eval", "exec", "os.system", "os.popen",
+    "torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_load",
+}  # fmt: skip
 EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "hypothesis", "pytest"]
 
 
@@ -119,8 +124,9 @@ def uses(tree: ast.Module) -> set[str]:
             found.add(what)
     if any(name.startswith(("os.environ", "os.getenv", "os.putenv")) for name in names):
         found.add("os.environ")
-    if imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle"} or names & {"torch.load", "torch.save"}:
-        found.add("data that is code")
+    called = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if (imported | called) & RUNNING or any(getattr(node, "arg", None) == "shell" for node in ast.walk(tree)):
+        found.add("data that runs")
     for node in ast.walk(tree):
         # DeepSpeed's attributes of parameters, also through getattr and hasattr; ds_config is the recipe's
         if isinstance(node, ast.Attribute):
@@ -149,6 +155,12 @@ def uses(tree: ast.Module) -> set[str]:
         ("import os\nx = os.getenv('RANK')", {"os.environ"}),
         ("def f(p):\n    return p.ds_tensor", {"ds_ attributes"}),
         ("def f(p):\n    return hasattr(p, 'ds_id')", {"ds_ attributes"}),
+        ("import pickle", {"data that runs"}),
+        ("import torch\nx = torch.load('x')", {"data that runs"}),
+        ("def f(text):\n    return eval(text)", {"data that runs"}),
+        ("import subprocess\nsubprocess.run('ls', shell=True)", {"data that runs"}),
+        ("import yaml\nyaml.unsafe_load('')", {"data that runs"}),
+        ("def f(model):\n    model.eval()\n    model.load()", set()),
         (
             "import os, torch\nfrom torch import nn\nimport deepspeed_like\nx.ds_config\nos.path\ny = 'ds_id is not'",
             set(),

@@ -180,7 +180,7 @@ def _shape_of_model(setting: Setting) -> Shape:
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
         hidden, intermediate, heads, kv_heads, vocab = (int(found[name]) for name in names)
         return Shape(hidden, intermediate, heads, kv_heads, vocab, int(found["num_hidden_layers"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         right = f"give the folder of a model of the LLaMA kind ({type(error).__name__}: {error})"
         raise UserError("--model", setting.model, right) from error
 

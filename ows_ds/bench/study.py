@@ -127,7 +127,7 @@ def _base(given: Any) -> dict[str, Any]:
     tree = config.read_yaml(given, "recipe") if isinstance(given, str) else given
     if not isinstance(tree, Mapping):
         raise UserError("recipe", given, "give the file of a recipe, or its sections")
-    tree = json.loads(json.dumps(tree, default=str))
+    tree = _plain("recipe", tree)
     config.from_dict(_merged(tree, {"train.output_dir": "."}))  # unknown keys show here, before those of variants
     if (tree.get("sampling") or {}).get("seed") is not None:
         raise UserError("recipe: sampling.seed", tree["sampling"]["seed"], "leave it out: the study's seeds set it")
@@ -139,8 +139,18 @@ def _merged(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     merged = {name: dict(section) if isinstance(section, Mapping) else section for name, section in tree.items()}
     for key, value in settings.items():
         section, name = key.split(".")
-        merged[section] = {**(merged.get(section) or {}), name: value}
+        before = merged.get(section)
+        if isinstance(before, Mapping | None):  # what is no section is refused where the recipe is read
+            merged[section] = {**(before or {}), name: value}
     return merged
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value from YAML as JSON has it, as which a study is kept."""
+    try:
+        return json.loads(json.dumps(value, default=str))
+    except (TypeError, ValueError) as error:
+        raise UserError(key, value, f"give texts and numbers ({error})") from error
 
 
 def _lrs(key: str, given: Any) -> tuple[float, ...]:
@@ -173,7 +183,7 @@ def _variant(name: str, given: Any, lrs: tuple[float, ...]) -> Variant:
         if "lrs" in given:
             raise UserError(f"{key}.lrs", given["lrs"], "give lrs or optim.lr, not both")
         lrs = _lrs(f"{key}.optim.lr", [overrides.pop("optim.lr")])
-    return Variant(json.loads(json.dumps(overrides, default=str)), lrs)
+    return Variant(_plain(key, overrides), lrs)
 
 
 def _accuracy(given: Any) -> Accuracy | None:

@@ -144,10 +144,11 @@ def test_a_process_holds_its_part_and_a_tensor(
 
 @pytest.mark.parametrize("sharding", ["zero3", "none"])
 def test_what_transformers_has_to_load(pools: Pools, tmp_path: Path, sharding: str) -> None:
-    """The same model in another format, loaded and exported over two processes; only memory is another matter."""
+    """A file that config.json names, loaded and exported over two processes; only memory is another matter."""
     saved = write_model(tmp_path / "model", "5GB")
-    torch.save(saved.state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    (tmp_path / "model" / "model.safetensors").unlink()
+    described = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(described | {"transformers_weights": "own.safetensors"}))
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "own.safetensors")
     arguments = (tmp_path / "model", tmp_path / "out", sharding, torch.bfloat16, "100KB")
     for one in pools(2).run(load_and_export, *arguments):
         for name, parameter in saved.named_parameters():

@@ -13,7 +13,7 @@ import yaml
 
 from ows_ds import config
 from ows_ds.config import Recipe
-from ows_ds.errors import UserError, shorten
+from ows_ds.errors import UserError, one_line, shorten
 
 
 @pytest.fixture
@@ -33,6 +33,9 @@ def test_a_user_error_is_one_short_line() -> None:
     error = UserError("optim.rank", 0, "give an integer\nof at least 1")
     assert str(error) == "optim.rank: 0 is not right: give an integer of at least 1"
     assert len(shorten("x\n" * 1000)) <= 120
+    assert one_line(" a\x1b[31m\n\u202e\ud800é ") == "a\\x1b[31m \\u202e\\ud800é"
+    assert shorten([10**5000]) == "<list too long to be shown>"
+    assert len(str(UserError("k" * 9999, "v" * 9999, "r" * 9999))) < 3000
     assert "\n" not in str(UserError("a\nb", {"c": "d\ne"}, "f"))
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.key, again.value) == (str(error), "optim.rank", 0)

@@ -136,18 +136,27 @@ def both_names(content: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_transformers_loads_the_rest_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(tmp_path / "both", True, both_names)
+    change(tmp_path, True, both_names)
+    found = pretrained(recipe(tmp_path), Communicator(), CPU)
+    assert_same(found, tf.AutoModelForCausalLM.from_pretrained(tmp_path))
+    why_not = "tied weights are stored as model.embed_tokens.weight and lm_head.weight"
+    assert capsys.readouterr().out.startswith(f"model.path: {why_not}: transformers loads it")
+
+
+def test_what_transformers_does_not_find_is_not_made_up(tmp_path: Path) -> None:
+    """It would go on with random numbers."""
+    change(tmp_path, True, lambda content: {n: t for n, t in both_names(content).items() if n != "model.norm.weight"})
+    with pytest.raises(UserError, match=r"1 of its weights are missing: model\.norm\.weight"):
+        pretrained(recipe(tmp_path), Communicator(), CPU)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
     model: Any = tiny("llama")
-    model.save_pretrained(tmp_path / "bin")
-    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    (tmp_path / "bin" / "model.safetensors").unlink()
-    for name, why_not in (
-        ("both", "tied weights are stored as model.embed_tokens.weight and lm_head.weight"),
-        ("bin", "it has no safetensors files"),
-    ):
-        found = pretrained(recipe(tmp_path / name), Communicator(), CPU)
-        assert_same(found, tf.AutoModelForCausalLM.from_pretrained(tmp_path / name))
-        assert capsys.readouterr().out.startswith(f"model.path: {why_not}: transformers loads it")
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="give a model with safetensors files"):
+        pretrained(recipe(tmp_path), Communicator(), CPU)
 
 
 @pytest.mark.parametrize("damage", ["cut", "no file", "no part", "no folder"])
@@ -164,9 +173,8 @@ def test_damaged_files_are_told_in_one_line(tmp_path: Path, damage: str) -> None
         sorted(folder.glob("model-00002-*"))[0].unlink()
     else:
         shutil.rmtree(folder)
-    with pytest.raises(
-        UserError, match=r"^model.path: .* is not right: give a model that transformers can load \(.+\)$"
-    ):
+    right = "with safetensors files; .+" if damage == "no file" else r"that transformers can load \(.+\)"
+    with pytest.raises(UserError, match=rf"^model.path: .* is not right: give a model {right}$"):
         pretrained(recipe(folder), Communicator(), CPU)
 
 

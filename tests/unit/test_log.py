@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ows_ds.config import Log
 from ows_ds.errors import UserError
-from ows_ds.log import PICTURE, RunLog, as_json, keep_until, picture, strip
+from ows_ds.log import PICTURE, RunLog, as_json, check_trackers, keep_until, picture, strip
 
 QUIET = Log(trackers=[], progress="none")
 
@@ -185,6 +185,16 @@ def test_nothing_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("progress", ["plain", "rich"])
+def test_what_is_shown_does_not_steer_the_terminal(tmp_path: Path, progress: Any) -> None:
+    console = Console(file=io.StringIO(), force_terminal=progress == "rich", width=200)
+    with RunLog(tmp_path, 3, 4, True, Log(trackers=[], progress=progress), console=console) as log:
+        log.event("going on from runs/\x1b]0;title\a\nstep 9/9")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "going on from runs/\\x1b]0;title\\x07 step 9/9" in shown
+    assert "\x1b]0" not in shown
+
+
 def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
     log_only = Log(trackers=["tensorboard"], progress="none")
     with RunLog(tmp_path, 4, 4, True, log_only, Accelerator(cpu=True)) as log:
@@ -202,6 +212,6 @@ def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
     assert [e.step for e in events.Images("sampled_layers")] == [1, 3, 4]
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(UserError, match=r"log\.trackers: 'swanlab' is not right: install swanlab"):
-        RunLog(tmp_path, 1, 1, True, Log(trackers=["swanlab"], progress="none"), Accelerator(cpu=True))
+        check_trackers(Log(trackers=["tensorboard", "swanlab"]))

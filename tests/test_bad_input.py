@@ -1,0 +1,507 @@
+"""Whatever a user gives wrong: one line on standard error with key and value, exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ows_ds import checkpoint, config
+from ows_ds.cli import main
+from ows_ds.communicate import Communicator
+from ows_ds.errors import UserError
+from ows_ds.optimizer import OWS
+from tests.ranks.pool import Pools
+from tests.tiny_run import recipe
+from tests.unit.families import tiny
+
+Spoil = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A mistake, and what is said about it.
+
+    line: how it begins: key and value. says: a part of the rest. words: further options of `train --config r.yaml`, or
+    with a verb of their own the whole command line. spoil: what is done to the folder before: it holds the recipe
+    r.yaml, the model, train.jsonl and eval.jsonl.
+    """
+
+    line: str
+    words: str | list[str] = ""
+    spoil: Spoil | None = None
+    says: str = ""
+
+    @property
+    def argv(self) -> list[str]:
+        """What is typed."""
+        words = self.words.split() if isinstance(self.words, str) else self.words
+        own = words[:1] and not words[0].startswith("-")
+        return words if own else ["train", "--config", "r.yaml", *words]
+
+
+def text(name: str, content: str | bytes) -> Spoil:
+    """Write a file."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return spoil
+
+
+def as_json(name: str, **changes: Any) -> Spoil:
+    """Change keys of a JSON object in a file; None takes one away. A file that is not there is made."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        old = json.loads(path.read_text()) if path.exists() else {}
+        new = {key: value for key, value in (old | changes).items() if value is not None}
+        path.write_text(json.dumps(new))
+
+    return spoil
+
+
+def without(*names: str) -> Spoil:
+    """Remove files."""
+
+    def spoil(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return spoil
+
+
+def rows(*given: Any) -> Spoil:
+    """Other rows in train.jsonl."""
+    return text("train.jsonl", "".join(json.dumps(row) + "\n" for row in given))
+
+
+def weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Spoil:
+    """Other tensors in the model's file."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model" / "model.safetensors"
+        save_file(change(load_file(path)), path)
+
+    return spoil
+
+
+def scores(**changes: Any) -> Spoil:
+    """A file of scores for three layers of another model, with changes."""
+    good = {"metric": "outlier", "tau": 2.0, "model": "f" * 64, "layers": [0.1, 0.2, 0.3], "tokens": 9, "format": 1}
+    return text("s.json", json.dumps(good | changes))
+
+
+def ds(**changes: Any) -> Spoil:
+    """A DeepSpeed file, with changes; those of ``zero`` within its section."""
+    zero = {"stage": 3} | changes.pop("zero", {})
+    return text("ds.json", json.dumps({"zero_optimization": zero} | changes))
+
+
+def run_of(**changes: Any) -> Spoil:
+    """A folder run/ with the configuration of a run that had begun, and had other settings."""
+
+    def spoil(folder: Path) -> None:
+        tree = yaml.safe_load((folder / "r.yaml").read_text())
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            tree.setdefault(section, {})[name] = value
+        text("run/config.yaml", yaml.safe_dump(tree))(folder)
+        text("run/metrics.jsonl", "")(folder)
+
+    return spoil
+
+
+def saved(change: Callable[[dict[str, Any]], Any], link: bool = False) -> Spoil:
+    """A run with a checkpoint, its manifest changed. link: its file of tensors is a link to one outside."""
+
+    def spoil(folder: Path) -> None:
+        run_of()(folder)
+        place = checkpoint.folder_of(folder / "run", 3)
+        checkpoint.save(place, [], {"method": {}, "scheduler": {}}, Communicator())
+        path = place / checkpoint.MANIFEST
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        if link:
+            [file] = place.glob("*.safetensors")
+            file.replace(folder / "elsewhere")
+            file.symlink_to(folder / "elsewhere")
+
+    return spoil
+
+
+def recipe_text(content: str | bytes) -> Spoil:
+    """Another r.yaml."""
+    return text("r.yaml", content)
+
+
+def renamed(name: str) -> Callable[[dict[str, Any]], Any]:
+    """A manifest whose file has another name."""
+
+    def change(manifest: dict[str, Any]) -> Any:
+        manifest["files"][0]["name"] = name
+        return manifest
+
+    return change
+
+
+MINIMUM = "model: {path: model}\ndata: {train: train.jsonl}\ntrain: {output_dir: run}\n"
+BOMB = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+MERGES = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+
+STEP = "--train.resume run/checkpoints/step-3"
+SCORES = "--sampling.scores s.json"
+ZERO3 = "--train.sharding zero3 --train.ds_config ds.json"
+
+# What one process finds, before anything runs.
+SETTINGS = {
+    "unknown section": Bad("optimm: {'rank': 3}", spoil=recipe_text(MINIMUM + "optimm: {rank: 3}"), says="is optim"),
+    "unknown key": Bad("optim.rnk: 3", spoil=recipe_text(MINIMUM + "optim: {rnk: 3}"), says="is optim.rank meant?"),
+    "unknown option": Bad("optim.rnk: '3'", "--optim.rnk 3", says="is optim.rank meant?"),
+    "unknown verb": Bad("VERB: 'trian'", ["trian"], says="give one of train"),
+    "text for an integer": Bad("optim.rank: 'many'", "--optim.rank many", says="give an integer"),
+    "truth for an integer": Bad("optim.rank: True", spoil=recipe_text(MINIMUM + "optim: {rank: yes}")),
+    "fraction for an integer": Bad("sampling.period: 1.5", spoil=recipe_text(MINIMUM + "sampling: {period: 1.5}")),
+    "nothing for an integer": Bad("data.max_length: None", spoil=recipe_text(
+        MINIMUM.replace("train.jsonl}", "train.jsonl, max_length: }"))),
+    "date for text": Bad("model.revision: datetime.date(2026, 1, 1)", spoil=recipe_text(
+        "model: {path: model, revision: 2026-01-01}\ntrain: {output_dir: run}")),
+    "list for a number": Bad("optim.lr: [1]", spoil=recipe_text(MINIMUM + "optim: {lr: [1]}")),
+    "too short a list": Bad("optim.betas: [0.9]", spoil=recipe_text(MINIMUM + "optim: {betas: [0.9]}")),
+    "section without keys": Bad("optim: 3", spoil=recipe_text(MINIMUM + "optim: 3"), says="give a section"),
+    "section that is a list": Bad("optim: []", "--optim.rank 3", recipe_text(MINIMUM + "optim: []")),
+    "no such choice": Bad("method.name: 'adapters'", "--method.name adapters", says="give one of ows"),
+    "an integer of a million digits": Bad("optim.rank: <int too long", spoil=recipe_text(
+        MINIMUM + f"optim: {{rank: 0x{'f' * 100_000}}}")),
+    "decimal digits without end": Bad("config: 'r.yaml'",
+        spoil=recipe_text(MINIMUM + f"optim: {{rank: {'9' * 9999}}}")),
+    "more than a computer counts": Bad("train.steps: 9999999999999", "--train.steps 9999999999999"),
+    "no number": Bad("optim.lr: nan", spoil=recipe_text(MINIMUM + "optim: {lr: .nan}"), says="give a finite number"),
+    "infinite": Bad("sampling.tau: inf", spoil=recipe_text(MINIMUM + "sampling: {tau: .inf}")),
+    "negative learning rate": Bad("optim.lr: -0.1", "--optim.lr=-0.1", says="at least 0"),
+    "beta of one": Bad("optim.betas: (0.9, 1.0)", "--optim.betas [0.9,1.0]", says="below 1"),
+    "rank of zero": Bad("optim.rank: 0", "--optim.rank 0", says="at least 1"),
+    "gamma of zero": Bad("sampling.gamma: 0.0", "--sampling.gamma 0", says="above 0"),
+    "part of a layer": Bad("sampling.gamma: 1.5", "--sampling.scheme fixed --sampling.gamma 1.5", says="whole number"),
+    "uneven batch": Bad("train.batch_size: 12", "--train.micro_batch_size 5",
+        says="multiple of train.micro_batch_size"),
+    "long warm-up": Bad("optim.warmup_steps: 99", "--optim.warmup_steps 99", says="at most train.steps, 9"),
+    "sketch of a singular value": Bad("optim.projector: 'svd'", "--optim.refresh sketch --optim.projector svd"),
+    "sketch of a micro-batch": Bad("optim.refresh_batch: 'first'",
+        "--optim.refresh sketch --optim.refresh_batch first"),
+    "sketch each step": Bad("optim.refresh_gap: 1", "--optim.refresh sketch --optim.refresh_gap 1"),
+    "low rank at full rank": Bad("optim.always_on: 'low_rank'", "--method.name lisa --optim.always_on low_rank"),
+    "evaluation of nothing": Bad("train.eval_every: 2", "--train.eval_every 2", recipe_text(MINIMUM)),
+    "shards that are whole": Bad("train.ds_config: 'ds.json'", "--train.sharding replicated --train.ds_config ds.json",
+                                 ds()),
+    "unknown tracker": Bad("log.trackers: ['tensorbord']", "--log.trackers [tensorbord]"),
+    "kernel from the hub": Bad("model.attention: 'some/kernel'", "--model.attention some/kernel",
+        says="code from the hub"),
+    "no YAML": Bad("config: 'r.yaml:3'", spoil=recipe_text("optim:\n  rank: [3\n"), says="give valid YAML"),
+    "no mapping": Bad("config: 'r.yaml'", spoil=recipe_text("[1, 2]"), says="sections"),
+    "a key twice": Bad("config: 'r.yaml:4'", spoil=recipe_text(MINIMUM + "train: {steps: 3}"), says="second time"),
+    "no text": Bad("config: 'r.yaml'", spoil=recipe_text(b"\xff\xfe\x00"), says="give a readable YAML file"),
+    "control characters": Bad("config: 'r.yaml'", spoil=recipe_text("model: \x1b[31m"), says="give valid YAML"),
+    "no such file": Bad("config: 'none.yaml'", ["train", "--config", "none.yaml"], says="No such file"),
+    "a folder": Bad("config: 'model'", ["train", "--config", "model"], says="Is a directory"),
+    "a file without end": Bad("config: '/dev/zero'", ["train", "--config", "/dev/zero"], says="more than"),
+    "billion laughs": Bad("config: 'r.yaml:", spoil=recipe_text(BOMB), says="more than 100000 values"),
+    "billion merges": Bad("config: 'r.yaml:", spoil=recipe_text(MERGES), says="more than 100000 values"),
+    "a list that contains itself": Bad("config: 'r.yaml:1'", spoil=recipe_text("log: &a {trackers: [*a]}")),
+    "nested without end": Bad("config: 'r.yaml'", spoil=recipe_text("[" * 5000), says="give valid YAML"),
+    "an object": Bad("config: 'r.yaml:1'", spoil=recipe_text("model: !!python/object/apply:os.mkdir [hacked]")),
+    "a day that never was": Bad("config: 'r.yaml'", spoil=recipe_text("model: 2026-99-99"), says="give valid YAML"),
+    "a truth that is none": Bad("config: 'r.yaml'", spoil=recipe_text("model: !!bool maybe"), says="give valid YAML"),
+    "key of several lines": Bad("optim.\\x1b[31mred lr: 1", spoil=recipe_text(
+        MINIMUM + 'optim: {"\\e[31mred\\nlr": 1}')),
+    "value of several lines": Bad(r"optim.projector: '\x1b[31mred\nsvd'", spoil=recipe_text(
+        MINIMUM + 'optim: {projector: "\\e[31mred\\nsvd"}')),
+    "no model": Bad("model.path: ''", ["train", "--config", "r.yaml", "--model.path", ""], says="give a folder"),
+    "no such model": Bad("model.path: '/no/such'", "--model.path /no/such", says="give a folder that exists"),
+    "model that is a file": Bad("model.path: 'train.jsonl'", "--model.path train.jsonl", says="give a folder"),
+    "no data": Bad("data.train: None", spoil=recipe_text("model: {path: model}\ntrain: {output_dir: run}"),
+        says="required"),
+    "no such data": Bad("data.train: 'none.jsonl'", "--data.train none.jsonl", says="give a file that exists"),
+    "no such held-out data": Bad("data.eval: '../none'", "--data.eval ../none", says="give a file or folder"),
+    "no such part": Bad("data.train_split: 'train[:1'", "--data.train_split train[:1", says="give a split"),
+    "unknown format": Bad("data.format: 'xml'", "--data.format xml", says="give one of auto"),
+    "no such scores": Bad("sampling.scores: 'none.json'", "--sampling.scores none.json",
+        says="give a file that exists"),
+    "no such DeepSpeed file": Bad("train.ds_config: 'none.json'", "--train.ds_config none.json",
+        says="file that exists"),
+    "no such checkpoint": Bad("train.resume: 'none'", "--train.resume none", says="the folder of a checkpoint"),
+    "output that is a file": Bad("train.output_dir: 'train.jsonl'", "--train.output_dir train.jsonl",
+        says="give a folder"),
+    "output in a file": Bad("train.output_dir: 'train.jsonl/a/b'", "--train.output_dir train.jsonl/a/b"),
+    "output of a long name": Bad("train.output_dir: 'nnn", f"--train.output_dir {'n' * 300}"),
+    "output with an end of text": Bad(r"train.output_dir: 'run\x00'", spoil=recipe_text(
+        MINIMUM.replace("output_dir: run", 'output_dir: "run\\0"'))),
+    "scores without a name": Bad("--output: 's.txt'", ["score", "--config", "r.yaml", "--output", "s.txt"]),
+    "scores in a file": Bad("--output: 'r.yaml/s.json'", ["score", "--config", "r.yaml", "--output", "r.yaml/s.json"]),
+    "unknown metric": Bad("--metric: 'rm,size'", ["score", "--config", "r.yaml", "--metric", "rm,size"]),
+    "export of nothing": Bad("run_dir: 'run'", ["export", "run", "out"], says="with its config.yaml"),
+    "export over something": Bad("out_dir: 'model'", ["export", "run", "model"], run_of()),
+    "export into a file": Bad("out_dir: 'r.yaml/out'", ["export", "run", "r.yaml/out"], run_of()),
+    "export from outside": Bad("--checkpoint: '../../x'", ["export", "run", "out", "--checkpoint", "../../x"],
+        run_of()),
+    "export of a part": Bad("--checkpoint: 'step-3.partial'",
+        ["export", "run", "out", "--checkpoint", "step-3.partial"],
+                            run_of()),
+    "cluster of nothing": Bad("cluster.nodes: 0", ["launch", "--slurm", "c.yaml", "--config", "r.yaml"],
+                              text("c.yaml", "nodes: 0")),
+    "cluster with a command": Bad("cluster.partition: 'gpu; touch hacked'",
+                                  ["launch", "--slurm", "c.yaml", "--config", "r.yaml"],
+                                  text("c.yaml", "partition: gpu; touch hacked")),
+    "plan of unknown GPUs": Bad("--cluster: '8xZ1'", ["plan", "--config", "r.yaml", "--cluster", "8xZ1"]),
+    "plan of a circle": Bad("like: 'c.yaml'", ["plan", "--config", "r.yaml", "--cluster", "c.yaml"],
+                            text("c.yaml", "like: c.yaml")),
+    "study without variants": Bad("variants: None", ["bench", "quality", "--config", "s.yaml", "--output", "o"],
+                                  text("s.yaml", "recipe: r.yaml\ntest: eval.jsonl")),
+    "study of no recipe": Bad("train: 3", ["bench", "quality", "--config", "s.yaml", "--output", "o"],
+                              text("s.yaml", "recipe: {train: 3}\ntest: eval.jsonl\nvariants: {a: }")),
+}  # fmt: skip
+
+# What two processes find out together.
+TOGETHER = {
+    # ---- model
+    "model: nothing in it": Bad("model.path: 'empty'", "--model.path empty", text("empty/notes", "")),
+    "model: no config.json": Bad("model.path: 'model'", spoil=without("model/config.json")),
+    "model: config.json is none": Bad("model.path: 'model'", spoil=text("model/config.json", "{")),
+    "model: config.json is a list": Bad("model.path: 'model'", spoil=text("model/config.json", "[]")),
+    "model: of no family": Bad("model.path: 'model'", spoil=as_json("model/config.json", model_type="lama")),
+    "model: of no known kind": Bad("model.path: 'model'", spoil=as_json("model/config.json", model_type="t5"),
+                                   says="T5"),
+    "model: widths that are none": Bad("model.path: 'model'", spoil=as_json("model/config.json", hidden_size="wide")),
+    "model: code of its own": Bad("model.trust_remote_code: False", spoil=as_json(
+        "model/config.json", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        says="give true to run the Python code"),
+    "model: quantised": Bad("model.path: 'model'", says="not quantised", spoil=as_json(
+        "model/config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})),
+    "model: whole numbers": Bad("model.path: 'model'", says="not quantised", spoil=weights(
+        lambda found: {name: t.to(torch.int8) if "down" in name else t for name, t in found.items()})),
+    "model: a file that is cut": Bad("model.path: 'model'", spoil=lambda folder: os.truncate(
+        folder / "model" / "model.safetensors", 5000)),
+    "model: a file that is none": Bad("model.path: 'model'", spoil=text("model/model.safetensors", "x" * 99)),
+    "model: no file": Bad("model.path: 'model'", spoil=without("model/model.safetensors"), says="safetensors files"),
+    "model: pickled": Bad("model.path: 'model'", says="safetensors files", spoil=lambda folder: (
+        torch.save(load_file(folder / "model" / "model.safetensors"), folder / "model" / "pytorch_model.bin"),
+        without("model/model.safetensors")(folder))[1]),
+    "model: a tensor is missing": Bad("model.path: 'model'", says="1 of its weights are missing", spoil=weights(
+        lambda found: {name: t for name, t in found.items() if name != "model.norm.weight"})),
+    "model: another width": Bad("model.path: 'model'", says="another shape", spoil=weights(
+        lambda found: found | {"model.norm.weight": torch.zeros(31, dtype=torch.bfloat16)})),
+    "model: a file outside": Bad("model.path: 'model: ../elsewhere.safetensors'", says="its own folder",
+        spoil=lambda folder: (
+        (folder / "model" / "model.safetensors").replace(folder / "elsewhere.safetensors"),
+        as_json("model/model.safetensors.index.json", weight_map={"a": "../elsewhere.safetensors"})(folder))[1]),
+    "model: cannot generate": Bad("model.path: 'model'", says="max_new_tokens", spoil=as_json(
+        "model/generation_config.json", max_new_tokens=-1)),
+    "model: generation_config.json is none": Bad("model.path: 'model'",
+        spoil=text("model/generation_config.json", "{")),
+    "model: no tokenizer": Bad("model.path: 'model'", says="tokenizer", spoil=without(
+        "model/tokenizer.json", "model/tokenizer_config.json")),
+    "model: tokenizer.json is none": Bad("model.path: 'model'", says="tokenizer", spoil=text(
+        "model/tokenizer.json", '{"version": "1.0"}')),
+    "model: fewer words than its tokenizer": Bad("model.path: 'model'", says="embeds all tokens", spoil=lambda folder: (
+        as_json("model/config.json", vocab_size=200)(folder),
+        weights(lambda found: found | {"model.embed_tokens.weight": found["model.embed_tokens.weight"][:200].clone()})(
+            folder))[1]),
+    "model: no such kernel": Bad("model.attention: 'flash'", "--model.attention flash"),
+    "model: too few layers": Bad("sampling.gamma: 4.0", "--sampling.gamma 4", says="at most 3, the number of layers"),
+    "model: too narrow": Bad("optim.rank: 17", "--optim.rank 17", says="at most 16, the smaller side of"),
+    # ---- scores
+    "scores: no JSON": Bad("sampling.scores: 's.json'", SCORES, text("s.json", "layers:")),
+    "scores: no scores": Bad("sampling.scores: 's.json'", SCORES, text("s.json", "[]")),
+    "scores: another format": Bad("sampling.scores: 's.json'", SCORES, scores(format=2)),
+    "scores: no number": Bad("sampling.scores: layers: [0.1, nan, 0.3]", SCORES,
+                             scores(layers=[0.1, float("nan"), 0.3])),
+    "scores: beyond numbers": Bad("sampling.scores: layers: [1", SCORES, scores(layers=[10**400])),
+    "scores: nested without end": Bad("sampling.scores: 's.json'", SCORES, text("s.json", "[" * 99999)),
+    "scores: other layers": Bad("sampling.scores: 'scores of 2 layers'", SCORES,
+                                scores(layers=[0.1, 0.2]), says="this model has 3"),
+    "scores: another model": Bad("sampling.scores: 'scores of model ffffffffffff'", SCORES, scores()),
+    "scores: unknown metric": Bad("sampling.scores: metric: 'size'", SCORES, scores(metric="size")),
+    "scores: no outlier": Bad("sampling.tau: 1000000.0", "--sampling.tau 1e6", says="give a smaller threshold"),
+    # ---- data
+    "data: no JSON in a line": Bad("data.train: 'train.jsonl:2'",
+        spoil=text("train.jsonl", '{"text": "a"}\n{"text": \n')),
+    "data: a column is missing": Bad("data.train: 'train.jsonl:1'", spoil=rows({"txt": "a"}), says="give the columns"),
+    "data: half a character": Bad("data.train: 'train.jsonl:1'", spoil=text("train.jsonl", '{"text": "\\ud83d"}\n')),
+    "data: nested without end": Bad("data.train: 'train.jsonl:1'", spoil=text("train.jsonl", "[" * 99999)),
+    "data: digits without end": Bad("data.train: 'train.jsonl:1'", spoil=text("train.jsonl", "9" * 9999)),
+    "data: no text": Bad("data.train: 'train.jsonl'", spoil=text("train.jsonl", b"\x80\x81"), says="JSON Lines"),
+    "data: empty": Bad("data.train: 'train.jsonl'", spoil=text("train.jsonl", "\n"), says="at least one row"),
+    "data: no Parquet": Bad("data.eval: 'e.parquet'", "--data.eval e.parquet", text("e.parquet", "PAR1")),
+    "data: another name": Bad("data.train: 'rows.tsv:1'", "--data.train rows.tsv", text("rows.tsv", "text\na\n")),
+    "data: no assistant": Bad("data.train: '1 rows'", says="1 have none at any length", spoil=rows(
+        {"messages": [{"role": "user", "content": "a"}]})),
+    "data: no answer": Bad("data.train: '1 rows'", spoil=rows({"prompt": "p" * 99, "completion": "a"}),
+        says="first 64"),
+    "data: nobody speaks": Bad("data.train: 'train.jsonl:1'", spoil=rows({"messages": [{"role": "user"}]})),
+    "data: no template": Bad("data.template: 'plain'", "--data.template plain", says="give auto or chat"),
+    "data: too few": Bad("train.batch_size: 12", spoil=rows({"text": "a b"}), says="at most the number of rows, 1"),
+    "data: a script": Bad("data.train: 'set'", "--data.train set", text("set/set.py", "open('hacked', 'w')"),
+                          says="scripts are no longer supported"),
+    "data: no such part": Bad("data.train_split: 'train[99:]'", "--data.train_split train[99:]",
+        says="at least one of the 20"),
+    # ---- ds_config
+    "ds_config: no JSON": Bad("train.ds_config: 'ds.json'", ZERO3, text("ds.json", "{")),
+    "ds_config: a list": Bad("train.ds_config: 'ds.json'", ZERO3, text("ds.json", "[]")),
+    "ds_config: not asked for": Bad("train.ds_config: 'ds.json'",
+        "--train.sharding auto --train.ds_config ds.json", ds(), says="sharding zero3"),
+    "ds_config: stage 2": Bad("train.ds_config: zero_optimization.stage: 2", ZERO3, ds(zero={"stage": 2})),
+    "ds_config: no section": Bad("train.ds_config: zero_optimization: 3", ZERO3,
+        text("ds.json", '{"zero_optimization": 3}')),
+    "ds_config: an optimizer": Bad("train.ds_config: optimizer: {'type': 'AdamW'}", ZERO3,
+        ds(optimizer={"type": "AdamW"})),
+    "ds_config: a schedule": Bad("train.ds_config: scheduler: {}", ZERO3, ds(scheduler={})),
+    "ds_config: clipping": Bad("train.ds_config: gradient_clipping: 1.0", ZERO3, ds(gradient_clipping=1.0)),
+    "ds_config: another batch": Bad("train.ds_config: train_batch_size: 24", ZERO3, ds(train_batch_size=24)),
+    "ds_config: another micro-batch": Bad("train.ds_config: train_micro_batch_size_per_gpu: 3", ZERO3,
+        ds(train_micro_batch_size_per_gpu=3)),
+    "ds_config: fp16": Bad("train.ds_config: fp16.enabled: True", ZERO3, ds(fp16={"enabled": True})),
+    "ds_config: float32": Bad("train.ds_config: bf16.enabled: False", ZERO3, ds(bf16={"enabled": False})),
+    "ds_config: bf16 is none": Bad("train.ds_config: bf16: True", ZERO3, ds(bf16=True), says="give a section"),
+    "ds_config: disks": Bad("train.ds_config: zero_optimization.offload_param.device: 'nvme'", ZERO3,
+        ds(zero={"offload_param": {"device": "nvme"}})),
+    "ds_config: uneven groups": Bad("train.ds_config: zero_optimization.zero_hpz_partition_size: 3", ZERO3,
+        ds(zero={"zero_hpz_partition_size": 3})),
+    "ds_config: unknown key": Bad("train.ds_config: zero_optimization.stage3_prefetch: 1", ZERO3,
+        ds(zero={"stage3_prefetch": 1})),
+    "ds_config: no number": Bad("train.ds_config: zero_optimization.stage3_max_live_parameters: 'many'", ZERO3,
+        ds(zero={"stage3_max_live_parameters": "many"})),
+    "ds_config: its own course": Bad("train.ds_config: curriculum_learning: {'enabled': True}", ZERO3,
+        ds(curriculum_learning={"enabled": True})),
+    # ---- output_dir and resume
+    "output_dir: another run": Bad("train.output_dir: 'run'", spoil=run_of(), says="--train.resume auto"),
+    "output_dir: another recipe": Bad("optim.rank: 4", "--train.resume auto", run_of(optim__rank=3),
+        says="give 3, as the run"),
+    "output_dir: another version": Bad("train.resume: 'auto'", "--train.resume auto", run_of(optim__rnk=3),
+                                       says="none of this version"),
+    "output_dir: no recipe": Bad("train.resume: 'auto'", "--train.resume auto", text("run/config.yaml", "a: [")),
+    "output_dir: a file outside": Bad("train.resume: 'run/checkpoints/step-3'", STEP,
+                                      saved(renamed("../../../train.jsonl"))),
+    "output_dir: any file": Bad("train.resume: 'run/checkpoints/step-3'", STEP,
+                                saved(renamed("/etc/passwd"))),
+    "output_dir: a link": Bad("train.resume: 'run/checkpoints/step-3'", STEP,
+                              saved(lambda manifest: manifest, link=True)),
+    "output_dir: no manifest": Bad("train.resume: 'run/checkpoints/step-3'", STEP,
+                                   saved(lambda manifest: [])),
+    "processes: uneven": Bad("train.batch_size: 13", "--train.batch_size 13 --train.micro_batch_size 1",
+                             says="give a multiple of 2, train.micro_batch_size x 2 ranks"),
+    "tracker: not installed": Bad("log.trackers: 'swanlab'", "--log.trackers [swanlab]", says="install swanlab"),
+    "steps: a warm-up beyond them": Bad("optim.warmup_steps: 2", says="number of steps, 1",
+                                        spoil=recipe_text(
+        MINIMUM + "optim: {rank: 4, warmup_steps: 2}\nsampling: {gamma: 1}")),
+}  # fmt: skip
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Everything below a folder: size, time of the last change and content by name."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(folder))] = (about.st_size if content else 0, about.st_mtime_ns, content)
+    return found
+
+
+def lay_out(bad: Bad, inputs: Path, folder: Path) -> Path:
+    """What a user has, spoiled."""
+    shutil.copytree(inputs, folder)
+    (folder / "r.yaml").write_text(config.to_yaml(recipe(Path("."), Path("run"))))
+    if bad.spoil is not None:
+        bad.spoil(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def within(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def judge(bad: Bad, code: int, err: str, before: Any, folder: Path) -> None:
+    """One line with key and value, exit code 2, nothing written."""
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"ows-ds: error: {bad.line}"), err
+    assert " is not right: " in err
+    assert bad.says in err
+    assert err.removesuffix("\n").isprintable()
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name: str, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bad = SETTINGS[name]
+    folder = lay_out(bad, inputs, tmp_path / "user")
+    before = tree(tmp_path)
+    with within(folder):
+        code = main(bad.argv)
+    judge(bad, code, capfd.readouterr().err, before, tmp_path)
+
+
+def told(rank: int, world: int, argv: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code, and what the process writes to its standard error, libraries included."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    path = folder.with_name(f"{folder.name}.{rank}.err")
+    with path.open("w") as file, within(folder):
+        os.dup2(file.fileno(), 2)
+        try:
+            code = main(argv)
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+    return code, path.read_text()
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_say_the_same(name: str, pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    bad = TOGETHER[name]
+    folder = lay_out(bad, inputs, tmp_path / "user" / "here")
+    before = tree(tmp_path / "user" / "here")
+    first, second = pools(2).run(told, bad.argv, folder)
+    assert first == second
+    judge(bad, *first, before, folder)
+
+
+def test_too_few_gpus(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each process of the host says so, before it waits for the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    bad = Bad("processes of this host: 2", says="at most 1 processes here, one for each GPU")
+    folder = lay_out(bad, inputs, tmp_path / "user")
+    before = tree(tmp_path)
+    for rank in "01":
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        with within(folder):
+            code = main(bad.argv)
+        judge(bad, code, capfd.readouterr().err, before, tmp_path)
+
+
+def test_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model = tiny("llama", False)
+    with pytest.raises(UserError, match="model: 'weights on the meta device' is not right: load its weights first"):
+        OWS(model, scores=[0.1, 0.2, 0.3], gamma=1, rank=4)
