@@ -168,6 +168,11 @@ def read_manifest(folder: Path, content: bytes) -> None:
     place = checkpoint.folder_of(folder, 3)
     if not place.exists():
         save(folder)
+    with contextlib.suppress(ValueError):
+        tree = json.loads(content)
+        if isinstance(tree, dict):  # one whose digest is wrong would be read no further
+            tree.pop("sha256", None)
+            content = checkpoint._sealed(tree)
     (place / checkpoint.MANIFEST).write_bytes(content)
     checkpoint.find(folder, "auto", Communicator())
     checkpoint.open_checkpoint(place, Communicator())
