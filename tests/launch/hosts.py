@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,12 @@ LIMIT = 240  # seconds for one job
 PACKAGES = {
     "ip": ["iproute2"],
     "mpirun": ["openmpi-bin", "libopenmpi-dev"],
-    "sshd": ["openssh-server", "openssh-client"],
+    "sshd": ["openssh-server"],
+    "ssh": ["openssh-client"],
     "pdsh": ["pdsh"],
-    "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
+    "slurmctld": ["slurmctld"],
+    "slurmd": ["slurmd"],
+    "sbatch": ["slurm-client"],
 }
 # What a process of a job gets; nothing of a launcher that this one may run under.
 ENVIRONMENT = {
@@ -48,28 +52,41 @@ ENVIRONMENT = {
 
 
 def need(*programs: str) -> None:
-    """Install what is missing of ``programs``; skip the test, with the reason, where that or namespaces cannot be had.
+    """Install what is missing of ``programs``; skip the test, with the reason, where this machine cannot have hosts.
 
-    Programs are keys of `PACKAGES`.
+    Programs are keys of `PACKAGES`. The reasons: no root, no namespaces, no apt-get, no package index that answers.
+    Whatever else goes wrong fails the test.
     """
     if os.geteuid() != 0:
         pytest.skip("hosts are network namespaces, which need root")
-    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("hosts are network namespaces, which this machine does not give")
-    packages = [name for program in programs if not shutil.which(program, path=_path()) for name in PACKAGES[program]]
-    if not packages:
+    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    if "unshare failed" in tried.stderr:  # by the kernel
+        pytest.skip(f"hosts are network namespaces, which this machine does not give: {tried.stderr.strip()}")
+    assert tried.returncode == 0, tried.stderr
+    install([program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])])
+
+
+def install(programs: Sequence[str]) -> None:
+    """Install ``programs`` by apt-get; skips where there is no apt-get or no package index can be reached."""
+    if not programs:
         return
+    packages = [name for program in programs for name in PACKAGES[program]]
     if not shutil.which("apt-get"):
         pytest.skip(f"there is no apt-get to install {' '.join(packages)}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-        done = subprocess.run(["apt-get", "-qq", *words], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        pytest.skip(f"apt-get cannot install {' '.join(packages)}: {done.stderr[-200:]}")
-
-
-def _path() -> str:
-    return ENVIRONMENT["PATH"]
+    updated, installed = (
+        subprocess.run(
+            ["apt-get", "-q", *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
+        )
+        for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages])
+    )
+    # an index that does not answer is a warning of `update`; one that does has a line "Hit:1 ..." or "Get:1 ..."
+    if installed.returncode and updated.returncode == 0 and not re.search(r"^(Hit|Get):", updated.stdout, re.MULTILINE):
+        pytest.skip(f"{' '.join(packages)} cannot be installed, no package index answers: {updated.stderr[:200]}")
+    missing = [program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])]
+    assert not missing, f"apt-get does not install {missing}: {updated.stderr[-500:]}{installed.stderr[-500:]}"
 
 
 class Hosts:

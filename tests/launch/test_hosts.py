@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ows_ds import config
-from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, Hosts, need
+from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, PACKAGES, Hosts, install, need
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
@@ -46,7 +46,7 @@ def expected(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def sshd(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An ssh daemon on each host, which lets us in without a password; a folder with files for DeepSpeed."""
-    need("sshd", "pdsh")
+    need("sshd", "ssh", "pdsh")
     folder = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
@@ -201,3 +201,24 @@ def test_deepspeed(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, ss
         launchers = {"n0": [*words, "--launcher", name, "--module", "ows_ds"]}
     environment = {"DS_ENV_FILE": str(sshd / "deepspeed_env")}  # a user has .deepspeed_env
     same(train(hosts, inputs, tmp_path, launchers, environment=environment), expected)
+
+
+@pytest.mark.parametrize(
+    ("update", "outcome"),
+    [
+        ("echo 'Err:1 http://deb.debian.org/debian bookworm InRelease'", pytest.skip.Exception),
+        ("echo 'Hit:1 http://deb.debian.org/debian bookworm InRelease'", AssertionError),
+        ("echo 'E: Could not get lock /var/lib/apt/lists/lock' >&2; exit 100", AssertionError),
+    ],
+)
+def test_a_missing_program_is_a_failure_unless_no_index_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str, outcome: type[BaseException]
+) -> None:
+    """What stands in for apt-get prints what that of Debian does."""
+    locate = "echo 'E: Unable to locate package slurmctl' >&2; exit 100"
+    (tmp_path / "apt-get").write_text(f"#!/bin/sh\ncase $2 in update) {update} ;; *) {locate} ;; esac\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(PACKAGES, "slurmctl", ["slurmctl"])
+    with pytest.raises(outcome, match="slurmctl"):
+        install(["slurmctl"])

@@ -28,7 +28,7 @@ PERIOD = 36
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    need("ip", "slurmctld")
+    need("ip", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
     with Hosts(folder) as hosts, slurm(hosts, folder) as one:
         yield one
@@ -148,7 +148,7 @@ def test_preemption_that_tells_the_processes_alone(
     inputs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, expected: Any
 ) -> None:
     """SLURM's default: SIGTERM to the steps and none to the batch shell."""
-    need("ip", "slurmctld")
+    need("ip", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
     with Hosts(folder) as hosts, slurm(hosts, folder, told="idle_on_node_suspend") as cluster:
         options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--partition=low", f"--output={tmp_path}/job.log"]
