@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,8 @@ from tests.conftest import ROOT
 ADDRESSES = {"n0": "10.77.0.10", "n1": "10.77.0.11"}
 NAMES = tuple(ADDRESSES)
 LIMIT = 240  # seconds for one job
+# the command line of a process that trains
+TRAINS = re.compile(rb"[^\0]*python[\d.]*\0(-u\0)?-m\0ows_ds\0train\0")
 # Debian's packages of the programs that are needed
 PACKAGES = {
     "ip": ["iproute2"],
@@ -87,6 +90,18 @@ def install(programs: Sequence[str]) -> None:
         pytest.skip(f"{' '.join(packages)} cannot be installed, no package index answers: {updated.stderr[:200]}")
     missing = [program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])]
     assert not missing, f"apt-get does not install {missing}: {updated.stderr[-500:]}{installed.stderr[-500:]}"
+
+
+def until_step(run_dir: Path, step: int, check: Callable[[], object]) -> None:
+    """Wait until the run has logged ``step``. ``check`` is called every second, to fail where it never will."""
+    metrics = run_dir / "metrics.jsonl"
+    for count in range(20 * LIMIT):
+        if metrics.exists() and len(metrics.read_text().splitlines()) > step:
+            return
+        if count % 20 == 0:
+            check()
+        time.sleep(0.05)
+    pytest.fail(f"step {step} does not come")
 
 
 class Hosts:
@@ -175,6 +190,24 @@ class Hosts:
             for job in jobs.values():
                 self.stop(job)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """The processes that train, without their launchers, stand still as long as the context lasts; their ids."""
+        ranks = []
+        for holder in self._holders.values():
+            for pid in _all_of(os.readlink(f"/proc/{holder}/ns/net")):
+                with contextlib.suppress(OSError):
+                    if TRAINS.match(Path(f"/proc/{pid}/cmdline").read_bytes()):
+                        ranks.append(pid)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     @staticmethod
     def stop(job: subprocess.Popen[bytes]) -> None:
         """Kill what `start` started, with all of its session."""
@@ -191,12 +224,19 @@ class Hosts:
         self._stack.close()
 
 
+def _all_of(network: str) -> Iterator[int]:
+    """Ids of the processes on a host."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it is gone
+            if os.readlink(process / "ns" / "net") == network:
+                yield int(process.name)
+
+
 def _kill_all_of(network: str) -> None:
     """What is left on a host, such as processes of a launcher that was killed, which have sessions of their own."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(process / "ns" / "net") == network:
-                os.kill(int(process.name), signal.SIGKILL)
+    for pid in _all_of(network):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
