@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,14 +23,19 @@ from tests.conftest import ROOT
 ADDRESSES = {"n0": "10.77.0.10", "n1": "10.77.0.11"}
 NAMES = tuple(ADDRESSES)
 LIMIT = 240  # seconds for one job
+# the command line of a process that trains
+TRAINS = re.compile(rb"[^\0]*python[\d.]*\0(-u\0)?-m\0ows_ds\0train\0")
 # Debian's packages of the programs that are needed
 PACKAGES = {
     "ip": ["iproute2"],
     "mpirun": ["openmpi-bin", "libopenmpi-dev"],
-    "sshd": ["openssh-server", "openssh-client"],
+    "sshd": ["openssh-server"],
+    "ssh": ["openssh-client"],
     "pdsh": ["pdsh"],
     "chromium": ["chromium"],
-    "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
+    "slurmctld": ["slurmctld"],
+    "slurmd": ["slurmd"],
+    "sbatch": ["slurm-client"],
 }
 # What a process of a job gets; nothing of a launcher that this one may run under.
 ENVIRONMENT = {
@@ -49,28 +56,53 @@ ENVIRONMENT = {
 
 
 def need(*programs: str) -> None:
-    """Install what is missing of ``programs``; skip the test, with the reason, where that or namespaces cannot be had.
+    """Install what is missing of ``programs``; skip the test, with the reason, where this machine cannot have hosts.
 
-    Programs are keys of `PACKAGES`.
+    Programs are keys of `PACKAGES`. The reasons: no root, no namespaces, no apt-get, no package index that answers.
+    Whatever else goes wrong fails the test.
     """
     if os.geteuid() != 0:
         pytest.skip("hosts are network namespaces, which need root")
-    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("hosts are network namespaces, which this machine does not give")
-    packages = [name for program in programs if not shutil.which(program, path=_path()) for name in PACKAGES[program]]
-    if not packages:
+    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
+    if "unshare failed" in tried.stderr:  # by the kernel
+        pytest.skip(f"hosts are network namespaces, which this machine does not give: {tried.stderr.strip()}")
+    assert tried.returncode == 0, tried.stderr
+    install([program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])])
+
+
+def install(programs: Sequence[str]) -> None:
+    """Install ``programs`` by apt-get; skips where there is no apt-get or no package index can be reached."""
+    if not programs:
         return
+    packages = [name for program in programs for name in PACKAGES[program]]
     if not shutil.which("apt-get"):
         pytest.skip(f"there is no apt-get to install {' '.join(packages)}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-        done = subprocess.run(["apt-get", "-qq", *words], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        pytest.skip(f"apt-get cannot install {' '.join(packages)}: {done.stderr[-200:]}")
+    updated, installed = (
+        subprocess.run(
+            ["apt-get", "-q", *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
+        )
+        for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages])
+    )
+    # an index that does not answer is a warning of `update`; one that does has a line "Hit:1 ..." or "Get:1 ..."
+    if installed.returncode and updated.returncode == 0 and not re.search(r"^(Hit|Get):", updated.stdout, re.MULTILINE):
+        pytest.skip(f"{' '.join(packages)} cannot be installed, no package index answers: {updated.stderr[:200]}")
+    missing = [program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])]
+    assert not missing, f"apt-get does not install {missing}: {updated.stderr[-500:]}{installed.stderr[-500:]}"
 
 
-def _path() -> str:
-    return ENVIRONMENT["PATH"]
+def until_step(run_dir: Path, step: int, check: Callable[[], object]) -> None:
+    """Wait until the run has logged ``step``. ``check`` is called every second, to fail where it never will."""
+    metrics = run_dir / "metrics.jsonl"
+    for count in range(20 * LIMIT):
+        if metrics.exists() and len(metrics.read_text().splitlines()) > step:
+            return
+        if count % 20 == 0:
+            check()
+        time.sleep(0.05)
+    pytest.fail(f"step {step} does not come")
 
 
 class Hosts:
@@ -159,6 +191,24 @@ class Hosts:
             for job in jobs.values():
                 self.stop(job)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """The processes that train, without their launchers, stand still as long as the context lasts; their ids."""
+        ranks = []
+        for holder in self._holders.values():
+            for pid in _all_of(os.readlink(f"/proc/{holder}/ns/net")):
+                with contextlib.suppress(OSError):
+                    if TRAINS.match(Path(f"/proc/{pid}/cmdline").read_bytes()):
+                        ranks.append(pid)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield ranks
+        finally:
+            for pid in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     @staticmethod
     def stop(job: subprocess.Popen[bytes]) -> None:
         """Kill what `start` started, with all of its session."""
@@ -175,12 +225,19 @@ class Hosts:
         self._stack.close()
 
 
+def _all_of(network: str) -> Iterator[int]:
+    """Ids of the processes on a host."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it is gone
+            if os.readlink(process / "ns" / "net") == network:
+                yield int(process.name)
+
+
 def _kill_all_of(network: str) -> None:
     """What is left on a host, such as processes of a launcher that was killed, which have sessions of their own."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(process / "ns" / "net") == network:
-                os.kill(int(process.name), signal.SIGKILL)
+    for pid in _all_of(network):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -41,7 +41,7 @@ SlurmdTimeout=20
 KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SchedulerParameters=sched_interval=2,bf_interval=2
+SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmctldParameters={told}
 GresTypes=gpu
 {nodes}
@@ -60,7 +60,7 @@ class Slurm:
     def client(self, *words: str) -> str:
         """What a client (squeue, scontrol, ...) prints on host n0."""
         done = subprocess.run(
-            [*self.hosts.at("n0"), *words], env=self.environment, capture_output=True, text=True, timeout=60
+            [*self.hosts.at("n0"), *words], env=self.environment, capture_output=True, text=True, timeout=LIMIT
         )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
@@ -72,6 +72,11 @@ class Slurm:
     def state(self, job: int) -> dict[str, str]:
         """What ``scontrol show job`` says, key by key."""
         return dict(re.findall(r"(\w+)=(\S*)", self.client("scontrol", "show", "job", str(job))))
+
+    def runs(self, job: int) -> None:
+        """Fail the test unless the job is running."""
+        state = self.state(job)
+        assert state["JobState"] == "RUNNING", Path(state["StdOut"]).read_text()[-5000:]
 
     def wait(self, job: int, *states: str) -> dict[str, str]:
         """Wait until the job is in one of ``states``; what `state` says then. Fails the test after `LIMIT` seconds."""

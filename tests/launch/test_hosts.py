@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,38 +14,20 @@ from typing import Any
 import pytest
 
 from ows_ds import config
-from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, Hosts, need
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, run
-from tests.tiny_run import recipe
+from tests.launch.conftest import launched, same
+from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, PACKAGES, Hosts, install, need, until_step
+from tests.ranks.test_trainer import contents
 
 FIRST = ADDRESSES["n0"]
 PYTHON = sys.executable
-OWS_DS = str(Path(PYTHON).parent / "ows-ds")  # for launchers that take no module
-STEPS = 5
 # what a process on another host does not have by itself
 FORWARDED = [name for name in ENVIRONMENT if name not in ("HOME", "LANG")]
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    need("ip")
-    with Hosts(tmp_path_factory.mktemp("hosts")) as both:
-        yield both
-
-
-@pytest.fixture(scope="module")
-def expected(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Records and digests of two processes on one host."""
-    folder = tmp_path_factory.mktemp("expected") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3", steps=STEPS), None)
-    return contents(folder)
-
-
-@pytest.fixture(scope="module")
 def sshd(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An ssh daemon on each host, which lets us in without a password; a folder with files for DeepSpeed."""
-    need("sshd", "pdsh")
+    need("sshd", "ssh", "pdsh")
     folder = tmp_path_factory.mktemp("ssh")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
@@ -72,19 +53,12 @@ def train(hosts: Hosts, inputs: Path, folder: Path, launchers: Mapping[str, list
     environment = more.pop("environment", {})
     run_dir = folder / "run"
     file = folder / "recipe.yaml"
-    file.write_text(config.to_yaml(recipe(inputs, run_dir, **{"sharding": "zero3", "steps": STEPS} | more)))
+    file.write_text(config.to_yaml(launched(inputs, run_dir, **more)))
     commands = {name: [*words, "train", "--config", str(file)] for name, words in launchers.items()}
     codes = hosts.run(commands, folder, **environment)
     logs = "\n".join(f"{name}:\n{(folder / f'{name}.log').read_text()[-4000:]}" for name in commands)
     assert set(codes.values()) == {0}, logs
     return run_dir
-
-
-def same(run_dir: Path, expected: Any) -> None:
-    records, files = contents(run_dir)
-    assert files == expected[1]
-    assert records == expected[0]
-    assert records[2]["comm_bytes"]["gradients"] > 0  # of two processes that share the work
 
 
 def accelerate(file: str) -> dict[str, list[str]]:
@@ -126,32 +100,33 @@ def test_torchrun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, mee
 
 @pytest.mark.slow
 @pytest.mark.parametrize("meeting", [static, c10d])
-def test_a_killed_process_comes_back(hosts: Hosts, pools: Pools, inputs: Path, tmp_path: Path, meeting: Any) -> None:
+def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, meeting: Any) -> None:
     """`torchrun --max-restarts`: all processes start anew, and the run goes on from its newest checkpoint."""
-    long: dict[str, Any] = {"sharding": "zero3", "steps": 24, "batch_size": 2, "micro_batch_size": 1}
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", **long), None)
     file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
-    file.write_text(config.to_yaml(recipe(inputs, run_dir, **long, resume="auto")))
+    file.write_text(config.to_yaml(launched(inputs, run_dir, resume="auto")))
+    words = ["train", "--config", str(file), "--log.progress", "plain"]
     agents = {
-        name: hosts.start(name, [*words, "train", "--config", str(file)], tmp_path / f"{name}.log")
-        for name, words in meeting("--max-restarts", "2").items()
+        name: hosts.start(name, [*launcher, *words], tmp_path / f"{name}.log")
+        for name, launcher in meeting("--max-restarts", "2").items()
     }
+
+    def logs() -> str:
+        return "\n".join((tmp_path / f"{name}.log").read_text()[-4000:] for name in NAMES)
+
+    def check() -> None:
+        assert all(agent.poll() is None for agent in agents.values()), logs()
+
     try:
-        end = time.monotonic() + LIMIT
-        while not (run_dir / "checkpoints" / "step-9").exists():
-            assert time.monotonic() < end
-            assert all(agent.poll() is None for agent in agents.values())
-            time.sleep(0.1)
-        agent = agents["n1"].pid
-        [worker] = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-        os.kill(int(worker), signal.SIGKILL)
+        until_step(run_dir, 4, check)
+        with hosts.held() as [_, second]:
+            os.kill(second, signal.SIGKILL)
         codes = [agent.wait(LIMIT) for agent in agents.values()]
     finally:
         for agent in agents.values():
             hosts.stop(agent)
-    logs = "\n".join((tmp_path / f"{name}.log").read_text()[-4000:] for name in NAMES)
-    assert codes == [0, 0], logs
-    same(run_dir, contents(tmp_path / "whole"))
+    assert codes == [0, 0], logs()
+    assert "going on after step" in logs()
+    same(run_dir, expected)
 
 
 @pytest.mark.slow
@@ -161,7 +136,7 @@ def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: An
     (tmp_path / "told").mkdir()
     with Hosts(tmp_path, {"n1": "127.0.1.1"}) as both:
         file = tmp_path / "told" / "recipe.yaml"
-        file.write_text(config.to_yaml(recipe(inputs, tmp_path / "told" / "run", timeout_seconds=20)))
+        file.write_text(config.to_yaml(launched(inputs, tmp_path / "told" / "run", timeout_seconds=20)))
         commands = {name: [*words, "train", "--config", str(file)] for name, words in static().items()}
         codes = both.run(commands, tmp_path / "told")
         assert 0 not in codes.values()
@@ -176,8 +151,8 @@ def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: An
 
 def mpirun(*options: str) -> list[str]:
     """Over ssh: `sshd` must be there."""
-    words = ["mpirun", "-np", "2", "--host", "n0:1,n1:1", "--mca", "btl_tcp_if_include", "eth0"]
-    words += ["--mca", "oob_tcp_if_include", "eth0"]
+    words = ["mpirun", "-np", "2", "--host", "n0:1,n1:1", "--bind-to", "none"]
+    words += ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
     exports = [word for name in FORWARDED for word in ("-x", name)]
     return [*words, *exports, *options]
 
@@ -201,3 +176,24 @@ def test_deepspeed(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, ss
         launchers = {"n0": [*words, "--launcher", name, "--module", "ows_ds"]}
     environment = {"DS_ENV_FILE": str(sshd / "deepspeed_env")}  # a user has .deepspeed_env
     same(train(hosts, inputs, tmp_path, launchers, environment=environment), expected)
+
+
+@pytest.mark.parametrize(
+    ("update", "outcome"),
+    [
+        ("echo 'Err:1 http://deb.debian.org/debian bookworm InRelease'", pytest.skip.Exception),
+        ("echo 'Hit:1 http://deb.debian.org/debian bookworm InRelease'", AssertionError),
+        ("echo 'E: Could not get lock /var/lib/apt/lists/lock' >&2; exit 100", AssertionError),
+    ],
+)
+def test_a_missing_program_is_a_failure_unless_no_index_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str, outcome: type[BaseException]
+) -> None:
+    """What stands in for apt-get prints what that of Debian does."""
+    locate = "echo 'E: Unable to locate package slurmctl' >&2; exit 100"
+    (tmp_path / "apt-get").write_text(f"#!/bin/sh\ncase $2 in update) {update} ;; *) {locate} ;; esac\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(PACKAGES, "slurmctl", ["slurmctl"])
+    with pytest.raises(outcome, match="slurmctl"):
+        install(["slurmctl"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +17,54 @@ import yaml
 
 from ows_ds import config
 from ows_ds.slurm import Allocation, render
-from tests.launch.hosts import LIMIT, Hosts, need
+from tests.launch.conftest import PERIOD, launched, same
+from tests.launch.hosts import LIMIT, Hosts, need, until_step
 from tests.launch.slurm import Slurm, script, slurm
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
 
-# long enough to be pushed out in the middle of the first period; one checkpoint is kept, the last
-LONG: Mapping[str, Any] = {"sharding": "zero3", "steps": 40, "batch_size": 2, "micro_batch_size": 1, "keep_last": 1}
-PERIOD = 36
+# a job of a higher partition, that needs all nodes
+PUSH_OUT = ("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
+TOLD = 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1  # in a mask of signals
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    need("ip", "slurmctld")
-    folder = tmp_path_factory.mktemp("slurm")
-    with Hosts(folder) as hosts, slurm(hosts, folder) as one:
+def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    need("slurmctld", "slurmd", "sbatch")
+    with slurm(hosts, tmp_path_factory.mktemp("slurm")) as one:
         yield one
 
 
-@pytest.fixture(scope="module")
-def expected(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a run on one host, that nothing stops, leaves behind."""
-    folder = tmp_path_factory.mktemp("expected") / "run"
-    pools(2).run(run, long_recipe(inputs, folder), None)
-    return contents(folder)
-
-
-def long_recipe(inputs: Path, run_dir: Path) -> config.Recipe:
-    return recipe(inputs, run_dir, {"period": PERIOD}, **LONG)
-
-
-def write(inputs: Path, folder: Path) -> Path:
+def write(inputs: Path, folder: Path, **train: Any) -> Path:
     file = folder / "recipe.yaml"
-    file.write_text(config.to_yaml(long_recipe(inputs, folder / "run")))
+    file.write_text(config.to_yaml(launched(inputs, folder / "run", **train)))
     return file
 
 
-def until_step(cluster: Slurm, job: int, run_dir: Path, step: int) -> None:
-    """Wait until the run has logged ``step``."""
+def tell(cluster: Slurm, job: int, run_dir: Path, *words: str) -> None:
+    """Have a client's command tell the job to stop, after some steps.
+
+    Its processes stand still until the signal has come to them, so that no run is too fast for SLURM.
+    """
     cluster.wait(job, "RUNNING")
-    end, metrics = time.monotonic() + LIMIT, run_dir / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) <= step:
-        state = cluster.state(job)
-        assert state["JobState"] == "RUNNING", Path(state["StdOut"]).read_text()[-5000:]
-        assert time.monotonic() < end, f"step {step} does not come"
-        time.sleep(0.2)
+    until_step(run_dir, 2, lambda: cluster.runs(job))
+    with cluster.hosts.held() as ranks:
+        assert len(ranks) == 2
+        cluster.client(*words)
+        end = time.monotonic() + LIMIT
+        while not all(told(pid) for pid in ranks):
+            assert time.monotonic() < end, "the signal does not come"
+            time.sleep(0.1)
+
+
+def told(pid: int) -> bool:
+    """Whether the process has a signal before it, or was let go by SLURM to see it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask, state = (re.search(rf"^{key}:\s+(\w+)", status, re.MULTILINE) for key in ("ShdPnd", "State"))
+    assert mask is not None
+    assert state is not None
+    return bool(int(mask[1], 16) & TOLD) or state[1] != "T"
 
 
 def stopped_after(log: str) -> list[int]:
@@ -76,9 +80,7 @@ def ends_as_if_nothing_was(cluster: Slurm, job: int, folder: Path, expected: Any
     assert 0 < step < PERIOD
     assert f"going on after step {step} from" in log
     assert state["Restarts"] == "1"
-    records, files = contents(folder / "run")
-    assert files == expected[1]
-    assert records == expected[0]
+    same(folder / "run", expected)
     return log
 
 
@@ -99,14 +101,12 @@ def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tm
     )
     words = [sys.executable, "-m", "ows_ds", "launch", "--slurm", str(tmp_path / "cluster.yaml")]
     words += ["--config", str(write(inputs, tmp_path)), "--log.progress", "plain"]
-    dry = cluster.client(*words, "--dry-run")
-    assert not (tmp_path / "run").exists()
+    words += ["--train.resume", "auto"]
     said = cluster.client(*words)
-    assert (tmp_path / "run" / "job.sbatch").read_text() == dry
     job = int(re.findall(r"job (\d+):", said)[0])
-    until_step(cluster, job, tmp_path / "run", 2)
-    higher = cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
-    cluster.wait(higher, "COMPLETED")
+    tell(cluster, job, tmp_path / "run", *PUSH_OUT)
+    dry = cluster.client(*words, "--dry-run")  # while the job waits
+    assert dry.replace("(goes on)", "(new)") == (tmp_path / "run" / "job.sbatch").read_text()
     log = ends_as_if_nothing_was(cluster, job, tmp_path, expected)
     assert "exit code 75 after start 1: the job is requeued" in log
 
@@ -123,7 +123,7 @@ def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tm
     ],
 )
 def test_job_scripts(
-    cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any, name: str, launcher: str, nodes: int
+    cluster: Slurm, pools: Pools, inputs: Path, tmp_path: Path, expected: Any, name: str, launcher: str, nodes: int
 ) -> None:
     """Each way to start two processes, told to stop and requeued by the script."""
     text, count = re.subn(
@@ -134,13 +134,12 @@ def test_job_scripts(
     options = [f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=1"]
     words = [str(write(inputs, tmp_path)), "--log.progress", "plain"]
     job = cluster.submit(*options, f"--output={tmp_path}/job.log", str(tmp_path / "job.sbatch"), *words)
-    until_step(cluster, job, tmp_path / "run", 2)
-    cluster.client("scancel", "--batch", "--signal=USR1", str(job))  # as SLURM itself before a time limit
-    if name == "70b":  # computes activations again: other arithmetic
-        log = Path(cluster.wait(job, "COMPLETED")["StdOut"]).read_text()
-        assert len(stopped_after(log)) == 1
-    else:
-        ends_as_if_nothing_was(cluster, job, tmp_path, expected)
+    # as SLURM itself before a time limit
+    tell(cluster, job, tmp_path / "run", "scancel", "--batch", "--signal=USR1", str(job))
+    if name == "70b":  # computes activations again
+        pools(2).run(run, launched(inputs, tmp_path / "whole", gradient_checkpointing=True), None)
+        expected = contents(tmp_path / "whole")
+    ends_as_if_nothing_was(cluster, job, tmp_path, expected)
 
 
 @pytest.mark.slow
@@ -148,15 +147,39 @@ def test_preemption_that_tells_the_processes_alone(
     inputs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, expected: Any
 ) -> None:
     """SLURM's default: SIGTERM to the steps and none to the batch shell."""
-    need("ip", "slurmctld")
+    need("ip", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
     with Hosts(folder) as hosts, slurm(hosts, folder, told="idle_on_node_suspend") as cluster:
         options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--partition=low", f"--output={tmp_path}/job.log"]
         words = [str(write(inputs, tmp_path)), "--log.progress", "plain"]
         job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
-        until_step(cluster, job, tmp_path / "run", 2)
-        cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
+        tell(cluster, job, tmp_path / "run", *PUSH_OUT)
         ends_as_if_nothing_was(cluster, job, tmp_path, expected)
+
+
+@pytest.mark.slow
+def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, expected: Any) -> None:
+    """Cut off for longer than SlurmdTimeout: SLURM itself requeues the job, which starts when the node is back."""
+    need("ip", "slurmctld", "slurmd", "sbatch")
+    folder = tmp_path_factory.mktemp("slurm")
+    with Hosts(folder) as hosts, slurm(hosts, folder) as cluster:
+        cable = [*hosts.at("n1"), "ip", "link", "set", "eth0"]
+        options = ["--ntasks-per-node=1", "--gpus-per-node=1", f"--output={tmp_path}/job.log"]
+        words = [str(write(inputs, tmp_path)), "--log.progress", "plain"]
+        job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
+        cluster.wait(job, "RUNNING")
+        until_step(tmp_path / "run", 4, lambda: cluster.runs(job))
+        with hosts.held():
+            subprocess.run([*cable, "down"], check=True)
+        end = time.monotonic() + LIMIT
+        while (found := cluster.state(job))["Restarts"] != "1":
+            assert time.monotonic() < end, found
+            time.sleep(0.5)
+        subprocess.run([*cable, "up"], check=True)
+        log = Path(cluster.wait(job, "COMPLETED")["StdOut"]).read_text()
+        assert stopped_after(log) == []
+        assert re.search(r"going on after step [3-9] from", log)
+        same(tmp_path / "run", expected)
 
 
 def test_the_exit_code_decides(cluster: Slurm, tmp_path: Path) -> None:
@@ -184,7 +207,7 @@ def test_the_exit_code_decides(cluster: Slurm, tmp_path: Path) -> None:
         return cluster.submit(str(file))
 
     cancelled = submit("wait")
-    jobs = {submit("75 75 0"): ("COMPLETED", 2), submit("2", 9): ("FAILED", 0), submit("1"): ("FAILED", 0)}
+    jobs = {submit("75 0"): ("COMPLETED", 1), submit("2", 9): ("FAILED", 0), submit("1"): ("FAILED", 0)}
     jobs |= {submit("1 0", 1): ("COMPLETED", 1), submit("1 1 0", 1): ("FAILED", 1)}
     cluster.wait(cancelled, "RUNNING")
     log = tmp_path / f"{cancelled}.log"
@@ -219,14 +242,22 @@ def test_an_array_of_variants(cluster: Slurm, inputs: Path, tmp_path: Path) -> N
         time.sleep(0.5)
     logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("job-*.log"))
     assert sorted(f.parent.parent.name for f in tmp_path.glob("out/runs/*/*/result.json")) == ["lisa", "ows"], logs
+    words = ["--config", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out"), "--json"]
+    report = json.loads(cluster.client(sys.executable, "-m", "ows_ds", "bench", "quality", *words))
+    assert (report["runs"], report["runs_complete"], sorted(report["variants"])) == (2, 2, ["lisa", "ows"])
 
 
 @pytest.mark.slow
-def test_deepspeed_launches_with_slurm(cluster: Slurm, inputs: Path, tmp_path: Path) -> None:
-    """`deepspeed --launcher slurm` within an allocation."""
-    folder = tmp_path / "run"
-    file = tmp_path / "recipe.yaml"
-    file.write_text(config.to_yaml(recipe(inputs, folder, sharding="zero3", steps=2)))
+def test_srun_alone(cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any) -> None:
+    """Without a job script nobody sets MASTER_ADDR."""
+    words = [sys.executable, "-m", "ows_ds", "train", "--config", str(write(inputs, tmp_path))]
+    cluster.client("srun", "--nodes=2", "--ntasks-per-node=1", *words)
+    same(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_deepspeed_launches_with_slurm(cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any) -> None:
+    """`deepspeed --launcher slurm` within an allocation; no ssh is there to ask for the first host's address."""
     (tmp_path / "hostfile").write_text("n0 slots=1\nn1 slots=1\n")
     bin = Path(sys.executable).parent
     job = cluster.submit(
@@ -234,8 +265,7 @@ def test_deepspeed_launches_with_slurm(cluster: Slurm, inputs: Path, tmp_path: P
         "--ntasks-per-node=1",
         f"--output={tmp_path}/job.log",
         f"--wrap={bin}/deepspeed --hostfile {tmp_path}/hostfile --launcher slurm --no_ssh_check --master_addr n0 "
-        f"--launcher_args '--nodes=2 --ntasks-per-node=1' {bin}/ows-ds train --config {file}",
+        f"--launcher_args '--nodes=2 --ntasks-per-node=1' {bin}/ows-ds train --config {write(inputs, tmp_path)}",
     )
     cluster.wait(job, "COMPLETED")
-    records, _ = contents(folder)
-    assert records[2]["comm_bytes"]["gradients"] > 0
+    same(tmp_path / "run", expected)
