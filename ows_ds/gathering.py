@@ -158,21 +158,22 @@ class Fetch:
 class Gathered:
     """Of the micro-batches of a step.
 
-    most: entries that lie there at a use of a module or of one inside it, the largest, by (module, in a backward pass).
+    most: entries that lie there as a module or one inside it is entered, while messages are copied out of their
+    buffers, and as it runs: the largest of each, by (module, in a backward pass).
     first, later: how often each weight is gathered in the first micro-batch, and in each later one. messages: gathers,
     each of one weight or more, in those. numel: entries of each weight. course: the first micro-batch, fetch by fetch.
     """
 
-    most: Mapping[tuple[str, bool], int]
+    most: Mapping[tuple[str, bool], tuple[int, int]]
     first: Mapping[str, int]
     later: Mapping[str, int]
     messages: tuple[int, int]
     numel: Mapping[str, int]
     course: tuple[Fetch, ...] = ()
 
-    def at(self, module: str, backward: bool) -> int:
-        """Entries at the uses of a module and of those inside it, the largest; 0 where there are none."""
-        return self.most.get((module, backward), 0)
+    def at(self, module: str, backward: bool) -> tuple[int, int]:
+        """Entries as a module or one inside it is entered, and while it runs; 0 where there are no uses."""
+        return self.most.get((module, backward), (0, 0))
 
     def shares(self, world: int, accumulation: int) -> int:
         """Entries of its own shards that one of ``world`` processes gives to the gathers of a step."""
@@ -189,7 +190,7 @@ class Gathered:
 def replay(trace: Trace, limits: Limits | None = None) -> Gathered:
     """A step of one micro-batch or more, each of them as in ``trace``."""
     state = _Coordinator(trace, limits or Limits())
-    most: dict[tuple[str, bool], int] = defaultdict(int)
+    most: dict[tuple[str, bool], tuple[int, int]] = defaultdict(lambda: (0, 0))
     counts, messages, course = [], [], []
     for micro_batch in range(2):
         state.count, state.messages = Counter(), 0
@@ -205,7 +206,8 @@ def replay(trace: Trace, limits: Limits | None = None) -> Gathered:
                 parts = use.module.split(".")
                 for count in range(1, len(parts) + 1):
                     key = (".".join(parts[:count]), backward)
-                    most[key] = max(most[key], state.peak)
+                    entering, running = most[key]
+                    most[key] = max(entering, state.entering), max(running, state.running)
                 if not micro_batch:
                     entries = sum(trace.numel[name] for name in state.whole.union(state.flying))
                     course.append(Fetch(use, tuple(state.sent), tuple(state.awaited), entries))
@@ -236,7 +238,7 @@ class _Coordinator:
         self.again: dict[str, set[str]] = defaultdict(set)  # of a module in a backward pass: weights used anew
         self.backward: dict[str, None] = {}  # modules in their backward pass, in order
         self.buffers: dict[Message, int] = {}  # message -> weights of it that were not yet asked for
-        self.peak = 0  # entries, within the last fetch
+        self.entering = self.running = 0  # entries: the most within the last fetch, and at its end
         self.sent: list[Message] = []  # in it
         self.awaited: list[Message] = []
 
@@ -250,7 +252,7 @@ class _Coordinator:
 
     def fetch(self, use: Use) -> None:
         own = self.own[use.module]
-        self.peak, self.sent, self.awaited = 0, [], []
+        self.entering, self.sent, self.awaited = 0, [], []
         if not use.forward:
             self.backward[use.module] = None
         self._gather([name for name in own if name not in self.whole and name not in self.flying])
@@ -268,7 +270,7 @@ class _Coordinator:
             self.fetched[name] = step
             due.discard(name)
         self._prefetch()
-        self._measure()
+        self.running = self._measure()
         self.step += 1
 
     def _prefetch(self) -> None:
@@ -336,10 +338,11 @@ class _Coordinator:
             self.entries -= self.trace.numel[name]
             self.available -= self.trace.numel[name]
 
-    def _measure(self) -> None:
+    def _measure(self) -> int:
         """Entries: gathered weights, and buffers of messages; a message of one weight is its weight's memory."""
         now = self.entries
         for message in self.buffers:
             if len(message) > 1 or message[0] in self.flying:
                 now += sum(self.trace.numel[name] for name in message)
-        self.peak = max(self.peak, now)
+        self.entering = max(self.entering, now)
+        return now

@@ -3,6 +3,7 @@
 What lies between steps (weights, coordinates, gradients, moments, masters, projectors) is exact, and so is what is sent
 but for ZeRO-3's gathers, of which there are bounds. What lives inside a step is a model of the largest of its phases:
 
+    arrival    activations as in the passes + gathered weights, which are copied out of the buffer that they came in
     forward    activations of the layers up to one + what that layer's forward pass makes
     loss       activations of all layers + the logits of a run of tokens + their gradients
     backward   activations of the layers still below + what one layer's backward pass makes (or its forward pass, where
@@ -221,15 +222,18 @@ def memory(job: Job, refresh: bool = False) -> Memory:
 
     kept, found = _gradients(job), _found(job, refresh)
     before = kept[-1] if job.accumulation > 1 else 0  # of earlier micro-batches
-    forward = backward = {"activations": 0, "one layer": 0, "gathered": 0, "gradients": before}
+    forward = backward = arrival = {"activations": 0, "one layer": 0, "gathered": 0, "gradients": before}
+
+    def larger(one: dict[str, int], other: dict[str, int], gathered: int) -> dict[str, int]:
+        return max(one, other | {"gathered": gathered}, key=_total)
+
     for index, unit in enumerate(job.layers.layers):
         # what a layer keeps is part of what its forward pass makes
         making = 0 if kinds[index] and not job.checkpointing else _forward(job)
-        gathered = _gathered(job, unit.name, False)
-        now = {
-            "activations": sum(alive[: index + 1]), "one layer": making, "gathered": gathered, "gradients": before,
-        }  # fmt: skip
-        forward = max(forward, now, key=_total)
+        entering, running = _gathered(job, unit.name, False)
+        now = {"activations": sum(alive[: index + 1]), "gradients": before}
+        arrival = larger(arrival, now, entering)
+        forward = larger(forward, now | {"one layer": making}, running)
         if not kinds[index]:
             continue
         below = sum(alive[: index + 1])
@@ -237,12 +241,17 @@ def memory(job: Job, refresh: bool = False) -> Memory:
             shared = job.itemsize == 4 and (index != lowest or _outside_trains(job))
             below += saved[index] - (inputs[index] if shared else 0)
         working = _working(job, unit, kinds[index], refresh)
-        gathered = _gathered(job, unit.name, True)
-        now = {"activations": below, "one layer": working, "gathered": gathered, "gradients": kept[index]}
-        backward = max(backward, now | {"new projectors": found[index]}, key=_total)
+        entering, running = _gathered(job, unit.name, True)
+        now = {"activations": below, "gradients": kept[index], "new projectors": found[index]}
+        arrival = larger(arrival, now | {"one layer": 2 * hidden * job.itemsize}, entering)
+        backward = larger(backward, now | {"one layer": working}, running)
+    entering, running = _gathered(job, job.head.modules[-1], False)
+    now = {"activations": sum(alive) + last, "gradients": before}
+    arrival = larger(arrival, now, entering)
     logits, head = _loss(job, refresh)
-    loss = {"activations": sum(alive) + last, "logits": logits, "gradients": before + head}
-    phases = {"forward": forward, "loss": loss | {"gathered": _gathered(job, job.head.modules[-1], False)}}
+    loss = now | {"logits": logits, "gradients": before + head, "gathered": running}
+    phases = {"arrival": arrival} if job.sharded else {}
+    phases |= {"forward": forward, "loss": loss}
     if flows:
         phases["backward"] = backward
     if job.head.name in job.full_rank:
@@ -250,7 +259,7 @@ def memory(job: Job, refresh: bool = False) -> Memory:
     phases["update"] = {"temporaries": _update(job), "gradients": kept[-1]}
     if refresh and job.method in LOW_RANK:
         phases["gather"] = {"projectors": _gather(job)}
-    for phase in ("forward", "loss", "backward"):
+    for phase in ("arrival", "forward", "loss", "backward"):
         if phase in phases:
             phases[phase] |= _everywhere(job, refresh)
     return Memory(state(job), phases)
@@ -260,12 +269,15 @@ def _total(parts: dict[str, int]) -> int:
     return sum(parts.values())
 
 
-def _gathered(job: Job, module: str, backward: bool) -> int:
-    """Bytes of gathered weights and of the gathers' buffers while ``module`` runs."""
-    if not job.sharded or job.gathered is not None:
-        return 0 if job.gathered is None else job.gathered.at(module, backward) * job.itemsize
+def _gathered(job: Job, module: str, backward: bool) -> tuple[int, int]:
+    """Bytes of gathered weights and of the gathers' buffers as ``module`` is entered, and while it runs."""
+    if not job.sharded:
+        return 0, 0
+    if job.gathered is not None:
+        entering, running = job.gathered.at(module, backward)
+        return entering * job.itemsize, running * job.itemsize
     total = sum(_numel(p) for u in job.layers.layers for p in _parts(u)) + sum(map(_numel, job.layers.embeddings))
-    return min(total, job.max_live) * job.itemsize
+    return (min(total, job.max_live) * job.itemsize,) * 2
 
 
 def _embedding(job: Job, kept: Sequence[int]) -> dict[str, int]:
@@ -277,7 +289,7 @@ def _embedding(job: Job, kept: Sequence[int]) -> dict[str, int]:
     if job.accumulation == 1 and not job.deepspeed_trains:  # its part comes of it
         gradients -= math.ceil(_numel(embedding) / job.world) * job.itemsize
     return {
-        "gradients": gradients, "their sum": whole * tied, "gathered": _gathered(job, embedding.modules[0], True),
+        "gradients": gradients, "their sum": whole * tied, "gathered": _gathered(job, embedding.modules[0], True)[1],
     }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ PARTS = {  # of what a step adds: where it is largest
     "activations": ("forward", "loss", "backward"),
     "logits": ("loss",),
     "one layer's pass": ("forward", "backward"),
-    "gathered weights": ("forward", "loss", "backward", "embedding"),
+    "gathered weights": ("arrival", "forward", "loss", "backward", "embedding"),
 }
 Column = tuple[str, Forecast]
 

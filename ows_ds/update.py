@@ -63,8 +63,8 @@ class UnitBuffer:
 
     values: (rows, r), of the weights' dtype, the same on every process. grads: (rows, r), float32 (float64 where the
     weights are float64): this process's sums. Of this process's rows only, (stride, r), of the gradients' dtype:
-    master, what AdamW works on; reduced, the gradients' sums over processes; exp_avg, exp_avg_sq. Master lies in
-    ``values`` where the dtypes are the same, and reduced in ``grads`` in a world of one.
+    master, what AdamW works on; reduced_grads, the gradients' sums over processes; exp_avg, exp_avg_sq. Master lies in
+    ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class UnitBuffer:
         self.grads = torch.zeros(layout.rows, layout.rank, dtype=dtype, device=device)
         own = self.values[slice(*layout.part(comm.index))]
         self.master = own if weight_dtype == dtype else own.to(dtype)
-        self.reduced = self.grads if comm.world == 1 else torch.zeros_like(self.master)
+        self.reduced_grads = self.grads if comm.world == 1 else torch.zeros_like(self.master)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         # AdamW counts on the CPU
         self.steps = {kind: torch.zeros((), dtype=torch.float32) for kind in layout.segments}
@@ -97,16 +97,16 @@ class UnitBuffer:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradients over processes. Collective."""
-        self._pending = self.comm.start_reduce_scatter(self.grads, self.reduced, "gradients")
+        self._pending = self.comm.start_reduce_scatter(self.grads, self.reduced_grads, "gradients")
 
     def reduce(self) -> Tensor:
-        """`reduced`, after the end of what `start_reduce` began."""
+        """`reduced_grads`, after the end of what `start_reduce` began."""
         assert self._pending is not None
         self._pending.wait()
         self._pending = None
         for kind, parameter in self.parameters.items():
-            parameter.grad = self.reduced[self._local[kind]]
-        return self.reduced
+            parameter.grad = self.reduced_grads[self._local[kind]]
+        return self.reduced_grads
 
     def start_publish(self) -> Pending:
         """Begin to bring every process's rows of master into all processes' values. Collective."""
