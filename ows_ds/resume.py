@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ows_ds.checkpoint import Checkpoint
+from ows_ds import config
+from ows_ds.checkpoint import Checkpoint, checkpoints
+from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 from ows_ds.methods import Method
 from ows_ds.weights import Piece, Weights, pieces_of, read_weights
+
+# what may differ between a run and its continuation; everything else decides the weights
+MAY_CHANGE = {
+    "train": {"resume", "save_every", "keep_last", "checkpoint", "on_save_error", "eval_every", "eval_batch_size",
+              "sharding", "ds_config", "timeout_seconds", "max_nonfinite_steps", "micro_batch_size",
+              "gradient_checkpointing", "output_dir"},
+    "log": {"trackers", "progress"},
+    "model": {"path", "attention"},
+    "data": {"train", "eval", "eval_subset", "eval_split"},
+    "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
+}  # fmt: skip
+
+
+def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
+    """Refuse (UserError) to write over another run, and to go on with another recipe.
+
+    Under ``train.resume: auto`` a run that was stopped before its first checkpoint begins anew.
+    """
+    own = opened is not None and opened.folder.resolve().parent.parent == run_dir.resolve()
+    restarted = opened is None and recipe.train.resume == "auto" and not (run_dir / "model").exists()
+    if not own and not (restarted and (run_dir / "config.yaml").exists()):
+        used = config.used(run_dir)
+        if used:
+            right = f"give a folder without {used[0]}"
+            if recipe.train.resume == "never":
+                right += ", or --train.resume auto to go on with the run that is there"
+            raise UserError("train.output_dir", str(run_dir), right)
+    if own and opened is not None and (run_dir / "model").exists():
+        newest = checkpoints(run_dir)[0]
+        if opened.folder.resolve() != newest.resolve():
+            right = (
+                f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
+            )
+            raise UserError("train.resume", recipe.train.resume, right)
+    if opened is not None:
+        tree = opened.facts["recipe"]
+    elif restarted and (run_dir / "config.yaml").exists():
+        tree = config.read_yaml(run_dir / "config.yaml", "train.resume")
+    else:
+        return
+    try:
+        old = config.to_dict(config.from_dict(tree))
+    except UserError as error:
+        right = f"give never and another train.output_dir: the recipe of the run is none of this version ({error})"
+        raise UserError("train.resume", recipe.train.resume, right) from error
+    for section, values in config.to_dict(recipe).items():
+        for key, value in values.items():
+            if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):
+                right = f"give {old[section][key]!r}, as the run that is resumed"
+                raise UserError(f"{section}.{key}", value, right)
 
 
 def contents(method: Method, everything: bool) -> tuple[list[Piece], dict[str, Any]]:

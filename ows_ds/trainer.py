@@ -9,10 +9,9 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +19,16 @@ from torch import Tensor
 from ows_ds import checkpoint, config, methods, resume, scoring, signals, watch
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.data import IGNORE, MULTIPLE, Batches, Encoded, collate, encode_rows, held_out_batches
+from ows_ds.data import IGNORE, Batches
 from ows_ds.errors import Failed, UserError
 from ows_ds.export import save_model
-from ows_ds.layers import ModelLayers
+from ows_ds.job import Job, calibration, evaluate, load
 from ows_ds.log import RunLog, check_trackers
 from ows_ds.loss import token_losses
 from ows_ds.methods import Method
-from ows_ds.rows import fetch, load_rows
-from ows_ds.runtime import Runtime, check_memory, load_model, load_tokenizer, start
+from ows_ds.runtime import Runtime, start
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores, beside
-from ows_ds.weights import Weights
-
-# what may differ between a run and its continuation; everything else decides the weights
-MAY_CHANGE = {
-    "train": {"resume", "save_every", "keep_last", "checkpoint", "on_save_error", "eval_every", "eval_batch_size",
-              "sharding", "ds_config", "timeout_seconds", "max_nonfinite_steps", "micro_batch_size",
-              "gradient_checkpointing", "output_dir"},
-    "log": {"trackers", "progress"},
-    "model": {"path", "attention"},
-    "data": {"train", "eval", "eval_subset", "eval_split"},
-    "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
-}  # fmt: skip
 
 
 def train(recipe: Recipe) -> None:
@@ -68,8 +54,8 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         if opened is None and passed:
             right = f"remove {run_dir / 'checkpoints'} to begin anew: none in it can be gone on from ({passed[0]})"
             raise UserError("train.resume", recipe.train.resume, right)
-        _check_run_dir(run_dir, recipe, opened)
-    job = _load(recipe, runtime)
+        resume.check(run_dir, recipe, opened)
+    job = load(recipe, runtime)
     everything = recipe.train.checkpoint == "full"
     if opened is not None:
         job.model = resume.base_model(opened, job.weights, job.model, recipe.model.path, everything)
@@ -151,65 +137,9 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
     """
     runtime = start(recipe)
     with watch.armed(runtime.comm, recipe.train.timeout_seconds):
-        job = _load(recipe, runtime, training=False)
+        job = load(recipe, runtime, training=False)
         path = output or Path(recipe.train.output_dir) / "scores.json"
-        scoring.report(recipe, job.weights, job.layers, functools.partial(_calibration, job), kinds, path)
-
-
-@dataclass
-class _Job:
-    """What a run works on."""
-
-    recipe: Recipe
-    runtime: Runtime
-    weights: Weights
-    layers: ModelLayers  # of the model without adapters
-    tokenizer: Any
-    rows: list[Encoded]
-    held_out: list[Encoded]
-    model: str = ""  # fingerprint of the base model
-
-    @property
-    def vocabulary(self) -> int:
-        """Entries of the model's embedding."""
-        module: Any = self.weights.module
-        return int(self.weights.shape(module.get_input_embeddings().weight)[0])
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        pad = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
-        return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
-
-    def batch(self, rows: list[Encoded]) -> dict[str, Tensor]:
-        """Right-padded tensors (rows, tokens): labels on the CPU, the others on the device."""
-        batch = collate(rows, self.pad_id)
-        return {name: t if name == "labels" else t.to(self.runtime.device) for name, t in batch.items()}
-
-
-def _load(recipe: Recipe, runtime: Runtime, training: bool = True) -> _Job:
-    """Data before weights: what is wrong with it shows at once."""
-    assert recipe.data.train is not None  # config.check
-    held_out: list[Encoded] = []
-    with together(runtime.comm):
-        if runtime.comm.index == 0:  # one process downloads, the others find the data sets in the cache
-            fetch(recipe.data, evaluation=training)
-    with together(runtime.comm):
-        tokenizer = load_tokenizer(recipe)
-        rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
-        if training and recipe.data.eval is not None:
-            held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
-    if training:
-        check_memory(recipe, runtime, max((len(row["input_ids"]) for row in [*rows, *held_out]), default=1))
-        adapt = functools.partial(methods.adapt, recipe)
-        weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
-    else:
-        weights, layers = load_model(recipe, runtime)
-    job = _Job(recipe, runtime, weights, layers, tokenizer, rows, held_out)
-    _check_rows(job)
-    if training:
-        job.model = methods.base_model(recipe, weights)
-    return job
+        scoring.report(recipe, job.weights, job.layers, functools.partial(calibration, job), kinds, path)
 
 
 def _check_settings(recipe: Recipe, world: int) -> None:
@@ -220,51 +150,11 @@ def _check_settings(recipe: Recipe, world: int) -> None:
         Scores.read(Path(recipe.sampling.scores))
 
 
-def _check_rows(job: _Job) -> None:
-    """Refuse (UserError) rows with tokens or positions that the model has no embedding of."""
-    rows, module = [*job.rows, *job.held_out], cast(Any, job.weights.module)
-    largest = max(max(row["input_ids"]) for row in rows)
-    if largest >= job.vocabulary:
-        right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {job.vocabulary}"
-        raise UserError("model.path", job.recipe.model.path, right)
-    words = (module.get_input_embeddings(), module.get_output_embeddings())
-    tables = [m.shape[0] for m in job.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
-    if not tables:
-        return  # positions are computed
-    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0])
-    longest = max(len(row["input_ids"]) for row in rows)
-    if -(-longest // MULTIPLE) * MULTIPLE > positions:
-        right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
-        raise UserError("data.max_length", job.recipe.data.max_length, right)
-
-
-def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
-    data = recipe.data
-    train = key == "data.train"
-    subset, split = (data.train_subset, data.train_split) if train else (data.eval_subset, data.eval_split)
-    rows = load_rows(path, data.format, key, subset, split)
-    encoded, counts = encode_rows(rows, tokenizer, data.max_length, data.loss_on, data.format, key, data.template)
-    if runtime.comm.index == 0:
-        notes = [f"{counts.dropped} without a trained token dropped"] if counts.dropped else []
-        notes += [f"{counts.truncated} cut to {data.max_length} tokens"] if counts.truncated else []
-        print(f"{key}: {counts.kept} rows, {counts.trained_tokens:,} trained tokens" + "".join(f"; {n}" for n in notes))
-    return encoded
-
-
-def _importance(job: _Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:
+def _importance(job: Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:
     """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
     earlier = None if opened is None else opened.folder.parent.parent
-    batches = functools.partial(_calibration, job)
+    batches = functools.partial(calibration, job)
     return scoring.importance(job.recipe, job.weights, job.layers, run_dir, job.model, earlier, batches)
-
-
-def _calibration(job: _Job) -> Iterator[dict[str, Tensor]]:
-    """This process's batches of the rows that layers are scored on."""
-    sampling, comm = job.recipe.sampling, job.runtime.comm
-    rows = job.rows[: sampling.calibration_samples]
-    lengths = [len(row["input_ids"]) for row in rows]
-    for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world, comm.index, lengths):
-        yield job.batch([rows[i] for i in share])
 
 
 def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:
@@ -280,7 +170,7 @@ class _Steps:
     """Optimizer steps, one after the other."""
 
     def __init__(
-        self, job: _Job, method: Method, batches: Batches, told: threading.Event, saver: checkpoint.Saver
+        self, job: Job, method: Method, batches: Batches, told: threading.Event, saver: checkpoint.Saver
     ) -> None:
         self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
         self.told, self.stop = told, False  # a signal came here; to any process before the last step's update
@@ -363,44 +253,6 @@ class _Steps:
         return dict(sorted((self.comm.sent - self.before).items()))
 
 
-@torch.no_grad()
-def evaluate(job: _Job) -> float:
-    """Mean cross entropy of the held-out tokens with the coordinates attached. Collective."""
-    weights, comm = job.weights, job.runtime.comm
-    training = weights.module.training
-    weights.module.eval()
-    shares = held_out_batches(
-        len(job.held_out),
-        job.recipe.train.eval_batch_size,
-        comm.world,
-        comm.index,
-        [len(row["input_ids"]) for row in job.held_out],
-    )
-    sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
-    for share in shares:
-        batch = job.batch([job.held_out[i] for i in share])
-        targets = (batch["labels"][:, 1:] != IGNORE).sum().double().to(sums.device)
-        sums += torch.stack([token_losses(weights, batch).double(), targets])
-        weights.after_step()
-    weights.module.train(training)
-    loss, targets = comm.all_reduce(sums, "evaluation").tolist()
-    return float(loss / targets)
-
-
-def mean_loss(
-    recipe: Recipe, runtime: Runtime, weights: Weights, layers: ModelLayers, tokenizer: Any, path: str, key: str
-) -> float:
-    """Mean cross entropy of the trained tokens of the rows in ``path`` under ``weights``. Collective.
-
-    Raises UserError naming ``key`` for rows that cannot be read or encoded.
-    """
-    with together(runtime.comm):
-        rows = _encode(recipe, tokenizer, path, key, runtime)
-    job = _Job(recipe, runtime, weights, layers, tokenizer, [], rows)
-    _check_rows(job)
-    return evaluate(job)
-
-
 def _trouble(losses: Sequence[float], norm: float) -> str | None:
     """What is not finite, of the processes' losses and their gradients' norm, in words; None: nothing."""
     if math.isfinite(norm):
@@ -427,42 +279,3 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _check_run_dir(run_dir: Path, recipe: Recipe, opened: checkpoint.Checkpoint | None) -> None:
-    """A run never writes over another one, nor goes on with another recipe.
-
-    Under ``train.resume: auto`` a run that was stopped before its first checkpoint begins anew.
-    """
-    own = opened is not None and opened.folder.resolve().parent.parent == run_dir.resolve()
-    restarted = opened is None and recipe.train.resume == "auto" and not (run_dir / "model").exists()
-    if not own and not (restarted and (run_dir / "config.yaml").exists()):
-        used = config.used(run_dir)
-        if used:
-            right = f"give a folder without {used[0]}"
-            if recipe.train.resume == "never":
-                right += ", or --train.resume auto to go on with the run that is there"
-            raise UserError("train.output_dir", str(run_dir), right)
-    if own and opened is not None and (run_dir / "model").exists():
-        newest = checkpoint.checkpoints(run_dir)[0]
-        if opened.folder.resolve() != newest.resolve():
-            right = (
-                f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
-            )
-            raise UserError("train.resume", recipe.train.resume, right)
-    if opened is not None:
-        tree = opened.facts["recipe"]
-    elif restarted and (run_dir / "config.yaml").exists():
-        tree = config.read_yaml(run_dir / "config.yaml", "train.resume")
-    else:
-        return
-    try:
-        old = config.to_dict(config.from_dict(tree))
-    except UserError as error:
-        right = f"give never and another train.output_dir: the recipe of the run is none of this version ({error})"
-        raise UserError("train.resume", recipe.train.resume, right) from error
-    for section, values in config.to_dict(recipe).items():
-        for key, value in values.items():
-            if old[section][key] != value and key not in MAY_CHANGE.get(section, ()):
-                right = f"give {old[section][key]!r}, as the run that is resumed"
-                raise UserError(f"{section}.{key}", value, right)

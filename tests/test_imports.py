@@ -42,7 +42,7 @@ LAYOUT = [
     [f"methods.{name}" for name in ("badam", "full", "galore", "hift", "lisa", "lora", "mezo", "ows")],
     ["methods.__init__"],
     ["scoring", "resume"],
-    ["export"],
+    ["export", "job"],
     ["trainer"],
     ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
     ["report.__init__", "report.runs"],

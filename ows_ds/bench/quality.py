@@ -33,6 +33,7 @@ from ows_ds.bench.study import Run, Study
 from ows_ds.communicate import together
 from ows_ds.config import Data, Recipe, accumulation
 from ows_ds.errors import UserError
+from ows_ds.job import mean_loss
 from ows_ds.rows import load_rows
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
 from ows_ds.sample import METRIC_OF
@@ -201,7 +202,7 @@ class _Work:
         recipe = replace(recipe, data=data, train=replace(recipe.train, gradient_checkpointing=False))
         weights, layers = load_model(recipe, self.runtime)
         tokenizer = load_tokenizer(recipe)
-        loss = trainer.mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")
+        loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")
         found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "right": None, "rows": None}
         if accuracy is not None:
             rows = load_rows(plan.test, data.format, "test", data.eval_subset, data.eval_split)[: accuracy.rows]

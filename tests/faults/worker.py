@@ -37,7 +37,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def inject(fault: str, step: int) -> None:
     """Let this process meet with it."""
-    take, batch = trainer._Steps.take, trainer._Job.batch
+    take, batch = trainer._Steps.take, trainer.Job.batch
     current = -1
 
     def taking(self: Any, number: int) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def inject(fault: str, step: int) -> None:
             FAULTS[fault]()
         return batch(self, rows)
 
-    trainer._Steps.take, trainer._Job.batch = taking, failing  # type: ignore[method-assign]
+    trainer._Steps.take, trainer.Job.batch = taking, failing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
