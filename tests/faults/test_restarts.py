@@ -11,7 +11,7 @@ import pytest
 
 from ows_ds import config
 from tests.conftest import ROOT
-from tests.launch.test_launchers import LIMIT, launchers
+from tests.launch.test_launchers import LIMIT, accelerate, torchrun
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
@@ -19,18 +19,25 @@ from tests.tiny_run import recipe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "memory"])
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, launcher: str, fault: str) -> None:
+@pytest.mark.parametrize("launcher", [torchrun, accelerate])
+def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, launcher: Any, fault: str) -> None:
     settings: dict[str, Any] = {"sharding": "zero3"}
     pools(2).run(run, recipe(inputs, tmp_path / "whole", **settings), None)
     file = tmp_path / "recipe.yaml"
     file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", resume="auto", **settings)))
-    words, _ = launchers()[launcher]
-    options = 2 if launcher == "accelerate" else 1  # where they begin
-    words[options:options] = ["--max_restarts", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*words, "-m", "tests.faults.worker", fault, "1", "5", "train", "--config", str(file)]
+    command = [
+        *launcher("--max_restarts", "2"),
+        "-m",
+        "tests.faults.worker",
+        fault,
+        "1",
+        "5",
+        "train",
+        "--config",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "run" / "fault").exists()

@@ -28,6 +28,15 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
+def accelerate(*options: str) -> list[str]:
+    file = ["--config_file", "launch/accelerate/zero3_cpu_2.yaml"]
+    return [str(BIN / "accelerate"), "launch", *file, "--main_process_port", free_port(), *options]
+
+
+def torchrun(*options: str) -> list[str]:
+    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), *options]
+
+
 def launch(words: list[str], file: Path, **options: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -52,12 +61,10 @@ def launch_all(recipes: Mapping[Path, tuple[list[str], config.Recipe, dict[str, 
 
 
 def test_same_weights_under_every_launcher(inputs: Path, tmp_path: Path) -> None:
-    accelerate = [str(BIN / "accelerate"), "launch", "--config_file", "launch/accelerate/zero3_cpu_2.yaml"]
-    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2"]
-    launchers = {
-        "accelerate": ([*accelerate, "--main_process_port", free_port()], {}),
-        "torchrun": ([*torchrun, "--master_port", free_port()], {"sharding": "zero3"}),
-        "replicated": ([*torchrun, "--master_port", free_port()], {"sharding": "replicated"}),
+    launchers: dict[str, tuple[list[str], dict[str, str]]] = {
+        "accelerate": (accelerate(), {}),
+        "torchrun": (torchrun(), {"sharding": "zero3"}),
+        "replicated": (torchrun(), {"sharding": "replicated"}),
     }
     launch_all(
         {
