@@ -11,7 +11,7 @@ import pytest
 
 from ows_ds import config
 from tests.conftest import ROOT
-from tests.launch.test_launchers import LIMIT, accelerate, torchrun
+from tests.launch.test_launchers import LIMIT, launchers
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
@@ -19,16 +19,19 @@ from tests.tiny_run import recipe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "memory"])
-@pytest.mark.parametrize("launcher", [torchrun, accelerate])
-def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, launcher: Any, fault: str) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, launcher: str, fault: str) -> None:
     settings: dict[str, Any] = {"sharding": "zero3"}
     pools(2).run(run, recipe(inputs, tmp_path / "whole", **settings), None)
     file = tmp_path / "recipe.yaml"
     file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", resume="auto", **settings)))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words, _ = launchers()[launcher]
+    options = 2 if launcher == "accelerate" else 1  # where they begin
+    words[options:options] = ["--max_restarts", "2"]
     command = [
-        *launcher("--max_restarts", "2"),
+        *words,
         "-m",
         "tests.faults.worker",
         fault,

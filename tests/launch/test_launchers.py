@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,19 +21,10 @@ BIN = Path(sys.executable).parent
 LIMIT = 300  # seconds for one launch; the first on a machine compiles DeepSpeed's operator
 
 
-def free_port() -> str:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def accelerate(*options: str) -> list[str]:
-    file = ["--config_file", "launch/accelerate/zero3_cpu_2.yaml"]
-    return [str(BIN / "accelerate"), "launch", *file, "--main_process_port", free_port(), *options]
-
-
-def torchrun(*options: str) -> list[str]:
-    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), *options]
+        return int(listener.getsockname()[1])
 
 
 def launch(words: list[str], file: Path, **options: str) -> subprocess.CompletedProcess[str]:
@@ -45,56 +35,50 @@ def launch(words: list[str], file: Path, **options: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
-def launch_all(recipes: Mapping[Path, tuple[list[str], config.Recipe, dict[str, str]]]) -> None:
-    """Launch a recipe with a launcher and options in each folder, all at the same time: while one starts, another may
-    take its core.
-    """
-
-    def one(folder: Path) -> subprocess.CompletedProcess[str]:
-        words, recipe, options = recipes[folder]
-        folder.with_suffix(".yaml").write_text(config.to_yaml(recipe))
-        return launch(words, folder.with_suffix(".yaml"), **options)
-
-    with ThreadPoolExecutor() as pool:
-        for result in pool.map(one, recipes):
-            assert result.returncode == 0, result.stderr[-4000:]
+def launchers() -> dict[str, tuple[list[str], dict[str, str]]]:
+    port = str(free_port())
+    accelerate = [str(BIN / "accelerate"), "launch", "--main_process_port", port]
+    accelerate += ["--config_file", "launch/accelerate/zero3_cpu_2.yaml"]
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+    return {
+        "accelerate": (accelerate, {}),
+        "torchrun": (torchrun, {"sharding": "zero3"}),
+        "torchrun replicated": (torchrun, {"sharding": "replicated"}),
+    }
 
 
 def test_same_weights_under_every_launcher(inputs: Path, tmp_path: Path) -> None:
-    launchers: dict[str, tuple[list[str], dict[str, str]]] = {
-        "accelerate": (accelerate(), {}),
-        "torchrun": (torchrun(), {"sharding": "zero3"}),
-        "replicated": (torchrun(), {"sharding": "replicated"}),
-    }
-    launch_all(
-        {
-            tmp_path / name: (words, recipe(inputs, tmp_path / name, steps=5), options)
-            for name, (words, options) in launchers.items()
-        }
-    )
     models = {}
-    for name in launchers:
-        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for name, (words, options) in launchers().items():
+        run_dir = tmp_path / name.replace(" ", "-")
+        file = tmp_path / "recipe.yaml"
+        file.write_text(config.to_yaml(recipe(inputs, run_dir, steps=5)))
+        result = launch(words, file, **options)
+        assert result.returncode == 0, result.stderr[-4000:]
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records] == [0, 1, 2, 3, 4, 5]
         # two processes that share the work, not two that each think they are alone
         assert records[2]["comm_bytes"]["gradients"] > 0
-        assert ("weights" in records[2]["comm_bytes"]) == (name != "replicated")
-        models[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert ("weights" in records[2]["comm_bytes"]) == ("replicated" not in name)
+        models[name] = load_file(run_dir / "model" / "model.safetensors")
     first = models["accelerate"]
     assert all(bool((models["torchrun"][n] == first[n]).all()) for n in first)
     # replicated: sums in another order where whole matrices are folded at once
-    assert all(bool(((models["replicated"][n] - first[n]).abs() <= 0.05).all()) for n in first)
+    assert all(bool(((models["torchrun replicated"][n] - first[n]).abs() <= 0.05).all()) for n in first)
 
 
 def test_alone_without_a_launcher(inputs: Path, tmp_path: Path) -> None:
-    folders = {sharding: tmp_path / sharding for sharding in ("replicated", "zero3")}
-    launch_all(
-        {
-            folder: ([sys.executable], recipe(inputs, folder, steps=2, sharding=sharding), {})
-            for sharding, folder in folders.items()
-        }
-    )
-    assert all((folder / "model" / "model.safetensors").exists() for folder in folders.values())
+    """Replicated and in shards, at the same time: one process needs one core."""
+
+    def one(sharding: str) -> None:
+        file = tmp_path / f"{sharding}.yaml"
+        file.write_text(config.to_yaml(recipe(inputs, tmp_path / sharding, steps=2, sharding=sharding)))
+        result = launch([sys.executable], file)
+        assert result.returncode == 0, result.stderr[-4000:]
+        assert (tmp_path / sharding / "model" / "model.safetensors").exists()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, ("replicated", "zero3")))
 
 
 @pytest.mark.slow
