@@ -33,6 +33,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture(scope="module")
+def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run with room leaves behind."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pools(2).run(run, recipe(inputs, folder, sharding="zero3"), None)
+    return contents(folder)
+
+
 def fill(disk: Path, saved: Path) -> None:
     """Leave room for a third of the checkpoint ``saved``."""
     free = os.statvfs(disk)
@@ -72,7 +80,7 @@ def opened(run_dir: Path) -> list[str]:
     return [checkpoint.open_checkpoint(path, Communicator()).folder.name for path in checkpoint.checkpoints(run_dir)]
 
 
-def test_it_goes_on_and_is_told(pools: Pools, inputs: Path, tmp_path: Path, disk: Path) -> None:
+def test_it_goes_on_and_is_told(pools: Pools, inputs: Path, disk: Path, whole: Any) -> None:
     run_dir = disk / "run"
     answers = pools(2).run(run_out, recipe(inputs, run_dir, sharding="zero3"), disk, True)
     assert [ended for ended, _ in answers] == ["done", "done"]
@@ -82,15 +90,16 @@ def test_it_goes_on_and_is_told(pools: Pools, inputs: Path, tmp_path: Path, disk
     assert line.endswith("going on, the newest one is step-3 (1 not written so far)")
     assert answers[0][1][-1] == f"done: {run_dir / 'model'}, 1 checkpoints not written"
     assert opened(run_dir) == ["step-9", "step-3"]
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
-    (records, files), (its_records, its_files) = contents(tmp_path / "whole"), contents(run_dir)
+    (records, files), (its_records, its_files) = whole, contents(run_dir)
     assert its_records == records
     assert {name: digest for name, digest in files.items() if "step-6" not in name}.items() <= its_files.items()
 
 
-@pytest.mark.parametrize(("on_save_error", "failed"), [("stop", "step-6"), ("continue", "step-9")])
+@pytest.mark.parametrize(
+    ("on_save_error", "failed"), [("stop", "step-6"), pytest.param("continue", "step-9", marks=pytest.mark.slow)]
+)
 def test_it_ends_with_the_cause(
-    pools: Pools, inputs: Path, tmp_path: Path, disk: Path, on_save_error: str, failed: str
+    pools: Pools, inputs: Path, disk: Path, whole: Any, on_save_error: str, failed: str
 ) -> None:
     """At once under stop, at the end in any case; with room it goes on from what is there."""
     run_dir = disk / "run"
@@ -104,5 +113,4 @@ def test_it_ends_with_the_cause(
     (disk / "ballast").unlink()
     told = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
     assert told[0].startswith("going on after step 3")
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
-    assert contents(run_dir) == contents(tmp_path / "whole")
+    assert contents(run_dir) == whole

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +27,8 @@ from tests.ranks.test_whole import place
 from tests.ranks.training import RATIOS, distance, mean_loss, micro_batches, whole_weights
 from tests.tiny_run import recipe
 from tests.unit.families import tiny
+
+SLOW = pytest.mark.slow
 
 # ------------------------------------------------------------------ beside the steps
 
@@ -148,7 +150,7 @@ def other(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["ows", "lisa", "lora"])
+@pytest.mark.parametrize("method", ["lisa", pytest.param("ows", marks=SLOW), pytest.param("lora", marks=SLOW)])
 def test_another_base_model_is_refused(pools: Pools, inputs: Path, other: Path, tmp_path: Path, method: str) -> None:
     run_dir = tmp_path / "run"
     pools(2).run(run, recipe(inputs, run_dir, method=method, sharding="zero3"), 4)
@@ -170,7 +172,7 @@ def contents_of(run_dir: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize(("method", "sharding"), [("ows", "zero3"), ("lora", "replicated")])
+@pytest.mark.parametrize(("method", "sharding"), [("ows", "zero3"), pytest.param("lora", "replicated", marks=SLOW)])
 def test_full_needs_nothing_of_the_base_model(
     pools: Pools, inputs: Path, other: Path, tmp_path: Path, method: str, sharding: str
 ) -> None:
@@ -248,23 +250,27 @@ def load_save_and_go_on(rank: int, world: int, name: str, sharding: str, folder:
 
 
 @pytest.fixture(scope="module")
-def saved(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, dict[str, Tensor]]]:
-    """By method and sharding: a checkpoint of two processes, and the weights at the end of their run."""
-    result = {}
-    for name, sharding in itertools.product(("ows", "full", "hift"), ("zero3", "replicated")):
+def saved(
+    pools: Pools, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], tuple[Path, dict[str, Tensor]]]:
+    """Of a method and a sharding: a checkpoint of two processes, and the weights at the end of their run."""
+
+    @functools.cache
+    def make(name: str, sharding: str) -> tuple[Path, dict[str, Tensor]]:
         folder = tmp_path_factory.mktemp("saved") / "step-7"
-        result[name, sharding] = (folder, pools(2).run(save_and_go_on, name, sharding, folder)[0])
-    return result
+        return folder, pools(2).run(save_and_go_on, name, sharding, folder)[0]
+
+    return make
 
 
-@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("source", ["zero3", "replicated"])
 @pytest.mark.parametrize("target", ["zero3", "replicated"])
-@pytest.mark.parametrize("name", ["ows", "full", "hift"])
+@pytest.mark.parametrize("name", ["ows", pytest.param("full", marks=SLOW), pytest.param("hift", marks=SLOW)])
 def test_other_worlds_hold_the_same_and_go_on(
     pools: Pools, tmp_path: Path, saved: Any, name: str, source: str, target: str, world: int
 ) -> None:
-    folder, expected = saved[name, source]
+    folder, expected = saved(name, source)
     copy = tmp_path / "step-7"
     for weights in pools(world).run(load_save_and_go_on, name, target, folder, copy):
         assert distance(weights, expected) < 1e-4  # float32, sums in another order
