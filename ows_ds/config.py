@@ -546,8 +546,9 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, (integer, least) in at_least.items():
         if integer is not None and integer < least:
             yield key, f"give an integer of at least {least}"
-        if integer is not None and integer > MOST:
-            yield key, f"give an integer of at most {MOST}"
+        most = 2**63 - 1 if key.endswith("seed") else MOST
+        if integer is not None and integer > most:
+            yield key, f"give an integer of at most {most}"
     above_zero: dict[str, float | None] = {
         "method.lora_alpha": recipe.method.lora_alpha,
         "method.epsilon": recipe.method.epsilon,

@@ -175,8 +175,8 @@ def check_by_deepspeed(config: dict[str, Any]) -> None:
     try:
         DeepSpeedZeroConfig(**config["zero_optimization"])
     except (TypeError, ValueError) as error:  # pydantic's is a ValueError, with one entry for each mistake
-        mistakes: list[dict[str, Any]] = getattr(error, "errors", list)() or [{}]
-        first = mistakes[0]
+        mistakes: list[dict[str, Any]] = error.errors() if hasattr(error, "errors") else []
+        first = mistakes[0] if mistakes else {}
         name = ".".join(map(str, ["zero_optimization", *first.get("loc", ())]))
         right = f"give what DeepSpeed takes ({first.get('msg') or first_line(error)})"
         raise UserError(f"train.ds_config: {name}", first.get("input"), right) from None

@@ -157,6 +157,14 @@ def renamed(name: str) -> Callable[[dict[str, Any]], Any]:
     return change
 
 
+def of_gpt2(folder: Path) -> None:
+    """A model with learned positions, 64 of them, and longer rows."""
+    model: Any = tiny("gpt2", True, torch.bfloat16)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    model.save_pretrained(folder / "model")
+    rows(*[{"text": "a" * 99}] * 12)(folder)
+
+
 MINIMUM = "model: {path: model}\ndata: {train: train.jsonl}\ntrain: {output_dir: run}\n"
 BOMB = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 MERGES = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
@@ -319,6 +327,7 @@ TOGETHER = {
         weights(lambda found: found | {"model.embed_tokens.weight": found["model.embed_tokens.weight"][:200].clone()})(
             folder))[1]),
     "model: no such kernel": Bad("model.attention: 'flash'", "--model.attention flash"),
+    "model: too few positions": Bad("data.max_length: 80", "--data.max_length 80", of_gpt2, says="give at most 64"),
     "model: too few layers": Bad("sampling.gamma: 4.0", "--sampling.gamma 4", says="at most 3, the number of layers"),
     "model: too narrow": Bad("optim.rank: 17", "--optim.rank 17", says="at most 16, the smaller side of"),
     # ---- scores

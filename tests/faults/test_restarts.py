@@ -30,17 +30,8 @@ def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, lau
     words, _ = launchers()[launcher]
     options = 2 if launcher == "accelerate" else 1  # where they begin
     words[options:options] = ["--max_restarts", "2"]
-    command = [
-        *words,
-        "-m",
-        "tests.faults.worker",
-        fault,
-        "1",
-        "5",
-        "train",
-        "--config",
-        str(file),
-    ]
+    faulty = [*words, "-m", "tests.faults.worker", fault, "1", "5"]
+    command = [*faulty, "train", "--config", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "run" / "fault").exists()
