@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failed as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
+        sys.stdout.flush()  # where both go to one file, this is the last line
         print(f"ows-ds: failed: {error}", file=sys.stderr, flush=True)
         if argv is None:
-            sys.stdout.flush()
             # not the interpreter's end: process groups would wait for processes that are no more, and talk of it
             os._exit(1)
         return 1

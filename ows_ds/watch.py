@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +117,7 @@ class Watch:
         if consequence:
             self._doubtful = text
         else:
-            self._propose(own, 2 if mistake else 1)
+            self._propose(own, 2 if mistake else 1, own=True)
         self._wake.set()
         self._known.wait(2 * DOUBT)
         if self.index == 0 or self._is_mine():  # the store may end with process 0
@@ -124,7 +125,8 @@ class Watch:
         if mistake or not isinstance(error, Exception):
             return error
         failed = Failed(_one_line(own) if self.cause is None else self.cause["line"])
-        failed.__cause__ = None if consequence and not self._is_mine() else error
+        alone = self._is_mine() and self.cause is not None and self.cause["own"]
+        failed.__cause__ = error if alone or not consequence else None
         return failed
 
     def close(self) -> None:
@@ -140,9 +142,10 @@ class Watch:
     def _silent(self, index: int, seconds: float) -> str:
         return f"{self.name_of(index)} was not heard of for {seconds:.0f} s: it is gone, or the network to it"
 
-    def _propose(self, line: str, code: int = 1) -> None:
+    def _propose(self, line: str, code: int = 1, own: bool = False) -> None:
+        """own: it is this process's error, not what it has found out of another."""
         if self._mine is None:
-            self._mine = {"line": _one_line(line), "code": code, "from": self.index}
+            self._mine = {"line": _one_line(line), "code": code, "from": self.index, "own": own}
 
     def _is_mine(self) -> bool:
         return self.cause is not None and self.cause.get("from") == self.index
@@ -188,12 +191,14 @@ class Watch:
                 if self._doubtful is not None and doubt is None:
                     doubt, doubted = [self._get(f"beat/{i}") for i in range(world)], 0.0
                 elif doubt is not None and doubted > DOUBT:
-                    self._propose(self._blame(doubt))
+                    self._blame(doubt)
                 if self._mine is not None:
                     self._write_cause()
             if self.cause is not None and not told:
                 self._store.add(self._key("seen"), 1)
                 told = True
+            if told and self.index != 0 and not self._is_mine():
+                return
             if told and self._store.add(self._key("seen"), 0) >= world:
                 self._told.set()
             self._answers += 1
@@ -211,12 +216,12 @@ class Watch:
         elif (text := self._get("cause")) is not None:  # else the first one is about to write it
             self._know(json.loads(text))
 
-    def _blame(self, before: list[str | None]) -> str:
-        """What to say of an error of a collective for which nobody has given a cause. before: the beats `DOUBT` ago."""
+    def _blame(self, before: list[str | None]) -> None:
+        """Propose the cause of an error of a collective, where nobody has given one. before: the beats `DOUBT` ago."""
         for other, beat in enumerate(before):
             if other != self.index and beat != "left" and self._get(f"beat/{other}") == beat:
-                return f"{self.name_of(other)} is gone, or the network to it: {self._doubtful}"
-        return f"{self.name_of(self.index)}: {self._doubtful}"
+                self._propose(f"{self.name_of(other)} is gone, or the network to it: {self._doubtful}")
+        self._propose(f"{self.name_of(self.index)}: {self._doubtful}", own=True)
 
     def _know(self, cause: dict[str, Any]) -> None:
         if self.cause is None:
@@ -266,5 +271,8 @@ def _one_line(text: str) -> str:
 
 def _leave(line: str, code: int) -> None:
     """End this process at once, whatever its other threads do."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the line must be the last one; a pipe may be full
+    flush.start()
+    flush.join(1.0)
     os.write(2, f"ows-ds: failed: {line}\n".encode())
     os._exit(code)
