@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import parse_json
-from ows_ds.errors import UserError, shorten
+from ows_ds.errors import Failed, UserError, shorten
 from ows_ds.tensor_files import Writer
 from ows_ds.weights import CHUNK, Piece
 
@@ -45,7 +45,7 @@ _SEAL = b'{"sha256": "'  # how a manifest begins; its own digest follows, taken 
 _BLANK = b"0" * 64
 
 
-class SaveError(RuntimeError):
+class SaveError(Failed):
     """A checkpoint could not be written: where and why. All processes raise the same; nothing has changed on disk."""
 
 

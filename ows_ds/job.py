@@ -84,6 +84,7 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True) -> Job:
 def _check_rows(job: Job) -> None:
     """Refuse (UserError) rows with tokens or positions that the model has no embedding of."""
     rows, module = [*job.rows, *job.held_out], cast(Any, job.weights.module)
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= job.vocabulary:
         right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {job.vocabulary}"

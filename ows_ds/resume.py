@@ -47,13 +47,10 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
                 f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
             )
             raise UserError("train.resume", recipe.train.resume, right)
-    if opened is not None:
-        tree = opened.facts["recipe"]
-    elif restarted and (run_dir / "config.yaml").exists():
-        tree = config.read_yaml(run_dir / "config.yaml", "train.resume")
-    else:
+    if opened is None and not (restarted and (run_dir / "config.yaml").exists()):
         return
     try:
+        tree = config.read_yaml(run_dir / "config.yaml") if opened is None else opened.facts["recipe"]
         old = config.to_dict(config.from_dict(tree))
     except UserError as error:
         right = f"give never and another train.output_dir: the recipe of the run is none of this version ({error})"

@@ -86,10 +86,11 @@ def test_all_stop_after_the_same_step_and_go_on(
 def test_a_signal_in_the_last_step_leaves_the_model_to_the_next_start(
     pools: Pools, inputs: Path, tmp_path: Path
 ) -> None:
-    short = recipe(inputs, tmp_path / "run", steps=1)
+    optim = {"warmup_steps": 1}
+    short = recipe(inputs, tmp_path / "run", optim=optim, steps=1)
     assert pools(2).run(signalled, short, 0, (signal.SIGUSR1, signal.SIGUSR1)) == [True, True]
     assert not (tmp_path / "run" / "model").exists()
-    again = recipe(inputs, tmp_path / "run", steps=1, resume="auto")
+    again = recipe(inputs, tmp_path / "run", optim=optim, steps=1, resume="auto")
     assert pools(2).run(signalled, again, -1, (0, 0)) == [False, False]
     assert (tmp_path / "run" / "model").exists()
     assert contents(tmp_path / "run")[0][-1]["eval_loss"] > 0
