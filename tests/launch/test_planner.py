@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ows_ds.bench.crew import Worker
-from ows_ds.bench.setting import Setting, resolve
+from ows_ds.bench.setting import Setting, estimate, resolve
 from ows_ds.bench.traffic import SMALL
 
 SMALL_MODEL = {"hidden": 256, "intermediate": 688, "heads": 4, "kv_heads": 2, "vocab": 512, "layers": "3"}
@@ -29,7 +30,12 @@ HOMES = [("replicated", 1), ("zero3", 2), ("zero3", 4)]
 
 @functools.cache
 def measure(setting: Setting, method: str, world: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Memory and, for more than one process, traffic of process 0."""
+    """Memory and, for more than one process, traffic of process 0. Skips what this machine has no room for."""
+    # moments and masters are there once, the model is built whole in each process
+    needed = estimate(setting, method) + (world - 1) * estimate(setting, "limit")
+    free = psutil.virtual_memory().available
+    if needed > free:
+        pytest.skip(f"{world} processes take about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
     worker = Worker(setting, method, world)
     try:
         worker.hear()
