@@ -190,6 +190,13 @@ class Hosts:
         finally:
             for job in jobs.values():
                 self.stop(job)
+            self.clear()
+
+    def clear(self) -> None:
+        """Kill what still trains: torchrun's processes have sessions of their own, and outlive it if it is killed."""
+        with self.held() as left:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[list[int]]:
