@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -195,8 +195,7 @@ class Hosts:
     def clear(self) -> None:
         """Kill what still trains: torchrun's processes have sessions of their own, and outlive it if it is killed."""
         with self.held() as left:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
+            _signal(left, signal.SIGKILL)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[list[int]]:
@@ -207,14 +206,11 @@ class Hosts:
                 with contextlib.suppress(OSError):
                     if TRAINS.match(Path(f"/proc/{pid}/cmdline").read_bytes()):
                         ranks.append(pid)
-        for pid in ranks:
-            os.kill(pid, signal.SIGSTOP)
+        _signal(ranks, signal.SIGSTOP)
         try:
             yield ranks
         finally:
-            for pid in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+            _signal(ranks, signal.SIGCONT)
 
     @staticmethod
     def stop(job: subprocess.Popen[bytes]) -> None:
@@ -242,9 +238,13 @@ def _all_of(network: str) -> Iterator[int]:
 
 def _kill_all_of(network: str) -> None:
     """What is left on a host, such as processes of a launcher that was killed, which have sessions of their own."""
-    for pid in _all_of(network):
+    _signal(_all_of(network), signal.SIGKILL)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
