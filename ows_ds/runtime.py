@@ -45,6 +45,7 @@ from ows_ds.zero3 import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+FORMED = "ows_ds/formed"  # in torchrun's store: how many process groups have come to be there
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -86,6 +87,9 @@ def start(recipe: Recipe) -> Runtime:
         # CPU operator anew
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         free_operator()
+    store = None
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        store = _join_torchrun(environment, backend, timeout)
     quieten()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
         accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
@@ -102,6 +106,10 @@ def start(recipe: Recipe) -> Runtime:
     if sharded:
         join_deepspeed()
     comm = join(accelerator.device)
+    if store is not None:
+        comm.collect("formed")  # all are there
+        if comm.index == 0:
+            store.add(FORMED, 1)
     config = None
     if sharded:
         raw = _ds_config(recipe, accelerator)
@@ -131,6 +139,20 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     # and peft asks transformers by an old name, as we do: the new ones are not in all versions that will do
     warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
+
+
+def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timedelta) -> dist.Store:
+    """The process group of processes that torchrun, or Accelerate by it, has started, perhaps anew. Collective.
+
+    With a fixed port torchrun keeps its store after a restart, and with it the addresses of the processes that were
+    there before: some would wait for these for ever. So each group that has formed in a store has keys of its own.
+    Returns the store, in which `FORMED` is to be counted up once all are there.
+    """
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+    own = dist.PrefixStore(f"{FORMED}-{store.add(FORMED, 0)}", store)
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+    return store
 
 
 def _alone(backend: str, timeout: timedelta) -> None:
