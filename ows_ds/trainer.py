@@ -64,7 +64,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     )
     methods.check(recipe, job.layers)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
-    if recipe.optim.warmup_steps > total:
+    if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
         raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, f"give at most the number of steps, {total}")
     method = methods.build(
         recipe, job.weights, job.layers, _importance(job, run_dir, opened), accumulation(recipe, comm.world)
