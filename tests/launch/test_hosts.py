@@ -100,18 +100,18 @@ def test_torchrun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, mee
 
 
 @pytest.mark.slow
-def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any) -> None:
+@pytest.mark.parametrize("meeting", [static, c10d])
+def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, meeting: Any) -> None:
     """`torchrun --max-restarts`: all processes start anew, and the run goes on from its newest checkpoint.
 
-    Also where one host is late. That needs a store for each attempt: in a shared one the host that is early finds
-    addresses of processes that are dead.
+    Also where one host is late: in torchrun's store the early one finds addresses of processes that are dead.
     """
     file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(config.to_yaml(launched(inputs, run_dir, resume="auto")))
     words = ["train", "--config", str(file), "--log.progress", "plain"]
     agents = {
-        name: hosts.start(name, [*launcher, *words], tmp_path / f"{name}.log", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-        for name, launcher in c10d("--max-restarts", "3").items()
+        name: hosts.start(name, [*launcher, *words], tmp_path / f"{name}.log")
+        for name, launcher in meeting("--max-restarts", "3").items()
     }
 
     def logs() -> str:
