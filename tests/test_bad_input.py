@@ -281,8 +281,8 @@ SETTINGS = {
                               text("s.yaml", "recipe: {train: 3}\ntest: eval.jsonl\nvariants: {a: }")),
 }  # fmt: skip
 
-# What two processes find out together.
-TOGETHER = {
+# What shows only when processes, model and data are there.
+LATER = {
     # ---- model
     "model: nothing in it": Bad("model.path: 'empty'", "--model.path empty", text("empty/notes", "")),
     "model: no config.json": Bad("model.path: 'model'", spoil=without("model/config.json")),
@@ -482,9 +482,29 @@ def told(rank: int, world: int, argv: list[str], folder: Path) -> tuple[int, str
     return code, path.read_text()
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", [name for name in LATER if not name.startswith(("ds_config", "processes"))])
+def test_one_process(
+    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # a run changes it
+    bad = LATER[name]
+    folder = lay_out(bad, inputs, tmp_path / "user")
+    capfd.readouterr()
+    before = tree(tmp_path)
+    with within(folder):
+        code = main(bad.argv)
+    judge(bad, code, capfd.readouterr().err, before, tmp_path)
+
+
+# every kind; the others take a second each
+OFTEN = ("ds_config", "processes", "model: a file", "model: too n", "scores: a", "data: no a", "output_dir: a f", "st")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name.startswith(OFTEN) else pytest.param(name, marks=pytest.mark.slow) for name in LATER]
+)
 def test_two_processes_say_the_same(name: str, pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    bad = TOGETHER[name]
+    bad = LATER[name]
     folder = lay_out(bad, inputs, tmp_path / "user" / "here")
     before = tree(tmp_path / "user" / "here")
     first, second = pools(2).run(told, bad.argv, folder)
