@@ -39,7 +39,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 
 
-COMPILING = 300.0  # seconds; it takes about one minute
+COMPILING = 120.0  # seconds; it takes about one minute
 _COORDINATOR = "_PartitionedParameterCoordinator"  # whose private names begin with this
 
 
