@@ -39,7 +39,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 
 
-COMPILING = 300.0  # seconds; it takes about one minute
+COMPILING = 120.0  # seconds; it takes about one minute
 # sections of DeepSpeed's that train in a way of their own where they are enabled
 OWN_TRAINING = (
     "amp", "elasticity", "progressive_layer_drop", "curriculum_learning", "data_efficiency", "hybrid_engine",
