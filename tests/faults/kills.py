@@ -216,10 +216,9 @@ def main(kills: int = 100, seed: int = 0) -> None:
         inputs = write_inputs(folder / "inputs")
         for home, count in (("replicated", kills - kills // 2), ("zero3", kills // 2)):
             outcome = kill(inputs, folder / home, count, home, seed)
-            print(
-                f"\n{outcome.hit.total()} kills, {home}: {outcome.alone} of one process alone, {outcome.runs} runs that "
-                f"ended, {outcome.starts} starts, {outcome.opened} checkpoints verified\n\n| moment | kills |\n|---|---|"
-            )
+            hit = f"{outcome.hit.total()} kills, {home}: {outcome.alone} of one process alone"
+            runs = f"{outcome.runs} runs that ended, {outcome.starts} starts, {outcome.opened} checkpoints verified"
+            print(f"\n{hit}, {runs}\n\n| moment | kills |\n|---|---|")
             for place in (*PLACES, AT_A_TIME):
                 print(f"| {place} | {outcome.hit[place]} |", flush=True)
 
