@@ -21,7 +21,7 @@ Letters: b, e bytes of a weight's entry and of a coordinate's; T tokens of a mic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -240,11 +240,11 @@ def memory(job: Job, refresh: bool = False) -> Memory:
         if job.checkpointing:  # in float32 the first norm's input is what lies there already
             shared = job.itemsize == 4 and (index != lowest or _outside_trains(job))
             below += saved[index] - (inputs[index] if shared else 0)
-        working = _working(job, unit, kinds[index], refresh)
-        entering, running = _gathered(job, unit.name, True)
         now = {"activations": below, "gradients": kept[index], "new projectors": found[index]}
-        arrival = larger(arrival, now | {"one layer": 2 * hidden * job.itemsize}, entering)
-        backward = larger(backward, now | {"one layer": working}, running)
+        arrival = larger(arrival, now | {"one layer": 2 * hidden * job.itemsize}, _gathered(job, unit.name, True)[0])
+        for module, working, gradients in _moments(job, unit, kinds[index], refresh):
+            moment = {"one layer": working, "gradients": kept[index] + gradients}
+            backward = larger(backward, now | moment, _gathered(job, module, True)[1])
     entering, running = _gathered(job, job.head.modules[-1], False)
     now = {"activations": sum(alive) + last, "gradients": before}
     arrival = larger(arrival, now, entering)
@@ -418,26 +418,30 @@ def activations_of(job: Job, unit: Unit, kind: str) -> int:
     return total
 
 
-def _working(job: Job, unit: Unit, kind: str, refresh: bool) -> int:
-    """Bytes that a layer's backward pass needs beside what was kept: gradients of activations, and of weights."""
+def _moments(job: Job, unit: Unit, kind: str, refresh: bool) -> Iterator[tuple[str, int, int]]:
+    """Moments of a layer's backward pass: the module that runs, bytes beside what was kept (gradients of activations,
+    and what is made of a weight's), bytes of gradients of weights.
+    """
     parts = parts_of(unit, job.head.shape[1])
     inner = job.tokens * parts.between * job.itemsize
     hidden = job.tokens * job.head.shape[1] * job.itemsize
     kept = kind in ("full", "adapters") or (kind == "low" and not parts.down.saves_low_rank)
-    gradient = 0
-    if kind == "full":
-        largest = max(unit.matrices, key=_numel)
-        gradient = _numel(largest) * job.itemsize
-        if refresh and job.method in LOW_RANK:
-            if job.refresh == "sketch":
-                gradient = 0
-            elif job.accumulation == 1 or job.refresh_batch == "first":
-                gradient += _finder(job, largest)
-        elif not refresh:
-            gradient += math.ceil(_numel(largest) / job.world) * (job.wide if job.wide > job.itemsize else 0)
+    yield unit.name, 2 * hidden + (3 - kept) * inner, 0
     if job.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
-        gradient = max(3 * _numel(m) + m.in_features**2 for m in unit.matrices) * job.wide - inner
-    return 2 * hidden + max(inner + gradient, (3 - kept) * inner)
+        yield unit.name, 2 * hidden + max(3 * _numel(m) + m.in_features**2 for m in unit.matrices) * job.wide, 0
+    searched = refresh and job.method in LOW_RANK
+    if kind != "full" or (searched and job.refresh == "sketch"):
+        return
+    streamed = searched and (job.accumulation == 1 or job.refresh_batch == "first")
+    came = 0  # this process's parts of the layer's gradients
+    for matrix in reversed(unit.matrices):
+        mlp = matrix is parts.down or matrix in parts.up
+        beside = 2 * hidden + (inner if mlp else -job.tokens * parts.made * job.itemsize)  # the MLP's have gone
+        part = 0 if searched or job.world == 1 else math.ceil(_numel(matrix) / job.world) * job.itemsize
+        searching = _finder(job, matrix) if streamed else 0
+        yield matrix.modules[0], max(0, beside) + searching, came + _numel(matrix) * job.itemsize + part
+        if not searched and job.accumulation == 1 and not job.deepspeed_trains:
+            came += math.ceil(_numel(matrix) / job.world) * job.itemsize
 
 
 def _finder(job: Job, matrix: Matrix) -> int:

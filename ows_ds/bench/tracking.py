@@ -37,7 +37,7 @@ class Tracker(TorchDispatchMode):
         self._numbers: dict[int, int] = {}  # of a live storage, by its address
         self._events: list[tuple[int, int]] = []  # number, bytes that came (or went)
         self._phase = "buffers"
-        self._model = model
+        self._model, self._state = model, state
         self._handles: list[Any] = []
         for component, tensor in held(state):
             self._see(tensor, component)
@@ -52,16 +52,25 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """What is made within counts as activations, and what its backward pass brings to weights as gradients."""
+        """What is made within counts as activations, and what its backward pass brings to weights as gradients.
+
+        So do parts of gradients that the method has kept when its own hooks are done.
+        """
         self.close()
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(lambda grad: self._see(grad, "gradients")))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._see_kept))
         self._phase = "activations"
         try:
             yield
         finally:
             self._phase = "buffers"
+
+    def _see_kept(self, _: Tensor) -> None:
+        for component, tensor in held(self._state):
+            if component == "gradients":
+                self._see(tensor, component)
 
     def close(self) -> None:
         """Listen to gradients no longer."""
