@@ -136,7 +136,7 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
 def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
     """Start the processes, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.warm"])
+    context.set_forkserver_preload(["tests.warm"])
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     port = next(pool._ports)
     args = [(rank, port, folder, job, plan) for rank in range(WORLD)]

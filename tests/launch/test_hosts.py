@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 from ows_ds import config
 from tests.launch.conftest import launched, same
 from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, PACKAGES, Hosts, install, need, until_step
+from tests.pages import command
 from tests.ranks.test_trainer import contents
 
 FIRST = ADDRESSES["n0"]
-PYTHON = sys.executable
 # what a process on another host does not have by itself
 FORWARDED = [name for name in ENVIRONMENT if name not in ("HOME", "LANG")]
 
@@ -62,19 +61,30 @@ def train(hosts: Hosts, inputs: Path, folder: Path, launchers: Mapping[str, list
     return run_dir
 
 
+def shown(*begins: str, **changes: str) -> list[str]:
+    """The command of docs/launch.md that begins so, up to `ows_ds`, with a process on each host in place of eight.
+
+    changes: further words to replace, by what stands before them.
+    """
+    words = command("docs/launch.md", *begins)
+    words = words[: words.index("ows_ds") + 1]
+    ours = {"16": "2", "8": "1", "node0": FIRST, "node0:8,node1:8": "n0:1,n1:1"}
+    options = {f"--{option}": value for option, value in changes.items()}
+    return [options.get(before, ours.get(word, word)) for before, word in zip(["", *words], words, strict=False)]
+
+
 def accelerate(file: str) -> dict[str, list[str]]:
-    words = [f"{Path(PYTHON).parent}/accelerate", "launch", "--config_file", f"launch/accelerate/{file}"]
-    words += ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", FIRST, "--main_process_port", "29500"]
-    return {name: [*words, "--machine_rank", name[1:], "-m", "ows_ds"] for name in NAMES}
+    file = f"launch/accelerate/{file}"
+    return {name: shown("accelerate", "launch", config_file=file, machine_rank=name[1:]) for name in NAMES}
 
 
 def torchrun(*options: str) -> list[str]:
-    return [f"{Path(PYTHON).parent}/torchrun", "--nnodes", "2", "--nproc-per-node", "1", *options, "-m", "ows_ds"]
+    return ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *options, "-m", "ows_ds"]
 
 
 def static(*options: str) -> dict[str, list[str]]:
-    meeting = ["--master-addr", FIRST, "--master-port", "29500"]
-    return {name: torchrun("--node-rank", name[1:], *meeting, *options) for name in NAMES}
+    words = {name: shown("torchrun", "--nnodes", **{"node-rank": name[1:]}) for name in NAMES}
+    return {name: [*some[:-2], *options, *some[-2:]] for name, some in words.items()}
 
 
 def c10d(*options: str) -> dict[str, list[str]]:
@@ -155,31 +165,26 @@ def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: An
         same(train(both, inputs, tmp_path, static(), environment=environment), expected)
 
 
-def mpirun(*options: str) -> list[str]:
-    """Over ssh: `sshd` must be there."""
-    words = ["mpirun", "-np", "2", "--host", "n0:1,n1:1", "--bind-to", "none"]
-    words += ["--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
-    exports = [word for name in FORWARDED for word in ("-x", name)]
-    return [*words, *exports, *options]
-
-
 def test_mpirun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path) -> None:
+    """Over ssh: `sshd` must be there."""
     need("mpirun")
-    launcher = {"n0": [*mpirun(), PYTHON, "-m", "ows_ds"]}
+    words = shown("mpirun")
+    exports = [word for name in FORWARDED if name not in words for word in ("-x", name)]
+    launcher = {"n0": [words[0], *exports, *words[1:]]}
     same(train(hosts, inputs, tmp_path, launcher), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pdsh", "no_ssh", "openmpi"])
 def test_deepspeed(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path, name: str) -> None:
-    words = [f"{Path(PYTHON).parent}/deepspeed", "--hostfile", str(sshd / "hostfile")]
+    program, *rest = shown("deepspeed", hostfile=str(sshd / "hostfile"))
     if name == "no_ssh":
-        words += ["--no_ssh", "--master_addr", FIRST]
-        launchers = {host: [*words, "--node_rank", host[1:], "--module", "ows_ds"] for host in NAMES}
+        words = [program, "--no_ssh", "--master_addr", FIRST]
+        launchers = {host: [*words, "--node_rank", host[1:], *rest] for host in NAMES}
     else:
         if name == "openmpi":
             need("mpirun")
-        launchers = {"n0": [*words, "--launcher", name, "--module", "ows_ds"]}
+        launchers = {"n0": [program, "--launcher", name, *rest]}
     environment = {"DS_ENV_FILE": str(sshd / "deepspeed_env")}  # a user has .deepspeed_env
     same(train(hosts, inputs, tmp_path, launchers, environment=environment), expected)
 

@@ -20,6 +20,7 @@ from ows_ds.slurm import Allocation, render
 from tests.launch.conftest import PERIOD, launched, same
 from tests.launch.hosts import LIMIT, Hosts, need, until_step
 from tests.launch.slurm import Slurm, script, slurm
+from tests.pages import command
 from tests.ranks.pool import Pools
 from tests.ranks.test_trainer import contents, run
 from tests.tiny_run import recipe
@@ -99,13 +100,13 @@ def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tm
             }
         )
     )
-    words = [sys.executable, "-m", "ows_ds", "launch", "--slurm", str(tmp_path / "cluster.yaml")]
-    words += ["--config", str(write(inputs, tmp_path)), "--log.progress", "plain"]
-    words += ["--train.resume", "auto"]
+    files = {"cluster.yaml": str(tmp_path / "cluster.yaml"), "my.yaml": str(write(inputs, tmp_path)), "64": "4"}
+    *words, dry_run = [files.get(word, word) for word in command("docs/launch.md", "ows-ds", "launch")]
+    words += ["--log.progress", "plain", "--train.resume", "auto"]
     said = cluster.client(*words)
     job = int(re.findall(r"job (\d+):", said)[0])
     tell(cluster, job, tmp_path / "run", *PUSH_OUT)
-    dry = cluster.client(*words, "--dry-run")  # while the job waits
+    dry = cluster.client(*words, dry_run)  # while the job waits
     assert dry.replace("(goes on)", "(new)") == (tmp_path / "run" / "job.sbatch").read_text()
     log = ends_as_if_nothing_was(cluster, job, tmp_path, expected)
     assert "exit code 75 after start 1: the job is requeued" in log
@@ -131,8 +132,10 @@ def test_job_scripts(
     )
     assert count == 1
     (tmp_path / "job.sbatch").write_text(text)
-    options = [f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=1"]
-    words = [str(write(inputs, tmp_path)), "--log.progress", "plain"]
+    given = {"--nodes=4": f"--nodes={nodes}", "my.yaml": str(write(inputs, tmp_path)), "64": "4"}
+    sbatch = [given.get(word, word) for word in command("docs/launch.md", "sbatch")]
+    options = [sbatch[1], f"--ntasks-per-node={2 // nodes}", "--gpus-per-node=1"]
+    words = [*sbatch[3:], "--log.progress", "plain"]
     job = cluster.submit(*options, f"--output={tmp_path}/job.log", str(tmp_path / "job.sbatch"), *words)
     # as SLURM itself before a time limit
     tell(cluster, job, tmp_path / "run", "scancel", "--batch", "--signal=USR1", str(job))

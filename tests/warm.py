@@ -1,4 +1,4 @@
-"""What the processes of killed runs are forked from: it has imported, and loaded, all that takes long."""
+"""What short-lived processes of tests are forked from: it has imported, and loaded, all that takes long."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import matplotlib.figure
 import transformers.models.llama.modeling_llama
 from deepspeed.comm.torch import build_shm_op
 
-from tests.faults import kills
+from ows_ds import trainer
 
-__all__ = ["accelerate", "datasets", "kills", "matplotlib", "transformers"]
+__all__ = ["accelerate", "datasets", "matplotlib", "trainer", "transformers"]
 
 with contextlib.redirect_stdout(io.StringIO()):
     build_shm_op()  # before anything is killed: a build that dies leaves its lock behind
