@@ -434,9 +434,11 @@ def _moments(job: Job, unit: Unit, kind: str, refresh: bool) -> Iterator[tuple[s
         return
     streamed = searched and (job.accumulation == 1 or job.refresh_batch == "first")
     came = 0  # this process's parts of the layer's gradients
+    widths = 1  # of the MLP, beside what was kept: its activations go one after the other
     for matrix in reversed(unit.matrices):
-        mlp = matrix is parts.down or matrix in parts.up
-        beside = 2 * hidden + (inner if mlp else -job.tokens * parts.made * job.itemsize)  # the MLP's have gone
+        beside = 2 * hidden - job.tokens * parts.made * job.itemsize  # the MLP's have gone
+        if matrix is parts.down or matrix in parts.up:
+            beside, widths = 2 * hidden + widths * inner, widths - 2
         part = 0 if searched or job.world == 1 else math.ceil(_numel(matrix) / job.world) * job.itemsize
         searching = _finder(job, matrix) if streamed else 0
         yield matrix.modules[0], max(0, beside) + searching, came + _numel(matrix) * job.itemsize + part
