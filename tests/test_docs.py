@@ -49,6 +49,7 @@ ELSEWHERE = {
     "ows-ds bench memory": "tests/launch/test_bench_costs.py",
     "ows-ds bench traffic": "tests/launch/test_bench_costs.py",
     "python benchmarks/": "tests/unit/test_benchmarks.py",
+    "python -m tests.faults.kills": "tests/faults/test_kills.py",
     "ows-ds bench quality": "tests/launch/test_bench.py",
     "accelerate launch --config_file launch/accelerate/zero3_nodes.yaml": "tests/launch/test_hosts.py",
     "torchrun --nnodes 2": "tests/launch/test_hosts.py",
