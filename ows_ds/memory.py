@@ -440,16 +440,22 @@ def _moments(job: Job, unit: Unit, kind: str, refresh: bool) -> Iterator[tuple[s
         if matrix is parts.down or matrix in parts.up:
             beside, widths = 2 * hidden + widths * inner, widths - 2
         part = 0 if searched or job.world == 1 else math.ceil(_numel(matrix) / job.world) * job.itemsize
-        searching = _finder(job, matrix) if streamed else 0
-        yield matrix.modules[0], max(0, beside) + searching, came + _numel(matrix) * job.itemsize + part
+        whole = came + _numel(matrix) * job.itemsize + part
+        yield matrix.modules[0], max(0, beside), whole
+        if streamed:  # when the module's own input has gone
+            yield matrix.modules[0], max(0, beside - inner) + _finder(job, matrix), whole
         if not searched and job.accumulation == 1 and not job.deepspeed_trains:
             came += math.ceil(_numel(matrix) / job.world) * job.itemsize
 
 
 def _finder(job: Job, matrix: Matrix) -> int:
-    """Bytes that the search for a projector needs: float32 blocks of G where it is not, products and their bases."""
+    """Bytes that the search for a projector needs: the longer product while it is made orthonormal, twice in float64;
+    or a product beside blocks of G in float32, where G is not.
+    """
+    width = 4 * min(job.rank + OVERSAMPLING, matrix.short)
+    long, short = max(matrix.shape) * width, min(matrix.shape) * width
     copy = 4 * min(BLOCK, _numel(matrix)) if job.itemsize != 4 else 0
-    return copy + 4 * 4 * sum(matrix.shape) * (job.rank + OVERSAMPLING)
+    return max(6 * long + short, copy + long + 2 * short)
 
 
 def _forward(job: Job) -> int:
@@ -493,8 +499,8 @@ def _gradients(job: Job) -> list[int]:
 
 
 def _update(job: Job) -> int:
-    """Bytes of the roots of the second moments: of all that Adam works on at once, or twice those of the largest
-    tensor; and of the float32 gradients of weights that train whole.
+    """Bytes of the roots of the second moments, of all that Adam works on at once or of one tensor after the other; and
+    of the float32 gradients of weights that train whole.
     """
     plan = job.plan
     found = [0]
@@ -503,16 +509,21 @@ def _update(job: Job) -> int:
         sizes = [(rows.stop - rows.start) * plan.rank for rows in local if rows is not None]
         found += [_roots(job, some) for some in together(sizes)]
     shares = {name: math.ceil(size / job.world) for name, size in job.full_rank.items()}
+    parts = [*job.layers.final, *(part for unit in job.layers.layers for part in unit.vectors)]
+    vectors = {part.name for part in parts if isinstance(part, Vector)}
     limit = sum(shares.values()) if job.deepspeed_trains else CHUNK
     for run in pack(shares, max(1, limit)):
-        sizes = [stop - start for _, start, stop in run]
+        sizes = [stop - start for _, start, stop in sorted(run, key=lambda part: part[0] in vectors)]  # Adam's groups
         cast = sum(sizes) * job.wide if job.itemsize < job.wide and not job.deepspeed_trains else 0
         found.append(_roots(job, sizes) + cast)
     return max(found)
 
 
 def _roots(job: Job, sizes: Sequence[int]) -> int:
-    return (sum(sizes) if job.foreach else 2 * max(sizes, default=0)) * job.wide
+    if job.foreach:
+        return sum(sizes) * job.wide
+    # one after the other: root and quotient, beside what is left of the tensor before
+    return max((before + 2 * size for before, size in zip([0, *sizes], sizes, strict=False)), default=0) * job.wide
 
 
 def _gather(job: Job) -> int:
@@ -544,7 +555,8 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
         matrices = list(plan.matrices.values())
         last = plan_refresh(matrices, w)
         sent["projectors"] = last.stride * job.rank * b * (w - 1)
-        sent["fold"] = plan.stride * plan.rank * e * (w - 1) if b < e else 0
+        folded = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
+        sent["fold"] = folded * plan.rank * e * (w - 1) if b < e else 0
         if job.refresh == "sketch":
             first = plan_refresh(matrices, w, True)
             sent["sketches"] = (first.stride + last.stride) * _width(job) * e * (w - 1)
