@@ -251,18 +251,24 @@ def _parser() -> "ArgumentParser":
         def _get_help_string(self, action: Action) -> str:
             return action.help or ""  # _add_recipe writes types and defaults, in words
 
-    def parser(usage: str, description: str) -> ArgumentParser:
+    def parser(usage: str, description: str, epilog: str = "") -> ArgumentParser:
         return ArgumentParser(
             prog="ows-ds",
             usage=usage,
             description=description,
+            epilog=epilog,
             formatter_class=Formatter,
             exit_on_error=False,
             allow_abbrev=False,
             print_config=None,  # ours prints the recipe as config.yaml has it
         )
 
-    top = parser("ows-ds VERB [options]", "Fine-tune language models with outlier-weighed layerwise sampling (OWS).")
+    top = parser(
+        "ows-ds VERB [options]",
+        "Fine-tune language models with outlier-weighed layerwise sampling (OWS).",
+        "Exit status: 0 done; 2 a mistake in what was given, told in one line; 75 stopped by a signal, saved, the same "
+        "command goes on; 1 anything else.",
+    )
     verbs = top.add_subcommands(
         dest="verb",
         metavar="VERB",

@@ -15,7 +15,9 @@ from ows_ds.manual import reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDER = r"\bstep-N\b|\[[^\]]*\]|\.\.\.|'[^']*'|\(|\)|\b[A-Z]+\b(?:-N)?|\b\d[\d.]*|\bnan\b|\binf\b|\bNone\b|Disagreement: "
+PLACEHOLDER = (  # of what messages are filled with
+    r"\bstep-N\b|\[[^\]]*\]|\.\.\.|'[^']*'|[()]|\b[A-Z]+\b|\b\d[\d.]*|\b(?:nan|inf|None)\b|Disagreement: "
+)
 OTHERS = ("address already in use", "Timed out waiting")  # an operating system's words, torch's
 
 

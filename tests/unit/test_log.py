@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,14 +87,14 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.count("metrics.jsonl is behind until it can be written again") == 1
 
 
-def test_a_tracker_that_cannot_write_is_left_alone(
+def test_a_tracker_that_fails_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, 3, 4, True, recipe("plain", ("tensorboard",)), Accelerator(cpu=True)) as log:
         [tracker] = log._trackers
 
         def broken(*args: Any, **more: Any) -> None:
-            raise OSError(28, "No space left on device")
+            raise RuntimeError("the service is gone")
 
         log.step(record(1))
         monkeypatch.setattr(tracker, "log", broken)
@@ -237,6 +239,94 @@ def test_tensorboard_gets_scalars_and_the_picture(tmp_path: Path) -> None:
     assert [(e.step, e.width, e.height) for e in events.Images("scores")] == [(0, 1080, 540)]
     [text] = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("recipe/text_summary")]
     assert "| optim.betas | [0.9, 0.999] |" in text
+
+
+class Lines(GeneralTracker):
+    """A tracker of somebody else's: each call is a line of a file."""
+
+    name = "dvclive"
+    requires_logging_directory = True
+    main_process_only = True
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        super().__init__()
+        self.path = Path(logging_dir) / f"{run_name}.lines"
+
+    @property
+    def tracker(self) -> Path:
+        return self.path
+
+    def write(self, *line: Any) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.write("recipe", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        self.write("log", step, values)
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        self.write("images", step, {name: image.shape for name, image in values.items()}, more)
+
+    def finish(self) -> None:
+        self.write("finish")
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> type[Lines]:
+    """`Lines` in the place of one of Accelerate's own trackers."""
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "dvclive", Lines)
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.DVCLIVE])
+    return Lines
+
+
+def test_any_tracker_of_accelerate_gets_the_same(tmp_path: Path, lines: type[Lines]) -> None:
+    both = recipe("none", ("tensorboard", "dvclive"))
+    check_trackers(both.log)
+    with RunLog(tmp_path, 3, 4, True, both, Accelerator(cpu=True)) as log:
+        log.step({**record(0), "eval_loss": 2.5})
+        log.step(record(1, projector_energy={"0": 0.75}))
+        log.step(record(3, update_norm={"3": 0.5}, nonfinite={"x": "nan"}))
+    got = [json.loads(line) for line in (tmp_path / "ows_ds.lines").read_text().splitlines()]
+    kinds = [line[0] for line in got]
+    assert kinds == ["recipe", "log", "log", "images", "log", "images", "images", "finish"]
+    assert got[0][1]["optim.rank"] == 128
+    assert got[0][1]["optim.betas"] == "[0.9, 0.999]"
+    assert got[0][1]["train.steps"] == "null"
+    assert (got[1][1], got[1][2]["eval_loss"]) == (0, 2.5)
+    assert (got[2][1], got[2][2]["projector_energy/0"], got[2][2]["comm_bytes/broadcast"]) == (1, 0.75, 1)
+    assert (got[4][1], got[4][2]["update_norm/3"]) == (3, 0.5)
+    assert all(isinstance(value, float | int) for line in got if line[0] == "log" for value in line[2].values())
+    assert got[-2] == ["images", 3, {"sampled_layers": [1, 32, 900, 3]}, {}]
+    assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_a_tracker_that_does_not_start_is_named(
+    tmp_path: Path, lines: type[Lines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: Lines) -> None:
+        raise RuntimeError("no API key\nLog in first.")
+
+    monkeypatch.setattr(lines, "start", start)
+    with pytest.raises(UserError, match=r"log\.trackers: \['dvclive'\] is not right: make it start \(no API key\), or"):
+        RunLog(tmp_path, 3, 4, True, recipe("none", ("dvclive",)), Accelerator(cpu=True))
+    assert not (tmp_path / "metrics.jsonl").exists()  # nothing that would be taken for a run
+
+
+def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one, where it is installed, writes its own file."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with RunLog(tmp_path / "run", 2, 4, True, recipe("plain", ("wandb",)), Accelerator(cpu=True)) as log:
+        log.step(record(1))
+        log.step(record(2, update_norm={"3": 0.5}))
+        assert [tracker.name for tracker in log._trackers] == ["wandb"]
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert all(text in content for text in (b"update_norm/3", b"tokens_per_second", b"optim.rank", b"sampled_layers"))
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
