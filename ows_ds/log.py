@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 STRIP = 64  # most cells of the strip of layers on the terminal
 PLAIN_SECONDS = 10.0  # longest silence between two plain lines, if steps are faster
+_ONE_IMAGE = ("aim", "clearml")  # trackers that take an image, where others take several
 PICTURE = (900, 8)  # pixels: width of the picture of sampled layers, height of a layer
 
 
@@ -154,6 +155,7 @@ class RunLog:
         self._trackers = _trackers(accelerator, recipe.log, run_dir, start_step) if accelerator else []
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
+        self._blind: set[str] = set()  # trackers that have failed at images
         self._screen = _screen(recipe.log.progress, total_steps, n_layers, start_step, console)
         self._closed = False
         settings = {f"{name}.{key}": one for name, some in to_dict(recipe).items() for key, one in some.items()}
@@ -240,12 +242,15 @@ class RunLog:
     def _show(self, name: str, image: numpy.ndarray, step: int) -> None:
         """Give an image, uint8 (height, width, 3), to the trackers that take images."""
 
-        def show(tracker: Any) -> None:
-            if hasattr(tracker, "log_images"):
-                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: image[None]}, step=step, **shape)
-
-        self._track(show)
+        for tracker in self._trackers:
+            if tracker.name in self._blind or not hasattr(tracker, "log_images"):
+                continue
+            shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            try:
+                tracker.log_images({name: image if tracker.name in _ONE_IMAGE else image[None]}, step=step, **shape)
+            except Exception as error:  # of a picture: the numbers go on
+                self._blind.add(tracker.name)
+                self.event(f"{tracker.name} gets no more images ({error})")
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

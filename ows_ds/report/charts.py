@@ -63,7 +63,7 @@ def heat(run: Run, stretches: Sequence[Stretch], top: float, label: str) -> str:
     by_layer = [[value for _, _, layer, value in stretches if layer == one] for one in range(run.n_layers)]
     figure, time, _ = _over_layers(run, [statistics.fmean(some) if some else 0.0 for some in by_layer], "mean", top)
     for first, last, layer, value in stretches:
-        alpha = min(1.0, max(0.0, value / top)) if top else 0.0
+        alpha = 0.1 + 0.9 * min(1.0, value / top) if top > 0 else 0.1  # none so faint that it seems not to be there
         time.broken_barh(
             [(first - 0.5, last - first + 1)], (layer - 0.4, 0.8), color=_SERIES[0], linewidth=0, alpha=alpha
         )

@@ -302,6 +302,18 @@ def test_any_tracker_of_accelerate_gets_the_same(tmp_path: Path, lines: type[Lin
     assert (tmp_path / "tensorboard").is_dir()
 
 
+def test_a_tracker_that_fails_at_images_gets_the_numbers(
+    tmp_path: Path, lines: type[Lines], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lines, "log_images", lambda *given, **more: 1 / 0)
+    with RunLog(tmp_path, 3, 4, True, recipe("plain", ("dvclive",)), Accelerator(cpu=True)) as log:
+        log.step(record(1))
+        log.step(record(3))
+    kinds = [json.loads(line)[0] for line in (tmp_path / "ows_ds.lines").read_text().splitlines()]
+    assert kinds == ["recipe", "log", "log", "finish"]
+    assert capsys.readouterr().out.count("dvclive gets no more images (division by zero)") == 1
+
+
 def test_a_tracker_that_does_not_start_is_named(
     tmp_path: Path, lines: type[Lines], monkeypatch: pytest.MonkeyPatch
 ) -> None:
