@@ -2,7 +2,7 @@
 
     python -m ows_ds.manual docs/reference.md
 
-writes the page anew.
+writes the page anew; without a file it is printed.
 """
 
 from __future__ import annotations
@@ -83,4 +83,7 @@ def _as_yaml(value: object) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    if sys.argv[1:]:
+        Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    else:
+        print(reference(), end="")
