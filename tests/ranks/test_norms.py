@@ -75,7 +75,7 @@ def test_norms_and_energies(pools: Pools, sharding: str, refresh: str, always_on
     assert one["seen"][1][1:3] == ({}, {})  # a plain step
     # what has not been folded after the last step shows when it is
     left = {n: length for n, length in one["rest"].items() if length}
-    assert one["all"] == pytest.approx({**left, **one["shown"]})
+    assert {n: length for n, length in one["all"].items() if length} == pytest.approx({**left, **one["shown"]})
     if refresh == "sketch":
         assert not any(energies for _, energies, _, _ in one["seen"])
         return
