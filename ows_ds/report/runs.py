@@ -118,7 +118,7 @@ class Run:
         since: dict[int, int] = {}  # first step, by layer, of what is not told of yet
         for record in self.steps:
             active = set(record.get("sampled_layers") or ())
-            since = {layer: since.get(layer, record["step"]) for layer in active}
+            since = {layer: since[layer] if layer in since else record["step"] for layer in active}
             for layer, norm in self._by_layer(record, "update_norm").items():
                 found.append((since.pop(layer, record["step"]), record["step"], layer, norm))
         return found
