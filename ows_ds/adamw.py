@@ -157,6 +157,14 @@ class AdamW(torch.optim.Optimizer):
     def _states(self) -> dict[str, dict[str, Tensor]]:
         return self.weights.states if isinstance(self.weights, Zero3AdamW) else self._full.states()  # type: ignore[union-attr]
 
+    def energies(self) -> dict[int, Tensor]:
+        """There are no projectors."""
+        return {}
+
+    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """There are no coordinates."""
+        return {}
+
     def pieces(self) -> list[Piece]:
         """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()

@@ -24,6 +24,7 @@ from ows_ds.bench.setting import check as check_how
 from ows_ds.cluster import GPUS, Cluster, read_cluster
 from ows_ds.config import Recipe
 from ows_ds.errors import Failed, UserError
+from ows_ds.manual import Key, keys, summary
 from ows_ds.shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -250,18 +251,24 @@ def _parser() -> "ArgumentParser":
         def _get_help_string(self, action: Action) -> str:
             return action.help or ""  # _add_recipe writes types and defaults, in words
 
-    def parser(usage: str, description: str) -> ArgumentParser:
+    def parser(usage: str, description: str, epilog: str = "") -> ArgumentParser:
         return ArgumentParser(
             prog="ows-ds",
             usage=usage,
             description=description,
+            epilog=epilog,
             formatter_class=Formatter,
             exit_on_error=False,
             allow_abbrev=False,
             print_config=None,  # ours prints the recipe as config.yaml has it
         )
 
-    top = parser("ows-ds VERB [options]", "Fine-tune language models with outlier-weighed layerwise sampling (OWS).")
+    top = parser(
+        "ows-ds VERB [options]",
+        "Fine-tune language models with outlier-weighed layerwise sampling (OWS).",
+        "Exit status: 0 done; 2 a mistake in what was given, told in one line; 75 stopped by a signal, saved, the same "
+        "command goes on; 1 anything else.",
+    )
     verbs = top.add_subcommands(
         dest="verb",
         metavar="VERB",
@@ -270,8 +277,9 @@ def _parser() -> "ArgumentParser":
     )
     for verb in ("train", "score", "launch"):
         cluster = " --slurm CLUSTER.yaml" if verb == "launch" else ""
+        options = "[options]" if verb == "launch" else "[--section.key value ...]"
         sub = parser(
-            f"ows-ds {verb}{cluster} --config RECIPE.yaml [--section.key value ...]",
+            f"ows-ds {verb}{cluster} --config RECIPE.yaml {options}",
             f"{_sentence(VERBS[verb])} Every key of the recipe is an option here, and wins over the file.",
         )
         sub.add_argument("--config", metavar="RECIPE.yaml", help="recipe; its sections and keys are those below")
@@ -307,7 +315,7 @@ def _parser() -> "ArgumentParser":
     )
     verbs.add_subcommand("report", sub, help=VERBS["report"])
     sub = parser(
-        "ows-ds plan --model.path MODEL [--config RECIPE.yaml] [--cluster CLUSTER] [options]",
+        "ows-ds plan --model.path MODEL [--cluster CLUSTER] [options]",
         f"{_sentence(VERBS['plan'])} The model needs no weights: a folder with a config.json, or a name such as "
         f"{next(iter(SHAPES))}. Every key of the recipe is an option here, and wins over the file.",
     )
@@ -335,7 +343,12 @@ def _parser() -> "ArgumentParser":
     verbs.add_subcommand("plan", sub, help=VERBS["plan"])
     sub = parser("ows-ds bench WHAT [options]", _sentence(VERBS["bench"]))
     verbs.add_subcommand("bench", sub, help=VERBS["bench"])
-    benches = sub.add_subcommands(dest="bench", metavar="WHAT", title="what")
+    benches = sub.add_subcommands(
+        dest="bench",
+        metavar="WHAT",
+        title="what",
+        description="`ows-ds bench WHAT --help` lists the options of each.",
+    )
     sub = parser("ows-ds bench quality --config STUDY.yaml --output DIR [options]", _sentence(BENCHES["quality"]))
     sub.add_argument("--config", metavar="STUDY.yaml", help="study: recipe, variants, seeds (docs/bench.md)")
     sub.add_argument("--output", metavar="DIR", help="folder of the runs and the report; a study in it is gone on with")
@@ -353,7 +366,7 @@ def _parser() -> "ArgumentParser":
 def _add_recipe(parser: "ArgumentParser") -> None:
     """One option per key of the recipe, with the type, default and documentation of its dataclass."""
     for section, kind in config.SECTIONS.items():
-        group = parser.add_argument_group(section, _summary(kind))
+        group = parser.add_argument_group(section, summary(kind))
         for name, more in _options(kind):
             group.add_argument(f"--{section}.{name}", **more)
 
@@ -361,43 +374,30 @@ def _add_recipe(parser: "ArgumentParser") -> None:
 def _add_bench(parser: "ArgumentParser") -> None:
     """Options of `bench time`, memory or traffic: those of `Setting` and `How`."""
     for kind in (Setting, How):
-        group = parser.add_argument_group(_summary(kind).rstrip("."))
+        group = parser.add_argument_group(summary(kind).rstrip("."))
         for name, more in _options(kind):
             if more["type"] is bool:
                 more = {"action": "store_true", "help": more["help"].partition(" (")[0]}
             group.add_argument(option(name), **more)
 
 
-def _summary(kind: type) -> str:
-    return (kind.__doc__ or "").splitlines()[0]
-
-
 def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
     """Of each field of a dataclass: its name, and type and help of its option."""
-    import docstring_parser
-
-    hints = typing.get_type_hints(kind)
-    help_of = {
-        p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse(kind.__doc__ or "").params
-    }
-    for f in dataclasses.fields(kind):
-        hint = hints[f.name]
-        words = config.instruction(hint).removeprefix("give ")
-        long = len(words) > 60  # choices that do not fit on the option's own line are told in the text
-        facts = [words] if long or get_origin(hint) is not Literal else []
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if default is not dataclasses.MISSING:
-            facts.append(f"default: {_as_yaml(default)}")
-        help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
-        metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
-        yield f.name, {"type": hint, "default": None, "help": help, **metavar}
+    for key in keys(kind):
+        choices = get_origin(key.hint) is Literal
+        long = len(key.type) > 60  # choices that do not fit on the option's own line are told in the text
+        facts = [key.type] if long or not choices else []
+        facts += [] if key.default is None else [f"default: {key.default}"]
+        metavar = {} if key.hint is bool or (choices and not long) else {"metavar": _metavar(key)}
+        help = f"{key.text.rstrip('.')} ({'; '.join(facts)})"
+        yield key.name, {"type": key.hint, "default": None, "help": help, **metavar}
 
 
-def _as_yaml(value: object) -> str:
-    """A default as the user would write it."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _metavar(key: Key) -> str:
+    """What stands for the value of an option: N, X, LIST, or the last word of its name."""
+    first = key.type.removesuffix(" or null")
+    words = {"an integer": "N", "a number": "X"}
+    return words.get(first, "LIST" if first.startswith("a list") else key.name.rpartition("_")[2].upper())
 
 
 def _bench_hints(argv: Sequence[str]) -> dict[str, Any]:

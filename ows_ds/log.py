@@ -1,10 +1,12 @@
 """What a run records and shows: metrics.jsonl, trackers (TensorBoard), and the terminal. Rank 0 only.
 
 metrics.jsonl has one object per optimizer step. Numbers that JSON cannot write become null, and the object
-then has the extra key `nonfinite`, which names them: `{"loss": null, "nonfinite": {"loss": "nan"}}`. The loss
-of a skipped step is null without it.
+then has the extra key `nonfinite`, which names them: `{"loss": null, "nonfinite": {"loss": "nan"}}`; one inside
+another object is left out of it, and named as `update_norm/3`. The loss of a skipped step is null without it.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -17,24 +19,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from ows_ds.config import Log
-from ows_ds.errors import UserError, one_line
+from ows_ds.config import Log, Recipe, to_dict
+from ows_ds.errors import UserError, first_line, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
 
 Record = dict[str, Any]
-STRIP = 30  # cells of the strip of layers on the terminal
+STRIP = 64  # most cells of the strip of layers on the terminal
 PLAIN_SECONDS = 10.0  # longest silence between two plain lines, if steps are faster
+_ONE_IMAGE = ("aim", "clearml")  # trackers that take an image, where others take several
 PICTURE = (900, 8)  # pixels: width of the picture of sampled layers, height of a layer
 
 
 def as_json(record: Mapping[str, Any]) -> str:
     """One line of valid JSON; see the module's docstring for numbers that are not finite."""
-    bad = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-    finite = {k: None if k in bad else v for k, v in record.items()}
-    return json.dumps(finite | ({"nonfinite": bad} if bad else {}), allow_nan=False)
+    bad: dict[str, str] = {}
+
+    def finite(value: Any, name: str) -> bool:
+        if isinstance(value, float) and not math.isfinite(value):
+            bad[name] = str(value)
+        return name not in bad
+
+    clean: Record = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            clean[key] = {name: one for name, one in value.items() if finite(one, f"{key}/{name}")}
+        else:
+            clean[key] = value if finite(value, key) else None
+    return json.dumps(clean | ({"nonfinite": bad} if bad else {}), allow_nan=False)
 
 
 def check_trackers(log: Log) -> None:
@@ -75,10 +89,17 @@ def keep_until(path: Path, step: int) -> list[Record]:
 
 
 def strip(layers: Sequence[int], n_layers: int, filled: str = "█", empty: str = "·") -> str:
-    """The sampled layers as at most 30 cells; a cell of several layers is filled when one of them is on."""
-    cells = min(n_layers, STRIP)
-    on = {layer * cells // n_layers for layer in layers}
-    return "".join(filled if cell in on else empty for cell in range(cells))
+    """The sampled layers as at most 64 cells of as many layers each; a cell is filled when one of its layers is on."""
+    wide = math.ceil(n_layers / STRIP)
+    on = {layer // wide for layer in layers}
+    return "".join(filled if cell in on else empty for cell in range(math.ceil(n_layers / wide)))
+
+
+def numbered(layers: Sequence[int]) -> str:
+    """Layers in ascending order as text, three or more in a row by their ends: "0,4-7"."""
+    runs = itertools.groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+    found = [[layer for _, layer in run] for _, run in runs]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in found) or "none"
 
 
 def picture(changes: Sequence[tuple[int, Sequence[int]]], n_layers: int, last_step: int) -> numpy.ndarray:
@@ -111,15 +132,16 @@ class RunLog:
         total_steps: int,
         n_layers: int,
         main: bool,
-        recipe_log: Log,
+        recipe: Recipe,
         accelerator: "Accelerator | None" = None,
         start_step: int = 0,
         console: "Console | None" = None,
     ) -> None:
         """Open the records of `run_dir`; those of steps after `start_step`, the last one done, are dropped.
 
-        `accelerator` carries the trackers of `recipe_log` (see `check_trackers`); without one there are none.
-        `console` is for tests.
+        `accelerator` carries the trackers of the recipe (see `check_trackers`); without one there are none. They are
+        told the recipe, and shown the picture of the scores that lies in `run_dir`. `console` is for tests.
+        Raises UserError where a tracker does not start.
         """
         self.main = main
         if not main:
@@ -130,11 +152,16 @@ class RunLog:
         metrics = run_dir / "metrics.jsonl"
         for record in keep_until(metrics, start_step or -1):
             self._note_layers(record)
-        self._trackers = _trackers(accelerator, recipe_log, run_dir, start_step) if accelerator else []
+        self._trackers = _trackers(accelerator, recipe.log, run_dir, start_step) if accelerator else []
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
-        self._screen = _screen(recipe_log.progress, total_steps, n_layers, start_step, console)
+        self._blind: set[str] = set()  # trackers that have failed at images
+        self._screen = _screen(recipe.log.progress, total_steps, n_layers, start_step, console)
         self._closed = False
+        settings = {f"{name}.{key}": one for name, some in to_dict(recipe).items() for key, one in some.items()}
+        self._track(lambda tracker: _describe(tracker, settings, start_step))
+        with contextlib.suppress(OSError):  # there are scores of some methods alone
+            self._show("scores", _pixels(run_dir / "scores.png"), start_step)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Record one optimizer step; the keys are those of metrics.jsonl, `step` counts from 1.
@@ -196,7 +223,7 @@ class RunLog:
         for tracker in list(self._trackers):
             try:
                 what(tracker)
-            except OSError as error:
+            except Exception as error:  # of a disk, a network, a service: no reason to stop training
                 self._trackers.remove(tracker)
                 self.event(f"{tracker.name} gets no more records ({error})")
 
@@ -209,20 +236,25 @@ class RunLog:
         return True
 
     def _draw(self) -> None:
-        if not self.done:
-            return
+        if self.done and self._trackers:
+            self._show("sampled_layers", picture(self._changes, self.n_layers, self.done), self.done)
 
-        def draw(tracker: Any) -> None:
-            if hasattr(tracker, "log_images"):
-                image = picture(self._changes, self.n_layers, self.done)[None]
-                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"sampled_layers": image}, step=self.done, **shape)
+    def _show(self, name: str, image: numpy.ndarray, step: int) -> None:
+        """Give an image, uint8 (height, width, 3), to the trackers that take images."""
 
-        self._track(draw)
+        for tracker in self._trackers:
+            if tracker.name in self._blind or not hasattr(tracker, "log_images"):
+                continue
+            shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            try:
+                tracker.log_images({name: image if tracker.name in _ONE_IMAGE else image[None]}, step=step, **shape)
+            except Exception as error:  # of a picture: the numbers go on
+                self._blind.add(tracker.name)
+                self.event(f"{tracker.name} gets no more images ({error})")
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by tag: `comm_bytes/<op>` for each operation, layers by their number."""
+    """The numbers of a record by tag: `comm_bytes/<op>` for each operation, `update_norm/<layer>` for each layer."""
     scalars: dict[str, float] = {}
     for key, value in record.items():
         if key == "sampled_layers":
@@ -248,8 +280,32 @@ def _trackers(accelerator: "Accelerator", log: Log, run_dir: Path, start_step: i
             trackers.append(name)
     accelerator.log_with = trackers
     accelerator.project_configuration.set_directories(str(run_dir))
-    accelerator.init_trackers("ows_ds")
+    try:
+        accelerator.init_trackers("ows_ds")
+    except Exception as error:  # a service that wants a key, or is out of reach
+        right = f"make it start ({first_line(error)}), or give a list without it"
+        raise UserError("log.trackers", log.trackers, right) from error
     return list(accelerator.trackers)
+
+
+def _describe(tracker: Any, settings: Mapping[str, Any], step: int) -> None:
+    """Tell a tracker the recipe's keys and values."""
+    flat = {
+        key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in settings.items()
+    }
+    if tracker.name == "tensorboard":  # its hyperparameters would be another run in the list of runs
+        rows = "".join(f"| {key} | {value} |\n" for key, value in flat.items())
+        tracker.log({"recipe": f"| key | value |\n|---|---|\n{rows}"}, step=step)
+    else:
+        tracker.store_init_configuration(flat)
+
+
+def _pixels(path: Path) -> numpy.ndarray:
+    """A PNG file as uint8 (height, width, 3). Raises OSError where there is none."""
+    from matplotlib.image import imread
+
+    image: numpy.ndarray = (imread(path)[..., :3] * 255).round().astype(numpy.uint8)
+    return image
 
 
 class _Screen:
@@ -276,13 +332,14 @@ class _Screen:
 
     @staticmethod
     def numbers(record: Mapping[str, Any]) -> str:
-        """Loss, learning rate and speed of a step."""
-        loss, lr, speed = (record.get(k) for k in ("loss", "lr", "tokens_per_second"))
+        """Loss, learning rate, speed and peak memory of a step."""
+        loss, lr, speed, peak = (record.get(k) for k in ("loss", "lr", "tokens_per_second", "peak_memory_bytes"))
         return "  ".join(
             (
                 "loss skipped" if loss is None else f"loss {loss:.4f}",
                 f"lr {0.0 if lr is None else lr:.2e}",
                 f"{0 if speed is None or not math.isfinite(speed) else round(speed):,} tokens/s",
+                f"peak {(peak or 0) / 2**30:.1f} GiB",
             )
         )
 
@@ -300,7 +357,7 @@ class _Plain(_Screen):
         if not due and step not in (self.start_step + 1, self.total_steps):
             return
         self.shown_step, self.shown_at = step, now
-        layers = ",".join(map(str, record.get("sampled_layers") or ())) or "none"
+        layers = numbered(record.get("sampled_layers") or ())
         self._line(
             f"step {step}/{self.total_steps}  {self.numbers(record)}  "
             f"layers {layers} of {self.n_layers}  {self.left(step)} left"
@@ -315,7 +372,7 @@ class _Plain(_Screen):
 
 
 class _Rich(_Screen):
-    """Two lines that stay at the bottom: bar and time left; numbers and strip of layers."""
+    """Three lines that stay at the bottom: bar and time left; numbers; strip of layers."""
 
     def __init__(self, total_steps: int, n_layers: int, start_step: int, console: "Console") -> None:
         super().__init__(total_steps, n_layers, start_step)
@@ -344,9 +401,8 @@ class _Rich(_Screen):
         if not started:
             return Group(bar)
         cells = strip(record.get("sampled_layers") or (), self.n_layers, self.filled, self.empty)
-        line = Text(self.numbers(record) + "  ", no_wrap=True, overflow="crop")
-        line.append("layers ").append(cells, style="cyan")
-        return Group(bar, line)
+        layers = Text("layers ", no_wrap=True, overflow="crop").append(cells, style="cyan")
+        return Group(bar, Text(self.numbers(record), no_wrap=True, overflow="crop"), layers)
 
     def step(self, record: Mapping[str, Any]) -> None:
         self.live.update(self._render(record))

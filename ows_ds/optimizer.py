@@ -161,6 +161,9 @@ class OWS(torch.optim.Optimizer):
         self._refresh: Refresh | None = None
         self._found: dict[str, Tensor] = {}  # projectors that the step's refresh has found, until the step is taken
         self._sketches: list[Sketch] = []
+        self._layer_of = {unit.name: index for index, unit in enumerate(self.layers.layers)}
+        self._energies: dict[int, Tensor] = {}
+        self._moved: dict[int, Tensor] = {}
         self._reduced: list[Tensor] | None = None
         nothing = make_plan((), self.rank, self.comm.world)
         self._buffer = CoordinateBuffer(nothing, self.comm, self.dtype, self._weight_dtype, self.device)
@@ -270,6 +273,7 @@ class OWS(torch.optim.Optimizer):
 
     def _advance(self) -> None:
         self.steps += 1
+        self._energies, self._moved = {}, {}
         self._micro, self._reduced = 0, None
         self._prepare()
 
@@ -317,6 +321,30 @@ class OWS(torch.optim.Optimizer):
             self.skip()
         self.zero_grad()
         return total
+
+    def energies(self) -> dict[int, Tensor]:
+        """Of each layer whose projectors the coming step finds anew, from `reduce` to `step`: (2,), float64, on the
+        device, this process's part of ||G Q||^2 and ||G||^2, summed over its matrices.
+
+        The sums over processes are what the projectors keep and what there was. Empty under ``refresh="sketch"``, which
+        never has G.
+        """
+        return self._energies
+
+    @torch.no_grad()
+    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """How far layers have moved by the last step since their last fold: of those that were folded after it, or of
+        all that train.
+
+        By layer ||C||, a scalar on the device, the same on all processes: the Frobenius norm of its matrices' change
+        C Q^T together, weight decay aside, since Q has orthonormal columns. Does not wait for the device.
+        """
+        moved = dict(self._moved)
+        for unit in self.plan.units if all_layers else ():
+            layer = self._layer_of.get(unit.name)
+            if layer is not None and layer not in moved and self._trains(unit):
+                moved[layer] = self._length(unit, self._buffer.units[unit.name].values)
+        return moved
 
     # ------------------------------------------------------------------ update
 
@@ -484,10 +512,12 @@ class OWS(torch.optim.Optimizer):
 
         Collective under bfloat16: the float32 coordinates come together.
         """
-        if not any(self._attachments[matrix.name][0].coordinates for matrix in unit.matrices):
+        if not self._trains(unit):
             return
         buffer = self._buffer.units[unit.name]
         values = buffer.whole()
+        if unit.name in self._layer_of:
+            self._moved[self._layer_of[unit.name]] = self._length(unit, values)
         for matrix in unit.matrices:
             attached = self._attachments[matrix.name][0].coordinates
             if attached is None:
@@ -498,6 +528,15 @@ class OWS(torch.optim.Optimizer):
             self.weights.fold(self._parameters[matrix.name], left, right, attached.decay, noise)
             buffer.fill(matrix.name, torch.zeros_like(mine))
             attached.decay = 1.0
+
+    def _trains(self, unit: Unit) -> bool:
+        """Whether any of the unit's matrices has coordinates."""
+        return any(self._attachments[matrix.name][0].coordinates for matrix in unit.matrices)
+
+    def _length(self, unit: Unit, values: Tensor) -> Tensor:
+        """Frobenius norm, (), of the coordinates of all of a unit's matrices among the unit's ``values`` (rows, r)."""
+        rows = slice(*self._buffer.units[unit.name].layout.segments["matrices"])
+        return torch.linalg.vector_norm(values[rows], dtype=self.dtype)
 
     # ------------------------------------------------------------------ refresh
 
@@ -562,6 +601,12 @@ class OWS(torch.optim.Optimizer):
         refresh, self._refresh = self._refresh, None
         assert refresh is not None
         self._found = refresh.finish(self.rank)
+        for unit in self.plan.units:
+            names = [matrix.name for matrix in unit.matrices if matrix.name in refresh.plan.owners]
+            if names and unit.name in self._layer_of:
+                mine = [refresh.squares[name].to(self.device) for name in names if name in refresh.squares]
+                nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+                self._energies[self._layer_of[unit.name]] = sum(mine, nothing)
 
     @torch.no_grad()
     def _finish_sketches(self) -> None:

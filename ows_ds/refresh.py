@@ -62,6 +62,7 @@ class Refresh:
         self.plan = plan
         self.parameters = dict(parameters)
         self.projectors: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this process owns
         self._dtype, self._device = dtype, device
         self._find, self._take, self._across = find, take, across
         self._streamed = micro_batches == 1
@@ -92,14 +93,17 @@ class Refresh:
         return stream
 
     def _project(self, name: str, gradient: Tensor) -> None:
-        if not bool(torch.linalg.vector_norm(gradient, dtype=self._dtype).isfinite()):
+        norm = torch.linalg.vector_norm(gradient, dtype=self._dtype)
+        if not bool(norm.isfinite()):
             # no projector is made of it; the norm of all gradients tells every process to skip the step
             self._take(name, gradient.new_full((), math.nan))
             return
         # rounded as it will be stored, so that R and later coordinates share one subspace
         projector = self._find(name, gradient).to(self.parameters[name].dtype)
         self.projectors[name] = projector
-        self._take(name, low_rank_gradient(gradient, projector.to(self._dtype), name in self._across))
+        low_rank = low_rank_gradient(gradient, projector.to(self._dtype), name in self._across)
+        self.squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), norm]).double().square()
+        self._take(name, low_rank)
 
     def finish(self, rank: int) -> dict[str, Tensor]:
         """All projectors (min(m, n), r) by matrix name, in the weights' dtype, on every process. Collective."""

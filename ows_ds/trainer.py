@@ -80,6 +80,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         if main:  # before there are records, without which a run that is started again has not begun
             with beside(run_dir / "config.yaml") as file:
                 file.write_text(config.to_yaml(recipe))
+        log = RunLog(run_dir, total, len(job.layers.layers), main, recipe, runtime.accelerator, begin)
     facts = {
         "model": job.model,
         "sharding": "zero3" if job.weights.sharded else "replicated",
@@ -87,7 +88,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     }
     go_on = recipe.train.on_save_error == "continue"
     with (
-        RunLog(run_dir, total, len(job.layers.layers), main, recipe.log, runtime.accelerator, begin) as log,
+        log,
         checkpoint.Saver(run_dir, recipe.train.keep_last, comm, facts, go_on, log.event) as saver,
     ):
         for line in passed:
@@ -98,9 +99,9 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         elif job.held_out:
             log.step(steps.before_the_first())
         for step in range(begin, total):
-            record = steps.take(step)
-            scheduler.step()
             last = step + 1 == total
+            record = steps.take(step, last)
+            scheduler.step()
             # asked to stop, an evaluation could take longer than there is time
             if job.held_out and (last or (not steps.stop and _due(step + 1, recipe.train.eval_every))):
                 record["eval_loss"] = evaluate(job)
@@ -179,8 +180,8 @@ class _Steps:
         self.in_a_row = 0  # such steps
         self.before: Counter[str] = Counter()
 
-    def take(self, step: int) -> dict[str, Any]:
-        """Step number ``step`` (from 0) and its record for metrics.jsonl."""
+    def take(self, step: int, last: bool) -> dict[str, Any]:
+        """Step number ``step`` (from 0), perhaps the run's ``last``, and its record for metrics.jsonl."""
         job, method, device = self.job, self.method, self.job.runtime.device
         started = time.perf_counter()
         self.before = Counter(self.comm.sent)
@@ -194,22 +195,30 @@ class _Steps:
         share = self.comm.world / targets
         job.weights.module.train()
         everyones: list[list[float]] = []
+        refreshed: list[int] = []  # layers
 
         def accept(loss: Tensor, norm: Tensor) -> bool:
             # whether a signal came, or a file is written, travels along: all processes heed it after the same step
             more = torch.tensor([_peak_memory(device), self.told.is_set(), self.saver.done], dtype=loss.dtype)
-            mine = torch.cat([torch.stack([loss, norm.to(loss)]), more.to(device)])
+            energies = method.energies()
+            refreshed.extend(energies)
+            mine = torch.cat([torch.stack([loss, norm.to(loss)]), more.to(device), *energies.values()])
             # the step's only wait for the device
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])
 
         method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)], accept)
-        losses, norms, peaks, signalled, saved = zip(*everyones, strict=True)
+        losses, norms, peaks, signalled, saved, *squares = zip(*everyones, strict=True)
         self.stop, self.saved = any(signalled), all(saved)
         self.trouble = _trouble(losses, norms[0])
         self.in_a_row = 0 if self.trouble is None else self.in_a_row + 1
         seconds = time.perf_counter() - started
         tokens = sum(len(row["input_ids"]) for row in everyone)
+        sums = list(map(sum, squares))
+        kept = {str(n): part / whole for n, part, whole in zip(refreshed, sums[::2], sums[1::2], strict=True) if whole}
+        moved = method.moved(last)
+        # in the few steps that end with a fold, one more wait for the device
+        lengths = dict(zip(map(str, moved), torch.stack(list(moved.values())).tolist(), strict=True)) if moved else {}
         return {
             "step": step + 1,
             "loss": None if idle else sum(losses) / len(losses),
@@ -220,6 +229,8 @@ class _Steps:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "peak_memory_bytes": int(max(peaks)),
+            **({"projector_energy": kept} if kept and not self.trouble else {}),
+            **({"update_norm": lengths} if lengths else {}),
             **({"skipped": True} if idle or self.trouble else {}),
         }
 

@@ -50,7 +50,7 @@ LAYOUT = [
     ["report.page"],
     ["bench.answers", "bench.report", "bench.trial", "bench.crew"],
     ["bench.quality", "bench.rivals", "bench.time", "bench.memory", "bench.traffic"],
-    ["bench.worker", "bench.run", "planning"],
+    ["bench.worker", "bench.run", "planning", "manual"],
     ["cli"],
     ["__main__"],
 ]

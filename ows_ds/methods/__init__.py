@@ -47,6 +47,12 @@ class Method(Protocol):
         Returns the sum: float64, (). Collective.
         """
 
+    def energies(self) -> dict[int, Tensor]:
+        """Of each layer that gets new projectors in this step: see `ows_ds.optimizer.OWS.energies`."""
+
+    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """Of each layer that was folded after the last step: see `ows_ds.optimizer.OWS.moved`."""
+
     def pieces(self) -> list[Piece]:
         """This process's part of the tensors of a checkpoint."""
 

@@ -113,6 +113,14 @@ class MeZO(torch.optim.Optimizer):
     def close(self) -> None:
         """Nothing is left to do."""
 
+    def energies(self) -> dict[int, Tensor]:
+        """There are no projectors."""
+        return {}
+
+    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """There are no coordinates."""
+        return {}
+
     def pieces(self) -> list[Piece]:
         """This process's part of the weights. Between two steps only."""
         self.weights.after_step()

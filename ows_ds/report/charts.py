@@ -9,11 +9,12 @@ import html
 import io
 import itertools
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ows_ds.bench.table import size_in
-from ows_ds.report.runs import Run
+from ows_ds.report.runs import Run, Stretch
 
 COLOURS = 8  # of runs and components; more begin anew, with another line
 _INK, _FAINT = "#010203", "#010204"
@@ -48,24 +49,38 @@ def curves(series: Mapping[str, Points], x: str, y: str, label: str, dots: Mappi
 
 def layers(run: Run, label: str) -> str:
     """Which layers trained when, and beside it how often each did against how often it was to be drawn."""
-    figure, (time, share) = _figure(max(2.2, 0.9 + 0.085 * run.n_layers), widths=(4, 1))
+    figure, time, share = _over_layers(run, run.shares, "share of steps", 1.0)
     for layer in range(run.n_layers):
         stretches = [(first - 0.5, last - first + 1) for first, last, some in run.sets if layer in some]
         time.broken_barh(_joined(stretches), (layer - 0.4, 0.8), color=_SERIES[0], linewidth=0)
-    numbers = range(run.n_layers)
-    share.barh(numbers, run.shares, 0.8, color=_SERIES[0], linewidth=0, label="trained")
     if run.probabilities is not None:
-        share.plot(run.probabilities, numbers, "|", color=_INK, markersize=5, markeredgewidth=1.2, label="p")
+        share.plot(run.probabilities, range(run.n_layers), "|", color=_INK, markersize=5, markeredgewidth=1.2)
+    return _svg(figure, label)
+
+
+def heat(run: Run, stretches: Sequence[Stretch], top: float, label: str) -> str:
+    """A number of each layer over time, the darker the nearer to ``top``, and beside it the mean of its stretches."""
+    by_layer = [[value for _, _, layer, value in stretches if layer == one] for one in range(run.n_layers)]
+    figure, time, _ = _over_layers(run, [statistics.fmean(some) if some else 0.0 for some in by_layer], "mean", top)
+    for first, last, layer, value in stretches:
+        alpha = 0.1 + 0.9 * min(1.0, value / top) if top > 0 else 0.1  # none so faint that it seems not to be there
+        time.broken_barh(
+            [(first - 0.5, last - first + 1)], (layer - 0.4, 0.8), color=_SERIES[0], linewidth=0, alpha=alpha
+        )
+    return _svg(figure, label)
+
+
+def _over_layers(run: Run, shares: Sequence[float], name: str, top: float) -> tuple[Any, Any, Any]:
+    """A figure with steps to the right and layers downwards, empty, and beside it a bar a layer, up to ``top``."""
+    figure, (time, bars) = _figure(max(2.2, 0.9 + 0.085 * run.n_layers), widths=(4, 1))
+    bars.barh(range(run.n_layers), shares, 0.8, color=_SERIES[0], linewidth=0)
     last = run.steps[-1]["step"] if run.steps else 1
     time.set(xlim=(0.5, last + 0.5), ylim=(run.n_layers - 0.5, -0.5), xlabel="step", ylabel="layer")
-    share.set(xlim=(0, 1.02), ylim=(run.n_layers - 0.5, -0.5), xlabel="share of steps", yticks=[])
+    bars.set(xlim=(0, 1.02 * (top or 1)), ylim=(run.n_layers - 0.5, -0.5), xlabel=name, yticks=[])
+    bars.xaxis.get_major_locator().set_params(nbins=2)
     _whole_steps(time)
     time.yaxis.get_major_locator().set_params(integer=True)
-    figure.legend(
-        *share.get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=2, fontsize=9,
-        labelcolor=_INK,
-    )  # fmt: skip
-    return _svg(figure, label)
+    return figure, time, bars
 
 
 def bars(parts: Mapping[str, Mapping[str, float]], label: str, marks: Mapping[str, float] | None = None) -> str:

@@ -172,7 +172,27 @@ def _layers(runs: Sequence[Run]) -> Section | None:
         drawn = run.probabilities is not None
         text = "Left: the steps that each layer trained in. Right: their share"
         text += ", and as marks the probability that a draw takes the layer." if drawn else "."
-        found.append(Chart(run.name, charts.layers(run, f"layers that trained in {run.name}"), text))
+        title = "layers in training"
+        found.append(Chart(f"{run.name}: {title}", charts.layers(run, f"{title}, {run.name}"), text))
+        if run.update_norms:
+            first, last, layer, most = max(run.update_norms, key=lambda one: one[3])
+            title = "update norms"
+            text = (
+                "How far the matrices of a layer had moved when they were folded, over the steps that moved them: the "
+                f"Frobenius norm of their change, the darker the farther. The largest is {most:.3g}: layer {layer}, "
+                f"steps {first:,} to {last:,}. Right: the mean."
+            )
+            svg = charts.heat(run, run.update_norms, most, f"{title}, {run.name}")
+            found.append(Chart(f"{run.name}: {title}", svg, text))
+        if run.energies:
+            values = [share for _, _, _, share in run.energies]
+            title = "energy that projectors keep"
+            text = (
+                "The share of a layer's squared gradient inside new projectors, over the steps that used them; full "
+                f"colour is all of it. From {min(values):.1%} to {max(values):.1%}. Right: the mean."
+            )
+            svg = charts.heat(run, run.energies, 1.0, f"{title}, {run.name}")
+            found.append(Chart(f"{run.name}: {title}", svg, text))
     return Section("Layers", charts=found) if found else None
 
 

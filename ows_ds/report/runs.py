@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ows_ds.score import Scores
 from ows_ds.shapes import Model, read_model
 
 Record = dict[str, Any]
+Stretch = tuple[int, int, int, float]
+"""(first step, last step, layer, a number that holds for the layer in these steps)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,39 @@ class Run:
             for layer in layers:
                 count[layer] += last - first + 1
         return [number / max(1, len(self.steps)) for number in count]
+
+    @cached_property
+    def update_norms(self) -> list[Stretch]:
+        """How far a layer has moved in these steps, by the record of the last of them."""
+        found: list[Stretch] = []
+        since: dict[int, int] = {}  # first step, by layer, of what is not told of yet
+        for record in self.steps:
+            active = set(record.get("sampled_layers") or ())
+            since = {layer: since[layer] if layer in since else record["step"] for layer in active}
+            for layer, norm in self._by_layer(record, "update_norm").items():
+                found.append((since.pop(layer, record["step"]), record["step"], layer, norm))
+        return found
+
+    @cached_property
+    def energies(self) -> list[Stretch]:
+        """The share of a layer's gradient that the projectors used in these steps kept when they were found."""
+        found: list[Stretch] = []
+        current: dict[int, tuple[int, float]] = {}  # by layer: step, share
+        end: Record = {"step": self.steps[-1]["step"] + 1} if self.steps else {}
+        for record in (*self.steps, end):
+            active, fresh = set(record.get("sampled_layers") or ()), self._by_layer(record, "projector_energy")
+            for layer in [layer for layer in current if layer not in active or layer in fresh]:
+                first, share = current.pop(layer)
+                found.append((first, record["step"] - 1, layer, share))
+            current |= {layer: (record["step"], share) for layer, share in fresh.items()}
+        return found
+
+    def _by_layer(self, record: Record, key: str) -> dict[int, float]:
+        """What a record says of layers under ``key``, such as {"3": 0.5}."""
+        told = record.get(key)
+        pairs = told.items() if isinstance(told, dict) else ()
+        numbers = {int(name): float(one) for name, one in pairs if re.fullmatch("[0-9]{1,6}", name) and _is_number(one)}
+        return {layer: one for layer, one in numbers.items() if layer < self.n_layers}
 
     @cached_property
     def probabilities(self) -> list[float] | None:

@@ -88,12 +88,26 @@ def test_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path
     assert config.from_dict(config.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, sharding=sharding)
     if world > 1:
         assert records[3]["comm_bytes"]["gradients"] > 0
+    norms_where_they_belong(records)
 
     export(parts, tmp_path / "exported", "step-9")
     exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", parts / "model"))
     assert exported.keys() == final.keys()
     # the same fold, but of the whole matrix in one process: products may differ in the last bit before rounding
     assert all(torch.allclose(exported[n].float(), final[n].float(), rtol=1e-2, atol=1e-6) for n in final)
+
+
+def norms_where_they_belong(records: list[dict[str, Any]]) -> None:
+    """Energies of what entered or was refreshed, update norms of what was folded and, at the end, of all."""
+    sets = [{str(layer) for layer in record["sampled_layers"]} for record in records] + [set()]
+    energies, norms = ([set(record.get(key, {})) for record in records] for key in ("projector_energy", "update_norm"))
+    assert not energies[0] | norms[0]
+    for step in range(1, len(records)):
+        assert sets[step] - sets[step - 1] <= energies[step] <= sets[step]
+        assert sets[step] - sets[step + 1] <= norms[step] <= sets[step]
+        assert all(0 < share <= 1.01 for share in records[step].get("projector_energy", {}).values())
+        assert all(norm > 0 for norm in records[step].get("update_norm", {}).values())
+    assert any(not energies[step] | norms[step] for step in range(1, len(records)))  # a plain step has neither key
 
 
 def test_model_loads_in_transformers_and_has_learned(pools: Pools, inputs: Path, tmp_path: Path) -> None:

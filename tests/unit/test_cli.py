@@ -12,7 +12,7 @@ import yaml
 
 from ows_ds import config
 from ows_ds.bench.setting import How, Setting
-from ows_ds.cli import main
+from ows_ds.cli import BENCHES, VERBS, main
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 
@@ -174,7 +174,7 @@ def test_errors_of_a_verb(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert leave.value.code == 7
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["score"], ["export"], ["bench"], ["bench", "time"]])
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS), *(["bench", what] for what in BENCHES)])
 def test_help_reads_at_80_columns(
     verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,9 @@ def write_run(folder: Path, path: str = "base", **recipe: Any) -> Path:
         }
         for step, layers in SETS.items()
     ]
+    records[1] |= {"projector_energy": {"0": 0.9, "3": 0.5}}
+    records[2] |= {"update_norm": {"0": 0.2, "3": 0.4}}
+    records[3] |= {"projector_energy": {"1": 0.75}, "update_norm": {"1": 0.1}}
     records[-1] |= {"loss": None, "skipped": True, "eval_loss": 1.5}
     records[-2] |= {"grad_norm": None, "nonfinite": {"grad_norm": "inf"}}
     text = "".join(json.dumps(record) + "\n" for record in records)
@@ -108,13 +111,25 @@ def test_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert page.row("step 3") == ["grad_norm was inf"]
     assert page.row("metrics.jsonl") == ["1 lines cannot be read"]
     assert page.row("sampling.gamma") == ["2.0"]
+    assert "The largest is 0.4: layer 3, steps 1 to 2." in (run / "report.html").read_text()
+    assert "From 50.0% to 90.0%." in (run / "report.html").read_text()
     assert report(capsys, str(run))[0] == 0  # an earlier report is written over
+
+
+def test_numbers_of_layers_that_are_none_are_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    strange = {"update_norm": {"x": 1, "0": "far", "99": 1.0, "9" * 5000: 1, "1": 0.5}, "projector_energy": [1]}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "sampled_layers": [1], **strange}) + "\n")
+    assert read(folder).update_norms == [(1, 1, 1, 0.5)]
+    assert read(folder).energies == []
 
 
 def test_layers_over_time_against_probabilities(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run"))
     assert run.sets == [(1, 2, (0, 3)), (3, 3, (1,)), (4, 4, ())]
     assert run.shares == [0.5, 0.25, 0.0, 0.5]
+    assert run.update_norms == [(1, 2, 0, 0.2), (1, 2, 3, 0.4), (3, 3, 1, 0.1)]
+    assert sorted(run.energies) == [(1, 2, 0, 0.9), (1, 2, 3, 0.5), (3, 3, 1, 0.75)]
     # 2 * 0.03 / 0.05 is more than 1: the rest of 1 goes to the two others that have outliers
     assert run.probabilities == pytest.approx([1.0, 0.5, 0.0, 0.5])
     lora = read(write_run(tmp_path / "lora", method={"name": "lora"}))
