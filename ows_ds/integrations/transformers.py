@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ows_ds import checkpoint, resume
 from ows_ds.communicate import join, together
@@ -87,13 +87,33 @@ def use_ows(
         if name not in known or name in ("model", "self"):
             raise UserError(name, value, f"give settings of OWS: {', '.join(sorted(set(known) - set(FROM_ARGUMENTS)))}")
     _check(trainer, settings.get("always_on", "full"))
-    weights = _weights(trainer)
-    trainer.__class__ = type(f"OWS{type(trainer).__name__}", (OWSTrainer, type(trainer)), {})
+    weights, args = _weights(trainer), trainer.args
+    model = fingerprint(weights)
+    if scores is None:
+        scores = _measured(trainer, weights, model, tau, calibration_samples)
+    elif isinstance(scores, (str, Path)):
+        scores = Scores.read(Path(scores))
+    if isinstance(scores, Scores):
+        scores.check(model, len(find_layers(weights.module, weights.shape).layers))
+    settings = {
+        "seed": args.seed,
+        **settings,
+        "scores": scores,
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm or None,
+        "accumulation": args.gradient_accumulation_steps,
+    }
+    ows = _Optimizer(weights, **settings)
     accelerator = trainer.accelerator
+    trainer.__class__ = type(f"OWS{type(trainer).__name__}", (OWSTrainer, type(trainer)), {})
     accelerator.__class__ = type(f"OWS{type(accelerator).__name__}", (_Accelerator, type(accelerator)), {})
     trainer.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
     trainer.callback_handler.callbacks.insert(0, _Closing(trainer))
-    trainer._begin(weights, scores, tau, calibration_samples, settings)
+    trainer._weights, trainer._model_name, trainer._settings = weights, model, settings
+    trainer.optimizer = accelerator.ows = ows
     return trainer
 
 
@@ -103,58 +123,17 @@ class OWSTrainer(Trainer):
     While training goes on, `save_model` is to be called on all processes.
     """
 
-    def _begin(self, weights: Weights, scores: Any, tau: float, samples: int, settings: dict[str, Any]) -> None:
-        self._weights = weights
-        self._model_name = fingerprint(weights)
-        self._opened: checkpoint.Checkpoint | None = None
-        args = self.args
-        if scores is None:
-            scores = self._scores(tau, samples)
-        elif isinstance(scores, (str, Path)):
-            scores = Scores.read(Path(scores))
-        if isinstance(scores, Scores):
-            scores.check(self._model_name, len(find_layers(weights.module, weights.shape).layers))
-        self._settings = {
-            "seed": args.seed,
-            **settings,
-            "scores": scores,
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": args.max_grad_norm or None,
-            "accumulation": args.gradient_accumulation_steps,
-        }
-        self._make()
-
-    def _make(self) -> None:
-        self.optimizer = self.accelerator.ows = _Optimizer(self._weights, **self._settings)
-
-    def _scores(self, tau: float, samples: int) -> Scores:
-        """See `use_ows`. Collective."""
-        comm, path = self._weights.comm, Path(self.args.output_dir) / "scores.json"
-        if comm.share(path.is_file()):
-            with together(comm):
-                scores = Scores.read(path)
-            if scores.model == self._model_name:
-                return scores
-        with torch.random.fork_rng(devices=[]):  # the order of the data in training is that without this pass
-            loader = self.get_train_dataloader()
-            count = math.ceil(samples / (self.args.train_batch_size * comm.world))
-            batches = [self._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
-        inputs = [{key: b[key] for key in ("input_ids", "attention_mask", "position_ids") if key in b} for b in batches]
-        layers = find_layers(self._weights.module, self._weights.shape)
-        scores = score(self._weights, layers, inputs, tau, self._model_name)
-        with together(comm):
-            if comm.index == 0:
-                scores.write(path)
-        return scores
+    _weights: Weights
+    _model_name: str  # fingerprint of the base model
+    _settings: dict[str, Any]
+    _opened: checkpoint.Checkpoint | None = None  # to be gone on from
 
     # ------------------------------------------------------------------ a step
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:  # trained before
-            self._make()
+            self._model_name = fingerprint(self._weights)
+            self.optimizer = self.accelerator.ows = _Optimizer(self._weights, **self._settings)
         # checkpointing makes the embedding's output require gradients, which would drag every backward pass down to it
         self.model.disable_input_require_grads()
         return self.optimizer
@@ -245,8 +224,9 @@ class OWSTrainer(Trainer):
         if self._opened is None or self._opened.folder.parent != folder:
             self._opened = self._open(resume_from_checkpoint)
         began = str(self._opened.facts.get("model"))
-        if began != self._model_name:
-            right = f"give the model that {folder.name} began with ({began[:12]}): this one is {self._model_name[:12]}"
+        now = self._model_name if self.optimizer is not None else fingerprint(self._weights)  # trained before
+        if began != now:
+            right = f"give the model that {folder.name} began with ({began[:12]}): this one is {now[:12]}"
             raise UserError("model", str(getattr(self.model.config, "name_or_path", "")), right)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -265,7 +245,7 @@ class _Accelerator(Accelerator):
     ows: _Optimizer | None = None
 
     def prepare(self, *objects: Any, **options: Any) -> Any:
-        prepare, ours = super().prepare, (nn.Module, OWS)
+        prepare, ours = super().prepare, (nn.Module, OWS, torch.optim.lr_scheduler.LRScheduler)
         ready = [one if isinstance(one, ours) else prepare(one, **options) for one in objects]
         self._models += [one for one in objects if isinstance(one, nn.Module)]
         return ready[0] if len(ready) == 1 else tuple(ready)
@@ -321,6 +301,27 @@ class _Closing(TrainerCallback):
         self._trainer._close()
 
 
+def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, samples: int) -> Scores:
+    """Scores of the model, whose fingerprint is ``model``: see `use_ows`. Collective."""
+    comm, args, path = weights.comm, trainer.args, Path(trainer.args.output_dir) / "scores.json"
+    if comm.share(path.is_file()):
+        with together(comm):
+            found = Scores.read(path)
+        if found.model == model:
+            return found
+    with torch.random.fork_rng(devices=[]):  # the order of the data in training is that without this pass
+        loader = trainer.get_train_dataloader()
+        count = math.ceil(samples / (args.train_batch_size * comm.world))
+        batches = [trainer._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
+    known = ("input_ids", "attention_mask", "position_ids")
+    inputs = [{key: batch[key] for key in known if key in batch} for batch in batches]
+    found = score(weights, find_layers(weights.module, weights.shape), inputs, tau, model)
+    with together(comm):
+        if comm.index == 0:
+            found.write(path)
+    return found
+
+
 def _weights(trainer: Trainer) -> Weights:
     """The Trainer's model where it lies, or in DeepSpeed's shards. Collective."""
     args, model, comm = trainer.args, trainer.model, join(trainer.args.device)
@@ -360,6 +361,8 @@ def _check(trainer: Trainer, always_on: str) -> None:
     as_loaded = "give no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
     folder = "give False: a checkpoint is one folder that all processes write to"
     for wrong, key, value, right in (
+        (not isinstance(trainer.model, PreTrainedModel), "model", type(trainer.model).__name__,
+         "give a model of transformers, without adapters"),
         (trainer.optimizer is not None or trainer.lr_scheduler is not None, "optimizers", trainer.optimizer, own),
         (trainer.optimizer_cls_and_kwargs, "optimizer_cls_and_kwargs", trainer.optimizer_cls_and_kwargs, own),
         (not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"), "optim", str(args.optim), own),
