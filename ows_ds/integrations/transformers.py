@@ -353,9 +353,9 @@ def _check(trainer: Trainer, always_on: str) -> None:
     sharded = getattr(accelerator.state, "deepspeed_plugin", None) is not None
     world, dtype = join(args.device).world, next(trainer.model.parameters()).dtype
     checkpointing = args.gradient_checkpointing_kwargs or {}
-    # losses of TRL's and Liger's that take the head's weight without calling the head
-    head = "use_liger_kernel" if args.use_liger_kernel else "loss_type"
-    past_head = args.use_liger_kernel or getattr(args, "loss_type", None) == "chunked_nll"
+    # TRL replaces the model's forward pass, and Liger does so in `train`: the loss takes the head's weight itself
+    past_head = args.use_liger_kernel or "forward" in vars(trainer.model)
+    whose = "use_liger_kernel" if args.use_liger_kernel else type(trainer).__name__
     precision, one_each = accelerator.mixed_precision, "start one process for each GPU, as torchrun does"
     own = "leave it out: OWS is the optimizer, and TrainingArguments has its learning rate and schedule"
     as_loaded = "give no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
@@ -384,10 +384,10 @@ def _check(trainer: Trainer, always_on: str) -> None:
          "give False: the best model is taken from a whole checkpoint"),
         (checkpointing.get("use_reentrant"), "gradient_checkpointing_kwargs: use_reentrant", True,
          "give False: with frozen weights, reentrant checkpointing loses gradients"),
-        (past_head and always_on == "low_rank", head, getattr(args, head, None),
-         "give another loss, or always_on full or none: this one would not see the head's coordinates"),
-        (past_head and sharded, head, getattr(args, head, None),
-         "give another loss (loss_type nll): this one takes the head's weight, which lies in shards"),
+        (past_head and always_on == "low_rank", "optim.always_on", always_on,
+         f"give full or none: the loss of {whose} takes the head's weight, without the head's coordinates"),
+        (past_head and sharded, "deepspeed", "ZeRO-3",
+         f"leave it out: the loss of {whose} takes the head's weight, which would lie in shards"),
     ):  # fmt: skip
         if wrong:
             raise UserError(key, value, right)

@@ -82,6 +82,15 @@ def test_other_optimizers_and_models(tmp_path: Path) -> None:
         assert caught.value.key == key
 
 
+def test_a_loss_past_the_head(tmp_path: Path) -> None:
+    """TRL's trainers replace the model's forward pass by one that takes the head's weight."""
+    one = trainer(tmp_path)
+    one.model.forward = one.model.forward
+    with pytest.raises(UserError) as caught:
+        use_ows(one, scores=[1, 1, 1], gamma=1, rank=4, always_on="low_rank")
+    assert caught.value.key == "optim.always_on"
+
+
 def test_bfloat16_by_the_model(tmp_path: Path) -> None:
     one = use_ows(trainer(tmp_path, torch.bfloat16, bf16=True, max_steps=1), scores=[1, 1, 1], gamma=1, rank=4)
     with pytest.raises(UserError, match="call use_ows once"):
