@@ -20,8 +20,9 @@ from tests.ranks.test_trainer_integration import needs_trl
 from tests.unit.test_data import byte_tokenizer
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
+SLOW = [needs_trl, pytest.mark.slow]
 parametrize = pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=needs_trl if path.stem == "sft" else (), id=path.stem) for path in EXAMPLES]
+    "path", [pytest.param(path, marks=SLOW if path.stem == "sft" else (), id=path.stem) for path in EXAMPLES]
 )
 
 

@@ -205,7 +205,9 @@ STOPPED = {
 }
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("trainer", "bfloat16"), ("zero3", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("trainer", "bfloat16"), pytest.param("zero3", "float32", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path, kind: str, dtype: str) -> None:
     for name, stop_after in (("whole", None), ("parts", 5)):
         pools(2).run(fit, inputs, tmp_path / name, STOPPED, {}, kind, dtype, None, False, stop_after)
@@ -229,7 +231,7 @@ def test_a_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Pa
     assert digests(tmp_path / "unsaved").items() <= digests(tmp_path / "whole").items()
 
 
-@pytest.mark.parametrize("kind", ["trainer", "zero3"])
+@pytest.mark.parametrize("kind", ["trainer", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_the_best_model_is_loaded_at_the_end(pools: Pools, still: Path, tmp_path: Path, kind: str) -> None:
     """Here the worst one, which comes first: layers that train later are again what they were."""
     best = {
