@@ -132,14 +132,14 @@ def fit(
         model = tf.AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=getattr(torch, dtype))
         rows: Any = rows_of(inputs, tokenizer, "train")
         rows = rows if order is None else [rows[i] for i in order]
+        held_out: Any = rows_of(inputs, tokenizer, "eval")
         made: dict[str, Any] = {"data_collator": functools.partial(collate, pad_id=0)}
         if kind == "trl":
             from datasets import Dataset
 
-            rows, made = Dataset.from_list(rows), {"processing_class": tokenizer}
-        else:
-            made["eval_dataset"] = rows_of(inputs, tokenizer, "eval")
-        trainer = trainer_class(model=model, args=args, train_dataset=rows, **made)
+            rows, held_out = Dataset.from_list(rows), Dataset.from_list(held_out)
+            made = {"processing_class": tokenizer}
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **made)
         use_ows(trainer, **({"gamma": 1.5, "period": 4, "rank": 4, "refresh_gap": 3, "tau": 2.0} | settings))
 
         class Stop(tf.TrainerCallback):
@@ -206,7 +206,12 @@ STOPPED = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("trainer", "bfloat16"), pytest.param("zero3", "float32", marks=pytest.mark.slow)]
+    ("kind", "dtype"),
+    [
+        ("trainer", "bfloat16"),
+        pytest.param("trl", "bfloat16", marks=[needs_trl, pytest.mark.slow]),
+        pytest.param("zero3", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path, kind: str, dtype: str) -> None:
     for name, stop_after in (("whole", None), ("parts", 5)):
