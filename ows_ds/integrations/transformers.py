@@ -126,6 +126,7 @@ class OWSTrainer(Trainer):
     _weights: Weights
     _model_name: str  # fingerprint of the base model
     _settings: dict[str, Any]
+    optimizer: Any  # an `_Optimizer`; None once it is closed
     _opened: checkpoint.Checkpoint | None = None  # to be gone on from
 
     # ------------------------------------------------------------------ a step
