@@ -22,7 +22,6 @@ from ows_ds.weights import Replicated, Weights
 FILE_SIZE = "5GB"  # a file of a model holds at most as much, as those on the hub do
 
 
-@torch.no_grad()
 def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = FILE_SIZE) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
@@ -33,6 +32,23 @@ def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = 
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
+    with together(comm):
+        if comm.index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            module.save_pretrained(partial, state_dict={})  # all but the weights
+            tokenizer.save_pretrained(partial)
+    save_weights(weights, partial, file_size)
+    with together(comm):
+        if comm.index == 0:
+            for file in partial.iterdir():
+                file.chmod(0o644)  # safetensors lets nobody but the owner read
+            partial.rename(folder)
+
+
+@torch.no_grad()
+def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> None:
+    """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
+    comm, module = weights.comm, cast(Any, weights.module)
     saved = set(module.state_dict()) - set(module._keys_to_ignore_on_save or ())
     everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
@@ -47,27 +63,18 @@ def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = 
     with together(comm):
         ours = {id(tensor): name for name, tensor in empty.items()}
         names = {name: ours.get(id(tensor)) for name, tensor in revert_weight_conversion(module, empty).items()}
-        if comm.index == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            module.save_pretrained(partial, state_dict={})  # all but the weights
-            tokenizer.save_pretrained(partial)
     if None not in names.values():
         stored = {name: empty[str(own)] for name, own in names.items()}
-        _stream(weights, {name: tensors[str(own)] for name, own in names.items()}, stored, partial, file_size)
-    else:
-        state = {}
-        for name, tensor in tensors.items():
-            whole = weights.whole(tensor) if isinstance(tensor, nn.Parameter) else tensor
-            if comm.index == 0:
-                state[name] = whole.to("cpu", copy=True)
-        with together(comm):
-            if comm.index == 0:
-                module.save_pretrained(partial, state_dict=state, max_shard_size=file_size)
+        _stream(weights, {name: tensors[str(own)] for name, own in names.items()}, stored, folder, file_size)
+        return
+    state = {}
+    for name, tensor in tensors.items():
+        whole = weights.whole(tensor) if isinstance(tensor, nn.Parameter) else tensor
+        if comm.index == 0:
+            state[name] = whole.to("cpu", copy=True)
     with together(comm):
         if comm.index == 0:
-            for file in partial.iterdir():
-                file.chmod(0o644)  # safetensors lets nobody but the owner read
-            partial.rename(folder)
+            module.save_pretrained(folder, state_dict=state, max_shard_size=file_size)
 
 
 def _stream(

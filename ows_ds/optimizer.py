@@ -13,7 +13,8 @@ a sketch attached, beside its coordinates or, if it has just entered, alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,22 @@ class OWS(torch.optim.Optimizer):
         """Nothing trains in the coming step: the layer set is empty and nothing is always on."""
         return not self.plan.units and not self._full.parameters
 
+    def expect(self, micro_batches: int) -> None:
+        """From the coming step on, ``backward`` is called this often a step, the same on all processes.
+
+        Between two steps. Of a step that was begun and not taken nothing stays: it counts as one that was skipped.
+        """
+        if micro_batches < 1:
+            raise UserError("accumulation", micro_batches, "give an integer of at least 1")
+        if self._micro:
+            self._cancel_refresh()
+            self._micro = self.accumulation
+            self.skip()
+            self.zero_grad()
+        self.accumulation = micro_batches
+        if self._refresh is not None and self.refresh_batch == "full":
+            self._refresh.expect(micro_batches)
+
     def backward(self, loss: Tensor) -> None:
         """Backpropagate one micro-batch. Gradients of all processes and micro-batches are averaged and added, in this
         order: ``loss`` is this process's mean, divided by the number of micro-batches as in plain PyTorch.
@@ -293,6 +310,33 @@ class OWS(torch.optim.Optimizer):
         self.weights.after_step()
         for unit in self.plan.units:
             self._fold(unit)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Within it the model alone is what was trained, for saving; afterwards all is as before, to the bit.
+
+        Not between `backward` and `step`. What this process holds of the folded weights is kept on the host
+        meanwhile. Collective.
+        """
+        self.weights.after_step()
+        attached = {name: self._attachments[name][0].coordinates for name in self.plan.matrices}
+        coordinates = {name: one for name, one in attached.items() if one is not None}
+        decays = {name: one.decay for name, one in coordinates.items()}
+        runs = {name: self.weights.held(self._parameters[name])[1].to("cpu", copy=True) for name in coordinates}
+        kept = [
+            (tensor, tensor.clone()) for unit in self._buffer.units.values() for tensor in (unit.values, unit.master)
+        ]
+        self.fold()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights.after_step()
+                for name, run in runs.items():
+                    self.weights.held(self._parameters[name])[1].copy_(run)
+                    coordinates[name].decay = decays[name]
+                for tensor, before in kept:
+                    tensor.copy_(before)
 
     def close(self) -> None:
         """Fold, and give the model its own forward passes back, every weight frozen."""
@@ -596,6 +640,11 @@ class OWS(torch.optim.Optimizer):
             across,
         )
 
+    def _cancel_refresh(self) -> None:
+        if self._refresh is not None:
+            self._refresh.cancel()
+            self._refresh = None
+
     @torch.no_grad()
     def _finish_refresh(self) -> None:
         refresh, self._refresh = self._refresh, None
@@ -664,9 +713,7 @@ class OWS(torch.optim.Optimizer):
 
     def _drop(self) -> None:
         """Forget the current set without folding."""
-        if self._refresh is not None:
-            self._refresh.cancel()
-            self._refresh = None
+        self._cancel_refresh()
         self._sketches, self._found, self._reduced = [], {}, None
         for unit in self.plan.units:
             self._release(unit)

@@ -65,13 +65,17 @@ class Refresh:
         self.squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this process owns
         self._dtype, self._device = dtype, device
         self._find, self._take, self._across = find, take, across
-        self._streamed = micro_batches == 1
-        self._left = dict.fromkeys(parameters, micro_batches)
+        self.expect(micro_batches)
         self._sums: dict[str, Tensor] = {}
         self._handles = []
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+
+    def expect(self, micro_batches: int) -> None:
+        """Before the first backward pass: how many there will be."""
+        self._streamed = micro_batches == 1
+        self._left = dict.fromkeys(self.parameters, micro_batches)
 
     def _hook(self, name: str) -> Any:
         owner = self.plan.owners[name]

@@ -168,7 +168,7 @@ def _section(config: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     return found or {}
 
 
-def check_by_deepspeed(config: dict[str, Any]) -> None:
+def check_by_deepspeed(config: dict[str, Any], key: str = "train.ds_config") -> None:
     """Refuse (UserError) settings of ``zero_optimization`` that DeepSpeed does not know, or not of this type."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -179,7 +179,7 @@ def check_by_deepspeed(config: dict[str, Any]) -> None:
         first = mistakes[0] if mistakes else {}
         name = ".".join(map(str, ["zero_optimization", *first.get("loc", ())]))
         right = f"give what DeepSpeed takes ({first.get('msg') or first_line(error)})"
-        raise UserError(f"train.ds_config: {name}", first.get("input"), right) from None
+        raise UserError(f"{key}: {name}", first.get("input"), right) from None
 
 
 def resolve_config(
@@ -189,17 +189,18 @@ def resolve_config(
     accumulation: int,
     world: int,
     per_host: int | None = None,
+    key: str = "train.ds_config",
 ) -> dict[str, Any]:
     """A copy of ``config`` with what must agree with the recipe filled in. Raises UserError as `check_config`.
 
     dtype: ``model.dtype``, the number format of the shards. per_host: processes of a host, where they are as many on
-    each and their numbers follow one another: what hpZ's ``"auto"`` means.
+    each and their numbers follow one another: what hpZ's ``"auto"`` means. key: what errors name.
     """
-    check_config(config)
+    check_config(config, key)
     for name, format in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if _section(config, name, "train.ds_config").get("enabled", "auto") not in ("auto", dtype == format):
+        if _section(config, name, key).get("enabled", "auto") not in ("auto", dtype == format):
             right = f'give "auto"; the recipe\'s model.dtype is {dtype}'
-            raise UserError(f"train.ds_config: {name}.enabled", config[name]["enabled"], right)
+            raise UserError(f"{key}: {name}.enabled", config[name]["enabled"], right)
     zero = {
         **config["zero_optimization"],
         # edits of a shard are ignored by the live copy of a parameter that is kept gathered
@@ -210,16 +211,16 @@ def resolve_config(
         group = per_host or 1
     if type(group) is not int or group < 1 or world % group:
         right = f'give "auto", or a divisor of the {world} processes'
-        raise UserError("train.ds_config: zero_optimization.zero_hpz_partition_size", group, right)
+        raise UserError(f"{key}: zero_optimization.zero_hpz_partition_size", group, right)
     zero["zero_hpz_partition_size"] = 1 if group == world else group  # a group of all is what there is without
     sizes = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch_size * accumulation * world,
     }
-    for key, value in sizes.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise UserError(f"train.ds_config: {key}", config[key], f'give "auto"; the recipe makes it {value}')
+    for name, value in sizes.items():
+        if config.get(name, "auto") not in ("auto", value):
+            raise UserError(f"{key}: {name}", config[name], f'give "auto"; the recipe makes it {value}')
     rest = {key: value for key, value in config.items() if key not in ("bf16", "fp16", "gradient_clipping")}
     return {**rest, **sizes, "bf16": {"enabled": dtype == "bfloat16"}, "zero_optimization": zero}
 
@@ -315,13 +316,14 @@ class Zero3:
         self._traced_backward = False  # whether what the prefetcher recorded, or records, has a backward pass
         _count_collectives()
         _sent.clear()
+        # first of all, whoever calls the module
+        self.module.register_forward_pre_hook(lambda module, inputs: self._follow(), prepend=True)
         for name, parameter in self.module.named_parameters():
             size = math.ceil(parameter.ds_numel / comm.world)
             if parameter.ds_tensor.ds_numel != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {parameter.ds_tensor.ds_numel} entries, not {size}")
 
     def __call__(self, **batch: Any) -> Any:
-        self._follow()
         return self.module(**batch)
 
     def _follow(self) -> None:
@@ -460,7 +462,6 @@ class Zero3AdamW(Zero3):
                 self.states[names[parameter]] = {"step": step, **own}
 
     def __call__(self, **batch: Any) -> Any:
-        self._follow()
         self.engine.set_gradient_accumulation_boundary(self._micro + 1 == self._steps)
         return self.engine(**batch)
 

@@ -43,7 +43,7 @@ LAYOUT = [
     ["methods.__init__"],
     ["scoring", "resume"],
     ["export", "job"],
-    ["trainer"],
+    ["trainer", "integrations.__init__", "integrations.transformers"],
     ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
     ["report.__init__", "report.runs"],
     ["report.charts"],
@@ -75,7 +75,7 @@ PURE = {
 ALLOWED = {
     "torch.distributed": {"communicate", "runtime"},
     "deepspeed": {"zero3"},
-    "accelerate": {"runtime", "log", "load"},
+    "accelerate": {"runtime", "log", "load", "integrations.transformers"},
     "os.environ": {"runtime", "log"},
     "ds_ attributes": {"zero3"},
     "data that runs": set(),
@@ -86,6 +86,7 @@ RUNNING = {
     "torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_load",
 }  # fmt: skip
 EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "hypothesis", "pytest"]
+EXTRAS += ["trl"]
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -16,7 +16,16 @@ from ows_ds.optimizer import OWS
 from ows_ds.reference import Reference
 from ows_ds.sample import Sampler, probabilities
 from tests.ranks.pool import Pools
-from tests.ranks.training import RATIOS, batch, distance, mean_loss, run_ows
+from tests.ranks.training import (
+    RATIOS,
+    batch,
+    distance,
+    home,
+    mean_loss,
+    micro_batches,
+    run_ows,
+    whole_weights,
+)
 from tests.unit.families import tiny
 
 STEPS = 9
@@ -206,3 +215,53 @@ def test_closing_gives_the_model_back() -> None:
     torch.testing.assert_close(model(input_ids=batch(9)).logits, attached, rtol=1e-4, atol=1e-5)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(plain(input_ids=batch(9)).logits, model(input_ids=batch(9)).logits)
+
+
+def stepped(rank: int, world: int, sharding: str, refresh: str, sizes: list[int | None]) -> dict[str, Any]:
+    """Train with so many micro-batches in each step; None: begin a step with one of two, and give it up.
+
+    Weights inside and after `OWS.folded` after the steps, and those that further steps come to.
+    """
+    weights = home(tiny("llama", dtype=torch.float64), sharding, world)
+    settings = {**BASE, **BIASED, "weight_decay": 0.1, "refresh": refresh, "projector": "randomized"}
+    ows = OWS(weights, scores=RATIOS, **settings)
+
+    def take(size: int | None) -> None:
+        ows.expect(size or 2)
+        parts = micro_batches(ows.steps - ows.skipped, rank, world, size or 2)
+        for ids in parts[: 1 if size is None else size]:
+            ows.backward(mean_loss(weights, ids) / len(parts))
+        if size is not None:
+            ows.step()
+            ows.zero_grad()
+
+    for size in sizes:
+        take(size)
+    before = whole_weights(weights)
+    with ows.folded():
+        inside = whole_weights(weights)
+    after = whole_weights(weights)
+    ows.fold()
+    result = {"before": before, "inside": inside, "after": after, "folded": whole_weights(weights)}
+    return {**result, "skipped": ows.skipped}
+
+
+@pytest.mark.parametrize("refresh", ["full", "sketch"])
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_micro_batches_may_change_and_weights_be_folded_for_a_while(pools: Pools, sharding: str, refresh: str) -> None:
+    [same, _] = pools(2).run(stepped, sharding, refresh, [1] * 6)
+    [others, _] = pools(2).run(stepped, sharding, refresh, [3, 1, 2, 1, 3, 2])
+    assert distance(others["inside"], same["inside"]) < 1e-10
+    for run in (same, others):
+        assert distance(run["inside"], run["folded"]) == 0
+        assert distance(run["before"], run["after"]) == 0
+        assert distance(run["inside"], run["before"]) > 0
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_a_step_that_was_given_up_is_one_that_was_skipped(pools: Pools, sharding: str) -> None:
+    [begun, _] = pools(2).run(stepped, sharding, "full", [1, None, 2])
+    [whole, _] = pools(2).run(stepped, sharding, "full", [1, 2])
+    assert (begun["skipped"], whole["skipped"]) == (1, 0)
+    # the noise that a projector begins with is that of another step
+    assert distance(begun["inside"], whole["inside"]) < 1e-3
