@@ -99,15 +99,17 @@ def measure(
 
     The model is loaded on every process, which takes its part of the questions.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
+    # it asks git about the current folder, and what git says where there is no repository would be shown
+    evaluator.get_git_commit_hash = lambda: None
     comm = runtime.comm
     with on_disk(subject, comm) as path:
         with together(comm), refusing(subject), redirect_stdout(sys.stderr):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
         with redirect_stdout(sys.stderr), _quiet():  # it prints what it finds out about batches
-            found = simple_evaluate(
+            found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
                 num_fewshot=evaluation.num_fewshot,
