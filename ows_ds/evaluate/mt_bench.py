@@ -31,6 +31,7 @@ TEMPERATURE = {
 OTHERWISE = 0.7  # of other categories
 REFERENCED = ("math", "reasoning", "coding", "arena-hard-200")  # are judged with a reference answer
 TURNS = 2
+ROOM = 256  # tokens that an answer has at least: a longer talk loses its beginning
 
 
 def lines_of(path: str, key: str) -> list[Line]:
@@ -139,6 +140,7 @@ class Speaker:
         self.longest = bench.max_new_tokens
         own = getattr(self.model.generation_config, "eos_token_id", None)
         self.ends = sorted({*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None})
+        self.pad = next((one for one in (self.tokenizer.pad_token_id, *self.ends) if one is not None), None)
         self.positions = evaluation.max_length or getattr(self.model.config, "max_position_embeddings", None) or 2048
 
     def answer(self, question: Line, name: str) -> Line:
@@ -159,19 +161,20 @@ class Speaker:
 
     @torch.no_grad()
     def say(self, tokens: list[int], temperature: float) -> str:
-        """What it goes on with; of a talk that leaves no room for an answer, the end is heard."""
+        """What it goes on with."""
         from transformers import GenerationConfig
 
-        longest = min(self.longest, self.positions - 1)
+        least = min(ROOM, self.positions // 2)
+        longest = min(self.longest, max(self.positions - len(tokens), least))
         ids = torch.tensor([tokens[-(self.positions - longest) :]], device=self.model.device)
-        sampled = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
+        sampled = {"temperature": temperature, "top_k": 50, "top_p": 1.0} if temperature else {}
         how = GenerationConfig(
             max_new_tokens=longest,
+            do_sample=bool(temperature),
             num_beams=1,
+            repetition_penalty=1.0,  # what comes with the model is not used, so that all models answer in the same way
             use_cache=True,
-            pad_token_id=self.ends[0]
-            if self.tokenizer.pad_token_id is None and self.ends
-            else self.tokenizer.pad_token_id,
+            pad_token_id=self.pad,
             eos_token_id=self.ends or None,
             **sampled,
         )
