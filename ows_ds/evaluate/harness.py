@@ -51,8 +51,8 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
     paths = [GROUPS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
     manager = TaskManager(include_path=paths, include_defaults=False)
     files = {name for name in evaluation.names if name.endswith(".yaml") and Path(name).is_file()}
-    if not files.union(manager.all_subtasks).issuperset(evaluation.names):
-        manager = TaskManager(include_path=paths)  # thousands of files, which take seconds
+    if not all(name in files or _complete(name, manager.task_index) for name in evaluation.names):
+        manager = TaskManager(include_path=paths)  # thousands of files, which take a while
     for name in evaluation.names:
         if name not in files.union(manager.all_tasks):
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -79,6 +79,16 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
             if getattr(task, "MULTIMODAL", False):
                 raise UserError("--tasks", task.task_name, "give tasks of text alone")
     return Tasks(asked, every)
+
+
+def _complete(name: Any, index: dict[str, Any]) -> bool:
+    """Whether ``index`` has a task, or a group with all its parts."""
+    entry = index.get(name) if isinstance(name, str) else None
+    parts = (entry.cfg or {}).get("task") if entry is not None else None
+    if not isinstance(parts, list):
+        return entry is not None and isinstance(parts, str)
+    names = [part.get("task") or part.get("group") if isinstance(part, dict) else part for part in parts]
+    return all(part != name and _complete(part, index) for part in names)
 
 
 def check_limit(tasks: Tasks, evaluation: Evaluation, world: int) -> None:

@@ -176,8 +176,6 @@ def test_what_cannot_be_evaluated(
         assert error.endswith(f"{line}\n")
         return line
 
-    assert "--tasks: 'ows_test_sum' is not right" in (line := told("--tasks", "ows_test_sum"))
-    assert "ows_test_sums" in line
     assert "--tasks: 'ows_test_nowhere' is not right: give tasks whose data sets can be had" in told(
         "--tasks", "ows_test_nowhere"
     )
@@ -190,6 +188,16 @@ def test_what_cannot_be_evaluated(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_an_unknown_task(inputs: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of the harness's tasks are looked through."""
+    assert main(["eval", str(inputs / "model"), "--include-path", str(tasks), "--tasks", "ows_test_sum"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("ows-ds: error: --tasks: 'ows_test_sum' is not right")
+    assert "ows_test_sums" in line
+
+
+@pytest.mark.slow
 def test_groups_of_ours_name_tasks_that_are_there() -> None:
     """The index of the harness knows all parts; their data sets are on the hub."""
     from lm_eval.tasks import TaskManager
