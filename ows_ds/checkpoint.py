@@ -254,7 +254,7 @@ class _Writing:
                 raise OSError(f"{path} is not there: all processes need to write to one folder")
         manifest = {
             "format": FORMAT,
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": {name: version(name) for name in PACKAGES},
             "world": self.comm.world,
             "facts": self._facts,
             "files": entries,
@@ -461,7 +461,8 @@ def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
         raise refuse("is damaged")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -16,7 +16,7 @@ import typing
 from argparse import Action, ArgumentError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from ows_ds import config, signals
 from ows_ds.bench.setting import How, Setting, option
@@ -24,6 +24,8 @@ from ows_ds.bench.setting import check as check_how
 from ows_ds.cluster import GPUS, Cluster, read_cluster
 from ows_ds.config import Recipe
 from ows_ds.errors import Failed, UserError
+from ows_ds.evaluate.setting import Evaluation, MTBench
+from ows_ds.evaluate.setting import check as check_evaluation
 from ows_ds.manual import Key, keys, summary
 from ows_ds.shapes import SHAPES
 
@@ -34,6 +36,7 @@ VERBS = {
     "train": "fine-tune a model; the main job",
     "score": "write the layers' importance (scores.json) and a plot of it",
     "export": "write a Hugging Face checkpoint from a run",
+    "eval": "score a run or a model on benchmarks, beside its base where asked for",
     "bench": "compare methods side by side",
     "launch": "check a job, and hand it to SLURM",
     "plan": "tell memory, traffic and time on a cluster before anything runs",
@@ -87,6 +90,14 @@ def _run(argv: list[str]) -> None:
         from ows_ds.export import export
 
         export(Path(options.run_dir), Path(options.out_dir), options.get("checkpoint"))
+        return
+    if given.verb == "eval":
+        _need(options, "model")
+        evaluation, judged = _made(Evaluation, options), _made(MTBench, options)
+        check_evaluation(options.model, evaluation, judged)
+        from ows_ds.evaluate.run import evaluate
+
+        evaluate(options.model, evaluation, judged)
         return
     if given.verb == "bench":
         _bench(options, argv)
@@ -169,10 +180,7 @@ def _bench(options: "Namespace", argv: list[str]) -> None:
     chosen = options[options.bench]
     command = shlex.join(["ows-ds", *argv])
     if options.bench != "quality":
-        given = chosen.as_dict()
-        own = ({f.name for f in dataclasses.fields(kind)} & given.keys() for kind in (Setting, How))
-        of_setting, of_how = ({name: given[name] for name in names} for names in own)
-        setting, how = Setting(**of_setting), How(**of_how)
+        setting, how = _made(Setting, chosen), _made(How, chosen)
         check_how(how)
         from ows_ds.bench.run import bench
 
@@ -194,6 +202,15 @@ def _bench(options: "Namespace", argv: list[str]) -> None:
 
     numbers = None if seeds is None else [int(seed) for seed in seeds]
     quality(plan, Path(chosen.output), numbers, variants, bool(chosen.get("json")), command)
+
+
+Made = TypeVar("Made")
+
+
+def _made(kind: type[Made], options: "Namespace") -> Made:
+    """The dataclass ``kind`` from those options that are its fields."""
+    given, names = options.as_dict(), {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in given.items() if name in names})
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:
@@ -308,6 +325,10 @@ def _parser() -> "ArgumentParser":
     sub.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder to write; made if it is missing")
     sub.add_argument("--checkpoint", metavar="step-N", help="checkpoint to export (default: the newest complete one)")
     verbs.add_subcommand("export", sub, help=VERBS["export"])
+    sub = parser("ows-ds eval MODEL (--tasks LIST | --mt-bench FILE) [options]", _sentence(VERBS["eval"]))
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="folder of a run or of a model, or a name on the hub")
+    _add_fields(sub, Evaluation, MTBench)
+    verbs.add_subcommand("eval", sub, help=VERBS["eval"])
     sub = parser("ows-ds report RUN_DIR [RUN_DIR ...] [--output FILE.html]", _sentence(VERBS["report"]))
     sub.add_argument("run_dir", metavar="RUN_DIR", nargs="*", help="folder of a run (its train.output_dir)")
     sub.add_argument(
@@ -358,7 +379,7 @@ def _parser() -> "ArgumentParser":
     benches.add_subcommand("quality", sub, help=BENCHES["quality"])
     for name in ("time", "memory", "traffic"):
         sub = parser(f"ows-ds bench {name} [options]", _sentence(BENCHES[name]))
-        _add_bench(sub)
+        _add_fields(sub, Setting, How)
         benches.add_subcommand(name, sub, help=BENCHES[name])
     return top
 
@@ -371,14 +392,15 @@ def _add_recipe(parser: "ArgumentParser") -> None:
             group.add_argument(f"--{section}.{name}", **more)
 
 
-def _add_bench(parser: "ArgumentParser") -> None:
-    """Options of `bench time`, memory or traffic: those of `Setting` and `How`."""
-    for kind in (Setting, How):
+def _add_fields(parser: "ArgumentParser", *kinds: type) -> None:
+    """One option per field of the dataclasses; those of eval also as lm-evaluation-harness spells them."""
+    for kind in kinds:
         group = parser.add_argument_group(summary(kind).rstrip("."))
         for name, more in _options(kind):
             if more["type"] is bool:
-                more = {"action": "store_true", "help": more["help"].partition(" (")[0]}
-            group.add_argument(option(name), **more)
+                more = {"action": "store_true", "help": more["help"].rpartition(" (")[0]}
+            names = (option(name), f"--{name}") if kind in (Evaluation, MTBench) else (option(name),)
+            group.add_argument(*dict.fromkeys(names), **more)
 
 
 def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -400,16 +422,17 @@ def _metavar(key: Key) -> str:
     return words.get(first, "LIST" if first.startswith("a list") else key.name.rpartition("_")[2].upper())
 
 
-def _bench_hints(argv: Sequence[str]) -> dict[str, Any]:
-    """Types of the options of a bench by their names."""
-    if argv[1:2] == ["quality"]:
+def _verbs_hints(argv: Sequence[str]) -> dict[str, Any]:
+    """Types of the options of a bench, or of eval, by their names."""
+    if argv[:2] == ["bench", "quality"]:
         return dict.fromkeys(("config", "output", "seeds", "variants"), str)
-    return {option(name)[2:]: hint for kind in (Setting, How) for name, hint in typing.get_type_hints(kind).items()}
+    kinds = (Evaluation, MTBench) if argv[0] == "eval" else (Setting, How)
+    return {option(name)[2:]: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
 
 
 def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
     """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
-    hints = _bench_hints(argv) if argv[:1] == ["bench"] else config.hints()
+    hints = _verbs_hints(argv) if argv[:1] in (["bench"], ["eval"]) else config.hints()
     if argv[:1] == ["plan"]:
         hints |= {option(name)[2:]: hint for name, hint in typing.get_type_hints(Cluster).items()}
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +15,29 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+from ows_ds import card
 from ows_ds.communicate import Communicator, together
 from ows_ds.errors import UserError, one_line
+from ows_ds.fingerprint import fingerprint
 from ows_ds.tensor_files import Writer
 from ows_ds.weights import Replicated, Weights
 
 FILE_SIZE = "5GB"  # a file of a model holds at most as much, as those on the hub do
 
 
-def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = FILE_SIZE) -> None:
+def save_model(
+    weights: Weights,
+    tokenizer: Any,
+    folder: Path,
+    file_size: str = FILE_SIZE,
+    card_of: Callable[[str], str | None] | None = None,
+) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
     Coordinates must be folded. Process 0 writes; what the others hold is sent to it in runs of entries, so that no
     process holds more than its part and a run. Only of a model that has other tensors than its family's files does it
-    hold everything. file_size: of a file, at most; a larger tensor has one to itself. Collective. ``folder`` must not
-    exist.
+    hold everything. file_size: of a file, at most; a larger tensor has one to itself. card_of: fingerprint of the
+    weights -> text of the model card, which process 0 asks for. Collective. ``folder`` must not exist.
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
@@ -38,8 +47,12 @@ def save_model(weights: Weights, tokenizer: Any, folder: Path, file_size: str = 
             module.save_pretrained(partial, state_dict={})  # all but the weights
             tokenizer.save_pretrained(partial)
     save_weights(weights, partial, file_size)
+    name = None if card_of is None else fingerprint(weights)
     with together(comm):
         if comm.index == 0:
+            text = None if card_of is None else card_of(str(name))
+            if text is not None:
+                (partial / card.FILE).write_text(text, encoding="utf-8")
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors lets nobody but the owner read
             partial.rename(folder)
@@ -156,5 +169,6 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir, base), 1)
     resume.restore(method, opened)
     method.close()
-    save_model(weights, load_tokenizer(recipe), out_dir)
+    steps = int(opened.folder.name.removeprefix("step-"))
+    save_model(weights, load_tokenizer(recipe), out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
     print(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

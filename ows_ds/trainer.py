@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds import checkpoint, config, methods, resume, scoring, signals, watch
+from ows_ds import card, checkpoint, config, methods, resume, scoring, signals, watch
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
 from ows_ds.data import IGNORE, Batches
@@ -124,7 +124,8 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
                 raise signals.Stopped
         method.close()
         if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
-            save_model(job.weights, job.tokenizer, run_dir / "model")
+            card_of = functools.partial(card.of_run, run_dir, None)
+            save_model(job.weights, job.tokenizer, run_dir / "model", card_of=card_of)
         notes = f", {method.skipped} steps skipped" if method.skipped else ""
         notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
         log.event(f"done: {run_dir / 'model'}{notes}")

@@ -267,6 +267,35 @@ SETTINGS = {
     "export of a part": Bad("--checkpoint: 'step-3.partial'",
         ["export", "run", "out", "--checkpoint", "step-3.partial"],
                             run_of()),
+    "eval of nothing": Bad("MODEL: None", ["eval", "--tasks", "piqa"], says="it is required"),
+    "eval of what is not there": Bad("MODEL: './none'", ["eval", "./none", "--tasks", "piqa"], says="or a name on the"),
+    "eval without tasks": Bad("--tasks: None", ["eval", "model"], says="such as ows_commonsense"),
+    "eval of a checkpoint without a run": Bad("--checkpoint: 'step-3'",
+        ["eval", "model", "--tasks", "piqa", "--checkpoint", "step-3"], says="give the folder of a run"),
+    "eval beside an unknown base": Bad("--compare: 'base'", ["eval", "model", "--tasks", "piqa", "--compare", "base"]),
+    "eval of no questions": Bad("--limit: 0.0", ["eval", "model", "--tasks", "piqa", "--limit", "0"]),
+    "eval of half a question": Bad("--limit: 2.5", ["eval", "model", "--tasks", "piqa", "--limit", "2.5"]),
+    "eval in no batches": Bad("--batch-size: '0'", ["eval", "model", "--tasks", "piqa", "--batch_size", "0"]),
+    "eval with some examples": Bad("num-fewshot: 'some'", ["eval", "model", "--tasks", "piqa", "--num_fewshot", "some"],
+        says="give an integer or null"),
+    "eval without an example too many": Bad("--num-fewshot: -1",
+        ["eval", "model", "--tasks", "piqa", "--num-fewshot=-1"]),
+    "eval of tasks nowhere": Bad("--include-path: 'none'",
+        ["eval", "model", "--tasks", "piqa", "--include-path", "none"]),
+    "eval into a table": Bad("--output: 'r.txt'", ["eval", "model", "--tasks", "piqa", "--output", "r.txt"]),
+    "eval with an unknown option": Bad("shots: '3'", ["eval", "model", "--tasks", "piqa", "--shots", "3"]),
+    "judge without questions": Bad("--judge: 'http://a'", ["eval", "model", "--tasks", "piqa", "--judge", "http://a"],
+        says="give --mt-bench"),
+    "questions and tasks": Bad("--tasks: 'piqa'", ["eval", "model", "--tasks", "piqa", "--mt-bench", "train.jsonl"]),
+    "questions nowhere": Bad("--mt-bench: 'none'", ["eval", "model", "--mt-bench", "none"]),
+    "judge without a name": Bad("--judge-model: None",
+        ["eval", "model", "--mt-bench", "train.jsonl", "--judge", "http://a"]),
+    "judge at no address": Bad("--judge: 'a:b'",
+        ["eval", "model", "--mt-bench", "train.jsonl", "--judge", "a:b", "--judge-model", "j"]),
+    "judge with a password": Bad("--judge: '***'",
+        ["eval", "model", "--mt-bench", "train.jsonl", "--judge", "http://me:secret@a", "--judge-model", "j"]),
+    "a judge's prompts without a judge": Bad("--judge-prompts: 'r.yaml'",
+        ["eval", "model", "--mt-bench", "train.jsonl", "--judge-prompts", "r.yaml"], says="give --judge URL"),
     "cluster of nothing": Bad("cluster.nodes: 0", ["launch", "--slurm", "c.yaml", "--config", "r.yaml"],
                               text("c.yaml", "nodes: 0")),
     "cluster with a command": Bad("cluster.partition: 'gpu; touch hacked'",
@@ -330,6 +359,21 @@ LATER = {
     "model: too few positions": Bad("data.max_length: 80", "--data.max_length 80", of_gpt2, says="give at most 64"),
     "model: too few layers": Bad("sampling.gamma: 4.0", "--sampling.gamma 4", says="at most 3, the number of layers"),
     "model: too narrow": Bad("optim.rank: 17", "--optim.rank 17", says="at most 16, the smaller side of"),
+    # ---- eval
+    "eval: not finished": Bad("MODEL: 'run'", "eval run --mt-bench train.jsonl", run_of(), says="not finished"),
+    "eval: no model": Bad("MODEL: 'empty'", "eval empty --mt-bench train.jsonl", text("empty/notes", "")),
+    "eval: a broken model": Bad("MODEL: 'model'", "eval model --mt-bench q.jsonl", lambda folder: (
+        text("q.jsonl", '{"question_id": 1, "category": "math", "turns": ["1+1?"]}')(folder),
+        text("model/config.json", "{")(folder))[1], says="can load from safetensors"),
+    "eval: pickled": Bad("MODEL: 'model'", "eval model --mt-bench q.jsonl", lambda folder: (
+        text("q.jsonl", '{"question_id": 1, "category": "math", "turns": ["1+1?"]}')(folder),
+        torch.save(load_file(folder / "model" / "model.safetensors"), folder / "model" / "pytorch_model.bin"),
+        without("model/model.safetensors")(folder))[2]),
+    "eval: no questions": Bad("--mt-bench: None", "eval model --mt-bench train.jsonl", says="a question_id of its own"),
+    "eval: no comparison": Bad("--compare: 'train.jsonl'", "eval model --mt-bench train.jsonl --compare train.jsonl",
+        says="give a result file"),
+    "eval: no base": Bad("--compare: 'base'", "eval run --mt-bench train.jsonl --compare base", lambda folder: (
+        run_of(model__path="run/gone/away")(folder), shutil.copytree(folder / "model", folder / "run" / "model"))[0]),
     # ---- scores
     "scores: no JSON": Bad("sampling.scores: 's.json'", SCORES, text("s.json", "layers:")),
     "scores: no scores": Bad("sampling.scores: 's.json'", SCORES, text("s.json", "[]")),
@@ -497,7 +541,17 @@ def test_one_process(
 
 
 # every kind; the others take a second each
-OFTEN = ("ds_config", "processes", "model: a file", "model: too n", "scores: a", "data: no a", "output_dir: a f", "st")
+OFTEN = (
+    "ds_config",
+    "processes",
+    "model: a file",
+    "model: too n",
+    "scores: a",
+    "data: no a",
+    "output_dir: a f",
+    "st",
+    "eval: no",
+)
 
 
 @pytest.mark.parametrize(

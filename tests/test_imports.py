@@ -42,12 +42,16 @@ LAYOUT = [
     [f"methods.{name}" for name in ("badam", "full", "galore", "hift", "lisa", "lora", "mezo", "ows")],
     ["methods.__init__"],
     ["scoring", "resume"],
-    ["export", "job"],
-    ["trainer", "integrations.__init__", "integrations.transformers"],
-    ["bench.__init__", "bench.statistics", "bench.study", "bench.setting", "bench.table", "bench.tracking"],
-    ["report.__init__", "report.runs"],
-    ["report.charts"],
-    ["report.page"],
+    ["bench.__init__", "bench.table", "evaluate.__init__", "evaluate.setting", "report.__init__"],
+    ["evaluate.results"],
+    ["report.runs"],
+    ["card", "report.charts"],
+    ["export", "job", "report.page"],
+    ["trainer", "evaluate.subject", "integrations.__init__", "integrations.transformers"],
+    ["evaluate.harness", "evaluate.mt_bench"],
+    ["evaluate.judge"],
+    ["evaluate.run"],
+    ["bench.statistics", "bench.study", "bench.setting", "bench.tracking"],
     ["bench.answers", "bench.report", "bench.trial", "bench.crew"],
     ["bench.quality", "bench.rivals", "bench.time", "bench.memory", "bench.traffic"],
     ["bench.worker", "bench.run", "planning", "manual"],
@@ -76,7 +80,7 @@ ALLOWED = {
     "torch.distributed": {"communicate", "runtime"},
     "deepspeed": {"zero3"},
     "accelerate": {"runtime", "log", "load", "integrations.transformers"},
-    "os.environ": {"runtime", "log"},
+    "os.environ": {"runtime", "log", "evaluate.judge"},
     "ds_ attributes": {"zero3"},
     "data that runs": set(),
 }
@@ -85,8 +89,10 @@ RUNNING = {
     "pickle", "marshal", "shelve", "dill", "joblib", "eval", "exec", "os.system", "os.popen",
     "torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_load",
 }  # fmt: skip
-EXTRAS = ["reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "hypothesis", "pytest"]
-EXTRAS += ["trl"]
+EXTRAS = [
+    "reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "lm_eval", "trl",
+    "hypothesis", "pytest",
+]  # fmt: skip
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from ows_ds import config
 from ows_ds.bench.table import number, size_in
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, one_line
+from ows_ds.evaluate import results
+from ows_ds.evaluate.results import Score
 from ows_ds.report import charts
 from ows_ds.report.runs import Run, read
 from ows_ds.score import beside
@@ -84,7 +86,8 @@ def page(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ows_ds.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    sections = [_training(runs), _layers(runs), _costs(runs), _traffic(runs), _faults(runs), _settings(runs)]
+    parts = (_training, _evaluation, _layers, _costs, _traffic, _faults, _settings)
+    sections = [part(runs) for part in parts]
     names = ", ".join(run.name for run in runs)
     return environment.get_template("page.html").render(
         title=names if len(runs) <= 3 else f"{len(runs)} runs",
@@ -140,7 +143,7 @@ def _summary(runs: Sequence[Run]) -> Grid:
         row("time in steps", took),
         row("peak memory of a process", peak),
         row("sent by a process in a step", sent),
-        row("faults", lambda run: len(run.faults) + run.damaged or "none"),
+        row("faults", lambda run: len(run.faults) + run.damaged + len(run.evaluations[1]) or "none"),
     ]
     return _grid(runs, rows)
 
@@ -162,6 +165,25 @@ def _training(runs: Sequence[Run]) -> Section | None:
         if any(series.values()):
             found.append(Chart(title, charts.curves(series, "step", title.split(",")[0], f"{title} by step")))
     return Section("Training", charts=found)
+
+
+def _evaluation(runs: Sequence[Run]) -> Section | None:
+    found = [results.newest(run.evaluations[0]) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for one in found for key in one):
+        score = next(one[key][0] for one in found if key in one)
+        name = one_line(", ".join(filter(None, (key[0], score.task, score.label))))
+        rows.append(Row(name, [_score(*one[key]) if key in one else "n/a" for one in found]))
+    text = "Benchmarks, by `ows-ds eval`, with their standard errors and numbers of questions."
+    if any(before for one in found for _, before in one.values()):
+        text += " Two numbers: before and after."
+    return Section("Evaluation", text, table=_grid(runs, rows)) if rows else None
+
+
+def _score(score: Score, before: Score | None) -> str:
+    values = [number(one.value, 4, fixed=True) for one in ([] if before is None else [before]) + [score]]
+    error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+    return f"{' to '.join(values)}{error}" + ("" if score.samples is None else f" (n = {score.samples:,})")
 
 
 def _layers(runs: Sequence[Run]) -> Section | None:
@@ -238,6 +260,7 @@ def _faults(runs: Sequence[Run]) -> Section | None:
         some = [(f"step {step:,}", what) for step, what in run.faults[:_FAULTS]]
         some += [("more", f"{len(run.faults) - _FAULTS:,} others")] if len(run.faults) > _FAULTS else []
         some += [("metrics.jsonl", f"{run.damaged} lines cannot be read")] if run.damaged else []
+        some += [(one_line(name), "cannot be read") for name in run.evaluations[1]]
         rows += [Row(f"{run.name}, {where}" if len(runs) > 1 else where, [what]) for where, what in some]
     return Section("Faults", table=Grid(["", ""], rows)) if rows else None
 

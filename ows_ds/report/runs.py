@@ -15,6 +15,8 @@ from typing import Any
 from ows_ds import checkpoint, config, methods, sample
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
+from ows_ds.evaluate import results
+from ows_ds.evaluate.results import Result
 from ows_ds.forecast import HOMES, choice_of, job_of, layer_sets, refreshes_per_step
 from ows_ds.memory import Memory, memory
 from ows_ds.sample import METRIC_OF
@@ -183,6 +185,11 @@ class Run:
             return memory(job, bool(refreshes_per_step(self.recipe, self.n_layers, ratios)))
         except UserError:
             return None
+
+    @cached_property
+    def evaluations(self) -> tuple[list[Result], list[str]]:
+        """Results of `ows-ds eval`, oldest first, and the names of files that are none."""
+        return results.of_run(self.folder)
 
     @cached_property
     def faults(self) -> list[tuple[int, str]]:

@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from ows_ds import checkpoint, config, log
+from ows_ds.communicate import Communicator
 from ows_ds.errors import UserError
 from ows_ds.export import export
+from ows_ds.fingerprint import fingerprint
 from ows_ds.trainer import train
+from ows_ds.weights import Replicated
 from tests.ranks.pool import Pools
 from tests.tiny_run import recipe
 
@@ -111,13 +114,21 @@ def norms_where_they_belong(records: list[dict[str, Any]]) -> None:
 
 
 def test_model_loads_in_transformers_and_has_learned(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", steps=20), None)
     records, _ = contents(tmp_path / "run")
     assert records[-1]["eval_loss"] < records[0]["eval_loss"] - 0.5
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    folders = (tmp_path / "run" / "model", inputs / "model")
+    assert len({AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str() for folder in folders}) == 1
+    assert len({AutoTokenizer.from_pretrained(folder).chat_template for folder in folders}) == 1
+    assert len({str(GenerationConfig.from_pretrained(folder)) for folder in folders}) == 1
+    assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**base.config.to_dict(), "_name_or_path": ""}
+    card = (folders[0] / "README.md").read_text()
+    assert fingerprint(Replicated(loaded, Communicator())) in card
+    assert "Optimizer steps: 20," in card
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     changed = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -24,7 +25,9 @@ from ows_ds.bench import study
 from ows_ds.cli import main
 from ows_ds.communicate import Communicator
 from ows_ds.data import encode_rows
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, one_line
+from ows_ds.evaluate import judge, mt_bench, results
+from ows_ds.report import page
 from ows_ds.rows import load_rows
 from ows_ds.score import Scores
 from ows_ds.weights import Piece
@@ -74,6 +77,14 @@ DEEPSPEED = {
 }
 STUDY = {"recipe": RECIPE, "test": "rows.jsonl", "variants": {"a": {"method.name": "lisa"}, "b": None}, "seeds": [0, 1],
          "lrs": [1e-4], "baseline": "a", "accuracy": {"rows": 2}}  # fmt: skip
+RESULT = {"format": 1, "model": {"name": "a", "checkpoint": "step-3"}, "settings": {"limit": 3}, "versions": {"a": "1"},
+          "started": "2026-01-31", "seconds": 1.5, "scores": [
+              {"task": "a", "metric": "acc", "value": 0.5, "stderr": 0.1, "shots": 5, "samples": 8, "depth": 1,
+               "version": "1", "higher_is_better": True}]}  # fmt: skip
+QUESTION = {"question_id": 81, "category": "math", "turns": ["a", "b"], "reference": ["c", "d"]}
+ANSWER = {"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}]}
+PROMPT = {"name": "a", "type": "single", "system_prompt": "b", "prompt_template": "{question} {answer}",
+          "output_format": "[[rating]]"}  # fmt: skip
 ROWS: list[Any] = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"instruction": "a", "input": "b", "output": "c"},
@@ -204,7 +215,32 @@ def read_study(folder: Path, content: bytes) -> None:
     study.check(found, folder / "out")
 
 
+def read_result(folder: Path, content: bytes) -> None:
+    (folder / "s.json").write_bytes(content)
+    found = results.read(folder / "s.json")
+    both = dataclasses.replace(found, before=found)
+    tables = [results.table(one) for one in (found, both)]
+    assert all(cell.isprintable() for table in tables for row in table.rows for cell in row)
+    for score, before in results.newest([both]).values():
+        assert one_line(page._score(score, before)).isprintable()
+
+
+def read_talk(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
+    """Questions, answers, and a judge's prompts."""
+    for name, text in zip(("q", "a", "p"), content, strict=True):
+        (folder / f"{name}.jsonl").write_bytes(text)
+    asked = mt_bench.questions("q.jsonl")
+    mt_bench.references(None, asked)
+    said = mt_bench.by_question("a.jsonl", "--answers", asked, [one["question_id"] for one in asked])
+    list(judge._questions_to_judge(asked, said, {}, judge.OURS))
+    with contextlib.suppress(UserError):  # for want of the other three
+        judge.prompts("p.jsonl")
+
+
 FILES = {
+    "q.jsonl",
+    "a.jsonl",
+    "p.jsonl",
     "r.yaml",
     "s.json",
     "checkpoints",
@@ -225,6 +261,8 @@ HUNTS: dict[str, tuple[SearchStrategy[Any], Callable[[Path, Any], None]]] = {
     "cluster": (as_yaml(spoiled(GPUS)), read_cluster),
     "ds_config": (as_json(spoiled(DEEPSPEED)), read_deepspeed),
     "study": (as_yaml(spoiled(STUDY)), read_study),
+    "result": (as_json(spoiled(RESULT)), read_result),
+    "talk": (st.tuples(*(as_json(spoiled(one)) for one in (QUESTION, ANSWER, PROMPT))), read_talk),
 }
 
 

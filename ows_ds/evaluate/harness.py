@@ -1,0 +1,239 @@
+"""lm-evaluation-harness: its tasks and ours, its scores of a model, as it gives them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gc
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ows_ds.communicate import Communicator, together
+from ows_ds.errors import UserError, first_line
+from ows_ds.evaluate.results import Score, number
+from ows_ds.evaluate.setting import Evaluation
+from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
+from ows_ds.runtime import Runtime
+
+GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
+PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besides torch and transformers
+
+
+@dataclass
+class Tasks:
+    """asked: tasks and groups (lm_eval's), in the order that was given. every: the tasks in them, by name."""
+
+    asked: list[Any]
+    every: dict[str, Any]
+
+
+def require() -> None:
+    """Raises UserError where lm-evaluation-harness is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        right = f"install lm-evaluation-harness with it: pip install 'ows_ds[eval]' ({error})"
+        raise UserError("ows-ds eval", "without its packages", right) from error
+
+
+def load_tasks(evaluation: Evaluation) -> Tasks:
+    """The tasks with their data sets. Raises UserError (``--tasks``) for one that is unknown or has no data here."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    paths = [GROUPS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    files = {name for name in evaluation.names if name.endswith(".yaml") and Path(name).is_file()}
+    if not all(name in files or _complete(name, manager.task_index) for name in evaluation.names):
+        manager = TaskManager(include_path=paths)  # thousands of files, which take a while
+    for name in evaluation.names:
+        if name not in files.union(manager.all_tasks):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"is one of {', '.join(near)} meant?" if near else "`lm-eval ls tasks` lists those there are"
+            raise UserError("--tasks", name, f"give tasks that are known: {hint}")
+    asked: list[Any] = []
+    for name in dict.fromkeys(evaluation.names):
+        try:
+            found = manager.load(name)
+        except Exception as error:  # whatever a task's code and a data set's raise
+            right = f"give tasks whose data sets can be had here ({type(error).__name__}: {first_line(error)})"
+            raise UserError("--tasks", name, right) from error
+        inside = {child for group in found.get("groups", {}).values() for child in group.child_names}
+        tops = {**found.get("groups", {}), **found["tasks"]}
+        asked += [one for key, one in tops.items() if key not in inside]
+    every: dict[str, Any] = {}
+    for one in asked:
+        for task in _leaves(one):
+            if task.task_name in every:
+                raise UserError("--tasks", task.task_name, "give each task once: it is in two of those given")
+            every[task.task_name] = task
+            if getattr(task, "UNSAFE_CODE", False):
+                raise UserError("--tasks", task.task_name, "give tasks that do not run what the model writes")
+            if getattr(task, "MULTIMODAL", False):
+                raise UserError("--tasks", task.task_name, "give tasks of text alone")
+    return Tasks(asked, every)
+
+
+def _complete(name: Any, index: dict[str, Any]) -> bool:
+    """Whether ``index`` has a task, or a group with all its parts."""
+    entry = index.get(name) if isinstance(name, str) else None
+    parts = (entry.cfg or {}).get("task") if entry is not None else None
+    if not isinstance(parts, list):
+        return entry is not None and isinstance(parts, str)
+    names = [part.get("task") or part.get("group") if isinstance(part, dict) else part for part in parts]
+    return all(part != name and _complete(part, index) for part in names)
+
+
+def check_limit(tasks: Tasks, evaluation: Evaluation, world: int) -> None:
+    """Refuse (UserError) fewer questions than processes: lm-evaluation-harness does not take a process without any."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    for name, task in tasks.every.items():
+        count = min(len(task.eval_docs), get_sample_size(task, evaluation.limit) or len(task.eval_docs))
+        if count < world:
+            right = f"start fewer processes: {name} has {count} questions" + (" of --limit" if evaluation.limit else "")
+            raise UserError("processes", world, right)
+
+
+def measure(
+    subject: Subject, tasks: Tasks, evaluation: Evaluation, runtime: Runtime
+) -> tuple[dict[str, Any], list[Score]]:
+    """What the model says of itself, and its scores, which only process 0 has. Collective.
+
+    The model is loaded on every process, which takes its part of the questions.
+    """
+    from lm_eval import evaluator
+
+    # it asks git about the current folder, and what git says where there is no repository would be shown
+    evaluator.get_git_commit_hash = lambda: None
+    comm = runtime.comm
+    with on_disk(subject, comm) as path:
+        with together(comm), refusing(subject), redirect_stdout(sys.stderr):
+            model = _model(path, subject, evaluation, runtime)
+            facts = facts_of(model.model)
+        with redirect_stdout(sys.stderr), _quiet():  # it prints what it finds out about batches
+            found = evaluator.simple_evaluate(
+                model=model,
+                tasks=list(tasks.asked),
+                num_fewshot=evaluation.num_fewshot,
+                batch_size=evaluation.batch_size,
+                limit=evaluation.limit,
+                apply_chat_template=evaluation.apply_chat_template,
+                log_samples=False,
+            )
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for task in tasks.every.values():  # which keep the answers of this model
+        task._instances = None
+    return {**subject.about, **facts}, [] if found is None else list(scores(found, tasks.asked))
+
+
+def scores(found: dict[str, Any], asked: Sequence[Any]) -> Iterator[Score]:
+    """The numbers in what `lm_eval.simple_evaluate` returns, those of a group before those of its parts."""
+    for one, depth in _walk(asked):
+        name = getattr(one, "task_name", None) or one.name
+        numbers = {**found["results"].get(name, {}), **found.get("groups", {}).get(name, {})}
+        better = found.get("higher_is_better", {}).get(name) or {}
+        counts = found.get("n-samples", {}).get(name) or {}
+        parts = [found["n-samples"][task.task_name]["effective"] for task in _leaves(one)]
+        version = found.get("versions", {}).get(name)
+        for key, value in numbers.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            yield Score(
+                name,
+                metric if filtered == "none" else f"{metric} ({filtered})",
+                number(value),
+                number(numbers.get(f"{metric}_stderr,{filtered}")),
+                found["n-shot"].get(name),
+                counts.get("effective", sum(parts)),
+                depth,
+                None if version is None or version == "N/A" else str(version),
+                better.get(metric),
+            )
+
+
+def _walk(items: Sequence[Any], depth: int = 0) -> Iterator[tuple[Any, int]]:
+    """Tasks and groups (lm_eval's), each group before its parts, with how deep they lie."""
+    for one in items:
+        yield one, depth
+        if not hasattr(one, "task_name"):
+            yield from _walk(list(one), depth + 1)
+
+
+def _leaves(one: Any) -> list[Any]:
+    return [one] if hasattr(one, "task_name") else list(one.get_all_tasks())
+
+
+def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime) -> Any:
+    """lm_eval's model of the files at ``path``, on this process's device."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        """Knows its processes from the launcher, on CPUs and over hosts too; what they gather travels as JSON."""
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return runtime.comm.all_gather(tensor.reshape(-1))
+
+        def gather_object(self, obj: Any, dst: int = 0) -> Any:
+            return _gathered(obj, runtime.comm)
+
+        def barrier(self) -> None:
+            runtime.comm.barrier()
+
+    model = Model(
+        pretrained=path,
+        backend="causal",
+        revision=subject.revision or "main",
+        device=str(runtime.device),
+        dtype=evaluation.dtype,
+        batch_size=evaluation.batch_size,
+        max_length=evaluation.max_length,
+        trust_remote_code=evaluation.trust_remote_code,
+        parallelize=evaluation.parallelize,
+        use_safetensors=True,  # other files would be unpickled
+    )
+    model._rank, model._world_size = runtime.comm.index, runtime.comm.world
+    return model
+
+
+def _gathered(metrics: dict[str, dict[tuple[str, str], list[Any]]], comm: Communicator) -> list[Any]:
+    """All processes' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
+    rows = [[task, *key, _plain(values)] for task, found in metrics.items() for key, values in found.items()]
+    gathered = []
+    for one in comm.collect(rows, "evaluation"):
+        whole: dict[str, dict[tuple[str, str], list[Any]]] = {}
+        for task, metric, filtered, values in one:
+            whole.setdefault(task, {})[metric, filtered] = values
+        gathered.append(whole)
+    return gathered
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of other libraries as Python's, to the last bit."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it transformers and lm-evaluation-harness say nothing but what goes wrong; their bars stay."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

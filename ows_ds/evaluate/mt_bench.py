@@ -1,0 +1,196 @@
+"""Questions of two turns and a model's answers, in the files of FastChat's llm_judge.
+
+    question.jsonl        {"question_id", "category", "turns": [...], "reference": [...]}
+    model_answer/M.jsonl  {"question_id", "answer_id", "model_id", "choices": [{"index", "turns"}], "tstamp"}
+
+Temperatures, seeds and lengths are FastChat's (gen_model_answer.py).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ows_ds.config import parse_json
+from ows_ds.data import ALPACA
+from ows_ds.errors import UserError, first_line
+from ows_ds.evaluate.setting import Evaluation, MTBench
+from ows_ds.evaluate.subject import Subject
+from ows_ds.runtime import Runtime
+
+Line = dict[str, Any]
+TEMPERATURE = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
+    "stem": 0.1, "humanities": 0.1, "arena-hard-200": 0.0,
+}  # fmt: skip
+OTHERWISE = 0.7  # of other categories
+REFERENCED = ("math", "reasoning", "coding", "arena-hard-200")  # are judged with a reference answer
+TURNS = 2
+ROOM = 256  # tokens that an answer has at least: a longer talk loses its beginning
+
+
+def lines_of(path: str, key: str) -> list[Line]:
+    """The objects of a JSON Lines file. Raises UserError naming ``key``, with the line."""
+    found = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(key, path, f"give a readable JSON Lines file ({first_line(error)})") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(key, f"{path}:{number}", f"give a JSON object on each line ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(key, f"{path}:{number}", "give a JSON object on each line")
+        found.append(row)
+    if not found:
+        raise UserError(key, path, "give a file with at least one line")
+    return found
+
+
+def questions(path: str) -> list[Line]:
+    """The questions of a file. Raises UserError (``--mt-bench``) for one that is none."""
+    key, found = "--mt-bench", lines_of(path, "--mt-bench")
+    seen = set()
+    for question in found:
+        name, turns = question.get("question_id"), question.get("turns")
+        if type(name) not in (int, str) or name in seen:
+            raise UserError(key, name, "give each question a question_id of its own, an integer or text")
+        seen.add(name)
+        if not _texts(turns) or not 1 <= len(turns) <= TURNS:  # type: ignore[arg-type]
+            raise UserError(key, f"question {name}", f"give it turns, a list of one or {TURNS} texts")
+        if not isinstance(question.get("category"), str):
+            raise UserError(key, f"question {name}", "give it a category, such as writing")
+    return found
+
+
+def by_question(path: str, key: str, asked: Sequence[Line], needed: Iterable[Any]) -> dict[Any, list[str]]:
+    """Turns of the first choice of each answer in a file, by question.
+
+    needed: questions that must be in it. Raises UserError naming ``key`` where they are not, or have too few turns.
+    """
+    turns = {}
+    for row in lines_of(path, key):
+        match row:
+            case {"question_id": int() | str() as name, "choices": [{"turns": list() as said}, *_]} if _texts(said):
+                turns[name] = said
+            case _:
+                raise UserError(key, path, "give answers as FastChat writes them, with question_id and choices")
+    lengths = {question["question_id"]: len(question["turns"]) for question in asked}
+    for name in needed:
+        if len(turns.get(name, ())) < lengths[name]:
+            raise UserError(key, path, f"give answers to all turns of question {name}")
+    return turns
+
+
+def template_of(tokenizer: Any, bench: MTBench, subject: Subject) -> str:
+    """How questions are written: chat, plain or alpaca. Raises UserError where there is no chat template."""
+    chat = bool(tokenizer.chat_template)
+    if bench.template == "chat" and not chat:
+        raise UserError("--template", "chat", "give plain or alpaca: this model's tokenizer has no chat template")
+    if bench.template != "auto":
+        return bench.template
+    given = "auto" if subject.recipe is None else subject.recipe.data.template
+    return given if given in ("alpaca", "plain") else "chat" if chat else "plain"
+
+
+def prompt(tokenizer: Any, template: str, asked: Sequence[str], answered: Sequence[str]) -> list[int]:
+    """Tokens of a talk up to where the next answer begins. asked: one more than answered."""
+    if template == "chat":
+        messages = [{"role": "user", "content": asked[0]}]
+        for answer, question in zip(answered, asked[1:], strict=True):
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if template == "alpaca":
+        text = ALPACA.format(paired="", task=asked[0], more="")
+        more = (f"{a}\n\n### Instruction:\n{q}\n\n### Response:\n" for a, q in zip(answered, asked[1:], strict=True))
+    else:
+        text = f"{asked[0]}\n"
+        more = (f"{a}\n{q}\n" for a, q in zip(answered, asked[1:], strict=True))
+    return list(tokenizer(text + "".join(more))["input_ids"])
+
+
+class Speaker:
+    """A model that answers."""
+
+    def __init__(self, path: str, subject: Subject, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> None:
+        """Load it from ``path`` onto this process's device."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        trust, revision = evaluation.trust_remote_code, subject.revision or "main"
+        self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
+        self.template = template_of(self.tokenizer, bench, subject)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            trust_remote_code=trust,
+            dtype=evaluation.dtype,
+            device_map="auto" if evaluation.parallelize else {"": str(runtime.device)},
+            use_safetensors=True,  # other files would be unpickled
+        ).eval()
+        self.longest = bench.max_new_tokens
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        self.ends = sorted({*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None})
+        self.pad = next((one for one in (self.tokenizer.pad_token_id, *self.ends) if one is not None), None)
+        self.positions = evaluation.max_length or getattr(self.model.config, "max_position_embeddings", None) or 2048
+
+    def answer(self, question: Line, name: str) -> Line:
+        """The line of its answer to all turns. name: of the model."""
+        temperature = TEMPERATURE.get(question["category"], OTHERWISE)
+        torch.manual_seed(0)  # the choice's index
+        turns: list[str] = []
+        for count in range(len(question["turns"])):
+            tokens = prompt(self.tokenizer, self.template, question["turns"][: count + 1], turns)
+            turns.append(self.say(tokens, temperature))
+        return {
+            "question_id": question["question_id"],
+            "answer_id": uuid.uuid4().hex,
+            "model_id": name,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+        }
+
+    @torch.no_grad()
+    def say(self, tokens: list[int], temperature: float) -> str:
+        """What it goes on with."""
+        from transformers import GenerationConfig
+
+        least = min(ROOM, self.positions // 2)
+        longest = min(self.longest, max(self.positions - len(tokens), least))
+        ids = torch.tensor([tokens[-(self.positions - longest) :]], device=self.model.device)
+        sampled = {"temperature": temperature, "top_k": 50, "top_p": 1.0} if temperature else {}
+        how = GenerationConfig(
+            max_new_tokens=longest,
+            do_sample=bool(temperature),
+            num_beams=1,
+            repetition_penalty=1.0,  # what comes with the model is not used, so that all models answer in the same way
+            use_cache=True,
+            pad_token_id=self.pad,
+            eos_token_id=self.ends or None,
+            **sampled,
+        )
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
+
+
+def references(path: str | None, asked: Sequence[Line]) -> Mapping[Any, list[str]]:
+    """Reference answers of the questions that are judged with one: those of a file, or the questions' own."""
+    needed = [one for one in asked if one["category"] in REFERENCED]
+    if path is not None:
+        return by_question(path, "--judge-references", asked, [one["question_id"] for one in needed])
+    own = {one["question_id"]: one.get("reference") for one in needed}
+    count = {one["question_id"]: len(one["turns"]) for one in needed}
+    return {name: said for name, said in own.items() if _texts(said) and len(said) >= count[name]}  # type: ignore

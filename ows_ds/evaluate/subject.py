@@ -1,0 +1,143 @@
+"""What is evaluated: the model of a run, one of its checkpoints, a folder, or a name on the hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ows_ds import checkpoint, config
+from ows_ds.communicate import Communicator, together
+from ows_ds.config import Recipe
+from ows_ds.errors import UserError, first_line
+from ows_ds.evaluate.results import FOLDER, file_name
+from ows_ds.evaluate.setting import Evaluation
+from ows_ds.fingerprint import fingerprint
+from ows_ds.weights import Replicated
+
+ELSEWHERE = Path("runs")  # where results of models without a run are written
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to load.
+
+    name: for people and for names of files. path: its folder, or name on the hub. run: its run's folder, where it has
+    one. step: name of the run's checkpoint, where it is none of a finished run. recipe: the run's.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+    run: Path | None = None
+    step: str | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def results(self) -> Path:
+        """The folder of its results."""
+        return (self.run or ELSEWHERE) / FOLDER
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result says of it."""
+        where = str(self.run) if self.step else self.path
+        return {"name": self.name, "path": where, "revision": self.revision, "checkpoint": self.step}
+
+
+def find(given: str, evaluation: Evaluation) -> Subject:
+    """The model that ``given`` names, with ``--checkpoint`` and ``--revision``.
+
+    Raises UserError for a run without the model that is asked for.
+    """
+    folder = Path(given)
+    if not (folder / "config.yaml").is_file():
+        local = folder.is_dir()
+        if local and not (folder / "config.json").is_file():
+            raise UserError("MODEL", given, "give the folder of a model, with its config.json, or of a run")
+        return Subject(_name(folder) if local else given, given, evaluation.revision)
+    recipe = config.from_dict(config.read_yaml(folder / "config.yaml", "MODEL"))
+    name, step = _name(folder), evaluation.checkpoint
+    if step is not None:
+        return Subject(f"{name}-{step}", str(folder), None, folder, step, recipe)
+    if not (folder / "model" / "config.json").is_file():
+        steps = checkpoint.checkpoints(folder)
+        right = f"give --checkpoint {steps[0].name} with it" if steps else "give a run that has a model or a checkpoint"
+        raise UserError("MODEL", given, f"{right}: this one is not finished")
+    return Subject(name, str(folder / "model"), None, folder, None, recipe)
+
+
+def base_of(subject: Subject) -> Subject:
+    """The model that the run of ``subject`` began with."""
+    assert subject.recipe is not None
+    model = subject.recipe.model
+    name = _name(Path(model.path)) if os.path.isdir(model.path) else model.path
+    return Subject(f"{name} (base)", model.path, model.revision, recipe=subject.recipe)
+
+
+@contextmanager
+def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
+    """Within it: a folder (or name) from which the model can be loaded. Collective.
+
+    A checkpoint is exported by process 0 into a new folder of the run, which all hosts see, and removed afterwards.
+    """
+    if subject.step is None:
+        yield subject.path
+        return
+    assert subject.run is not None
+    place: tempfile.TemporaryDirectory[str] | None = None
+    try:
+        with together(comm):
+            if comm.index == 0:
+                from ows_ds.export import export
+
+                subject.results.mkdir(exist_ok=True)
+                place = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)
+                with redirect_stdout(sys.stderr):
+                    export(subject.run, Path(place.name) / "model", subject.step)
+        yield str(comm.share(None if place is None else str(Path(place.name) / "model")))
+        comm.barrier()  # all have read it
+    finally:
+        if place is not None:
+            place.cleanup()
+
+
+@contextmanager
+def refusing(subject: Subject) -> Iterator[None]:
+    """What loading it may raise, as the user's mistake."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and tokenizers raise no kind but Exception
+        if "trust_remote_code" in str(error):
+            right = "give it, to run the Python code that comes with this model, or a model without any"
+            raise UserError("--trust-remote-code", False, right) from error
+        right = f"give a model that transformers can load from safetensors ({first_line(error)})"
+        raise UserError("MODEL", subject.about["path"], right) from error
+
+
+def facts_of(module: nn.Module) -> dict[str, Any]:
+    """What a loaded model says of itself. Parameters that lie on no device here leave the fingerprint unknown."""
+    parameters = list(module.parameters())
+    here = all(parameter.device.type != "meta" for parameter in parameters)
+    return {
+        "commit": getattr(getattr(module, "config", None), "_commit_hash", None),
+        "fingerprint": fingerprint(Replicated(module, Communicator())) if here else None,
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+    }
+
+
+def _name(folder: Path) -> str:
+    """Of a folder; that of a run or an export, where it is called model."""
+    path = folder.resolve()
+    return file_name(path.parent.name if path.name == "model" else path.name)
