@@ -107,6 +107,12 @@ def _run(argv: list[str]) -> None:
     config.check(recipe)
     if given.verb == "launch":
         _launch(recipe, options)
+    elif options.get("preview") is not None:
+        if options.preview < 1:
+            raise UserError("--preview", options.preview, "give a number of rows, at least 1")
+        from ows_ds.preview import preview
+
+        preview(recipe, options.preview)
     elif given.verb == "train":
         from ows_ds.trainer import train
 
@@ -276,6 +282,16 @@ def _parser() -> "ArgumentParser":
         )
         sub.add_argument("--config", metavar="RECIPE.yaml", help="recipe; its sections and keys are those below")
         sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+        if verb == "train":
+            sub.add_argument(
+                "--preview",
+                type=int,
+                nargs="?",
+                const=1,
+                metavar="ROWS",
+                help="show so many rows (default: 1) as the model gets them, with what is trained, and stop; needs no "
+                "weights",
+            )
         if verb == "score":
             sub.add_argument(
                 "--output",
@@ -390,7 +406,8 @@ def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
             facts.append(f"default: {_as_yaml(default)}")
         help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
         metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
-        yield f.name, {"type": hint, "default": None, "help": help, **metavar}
+        kind = str | list[Any] | None if hint == config.SOURCES else hint  # `config.convert` reads the list
+        yield f.name, {"type": kind, "default": None, "help": help, **metavar}
 
 
 def _as_yaml(value: object) -> str:
@@ -409,7 +426,7 @@ def _bench_hints(argv: Sequence[str]) -> dict[str, Any]:
 
 def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
     """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
-    hints = _bench_hints(argv) if argv[:1] == ["bench"] else config.hints()
+    hints = _bench_hints(argv) if argv[:1] == ["bench"] else config.hints() | {"preview": int}
     if argv[:1] == ["plan"]:
         hints |= {option(name)[2:]: hint for name, hint in typing.get_type_hints(Cluster).items()}
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):
