@@ -46,7 +46,7 @@ def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "position_ids" not in batch:
         return found
-    found["position_ids"] = batch["position_ids"]
+    found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows are not told apart
     module: Any = weights.module
     if "flash" in str(getattr(module.config, "_attn_implementation", "")):
         longest = int(batch["longest"])  # on the CPU

@@ -132,7 +132,11 @@ class _Chat:
 
     def answer(self, i: int) -> tuple[int, int] | None:
         """From where turn i would be generated to its end mark; None where that does not show."""
-        before = self._render(self.turns[:i], True)
+        if i == 0:  # there is no rendering of nothing: the turn begins with what it says
+            shown = self.content(i)
+            before = MARK if shown is None else self.text[: shown[0]]
+        else:
+            before = self._render(self.turns[:i], True)
         if not self.text.startswith(before):
             return None
         start, last = len(before), i + 1 == len(self.turns)

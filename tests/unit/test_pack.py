@@ -25,8 +25,8 @@ from ows_ds.weights import Replicated
 from tests.ranks.test_period import Waits
 from tests.unit.families import FAMILIES, tiny
 
-# sums of a few dozen float64 products in another order
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+# sums of a few dozen float64 products in another order; transformers' eager attention has its softmax in float32
+CLOSE, ROUGH = {"rtol": 1e-10, "atol": 1e-12}, {"rtol": 1e-6, "atol": 1e-7}
 LENGTHS = [5, 9, 3, 12, 2, 4]
 PACKS = [[0, 1, 4], [2], [3, 5]]  # in 16 tokens
 
@@ -101,8 +101,8 @@ def test_packed_rows_have_the_losses_and_gradients_of_rows_alone(family: str, ke
     rows = rows_of(LENGTHS)
     expected, plain = gradients(model, [[row] for row in rows], False)
     loss, found = gradients(model, [[rows[i] for i in some] for some in PACKS], True)
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(found, plain, **CLOSE)
+    torch.testing.assert_close(loss, expected, **(CLOSE if kernel == "sdpa" else ROUGH))
+    torch.testing.assert_close(found, plain, **(CLOSE if kernel == "sdpa" else ROUGH))
     assert attention.keeps_apart(Replicated(model, Communicator()), 64)
 
 
@@ -158,6 +158,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
 def test_flash_attention_gets_the_ends_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for its kernel, which needs a GPU."""
     model: Any = tiny("llama", dtype=torch.float64)
+    model.set_attn_implementation("sdpa")
     rows = rows_of(LENGTHS)
     expected, plain = gradients(model, [[row] for row in rows], False)
     calls = []

@@ -29,16 +29,16 @@ def test_one_row_is_shown_without_the_model(inputs: Path, tmp_path: Path, capsys
     n = len(byte_tokenizer()(TEXT + "0<|im_end|>\n")["input_ids"])
     assert shown == (
         f"data.train, row 1: {n} tokens, 2 of them trained\n{TEXT}⟦0<|im_end|>⟧\n\n"
-        "data.train: 20 rows, 50 trained tokens\n"
+        "data.train: 20 rows, 55 trained tokens\n"
     )
     assert not (tmp_path / "run").exists()
     assert main([*words, "--preview", "3", "--data.packing", "true", "--data.max_length", "160"]) == 0
     shown = capsys.readouterr().out
     assert "data.train, row 3:" in shown
-    assert "packed: 10 sequences of at most 160 tokens, " in shown
+    assert "packed: 7 sequences of at most 160 tokens, " in shown
     streamed = ["--data.streaming", "true", "--train.steps", "2", "--data.buffer_size", "16"]
     assert main([*words, "--preview", *streamed]) == 0
-    assert "data.train: 16 rows, 38 trained tokens, in the first block" in capsys.readouterr().out
+    assert "data.train: 16 rows, 43 trained tokens, in the first block" in capsys.readouterr().out
     mixed = json.dumps([{"path": str(inputs / f"{name}.jsonl"), "weight": 1} for name in ("train", "eval")])
     assert main([*words, "--data.train", mixed, "--preview"]) == 0
     assert f"{inputs / 'eval.jsonl'}, row 1:" in capsys.readouterr().out
