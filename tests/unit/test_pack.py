@@ -25,8 +25,8 @@ from ows_ds.weights import Replicated
 from tests.ranks.test_period import Waits
 from tests.unit.families import FAMILIES, tiny
 
-# sums of a few dozen float64 products in another order; transformers' eager attention has its softmax in float32
-CLOSE, ROUGH = {"rtol": 1e-10, "atol": 1e-12}, {"rtol": 1e-6, "atol": 1e-7}
+# sums of a few dozen float64 products in another order; transformers' eager attention and Gemma's norms are float32
+CLOSE, ROUGH = {"rtol": 1e-10, "atol": 1e-12}, {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = [5, 9, 3, 12, 2, 4]
 PACKS = [[0, 1, 4], [2], [3, 5]]  # in 16 tokens
 
@@ -98,11 +98,12 @@ def test_packed_rows_have_the_losses_and_gradients_of_rows_alone(family: str, ke
         kernel = "eager"  # sdpa has no soft caps
     model: Any = tiny(family, dtype=torch.float64)
     model.set_attn_implementation(kernel)
+    close = CLOSE if kernel == "sdpa" and "gemma" not in family else ROUGH
     rows = rows_of(LENGTHS)
     expected, plain = gradients(model, [[row] for row in rows], False)
     loss, found = gradients(model, [[rows[i] for i in some] for some in PACKS], True)
-    torch.testing.assert_close(loss, expected, **(CLOSE if kernel == "sdpa" else ROUGH))
-    torch.testing.assert_close(found, plain, **(CLOSE if kernel == "sdpa" else ROUGH))
+    torch.testing.assert_close(loss, expected, **close)
+    torch.testing.assert_close(found, plain, **close)
     assert attention.keeps_apart(Replicated(model, Communicator()), 64)
 
 
