@@ -45,12 +45,12 @@ class Counts:
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in vars(self))
         return Counts(**{name: (a or b) if isinstance(a, str) else a + b for name, a, b in pairs})
 
-    def __str__(self) -> str:
-        """In one line, as a run begins with it."""
+    def line(self, max_length: int) -> str:
+        """All of it in one line. max_length: of a row, in tokens."""
         notes = [f"{self.bad:,} bad ones skipped, the first is {self.first_bad}"] if self.bad else []
         if self.dropped:
             notes.append(f"{self.dropped:,} without a trained token dropped, the first is {self.first_dropped}")
-        notes += [f"{self.truncated:,} cut to data.max_length"] if self.truncated else []
+        notes += [f"{self.truncated:,} cut to {max_length} tokens"] if self.truncated else []
         return f"{self.kept:,} rows, {self.trained_tokens:,} trained tokens" + "".join(f"; {note}" for note in notes)
 
 

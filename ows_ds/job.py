@@ -93,33 +93,39 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[st
 
 
 def _check_rows(job: Job) -> None:
-    """Refuse (UserError) rows with tokens or positions that the model has no embedding of, and packed ones where it
-    does not keep them apart. Collective."""
-    parts, module = [*job.rows.parts, *job.held_out.parts], cast(Any, job.weights.module)
+    """Refuse (UserError) rows with tokens or positions that the model has no embedding of, now and in later blocks, and
+    packed ones where it does not keep them apart. Collective."""
+    module = cast(Any, job.weights.module)
     module = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
-    largest = max(part.largest for part in parts)
-    if largest >= job.vocabulary:
-        right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {job.vocabulary}"
-        raise UserError("model.path", job.recipe.model.path, right)
-    if job.recipe.data.packing and not attention.keeps_apart(job.weights, job.vocabulary):
-        right = "give false: the attention of this model does not keep the rows of a sequence apart"
-        raise UserError("data.packing", True, right)
     words = (module.get_input_embeddings(), module.get_output_embeddings())
     tables = [m.shape[0] for m in job.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
-    if not tables:
-        return  # positions are computed
-    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0])
-    longest = max(length for part in parts for length in part.lengths)
-    if -(-longest // MULTIPLE) * MULTIPLE > positions:
-        right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
-        raise UserError("data.max_length", job.recipe.data.max_length, right)
+    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0]) if tables else None
+    vocabulary = job.vocabulary
+
+    def refuse(found: Sequences) -> None:
+        largest = max((part.largest for part in found.parts), default=0)
+        if largest >= vocabulary:
+            right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {vocabulary}"
+            raise UserError("model.path", job.recipe.model.path, right)
+        longest = max((length for part in found.parts for length in part.lengths), default=0)
+        if positions is not None and -(-longest // MULTIPLE) * MULTIPLE > positions:  # others are computed
+            right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
+            raise UserError("data.max_length", job.recipe.data.max_length, right)
+
+    refuse(job.rows)
+    refuse(job.held_out)
+    if isinstance(job.steps, Stream):
+        job.steps.check = refuse
+    if job.recipe.data.packing and not attention.keeps_apart(job.weights, vocabulary):
+        right = "give false: the attention of this model does not keep the rows of a sequence apart"
+        raise UserError("data.packing", True, right)
 
 
 def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runtime: Runtime) -> Sequences:
     found, counts = prepare.prepare(recipe.data, tokenizer, given, key)
     if runtime.comm.index == 0:
         packed = f"; packed into {len(found):,} sequences" if found.packed else ""
-        print(f"{key}: {counts}{packed}")
+        print(f"{key}: {counts.line(recipe.data.max_length)}{packed}")
     return found
 
 
@@ -129,7 +135,7 @@ def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, A
     place = (train.batch_size, train.micro_batch_size, runtime.comm.world, runtime.comm.index, train.seed)
     found = Stream(given, data.buffer_size, encode, *place, state)
     if runtime.comm.index == 0:
-        print(f"data.train: {found.counts}; more while training")
+        print(f"data.train: {found.counts.line(data.max_length)}; more while training")
     return found
 
 

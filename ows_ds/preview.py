@@ -37,7 +37,7 @@ def preview(recipe: Recipe, count: int) -> None:
             name = one_line(source.path) if len(rows.parts) > 1 else "data.train"
             console.print(f"{name}, row {number}: {len(row['input_ids'])} tokens, {trained} of them trained")
             console.print(marked(row, tokenizer, console.is_terminal))
-    console.print(f"data.train: {counts}" + (", in the first block" if data.streaming else ""))
+    console.print(f"data.train: {counts.line(data.max_length)}" + (", in the first block" if data.streaming else ""))
     if rows.packed:
         full = counts.tokens / (len(rows) * data.max_length)
         console.print(f"packed: {len(rows):,} sequences of at most {data.max_length} tokens, {full:.0%} full")

@@ -71,6 +71,7 @@ class Stream:
         self._counts = mix.shares(buffer_size, [1.0 if s.weight is None else s.weight for s in sources])
         at = At(**state) if state else At(0, 0, [0] * len(sources))
         self._readers = [_Reader(source, start) for source, start in zip(sources, at.rows, strict=True)]
+        self.check: Callable[[Sequences], None] | None = None  # what refuses a block, the first one aside
         self.counts = Counts()  # of the blocks that were begun
         self._pool = ThreadPoolExecutor(1, "rows")
         self._next: Future[_Block] | None = None
@@ -86,6 +87,8 @@ class Stream:
 
     def _begin(self, block: _Block) -> None:
         """Take steps from ``block``, and read the next one beside them."""
+        if self.check is not None:
+            self.check(block.sequences)
         self.block = block
         self.counts += block.counts
         self._order = mix.generator(self.seed, block.at.block).permutation(len(block.sequences))

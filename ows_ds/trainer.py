@@ -129,7 +129,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
         if isinstance(rows, Stream):
             rows.close()
-            log.event(f"data.train: {rows.counts}")
+            log.event(f"data.train: {rows.counts.line(recipe.data.max_length)}")
         log.event(f"done: {run_dir / 'model'}{notes}")
     comm.barrier()
 

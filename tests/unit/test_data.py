@@ -232,9 +232,9 @@ def test_long_rows_are_cut_and_rows_without_a_target_are_dropped_and_counted() -
     assert (counts.rows, counts.kept, counts.dropped, counts.truncated) == (3, 2, 1, 3)
     assert (counts.tokens, counts.trained_tokens) == (10, 6)
     assert counts.first_dropped == "r.jsonl:2: its first is after data.max_length"
-    assert str(counts) == (
+    assert counts.line(5) == (
         "2 rows, 6 trained tokens; 1 without a trained token dropped, the first is r.jsonl:2: its first is after "
-        "data.max_length; 3 cut to data.max_length"
+        "data.max_length; 3 cut to 5 tokens"
     )
     with pytest.raises(UserError, match=r"data\.eval: '1 rows'"):
         encode_rows(located(rows[1]), tokenizer, 5, key="data.eval")
@@ -260,7 +260,7 @@ def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     assert (len(kept), counts.bad, counts.dropped, counts.rows) == (1, 2, 1, 4)
     assert counts.first_bad == "r.jsonl:2: give text as text"
     assert counts.first_dropped == "r.jsonl:4: no assistant's turn, or an empty answer"
-    assert "2 bad ones skipped, the first is r.jsonl:2: give text as text" in str(counts)
+    assert "2 bad ones skipped, the first is r.jsonl:2: give text as text" in counts.line(9)
     with pytest.raises(UserError, match=r"1 are bad, the first is r\.jsonl:2: give text as text"):
         encode_rows(rows[1:2], tokenizer, 9, on_bad_row="skip")
     with pytest.raises(UserError, match=r"data\.template"):  # a setting, not a row: nothing to skip
