@@ -406,8 +406,8 @@ def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
             facts.append(f"default: {_as_yaml(default)}")
         help = f"{help_of[f.name].rstrip('.')} ({'; '.join(facts)})"
         metavar: dict[str, Any] = {"metavar": f.name.upper()} if long else {}
-        kind = str | list[Any] | None if hint == config.SOURCES else hint  # `config.convert` reads the list
-        yield f.name, {"type": kind, "default": None, "help": help, **metavar}
+        given: Any = str | list[Any] | None if hint == config.SOURCES else hint  # `config.convert` reads the list
+        yield f.name, {"type": given, "default": None, "help": help, **metavar}
 
 
 def _as_yaml(value: object) -> str:

@@ -340,8 +340,8 @@ def instruction(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"give one of {', '.join(map(str, arguments))}"
     if isinstance(hint, types.UnionType):
-        kinds = [instruction(kind).removeprefix("give ") for kind in arguments if kind is not types.NoneType]
-        return f"give {', '.join(kinds)} or null"
+        ways = [instruction(kind).removeprefix("give ") for kind in arguments if kind is not types.NoneType]
+        return f"give {', '.join(ways)} or null"
     if typing.get_origin(hint) is tuple:
         return f"give a list of {len(arguments)} numbers, such as [0.9, 0.999]"
     if typing.get_origin(hint) is list:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import numpy
 
@@ -42,8 +42,8 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         """Of both together."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in vars(self))
-        return Counts(**{name: (a or b) if isinstance(a, str) else a + b for name, a, b in pairs})
+        pairs: list[tuple[Any, Any]] = [(getattr(self, name), getattr(other, name)) for name in vars(self)]
+        return Counts(*(a or b if isinstance(a, str) else a + b for a, b in pairs))
 
     def line(self, max_length: int) -> str:
         """All of it in one line. max_length: of a row, in tokens."""

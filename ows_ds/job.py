@@ -63,17 +63,18 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[st
     training: with steps, held-out rows, adapters and the model's fingerprint. state: of the steps of a run that is gone
     on with.
     """
-    held_out, steps = Sequences([]), None
+    held_out = Sequences([])
+    steps: Batches | Stream | None = None
     with together(runtime.comm):
         if runtime.comm.index == 0:  # one process downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
     with together(runtime.comm):
         tokenizer = load_tokenizer(recipe)
         if recipe.data.streaming:
-            steps = _stream(recipe, tokenizer, runtime, state)
-            rows = steps.sequences
+            steps = stream = _stream(recipe, tokenizer, runtime, state)
+            rows = stream.sequences
             if not training:
-                steps.close()
+                stream.close()
         else:
             rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime)
         if training and recipe.data.eval is not None:

@@ -267,13 +267,15 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
         asked = [turn | {"train": False} if isinstance(turn, dict) else turn for turn in prompt]
         return [*asked, *completion] if isinstance(completion, list) and completion else []
     if name == "alpaca" and (row.get("history") or row.get("system")):
-        found = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        for pair in row.get("history") or []:
-            roles = ("user", "assistant") if isinstance(pair, list) and len(pair) == 2 else ("",)
-            found += [{"role": role, "content": text} for role, text in zip(roles, pair, strict=False)]
+        found: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        history = row.get("history") or []
+        if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+            return []
+        for question, answer in history:
+            found += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         more = row.get("input")
-        asked = f"{row.get('instruction')}\n\n{more}" if more else row.get("instruction")
-        return [*found, {"role": "user", "content": asked}, {"role": "assistant", "content": row.get("output")}]
+        task = f"{row.get('instruction')}\n\n{more}" if more else row.get("instruction")
+        return [*found, {"role": "user", "content": task}, {"role": "assistant", "content": row.get("output")}]
     return None
 
 
