@@ -42,8 +42,11 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         """Of both together."""
-        pairs: list[tuple[Any, Any]] = [(getattr(self, name), getattr(other, name)) for name in vars(self)]
-        return Counts(*(a or b if isinstance(a, str) else a + b for a, b in pairs))
+        sums: dict[str, Any] = {
+            name: (mine or vars(other)[name]) if isinstance(mine, str) else mine + vars(other)[name]
+            for name, mine in vars(self).items()
+        }
+        return Counts(**sums)
 
     def line(self, max_length: int) -> str:
         """All of it in one line. max_length: of a row, in tokens."""
