@@ -7,6 +7,7 @@ contradictions, `to_yaml` writes every default out. Importing this module is che
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -322,6 +323,7 @@ SECTIONS: dict[str, type] = {
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
+SPLIT_RIGHT = "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -547,7 +549,7 @@ def check(recipe: Recipe, files: bool = True) -> None:
 
     files: also what the recipe names: data, scores, folders. Raises UserError for the first one.
     """
-    for key, right in (*_wrong(recipe), *(_missing(recipe) if files else ())):
+    for key, right in itertools.chain(_wrong(recipe), _missing(recipe) if files else ()):
         section, name = key.split(".")
         raise UserError(key, getattr(getattr(recipe, section), name), right)
     if recipe.optim.refresh == "sketch":
@@ -671,6 +673,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.path", "give a folder that exists, or a name on the hub"
     if data.train is None:
         yield "data.train", "it is required: give a file or a data set"
+    for key, split in {"data.train_split": data.train_split, "data.eval_split": data.eval_split}.items():
+        if not re.fullmatch(SPLIT, split):
+            yield key, SPLIT_RIGHT
     for key in ("data.train", "data.eval"):
         for source in sources(data, key):
             _find(source, key)
@@ -696,8 +701,7 @@ def _find(source: Source, key: str) -> None:
     if not os.path.exists(path) and not re.fullmatch(HUB_NAME, path):
         raise UserError(key, path, "give a file or folder that exists, or the name of a data set on the hub")
     if not re.fullmatch(SPLIT, split):
-        right = "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
-        raise UserError(f"{key}_split", split, right)
+        raise UserError(f"{key}.split", split, SPLIT_RIGHT)
 
 
 def sources(data: Data, key: str) -> list[Source]:

@@ -265,6 +265,8 @@ SETTINGS = {
     "source of an unknown format": Bad("data.train.format: 'xml'", ["--data.train",
         "[{path: train.jsonl, format: xml}]"], says="give one of auto"),
     "source that is a number": Bad("data.train: 3", ["--data.train", "[train.jsonl, 3]"], says="a list of sources"),
+    "source of no such part": Bad("data.train.split: 'x['", ["--data.train", "[{path: train.jsonl, split: 'x['}]"],
+        says="give a split"),
     "weight of nothing": Bad("data.train: [Source(path='train.jsonl'", ["--data.train",
         "[{path: train.jsonl, weight: 0}]"], says="above 0"),
     "weight of a held-out row": Bad("data.eval: [Source(path='eval.jsonl'", ["--data.eval",
