@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ows_ds.batches import collate
 from ows_ds.bench.report import facts, heading
 from ows_ds.communicate import Communicator
-from ows_ds.data import collate, encode_rows
+from ows_ds.data import encode
 from ows_ds.layers import find_layers
 from ows_ds.loss import token_losses
 from ows_ds.project import (
@@ -76,7 +77,7 @@ def gradients(layers: Sequence[int], sequences: int) -> list[dict[str, Tensor]]:
         train, _ = word_problems(Path(folder) / "data", train=2 * sequences, held_out=1, seed=0)
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
-        rows, _ = encode_rows(load_rows(str(train), "auto", "train"), tokenizer, 512, "assistant", "auto", "train")
+        rows = [encode(row, tokenizer, 512) for row in load_rows(str(train))]
     weights = Replicated(model.requires_grad_(False), Communicator())
     parts = find_layers(model)
     matrices = [m.name for i in layers for m in parts.layers[i].matrices]
@@ -84,7 +85,7 @@ def gradients(layers: Sequence[int], sequences: int) -> list[dict[str, Tensor]]:
         model.get_parameter(name).requires_grad_(True)
     found = []
     for some in (rows[:sequences], rows[sequences:]):
-        token_losses(weights, collate(some, tokenizer.pad_token_id or 0)).backward()  # type: ignore[no-untyped-call]
+        token_losses(weights, collate([[row] for row in some], tokenizer.pad_token_id or 0)).backward()  # type: ignore[no-untyped-call]
         found.append({name: model.get_parameter(name).grad.clone() for name in matrices})
         model.zero_grad()
     return found

@@ -119,6 +119,12 @@ def _run(argv: list[str]) -> None:
     config.check(recipe)
     if given.verb == "launch":
         _launch(recipe, options)
+    elif options.get("preview") is not None:
+        if options.preview < 1:
+            raise UserError("--preview", options.preview, "give a number of rows, at least 1")
+        from ows_ds.preview import preview
+
+        preview(recipe, options.preview)
     elif given.verb == "train":
         from ows_ds.trainer import train
 
@@ -301,6 +307,16 @@ def _parser() -> "ArgumentParser":
         )
         sub.add_argument("--config", metavar="RECIPE.yaml", help="recipe; its sections and keys are those below")
         sub.add_argument("--print_config", action="store_true", help="print the resolved recipe and stop")
+        if verb == "train":
+            sub.add_argument(
+                "--preview",
+                type=int,
+                nargs="?",
+                const=1,
+                metavar="ROWS",
+                help="show so many rows (default: 1) as the model gets them, with what is trained, and stop; needs no "
+                "weights",
+            )
         if verb == "score":
             sub.add_argument(
                 "--output",
@@ -412,7 +428,10 @@ def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
         facts += [] if key.default is None else [f"default: {key.default}"]
         metavar = {} if key.hint is bool or (choices and not long) else {"metavar": _metavar(key)}
         help = f"{key.text.rstrip('.')} ({'; '.join(facts)})"
-        yield key.name, {"type": key.hint, "default": None, "help": help, **metavar}
+        given: Any = (
+            str | list[Any] | None if key.hint == config.SOURCES else key.hint
+        )  # `config.convert` reads the list
+        yield key.name, {"type": given, "default": None, "help": help, **metavar}
 
 
 def _metavar(key: Key) -> str:
@@ -432,7 +451,7 @@ def _verbs_hints(argv: Sequence[str]) -> dict[str, Any]:
 
 def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
     """What jsonargparse found wrong in `argv`, as an error that names key, value and what would be right."""
-    hints = _verbs_hints(argv) if argv[:1] in (["bench"], ["eval"]) else config.hints()
+    hints = _verbs_hints(argv) if argv[:1] in (["bench"], ["eval"]) else config.hints() | {"preview": int}
     if argv[:1] == ["plan"]:
         hints |= {option(name)[2:]: hint for name, hint in typing.get_type_hints(Cluster).items()}
     if found := re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL):

@@ -7,6 +7,7 @@ contradictions, `to_yaml` writes every default out. Importing this module is che
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -44,41 +45,83 @@ class Model:
     trust_remote_code: bool = False
 
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "multiple_choice", "question_answer", "text"
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several files or data sets.
+
+    Attributes:
+        path: File, folder or name on the hub, as data.train alone.
+        weight: Its share of the rows of an epoch, in proportion to those of the others (1 where one has none); null
+            for all: every row once an epoch.
+        subset: As data.train_subset; null: that one.
+        split: As data.train_split; null: that one.
+        format: As data.format; auto: that one.
+    """
+
+    path: str
+    weight: float | None = None
+    subset: str | None = None
+    split: str | None = None
+    format: Format = "auto"
+
+
+SOURCES = str | list[Source] | None
+
+
 @dataclass(frozen=True)
 class Data:
     """The rows to train on and to evaluate with.
 
     Attributes:
-        train: File (.jsonl, .json, .parquet, .csv), folder of a data set, or its name on the hub. Required by train,
-            and by score for calibration.
-        eval: The same for held-out rows; null: no evaluation.
+        train: File (.jsonl, .json, .parquet, .csv), folder of a data set, or its name on the hub; or a list of them,
+            each a text or a mapping of path, weight, subset, split and format. Required by train, and by score for
+            calibration.
+        eval: The same for held-out rows, without weights; null: no evaluation.
         train_subset: Subset (configuration) of the data set that data.train names, such as main; null: its only
             one. Files have none.
         eval_subset: The same for data.eval.
         train_split: Split of the data set that data.train names, or a part of it such as train[:1%] or
             train[100:]. Of a file the name is ignored, the part is taken.
         eval_split: The same for data.eval.
-        max_length: Tokens of a row; longer rows are cut at the end.
+        max_length: Tokens of a row; longer rows are cut at the end. Under data.packing, of a sequence.
         loss_on: Tokens that are trained: the assistant's turns with their end mark, or all of them.
-        format: Columns of a row; auto recognises messages, alpaca (instruction, input, output),
-            prompt_completion (prompt, completion), multiple_choice (question, choices, answer), question_answer
-            (question, answer) and text by their names.
+        format: Columns of a row; auto recognises messages, sharegpt (conversations), alpaca (instruction, input,
+            output), prompt_completion (prompt, completion), multiple_choice (question, choices, answer),
+            question_answer (question, answer) and text by their names.
         template: How a row with a task and an answer is written: the tokenizer's chat template, plain text, or
             Stanford Alpaca's prompt; auto: chat where the tokenizer has a template, otherwise plain.
+        chat_template: Jinja file of a chat template in place of the tokenizer's; it is saved with the model.
+        packing: Join several rows to one sequence of up to data.max_length tokens, without attention from one to
+            another.
+        streaming: Read the training rows while training, in blocks, instead of all before it; train.steps says when to
+            stop.
+        buffer_size: Rows of a block under data.streaming; they are shuffled within it.
+        on_bad_row: What a row that cannot be used does: stop the run with its place and reason, or skip it; those
+            skipped are counted, and the first one is named.
+        cache: Folder of tokenized rows, which later runs read; null: ows_ds in the cache of Hugging Face (HF_HOME).
     """
 
-    train: str | None = None
-    eval: str | None = None
+    train: SOURCES = None
+    eval: SOURCES = None
     train_subset: str | None = None
     eval_subset: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
     max_length: int = 512
     loss_on: Literal["assistant", "all"] = "assistant"
-    format: Literal["auto", "messages", "alpaca", "prompt_completion", "multiple_choice", "question_answer", "text"] = (
-        "auto"
-    )
+    format: Format = "auto"
     template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
+    chat_template: str | None = None
+    packing: bool = False
+    streaming: bool = False
+    buffer_size: int = 16384
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -280,6 +323,7 @@ SECTIONS: dict[str, type] = {
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
+SPLIT_RIGHT = "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -298,11 +342,13 @@ def instruction(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"give one of {', '.join(map(str, arguments))}"
     if isinstance(hint, types.UnionType):
-        return f"{instruction(arguments[0])} or null"
+        ways = [instruction(kind).removeprefix("give ") for kind in arguments if kind is not types.NoneType]
+        return f"give {', '.join(ways)} or null"
     if typing.get_origin(hint) is tuple:
         return f"give a list of {len(arguments)} numbers, such as [0.9, 0.999]"
     if typing.get_origin(hint) is list:
-        kinds = {str: "texts, such as [tensorboard]", int: "integers, such as [0, 1]", float: "numbers, such as [1e-4]"}
+        kinds = {str: "texts, such as [tensorboard]", int: "integers, such as [0, 1]", float: "numbers, such as [1e-4]",
+                 Source: "sources, such as [{path: a.jsonl, weight: 2}, {path: b.jsonl}]"}  # fmt: skip
         return f"give a list of {kinds[arguments[0]]}"
     words = {int: "give an integer", float: "give a number", bool: "give true or false", str: "give text"}
     return words[hint]
@@ -312,7 +358,13 @@ def convert(key: str, value: object, hint: Any, whole: Any) -> Any:
     """`value`, as YAML gives it, as type `hint`; UserError naming `key` and what type `whole` asks for."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
-        return None if value is None else convert(key, value, arguments[0], whole)
+        lists = [kind for kind in arguments if typing.get_origin(kind) is list and isinstance(value, list | tuple)]
+        return None if value is None else convert(key, value, (lists or arguments)[0], whole)
+    if hint is Source and isinstance(value, str | Mapping):
+        given = {"path": value} if isinstance(value, str) else value
+        if given.get("path") is None:
+            raise UserError(f"{key}.path", None, "it is required: give a file, a folder or a name on the hub")
+        return Source(**convert_all(given, Source, f"{key}."))
     if typing.get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
         return value
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
@@ -497,7 +549,7 @@ def check(recipe: Recipe, files: bool = True) -> None:
 
     files: also what the recipe names: data, scores, folders. Raises UserError for the first one.
     """
-    for key, right in (*_wrong(recipe), *(_missing(recipe) if files else ())):
+    for key, right in itertools.chain(_wrong(recipe), _missing(recipe) if files else ()):
         section, name = key.split(".")
         raise UserError(key, getattr(getattr(recipe, section), name), right)
     if recipe.optim.refresh == "sketch":
@@ -524,6 +576,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"{name}.{key}", "give a finite number"
     at_least: dict[str, tuple[int | None, int]] = {
         "data.max_length": (data.max_length, 2),  # a token to predict needs one before it
+        "data.buffer_size": (data.buffer_size, 1),
         "sampling.period": (sampling.period, 1),
         "sampling.calibration_samples": (sampling.calibration_samples, 1),
         "sampling.calibration_batch_size": (sampling.calibration_batch_size, 1),
@@ -581,6 +634,23 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"
     if not set(recipe.log.trackers) <= set(TRACKERS):
         yield "log.trackers", f"give a list of some of {', '.join(TRACKERS)}"
+    for key, given in {"data.train": data.train, "data.eval": data.eval}.items():
+        weights = [source.weight for source in given if source.weight is not None] if isinstance(given, list) else []
+        if given == []:
+            yield key, "give at least one source"
+        if not all(0 < weight < math.inf for weight in weights):
+            yield key, "give weights above 0"
+        if weights and key == "data.eval":
+            yield key, "leave the weights out: every held-out row counts once"
+    if data.streaming and train.steps is None:
+        yield "train.steps", "give their number: under data.streaming nobody knows how long an epoch is"
+    several = data.train if isinstance(data.train, list) and len(data.train) > 1 else []
+    if data.streaming and several and all(source.weight is None for source in several):
+        yield "data.train", "give weights: under data.streaming sources are read side by side"
+    if data.streaming and any("[" in str(source.split) for source in sources(data, "data.train")):
+        yield "data.train_split", "give a whole split under data.streaming"
+    if data.streaming and data.buffer_size < train.batch_size:
+        yield "data.buffer_size", f"give at least train.batch_size, {train.batch_size}"
     if train.eval_every is not None and data.eval is None:
         yield "train.eval_every", "leave it out, or give data.eval: there is nothing to evaluate with"
     if train.sharding == "replicated" and train.ds_config is not None:
@@ -603,17 +673,16 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.path", "give a folder that exists, or a name on the hub"
     if data.train is None:
         yield "data.train", "it is required: give a file or a data set"
-    for key, source in {"data.train": data.train, "data.eval": data.eval}.items():
-        if source is None or os.path.isfile(source):
-            continue
-        if is_file(source):
-            yield key, "give a file that exists"
-        if not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
-            yield key, "give a file or folder that exists, or the name of a data set on the hub"
     for key, split in {"data.train_split": data.train_split, "data.eval_split": data.eval_split}.items():
         if not re.fullmatch(SPLIT, split):
-            yield key, "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
+            yield key, SPLIT_RIGHT
+    for key in ("data.train", "data.eval"):
+        for source in sources(data, key):
+            _find(source, key)
+    if data.cache is not None and not can_be_made(data.cache):
+        yield "data.cache", "give a folder that can be written to, or a name at which one can be made"
     files = {
+        "data.chat_template": data.chat_template,
         "sampling.scores": sampling.scores,
         "train.ds_config": train.ds_config,
     }
@@ -622,6 +691,37 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, "give a file that exists"
     if train.resume not in ("never", "auto") and not os.path.isdir(train.resume):
         yield "train.resume", "give never, auto, or the folder of a checkpoint"
+
+
+def _find(source: Source, key: str) -> None:
+    """Refuse (UserError) a source that is not there, as far as that shows without the network."""
+    path, split = source.path, source.split or ""
+    if not os.path.isfile(path) and is_file(path):
+        raise UserError(key, path, "give a file that exists")
+    if not os.path.exists(path) and not re.fullmatch(HUB_NAME, path):
+        raise UserError(key, path, "give a file or folder that exists, or the name of a data set on the hub")
+    if not re.fullmatch(SPLIT, split):
+        raise UserError(f"{key}.split", split, SPLIT_RIGHT)
+
+
+def sources(data: Data, key: str) -> list[Source]:
+    """What ``key``, data.train or data.eval, names: with the subset, split and format of ``data`` where one has none.
+
+    A plain text is one source, null none.
+    """
+    name = key.partition(".")[2]
+    given = getattr(data, name)
+    listed = given if isinstance(given, list) else [] if given is None else [Source(given)]
+    subset, split = getattr(data, f"{name}_subset"), getattr(data, f"{name}_split")
+    return [
+        dataclasses.replace(
+            one,
+            subset=one.subset or subset,
+            split=one.split or split,
+            format=data.format if one.format == "auto" else one.format,
+        )
+        for one in listed
+    ]
 
 
 def accumulation(recipe: Recipe, world: int) -> int:

@@ -10,15 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ows_ds import methods
+from ows_ds import attention, methods, mix, prepare
+from ows_ds.batches import HOST, MULTIPLE, Batches, collate, held_out_batches
 from ows_ds.communicate import together
-from ows_ds.config import Recipe
-from ows_ds.data import IGNORE, MULTIPLE, Encoded, collate, encode_rows, held_out_batches
+from ows_ds.config import Recipe, Source, sources
+from ows_ds.encoded import IGNORE, Encoded
 from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers
 from ows_ds.loss import token_losses
-from ows_ds.rows import fetch, load_rows
+from ows_ds.pack import Sequences
+from ows_ds.rows import fetch
 from ows_ds.runtime import Runtime, check_memory, load_model, load_tokenizer
+from ows_ds.stream import Stream
 from ows_ds.weights import Weights
 
 
@@ -31,8 +34,9 @@ class Job:
     weights: Weights
     layers: ModelLayers  # of the model without adapters
     tokenizer: Any
-    rows: list[Encoded]
-    held_out: list[Encoded]
+    rows: Sequences  # under data.streaming those of the first block
+    held_out: Sequences
+    steps: Batches | Stream | None = None  # None: nothing is trained
     model: str = ""  # fingerprint of the base model
 
     @property
@@ -47,34 +51,42 @@ class Job:
         pad = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
         return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
 
-    def batch(self, rows: list[Encoded]) -> dict[str, Tensor]:
-        """Right-padded tensors (rows, tokens): labels on the CPU, the others on the device."""
-        batch = collate(rows, self.pad_id)
-        return {name: t if name == "labels" else t.to(self.runtime.device) for name, t in batch.items()}
+    def batch(self, sequences: list[list[Encoded]], packed: bool = False) -> dict[str, Tensor]:
+        """Right-padded tensors (sequences, tokens): `batches.HOST` on the CPU, the others on the device."""
+        batch = collate(sequences, self.pad_id, packed)
+        return {name: t if name in HOST else t.to(self.runtime.device) for name, t in batch.items()}
 
 
-def load(recipe: Recipe, runtime: Runtime, training: bool = True) -> Job:
+def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[str, Any] | None = None) -> Job:
     """Data before weights: what is wrong with it shows at once. Collective. Raises UserError.
 
-    training: with held-out rows, adapters and the model's fingerprint.
+    training: with steps, held-out rows, adapters and the model's fingerprint. state: of the steps of a run that is gone
+    on with.
     """
-    assert recipe.data.train is not None  # config.check
-    held_out: list[Encoded] = []
+    held_out = Sequences([])
+    steps: Batches | Stream | None = None
     with together(runtime.comm):
         if runtime.comm.index == 0:  # one process downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
     with together(runtime.comm):
         tokenizer = load_tokenizer(recipe)
-        rows = _encode(recipe, tokenizer, recipe.data.train, "data.train", runtime)
+        if recipe.data.streaming:
+            steps = stream = _stream(recipe, tokenizer, runtime, state)
+            rows = stream.sequences
+            if not training:
+                stream.close()
+        else:
+            rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime)
         if training and recipe.data.eval is not None:
-            held_out = _encode(recipe, tokenizer, recipe.data.eval, "data.eval", runtime)
+            held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime)
     if training:
-        check_memory(recipe, runtime, max((len(row["input_ids"]) for row in [*rows, *held_out]), default=1))
+        check_memory(recipe, runtime, max([*rows.lengths, *held_out.lengths]))
+        steps = steps or _batches(recipe, rows, runtime)
         adapt = functools.partial(methods.adapt, recipe)
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     else:
         weights, layers = load_model(recipe, runtime)
-    job = Job(recipe, runtime, weights, layers, tokenizer, rows, held_out)
+    job = Job(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps)
     _check_rows(job)
     if training:
         job.model = methods.base_model(recipe, weights)
@@ -82,44 +94,68 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True) -> Job:
 
 
 def _check_rows(job: Job) -> None:
-    """Refuse (UserError) rows with tokens or positions that the model has no embedding of."""
-    rows, module = [*job.rows, *job.held_out], cast(Any, job.weights.module)
+    """Refuse (UserError) rows with tokens or positions that the model has no embedding of, now and in later blocks, and
+    packed ones where it does not keep them apart. Collective."""
+    module = cast(Any, job.weights.module)
     module = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
-    largest = max(max(row["input_ids"]) for row in rows)
-    if largest >= job.vocabulary:
-        right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {job.vocabulary}"
-        raise UserError("model.path", job.recipe.model.path, right)
     words = (module.get_input_embeddings(), module.get_output_embeddings())
     tables = [m.shape[0] for m in job.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
-    if not tables:
-        return  # positions are computed
-    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0])
-    longest = max(len(row["input_ids"]) for row in rows)
-    if -(-longest // MULTIPLE) * MULTIPLE > positions:
-        right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
-        raise UserError("data.max_length", job.recipe.data.max_length, right)
+    positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0]) if tables else None
+    vocabulary = job.vocabulary
+
+    def refuse(found: Sequences) -> None:
+        largest = max((part.largest for part in found.parts), default=0)
+        if largest >= vocabulary:
+            right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {vocabulary}"
+            raise UserError("model.path", job.recipe.model.path, right)
+        longest = max((length for part in found.parts for length in part.lengths), default=0)
+        if positions is not None and -(-longest // MULTIPLE) * MULTIPLE > positions:  # others are computed
+            right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
+            raise UserError("data.max_length", job.recipe.data.max_length, right)
+
+    refuse(job.rows)
+    refuse(job.held_out)
+    if isinstance(job.steps, Stream):
+        job.steps.check = refuse
+    if job.recipe.data.packing and not attention.keeps_apart(job.weights, vocabulary):
+        right = "give false: the attention of this model does not keep the rows of a sequence apart"
+        raise UserError("data.packing", True, right)
 
 
-def _encode(recipe: Recipe, tokenizer: Any, path: str, key: str, runtime: Runtime) -> list[Encoded]:
-    data = recipe.data
-    train = key == "data.train"
-    subset, split = (data.train_subset, data.train_split) if train else (data.eval_subset, data.eval_split)
-    rows = load_rows(path, data.format, key, subset, split)
-    encoded, counts = encode_rows(rows, tokenizer, data.max_length, data.loss_on, data.format, key, data.template)
+def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runtime: Runtime) -> Sequences:
+    found, counts = prepare.prepare(recipe.data, tokenizer, given, key)
     if runtime.comm.index == 0:
-        notes = [f"{counts.dropped} without a trained token dropped"] if counts.dropped else []
-        notes += [f"{counts.truncated} cut to {data.max_length} tokens"] if counts.truncated else []
-        print(f"{key}: {counts.kept} rows, {counts.trained_tokens:,} trained tokens" + "".join(f"; {n}" for n in notes))
-    return encoded
+        packed = f"; packed into {len(found):,} sequences" if found.packed else ""
+        print(f"{key}: {counts.line(recipe.data.max_length)}{packed}")
+    return found
+
+
+def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None) -> Stream:
+    data, train, given = recipe.data, recipe.train, sources(recipe.data, "data.train")
+    encode = functools.partial(prepare.block, data, tokenizer, given)
+    place = (train.batch_size, train.micro_batch_size, runtime.comm.world, runtime.comm.index, train.seed)
+    found = Stream(given, data.buffer_size, encode, *place, state)
+    if runtime.comm.index == 0:
+        print(f"data.train: {found.counts.line(data.max_length)}; more while training")
+    return found
+
+
+def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
+    train, weights = recipe.train, prepare.weights(sources(recipe.data, "data.train"))
+    parts = None if weights is None else (rows.sizes, weights)
+    place = (train.batch_size, train.micro_batch_size, runtime.comm.world, runtime.comm.index, train.seed)
+    return Batches(rows, *place, parts)
 
 
 def calibration(job: Job) -> Iterator[dict[str, Tensor]]:
-    """This process's batches of the rows that layers are scored on."""
+    """This process's batches of the rows that layers are scored on: of each source as many as it has of all."""
     sampling, comm = job.recipe.sampling, job.runtime.comm
-    rows = job.rows[: sampling.calibration_samples]
+    sizes = [len(part) for part in job.rows.parts]
+    shares = mix.shares(min(sampling.calibration_samples, sum(sizes)), sizes)
+    rows = [row for part, share in zip(job.rows.parts, shares, strict=True) for row in part[:share]]
     lengths = [len(row["input_ids"]) for row in rows]
     for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world, comm.index, lengths):
-        yield job.batch([rows[i] for i in share])
+        yield job.batch([[rows[i]] for i in share])
 
 
 @torch.no_grad()
@@ -133,11 +169,11 @@ def evaluate(job: Job) -> float:
         job.recipe.train.eval_batch_size,
         comm.world,
         comm.index,
-        [len(row["input_ids"]) for row in job.held_out],
+        job.held_out.lengths,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
     for share in shares:
-        batch = job.batch([job.held_out[i] for i in share])
+        batch = job.batch([job.held_out[i] for i in share], job.held_out.packed)
         targets = (batch["labels"][:, 1:] != IGNORE).sum().double().to(sums.device)
         sums += torch.stack([token_losses(weights, batch).double(), targets])
         weights.after_step()
@@ -153,8 +189,11 @@ def mean_loss(
 
     Raises UserError naming ``key`` for rows that cannot be read or encoded.
     """
+    data = recipe.data
     with together(runtime.comm):
-        rows = _encode(recipe, tokenizer, path, key, runtime)
-    job = Job(recipe, runtime, weights, layers, tokenizer, [], rows)
+        rows = _encode(
+            recipe, tokenizer, [Source(path, None, data.eval_subset, data.eval_split, data.format)], key, runtime
+        )
+    job = Job(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
     _check_rows(job)
     return evaluate(job)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
+from ows_ds.attention import inputs, told
 from ows_ds.coordinates import trained
-from ows_ds.data import IGNORE
+from ows_ds.encoded import IGNORE
 from ows_ds.plan import CHUNK
 from ows_ds.weights import Weights
 
@@ -30,14 +31,17 @@ _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its o
 def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar.
 
-    Float64 under float64 weights. batch: input_ids, where the model runs; labels, best on the CPU: what is counted from
-    them then needs no wait for a GPU. Rows are padded on the right, where under causal attention no token sees it:
-    there is no mask, which would take attention's slower kernels and, in transformers, a look at its values.
+    Float64 under float64 weights. batch: as `batches.collate` makes it, where the model runs; labels, best on the CPU:
+    what is counted from them then needs no wait for a GPU.
 
     A model that works on its head's output (soft-capping, scaling) is found out in its first pass, and from then on its
     logits are taken whole.
     """
-    inputs = {"input_ids": batch["input_ids"]}
+    with told(batch.get("row_ids")):
+        return _token_losses(weights, batch, inputs(weights, batch))
+
+
+def _token_losses(weights: Weights, batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
     head: Any = getattr(weights.module, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Linear) and _fits.get(head, True):
         device = batch["input_ids"].device
@@ -55,7 +59,7 @@ def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     return cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
+def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
     """The loss, computed where the model asks for logits; None where it does not give them as the head made them.
 
     labels: (rows * tokens), of the token that follows each.

@@ -21,7 +21,7 @@ MAY_CHANGE = {
               "gradient_checkpointing", "output_dir"},
     "log": {"trackers", "progress"},
     "model": {"path", "attention"},
-    "data": {"train", "eval", "eval_subset", "eval_split"},
+    "data": {"train", "eval", "eval_subset", "eval_split", "cache"},
     "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
 }  # fmt: skip
 

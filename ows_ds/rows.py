@@ -3,17 +3,22 @@
 A row is a dict of columns. The columns tell its format (`COLUMNS`); `data.py` writes it as text and tokens.
 """
 
+import hashlib
+import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ows_ds.config import DATA_FILES, Data, is_file, parse_json
+from ows_ds import chat
+from ows_ds.chat import is_text
+from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, parse_json, sources
 from ows_ds.errors import UserError, first_line
 
 # A row is of the first format whose columns it has: Alpaca-GPT4 also has text, commonsense_170k also answer.
 COLUMNS = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "multiple_choice": ("question", "choices", "answer"),
@@ -21,117 +26,208 @@ COLUMNS = {
     "text": ("text",),
 }
 LETTERS = string.ascii_uppercase  # of the choices of a question
+AT_ONCE = 1000  # rows that are taken out of Arrow's memory at once
 Row = dict[str, Any]
+Found = tuple[str, Row | UserError]
+"""Where a row stands (file:line, or file: row number, from 1) and what it is; or what is wrong with it."""
 
 
 def load_rows(
     source: str | Path,
-    format: str = "auto",
+    format: Format = "auto",
     key: str = "data.train",
     subset: str | None = None,
     split: str = "train",
+    on_bad_row: str = "stop",
 ) -> list[Row]:
-    """The rows of a file or data set (`config.is_file` tells which), each verified.
+    """All rows of a file or data set, in order. Raises UserError as `read` does, and for the first bad row unless
+    ``on_bad_row`` is skip."""
+    rows = []
+    for _, row in read(Source(str(source), None, subset, split, format), key):
+        if not isinstance(row, UserError):
+            rows.append(row)
+        elif on_bad_row == "stop":
+            raise row
+    return rows
+
+
+def read(source: Source, key: str) -> Iterator[Found]:
+    """The rows of a file or data set (`config.is_file` tells which), each verified, as they are asked for.
 
     A file is JSON Lines (blank lines are skipped), a JSON list, Parquet or CSV (all columns text); it has no subsets,
-    and of `split` only the slice matters. A data set is a folder or a name on the hub, as `datasets.load_dataset`
-    takes it.
+    and of the split only the slice matters. So it is of a folder that `Dataset.save_to_disk` wrote. Any other data set
+    is a folder or a name on the hub, as `datasets.load_dataset` takes it.
 
-    Raises UserError naming `key` with file and line (or the number of the row, from 1) for a row that lacks the
-    columns of `format`, `key` for what cannot be read, and `key` with _subset or _split for one that does not exist.
+    A row that is none of ``source.format`` comes as a UserError: of ``key``, with its place and what would be right.
+    Raises UserError naming ``key`` for what cannot be read or has no row, and ``key`` with _subset or _split for one
+    that does not exist.
     """
-    source = str(source)
+    split = source.split or "train"
     name, slice, _ = split.partition("[")
-    rows: list[Row] = []
-    for where, row in _file(source, key) if is_file(source) else _data_set(source, key, subset, split):
-        wrong = _mistake(row, format) if isinstance(row, dict) else "give a JSON object, a column a key"
-        if wrong:
-            raise UserError(key, where, wrong)
-        rows.append(row)
-    if is_file(source) and slice:
-        rows = [rows[i] for i in _taken(split, {name: len(rows)}, key)]
-    if not rows:
-        raise UserError(key, source, "give a file with at least one row")
-    return rows
+    if not is_file(source.path):
+        found = _data_set(source, key, split)
+    elif slice:
+        rows = list(_file(source.path, key))
+        found = (rows[i] for i in _taken(split, {name: len(rows)}, key))
+    else:
+        found = _file(source.path, key)
+    yield from _verified(found, source, key)
+
+
+def stream(source: Source, key: str, start: int) -> Iterator[Found]:
+    """The same from row number ``start`` (from 0) on, without a copy of a remote data set on disk. No slices."""
+    if is_file(source.path) or _saved(source.path):
+        yield from itertools.islice(read(source, key), start, None)
+        return
+    import datasets
+
+    split = source.split or "train"
+    try:
+        parts = datasets.load_dataset(source.path, source.subset, streaming=True)
+    except Exception as error:
+        raise _unreachable(source, key, error) from error
+    if split not in parts:
+        raise UserError(f"{key}_split", split, f"give one of {', '.join(parts)}")
+    rows = ((f"{source.path} {split}: row {i}", row) for i, row in enumerate(parts[split].skip(start), start + 1))
+    yield from _verified(rows, source, key, start)
 
 
 def fetch(data: Data, evaluation: bool) -> None:
     """Bring the data sets of `data.train` and, for `evaluation`, `data.eval` into the cache of the datasets library.
 
-    One process does so before the others load them. Raises UserError as `load_rows` does.
+    One process does so before the others load them. Raises UserError as `read` does.
     """
-    wanted = [("data.train", data.train, data.train_subset)]
-    wanted += [("data.eval", data.eval, data.eval_subset)] if evaluation else []
-    for key, source, subset in wanted:
-        if source is not None and not is_file(source):
-            _splits(source, key, subset)
+    for key in ("data.train", *(("data.eval",) if evaluation else ())):
+        for source in sources(data, key) if key == "data.eval" or not data.streaming else ():
+            if not is_file(source.path):
+                _splits(source, key)
+
+
+def digest(source: Source, key: str) -> str:
+    """A hash of all that `read` reads. Raises UserError as it does."""
+    found = hashlib.blake2b(digest_size=20)
+    if is_file(source.path):
+        try:
+            with open(source.path, "rb") as file:
+                while piece := file.read(1 << 22):
+                    found.update(piece)
+        except OSError as error:
+            raise UserError(key, source.path, f"give a readable file ({error})") from error
+        return found.hexdigest()
+    part = _splits(source, key).get((source.split or "train").partition("[")[0])
+    for batch in () if part is None else part.data.table.to_batches():  # `read` refuses a split that is not there
+        found.update(repr((batch.schema.to_string(show_schema_metadata=False), batch.num_rows)).encode())
+        for column in batch.columns:
+            found.update(str(column.offset).encode())
+            for buffer in column.buffers():
+                found.update(b"" if buffer is None else buffer)
+    return found.hexdigest()
+
+
+def _verified(found: Iterable[tuple[str, Any]], source: Source, key: str, start: int = 0) -> Iterator[Found]:
+    """start: rows that were before those."""
+    empty = not start
+    for where, row in found:
+        empty = False
+        if isinstance(row, UserError):
+            yield where, row
+            continue
+        wrong = _mistake(row, source.format) if isinstance(row, dict) else "give a JSON object, a column a key"
+        yield where, UserError(key, where, wrong) if wrong else row
+    if empty:
+        raise UserError(key, source.path, "give a file with at least one row")
 
 
 def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
-    """Where it stands and what it is, of every row of a local file."""
+    """Where it stands and what it is, of every row of a local file, as they are asked for."""
     path = Path(source)
     kind = path.suffix.lower()
     try:
-        if kind == ".parquet":
+        if kind == ".json" and _is_list(path):  # many a .json is JSON Lines
+            yield from _numbered(source, parse_json(path.read_text(encoding="utf-8")))
+        elif kind == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(AT_ONCE)
+            yield from _numbered(source, itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
         elif kind == ".csv":
             import pandas
 
-            rows = pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+            parts = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE)
+            yield from _numbered(source, itertools.chain.from_iterable(part.to_dict("records") for part in parts))
         else:
-            text = path.read_text(encoding="utf-8")
-            if kind != ".json" or not text.lstrip().startswith("["):  # many a .json is JSON Lines
-                yield from _lines(source, text, key)
-                return
-            rows = parse_json(text)
-    except UserError:
-        raise
+            yield from _lines(source, path, key)
     except Exception as error:  # Arrow has kinds of its own
         kinds = {".parquet": "Parquet", ".csv": "CSV", ".json": "JSON"}
         right = f"give a readable {kinds.get(kind, 'JSON Lines')} file ({first_line(error)})"
         if kind not in DATA_FILES:
             right += f"; other formats are known by their names: {', '.join(DATA_FILES)}"
         raise UserError(key, source, right) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{source}: row {number}", row
 
 
-def _lines(source: str, text: str, key: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{source}:{number}"
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise UserError(key, where, f"give one JSON object a line ({getattr(error, 'msg', error)})") from error
-            yield where, row
+def _is_list(path: Path) -> bool:
+    """Whether a file of JSON is one list."""
+    with path.open(encoding="utf-8") as file:
+        while (character := file.read(1)).isspace():
+            pass
+    return character == "["
 
 
-def _data_set(source: str, key: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
-    """The same of the rows that `split` takes of a data set."""
-    parts = _splits(source, key, subset)
+def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _lines(source: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{source}:{number}"
+                try:
+                    yield where, parse_json(line)
+                except ValueError as error:
+                    right = f"give one JSON object a line ({getattr(error, 'msg', error)})"
+                    yield where, UserError(key, where, right)
+
+
+def _data_set(source: Source, key: str, split: str) -> Iterator[tuple[str, Row]]:
+    """The same of the rows that ``split`` takes of a data set."""
+    parts = _splits(source, key)
     name = split.partition("[")[0]
     if name not in parts:
         raise UserError(f"{key}_split", split, f"give one of {', '.join(parts)}, or a part such as train[:1%]")
     taken = _taken(split, {name: len(parts[name])}, key)
-    for number, row in zip(taken, parts[name].select(taken).to_list(), strict=True):
-        yield f"{source} {name}: row {number + 1}", row
+    for start in range(0, len(taken), AT_ONCE):
+        some = taken[start : start + AT_ONCE]
+        for number, row in zip(some, parts[name].select(some).to_list(), strict=True):
+            yield f"{source.path} {name}: row {number + 1}", row
 
 
-def _splits(source: str, key: str, subset: str | None) -> dict[str, Any]:
-    """Every split of a data set, downloaded where it is not in the cache, by name."""
+def _saved(path: str) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote."""
+    return (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
+
+
+def _splits(source: Source, key: str) -> dict[str, Any]:
+    """Every split of a data set, downloaded where it is not in the cache, by name. One that was saved without splits
+    has that of ``source``."""
     import datasets
 
     try:
-        return dict(datasets.load_dataset(source, subset))
+        if _saved(source.path):
+            found = datasets.load_from_disk(source.path)
+            name = (source.split or "train").partition("[")[0]
+            return dict(found) if isinstance(found, datasets.DatasetDict) else {name: found}
+        return dict(datasets.load_dataset(source.path, source.subset))
     except Exception as error:  # a README.md and the files of a folder can be wrong in many ways
-        reason = f"({error.__cause__ or error})"
-        if isinstance(error, ValueError) and "config" in str(error).lower():  # the library's word for a subset
-            raise UserError(f"{key}_subset", subset, f"give one that the data set has {reason}") from error
-        right = "give a file that exists, or a data set on the hub that can be reached or is in the cache"
-        raise UserError(key, source, f"{right} {reason}") from error
+        raise _unreachable(source, key, error) from error
+
+
+def _unreachable(source: Source, key: str, error: Exception) -> UserError:
+    reason = f"({error.__cause__ or error})"
+    if isinstance(error, ValueError) and "config" in str(error).lower():  # the library's word for a subset
+        return UserError(f"{key}_subset", source.subset, f"give one that the data set has {reason}")
+    right = "give a file that exists, or a data set on the hub that can be reached or is in the cache"
+    return UserError(key, source.path, f"{right} {reason}")
 
 
 def _taken(split: str, lengths: dict[str, int], key: str) -> range:
@@ -156,38 +252,54 @@ def format_of(row: Row, format: str) -> str | None:
     return next((name for name, columns in COLUMNS.items() if all(c in row for c in columns)), None)
 
 
+def conversation(row: Row, name: str | None) -> list[Any] | None:
+    """The turns of a row that is a chat by itself, as it has them (`chat.turns`); None for any other.
+
+    Alpaca rows are with a system text or a history, [question, answer] a turn, as LLaMA-Factory has them; prompts and
+    completions are where both are lists of turns, as TRL has them: of the prompt nothing is trained.
+    """
+    if name in ("messages", "sharegpt"):
+        said, system = row.get(COLUMNS[name][0]), row.get("system")
+        first = [{"role": "system", "content": system}] if name == "sharegpt" and system else []
+        return [*first, *said] if isinstance(said, list) and said else []
+    if name == "prompt_completion" and isinstance(row.get("prompt"), list):
+        prompt, completion = row["prompt"], row.get("completion")
+        asked = [turn | {"train": False} if isinstance(turn, dict) else turn for turn in prompt]
+        return [*asked, *completion] if isinstance(completion, list) and completion else []
+    if name == "alpaca" and (row.get("history") or row.get("system")):
+        found: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        history = row.get("history") or []
+        if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+            return []
+        for question, answer in history:
+            found += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        more = row.get("input")
+        task = f"{row.get('instruction')}\n\n{more}" if more else row.get("instruction")
+        return [*found, {"role": "user", "content": task}, {"role": "assistant", "content": row.get("output")}]
+    return None
+
+
 def _mistake(row: Row, format: str) -> str | None:
     """What would be right where a row does not fit its format; None where it does."""
     name = format_of(row, format)
     if name is None:
         return f"give the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
-    if name == "messages":
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not messages:
-            return "give messages as a list of at least one message"
-        for message in messages:
-            if not isinstance(message, dict) or not all(_is_text(message.get(k)) for k in ("role", "content")):
-                return "give every message a role and a content, both text"
-        return None
+    said = conversation(row, name)
+    if said is not None and name != "alpaca":
+        return chat.mistake(said, " and ".join(COLUMNS[name]))
     texts = COLUMNS[name]
     if name == "alpaca" and row.get("input") is not None:
         texts = (*texts, "input")
     elif name == "multiple_choice":
         texts = ("question",)
         choices, answer = row.get("choices"), row.get("answer")
-        if not (isinstance(choices, list) and 2 <= len(choices) <= 26 and all(map(_is_text, choices))):
+        if not (isinstance(choices, list) and 2 <= len(choices) <= 26 and all(map(is_text, choices))):
             return "give choices as a list of 2 to 26 texts"
         if type(answer) is not int or not 0 <= answer < len(choices):
             return f"give answer as the number of the right choice, from 0 to {len(choices) - 1}"
     for column in texts:
-        if not _is_text(row.get(column)):
+        if not is_text(row.get(column)):
             return f"give {column} as text"
+    if said is not None and chat.mistake(said, "history"):
+        return "give system as text and history as a list of [question, answer], all of them text"
     return None
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text that tokenizers take: JSON can also name halves of characters (\\ud83d)."""
-    try:
-        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
-    except UnicodeEncodeError:
-        return False

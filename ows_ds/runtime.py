@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from ows_ds import forecast, rendezvous
 from ows_ds.communicate import Communicator, join, together
-from ows_ds.config import Recipe, accumulation
+from ows_ds.config import Recipe, accumulation, read_text
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.layers import ModelLayers, find_layers
 from ows_ds.load import Source, whole
@@ -309,14 +309,37 @@ def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, 
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """The model's tokenizer. Raises UserError (``model.path``) where there is none."""
+    """The model's tokenizer, with the chat template of the recipe where it gives one.
+
+    Raises UserError (``model.path``) where there is none, ``data.chat_template`` for what is no template.
+    """
     from transformers import AutoTokenizer
 
     # tokenizers raises no kind but Exception
     with _refusing(recipe, Exception, right="give a model with a tokenizer"), _hushed():
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
         )
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = _chat_template(recipe.data.chat_template, tokenizer)
+    return tokenizer
+
+
+def _chat_template(path: str, tokenizer: Any) -> str:
+    """The text of a file, which is a template."""
+    import jinja2
+
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError("data.chat_template", path, f"give a readable Jinja file ({error})") from error
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError("data.chat_template", f"{path}:{error.lineno}", f"give a Jinja template ({error})") from error
+    except Exception:  # it may refuse this chat; those that are trained show it
+        pass
+    return text
 
 
 @contextmanager

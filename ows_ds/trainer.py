@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ows_ds import card, checkpoint, config, methods, resume, scoring, signals, watch
+from ows_ds.batches import Batches
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.data import IGNORE, Batches
+from ows_ds.encoded import IGNORE, Encoded
 from ows_ds.errors import Failed, UserError
 from ows_ds.export import save_model
 from ows_ds.job import Job, calibration, evaluate, load
@@ -29,6 +30,7 @@ from ows_ds.methods import Method
 from ows_ds.runtime import Runtime, start
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores, beside
+from ows_ds.stream import Stream
 
 
 def train(recipe: Recipe) -> None:
@@ -55,15 +57,14 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             right = f"remove {run_dir / 'checkpoints'} to begin anew: none in it can be gone on from ({passed[0]})"
             raise UserError("train.resume", recipe.train.resume, right)
         resume.check(run_dir, recipe, opened)
-    job = load(recipe, runtime)
+    job = load(recipe, runtime, state=None if opened is None else opened.numbers.get("data"))
     everything = recipe.train.checkpoint == "full"
     if opened is not None:
         job.model = resume.base_model(opened, job.weights, job.model, recipe.model.path, everything)
-    batches = Batches(
-        job.rows, recipe.train.batch_size, recipe.train.micro_batch_size, comm.world, comm.index, recipe.train.seed
-    )
+    rows = job.steps
+    assert rows is not None
     methods.check(recipe, job.layers)
-    total = recipe.train.steps or max(1, round(recipe.train.epochs * batches.steps_per_epoch))
+    total = recipe.train.steps or max(1, round(recipe.train.epochs * rows.steps_per_epoch))
     if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
         raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, f"give at most the number of steps, {total}")
     method = methods.build(
@@ -93,7 +94,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     ):
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
-        steps = _Steps(job, method, batches, told, saver)
+        steps = _Steps(job, method, rows, told, saver)
         if opened is not None:
             log.event(f"going on after step {begin} from {opened.folder}")
         elif job.held_out:
@@ -117,7 +118,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             if last or steps.stop or _due(step + 1, recipe.train.save_every):
                 save = saver.save if last or steps.stop else saver.start
                 pieces, numbers = resume.contents(method, everything)
-                save(step + 1, pieces, {**numbers, "scheduler": scheduler.state_dict()})
+                save(step + 1, pieces, {**numbers, "scheduler": scheduler.state_dict(), "data": rows.state()})
             if steps.stop:
                 log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto goes on")
                 comm.barrier()  # not before process 0 is done, or a launcher could end it
@@ -128,6 +129,9 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             save_model(job.weights, job.tokenizer, run_dir / "model", card_of=card_of)
         notes = f", {method.skipped} steps skipped" if method.skipped else ""
         notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
+        if isinstance(rows, Stream):
+            rows.close()
+            log.event(f"data.train: {rows.counts.line(recipe.data.max_length)}")
         log.event(f"done: {run_dir / 'model'}{notes}")
     comm.barrier()
 
@@ -172,9 +176,9 @@ class _Steps:
     """Optimizer steps, one after the other."""
 
     def __init__(
-        self, job: Job, method: Method, batches: Batches, told: threading.Event, saver: checkpoint.Saver
+        self, job: Job, method: Method, rows: Batches | Stream, told: threading.Event, saver: checkpoint.Saver
     ) -> None:
-        self.job, self.method, self.batches, self.comm = job, method, batches, job.runtime.comm
+        self.job, self.method, self.rows, self.comm = job, method, rows, job.runtime.comm
         self.told, self.stop = told, False  # a signal came here; to any process before the last step's update
         self.saver, self.saved = saver, False  # all processes' parts of a checkpoint are there, or have failed
         self.trouble: str | None = None  # why the last step was skipped: what was not finite
@@ -189,7 +193,8 @@ class _Steps:
         # set anew for each step, so that dropout is the same after a resume and differs between processes
         name = f"{job.recipe.train.seed}/{step}/{self.comm.index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little"))
-        everyone = [job.rows[i] for i in self.batches.global_step(step)]
+        sequences, own = self.rows.take(step)
+        everyone = [row for sequence in sequences for row in sequence]
         targets = sum(label != IGNORE for row in everyone for label in row["labels"][1:])
         sampled, idle, lr = list(method.layer_set), method.idle, method.lr
         # processes are averaged: the sum over all of them, divided by all targets of the step
@@ -208,7 +213,7 @@ class _Steps:
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])
 
-        method.train_step([functools.partial(self._loss, rows, share) for rows in self.batches.step(step)], accept)
+        method.train_step([functools.partial(self._loss, rows, share) for rows in own], accept)
         losses, norms, peaks, signalled, saved, *squares = zip(*everyones, strict=True)
         self.stop, self.saved = any(signalled), all(saved)
         self.trouble = _trouble(losses, norms[0])
@@ -235,9 +240,9 @@ class _Steps:
             **({"skipped": True} if idle or self.trouble else {}),
         }
 
-    def _loss(self, rows: list[int], share: float) -> Tensor:
+    def _loss(self, sequences: list[list[Encoded]], share: float) -> Tensor:
         """The cross entropies of a micro-batch, summed, times ``share``."""
-        loss = token_losses(self.job.weights, self.job.batch([self.job.rows[i] for i in rows])) * share
+        loss = token_losses(self.job.weights, self.job.batch(sequences, self.job.rows.packed)) * share
         # one that is not finite has no finite gradient either: the gradients' norm tells all processes
         return loss * (loss.detach() * 0 + 1)
 

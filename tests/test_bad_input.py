@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,18 @@ def of_gpt2(folder: Path) -> None:
     rows(*[{"text": "a" * 99}] * 12)(folder)
 
 
+def of_bloom(folder: Path) -> None:
+    """A model with Alibi, whose attention goes from row to row."""
+    torch.manual_seed(0)
+    settings = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=3, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder / "model")
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    """A row whose answer has further keys."""
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more}]}
+
+
 MINIMUM = "model: {path: model}\ndata: {train: train.jsonl}\ntrain: {output_dir: run}\n"
 BOMB = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 MERGES = "a: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
@@ -244,6 +257,33 @@ SETTINGS = {
     "no such data": Bad("data.train: 'none.jsonl'", "--data.train none.jsonl", says="give a file that exists"),
     "no such held-out data": Bad("data.eval: '../none'", "--data.eval ../none", says="give a file or folder"),
     "no such part": Bad("data.train_split: 'train[:1'", "--data.train_split train[:1", says="give a split"),
+    "no source": Bad("data.train: []", ["--data.train", "[]"], says="at least one source"),
+    "source without a path": Bad("data.train.path: None", ["--data.train", "[{weight: 1}]"], says="required"),
+    "source that is not there": Bad("data.train: 'none.jsonl'", ["--data.train", "[train.jsonl, none.jsonl]"]),
+    "source with an unknown key": Bad("data.train.wieght: 1", ["--data.train", "[{path: train.jsonl, wieght: 1}]"],
+        says="is data.train.weight meant?"),
+    "source of an unknown format": Bad("data.train.format: 'xml'", ["--data.train",
+        "[{path: train.jsonl, format: xml}]"], says="give one of auto"),
+    "source that is a number": Bad("data.train: 3", ["--data.train", "[train.jsonl, 3]"], says="a list of sources"),
+    "source of no such part": Bad("data.train.split: 'x['", ["--data.train", "[{path: train.jsonl, split: 'x['}]"],
+        says="give a split"),
+    "weight of nothing": Bad("data.train: [Source(path='train.jsonl'", ["--data.train",
+        "[{path: train.jsonl, weight: 0}]"], says="above 0"),
+    "weight of a held-out row": Bad("data.eval: [Source(path='eval.jsonl'", ["--data.eval",
+        "[{path: eval.jsonl, weight: 2}]"], says="leave the weights out"),
+    "stream without an end": Bad("train.steps: None", "--data.streaming true --train.steps null",
+        says="nobody knows how long an epoch is"),
+    "stream of sources without weights": Bad("data.train: [Source(path='train.jsonl'", ["--data.streaming", "true",
+        "--data.train", "[train.jsonl, eval.jsonl]"], says="give weights"),
+    "stream of a part": Bad("data.train_split: 'train[:9]'", "--data.streaming true --data.train_split train[:9]",
+        says="whole split"),
+    "stream of small blocks": Bad("data.buffer_size: 3", "--data.streaming true --data.buffer_size 3",
+        says="at least train.batch_size, 12"),
+    "no such chat template": Bad("data.chat_template: 'none.jinja'", "--data.chat_template none.jinja",
+        says="give a file that exists"),
+    "cache in a file": Bad("data.cache: 'train.jsonl/c'", "--data.cache train.jsonl/c", says="can be written to"),
+    "preview of nothing": Bad("--preview: 0", "--preview 0", says="at least 1"),
+    "preview of a word": Bad("preview: 'all'", "--preview all", says="give an integer"),
     "unknown format": Bad("data.format: 'xml'", "--data.format xml", says="give one of auto"),
     "no such scores": Bad("sampling.scores: 'none.json'", "--sampling.scores none.json",
         says="give a file that exists"),
@@ -404,6 +444,24 @@ LATER = {
         says="first 64"),
     "data: nobody speaks": Bad("data.train: 'train.jsonl:1'", spoil=rows({"messages": [{"role": "user"}]})),
     "data: no template": Bad("data.template: 'plain'", "--data.template plain", says="give auto or chat"),
+    "data: nobody known speaks": Bad("data.train: 'train.jsonl:1'", says="give from as one of human", spoil=rows(
+        {"conversations": [{"from": "me", "value": "a"}]})),
+    "data: half a mask": Bad("data.train: 'train.jsonl:1'", says="give weight as 0 or 1", spoil=rows(chat(weight=0.5))),
+    "data: a mask under all": Bad("data.loss_on: 'all'", "--data.loss_on all", rows(chat(train=False)),
+        says="(train.jsonl:1)"),
+    "data: no template at all": Bad("data.chat_template: 't.jinja:2'", "--data.chat_template t.jinja",
+        text("t.jinja", "{{ 1 }}\n{% for %}"), says="give a Jinja template"),
+    "data: a template that refuses": Bad("data.train: 'train.jsonl:1'", "--data.chat_template t.jinja",
+        text("t.jinja", "{{ raise_exception('never') }}"), says="(never)"),
+    "data: all of it bad": Bad("data.train: '2 rows'", "--data.on_bad_row skip", rows({"txt": "a"}, chat(train=2)),
+        says="2 are bad, the first is train.jsonl:1: give the columns"),
+    "data: too few packed": Bad("train.batch_size: 12", "--data.packing true --data.max_length 512",
+        says="at most the number of packed sequences, "),
+    "data: packed, not kept apart": Bad("data.packing: True", "--data.packing true", says="give false", spoil=of_bloom),
+    "data: a block that is no batch": Bad("train.batch_size: 12", "--data.streaming true --data.buffer_size 12",
+        rows(*[{"text": "ab"}] * 11, {"text": ""}), says="give at most 11, as many as a block"),
+    "data: a bad row in a stream": Bad("data.train: 'train.jsonl:2'", "--data.streaming true --data.buffer_size 12",
+        rows({"text": "ab"}, {"txt": "b"})),
     "data: too few": Bad("train.batch_size: 12", spoil=rows({"text": "a b"}), says="at most the number of rows, 1"),
     "data: a script": Bad("data.train: 'set'", "--data.train set", text("set/set.py", "open('hacked', 'w')"),
                           says="scripts are no longer supported"),

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from ows_ds.batches import held_out_batches
 from ows_ds.communicate import together
 from ows_ds.config import Data
-from ows_ds.data import IGNORE, encode, held_out_batches
+from ows_ds.data import encode
+from ows_ds.encoded import IGNORE
 from ows_ds.errors import UserError
 from ows_ds.rows import Row
 from ows_ds.samples import DEFAULT_TASK

@@ -31,7 +31,7 @@ from ows_ds import config, methods, trainer
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
 from ows_ds.communicate import together
-from ows_ds.config import Data, Recipe, accumulation
+from ows_ds.config import Data, Recipe, accumulation, sources
 from ows_ds.errors import UserError
 from ows_ds.job import mean_loss
 from ows_ds.rows import load_rows
@@ -87,15 +87,15 @@ def _rows(plan: Study, data: Data) -> dict[str, str]:
     Raises UserError for rows of test that are in one of the others, or that cannot be marked.
     """
     held = plan.test_data(data)
-    sources = {
-        "data.train": (data.train, data.train_subset, data.train_split),
-        "data.eval": (data.eval, data.eval_subset, data.eval_split),
-        "test": (held.eval, held.eval_subset, held.eval_split),
-    }
+    given = {key: sources(data, key) for key in ("data.train", "data.eval")} | {"test": sources(held, "data.eval")}
     rows = {
-        key: load_rows(source, data.format, key, subset, split)
-        for key, (source, subset, split) in sources.items()
-        if source is not None
+        key: [
+            row
+            for one in some
+            for row in load_rows(one.path, one.format, key, one.subset, one.split or "train", data.on_bad_row)
+        ]
+        for key, some in given.items()
+        if some
     }
     lines = {key: [json.dumps(row, sort_keys=True, default=str) for row in some] for key, some in rows.items()}
     for key in ("data.train", "data.eval"):
@@ -205,7 +205,8 @@ class _Work:
         loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")
         found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "right": None, "rows": None}
         if accuracy is not None:
-            rows = load_rows(plan.test, data.format, "test", data.eval_subset, data.eval_split)[: accuracy.rows]
+            rows = load_rows(plan.test, data.format, "test", data.eval_subset, data.eval_split, data.on_bad_row)
+            rows = rows[: accuracy.rows]
             found["rows"] = len(rows)
             found["right"] = answers.count_right(
                 weights, tokenizer, rows, data, accuracy.max_new_tokens, accuracy.batch_size

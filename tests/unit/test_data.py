@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ows_ds.data import IGNORE, Batches, collate, encode, encode_rows, held_out_batches
+from ows_ds.data import encode, encode_rows
+from ows_ds.encoded import IGNORE
 from ows_ds.errors import UserError
-from ows_ds.rows import load_rows
+from ows_ds.rows import Found, load_rows
 
 # ChatML with a system message of its own, as SmolLM2 has it.
 CHATML = (
@@ -27,7 +25,6 @@ FORGETFUL = (
     "{{ m['content'] if loop.last else m['content'].split(':')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ORDER = [9, 6, 0, 2, 1, 4, 7, 5, 3, 8]
 TALK = [
     {"role": "user", "content": "two plus two?"},
     {"role": "assistant", "content": "four: 4 ✓"},
@@ -64,6 +61,11 @@ def trained(encoded: dict[str, list[int]], tokenizer: Any) -> list[str]:
 def write(path: Path, *rows: object) -> Path:
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
     return path
+
+
+def located(*rows: Any) -> list[Found]:
+    """Rows as `rows.read` gives them."""
+    return [(f"r.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def test_the_assistants_turns_are_trained_with_their_end_marks() -> None:
@@ -202,11 +204,16 @@ def test_templates_that_do_not_fit_are_refused() -> None:
             encode({"messages": TALK}, byte_tokenizer(), 1000, template=template)
 
 
-def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
+def test_a_template_that_rewrites_turns_is_trained_as_it_writes_them() -> None:
     forgetful = byte_tokenizer(FORGETFUL)
+    assert trained(encode({"messages": TALK}, forgetful, 1000), forgetful) == [" 4 ✓<|im_end|>", "yes<|im_end|>"]
+
+
+def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
+    hiding = byte_tokenizer("{{ messages[-1]['content'] }}{% if add_generation_prompt %}?{% endif %}")
     with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is not right: give all: .* turn 2"):
-        encode({"messages": TALK}, forgetful, 1000)
-    assert encode({"messages": TALK}, forgetful, 1000, loss_on="all")["labels"]
+        encode({"messages": TALK}, hiding, 1000)
+    assert encode({"messages": TALK}, hiding, 1000, loss_on="all")["labels"]
     strict = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"data\.eval: .*roles must alternate"):
         encode({"messages": TALK}, strict, 1000, key="data.eval")
@@ -219,18 +226,52 @@ def test_long_rows_are_cut_and_rows_without_a_target_are_dropped_and_counted() -
         {"prompt": "abcdef", "completion": "g"},  # nothing of the completion is left
         {"prompt": "a", "completion": "bcdefg"},  # cut in the completion: 4 trained
     ]
-    kept, counts = encode_rows(rows, tokenizer, 5)
+    kept, counts = encode_rows(located(*rows), tokenizer, 5)
     assert [tokenizer.decode(k["input_ids"]) for k in kept] == ["abcde", "abcde"]
     assert [sum(x != IGNORE for x in k["labels"]) for k in kept] == [2, 4]
     assert (counts.rows, counts.kept, counts.dropped, counts.truncated) == (3, 2, 1, 3)
     assert (counts.tokens, counts.trained_tokens) == (10, 6)
+    assert counts.first_dropped == "r.jsonl:2: its first is after data.max_length"
+    assert counts.line(5) == (
+        "2 rows, 6 trained tokens; 1 without a trained token dropped, the first is r.jsonl:2: its first is after "
+        "data.max_length; 3 cut to 5 tokens"
+    )
     with pytest.raises(UserError, match=r"data\.eval: '1 rows'"):
-        encode_rows(rows[1:2], tokenizer, 5, key="data.eval")
+        encode_rows(located(rows[1]), tokenizer, 5, key="data.eval")
+    assert len(encode_rows(located(rows[1]), tokenizer, 5, may_be_none=True)[0]) == 0
+
+
+def test_bad_rows_stop_or_are_skipped_and_named() -> None:
+    """Those that are none of a format, and those that the chat template refuses."""
+    tokenizer = byte_tokenizer("{{ raise_exception('never') if messages[0]['content'] == 'x' else 'Y' }}")
+    good, refused = {"text": "abc"}, {"messages": [{"role": "user", "content": "x"}]}
+    broken = UserError("data.train", "r.jsonl:2", "give text as text")
+    silent = {"messages": [{"role": "user", "content": "y"}]}
+    rows = [("r.jsonl:1", good), ("r.jsonl:2", broken), ("r.jsonl:3", refused), ("r.jsonl:4", silent)]
+    with pytest.raises(UserError) as error:
+        encode_rows(rows, tokenizer, 9)
+    assert error.value is broken
+    with pytest.raises(UserError) as error:
+        encode_rows([rows[0], rows[2]], tokenizer, 9)
+    assert str(error.value) == (
+        "data.train: 'r.jsonl:3' is not right: give messages that the model's chat template takes (never)"
+    )
+    kept, counts = encode_rows(rows, tokenizer, 9, on_bad_row="skip")
+    assert (len(kept), counts.bad, counts.dropped, counts.rows) == (1, 2, 1, 4)
+    assert counts.first_bad == "r.jsonl:2: give text as text"
+    assert counts.first_dropped == "r.jsonl:4: no assistant's turn, or an empty answer"
+    assert "2 bad ones skipped, the first is r.jsonl:2: give text as text" in counts.line(9)
+    with pytest.raises(UserError, match=r"1 are bad, the first is r\.jsonl:2: give text as text"):
+        encode_rows(rows[1:2], tokenizer, 9, on_bad_row="skip")
+    with pytest.raises(UserError, match=r"data\.template"):  # a setting, not a row: nothing to skip
+        encode_rows(rows[2:3], tokenizer, 9, template="plain", on_bad_row="skip")
 
 
 def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", {"text": "é"}, "", {"prompt": "a", "completion": "b"})
     assert load_rows(path) == [{"text": "é"}, {"prompt": "a", "completion": "b"}]
+    write(path, "{", {"text": "a"}, {"text": 3}, "[]")
+    assert load_rows(path, on_bad_row="skip") == [{"text": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +281,20 @@ def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
         ("[1]", "give a JSON object"),
         (
             {"question": "a"},
-            "give the columns messages or instruction, output or prompt, completion or question, choices, answer or "
-            "question, answer or text",
+            "give the columns messages or conversations or instruction, output or prompt, completion or question, "
+            "choices, answer or question, answer or text",
         ),
         ({"text": 3}, "give text as text"),
         ({"messages": []}, "give messages as a list of at least one message"),
-        ({"messages": [{"role": "user"}]}, "give every message a role and a content"),
+        ({"messages": [{"role": "user"}]}, "give every message a role and a value"),
+        ({"messages": ["hi"]}, "give every message a role and a content"),
+        ({"conversations": [{"from": "me", "value": "a"}]}, "give from as one of human, user, gpt"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "give every message a from and a value, both text"),
+        ({"conversations": [{"from": "gpt", "value": "a", "train": "no"}]}, "give train as true or false"),
+        ({"conversations": [{"from": "gpt", "value": "a", "weight": 0.5}]}, "give weight as 0 or 1"),
+        ({"conversations": [], "system": "a"}, "give conversations as a list of at least one message"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "give prompt and completion as a list"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "give system as text and history as a list"),
         ({"instruction": "a", "output": None}, "give output as text"),
         ({"instruction": "a", "input": 3, "output": "b"}, "give input as text"),
         ({"question": "a", "answer": 3}, "give answer as text"),
@@ -269,84 +318,3 @@ def test_files_that_cannot_serve_are_named(tmp_path: Path) -> None:
         load_rows(write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(UserError, match="give prompt as text"):
         load_rows(write(tmp_path / "r.jsonl", {"text": "a"}), format="prompt_completion")
-
-
-def test_batches_of_a_known_order() -> None:
-    batches = Batches(range(10), 4, 1, 2, 0, seed=3)
-    assert batches.steps_per_epoch == 2
-    # From numpy's PCG64 with the seed sequence [3, 0]: a change here would break resuming older runs.
-    assert batches.order(0).tolist() == ORDER
-    assert batches.step(0) == [[ORDER[0]], [ORDER[2]]]
-    assert Batches(range(10), 4, 1, 2, 1, seed=3).step(1) == [[ORDER[5]], [ORDER[7]]]
-    assert sorted(batches.order(1)) == list(range(10))
-    assert batches.order(1).tolist() != ORDER
-    assert batches.global_step(2) == batches.order(1)[:4].tolist()
-
-
-@given(
-    micro=st.integers(1, 3),
-    accumulation=st.sampled_from([1, 2, 4]),
-    extra=st.integers(0, 30),
-    seed=st.integers(0, 2**40),
-    k=st.integers(0, 50),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_step_has_the_same_rows_at_any_world_size(
-    micro: int, accumulation: int, extra: int, seed: int, k: int
-) -> None:
-    size = micro * accumulation * 4
-    rows = range(size + extra)
-    one = [row for batch in Batches(rows, size, size, 1, 0, seed).step(k) for row in batch]
-    assert len(set(one)) == size
-    for world in (1, 2, 4):
-        parts = [Batches(rows, size, micro, world, rank, seed).step(k) for rank in range(world)]
-        assert {len(p) for p in parts} == {size // (micro * world)}
-        assert {len(batch) for p in parts for batch in p} == {micro}
-        # Micro-batch after micro-batch, rank after rank, it is even the same order.
-        assert [row for at in zip(*parts, strict=True) for batch in at for row in batch] == one
-
-
-def test_an_epoch_visits_every_row_at_most_once() -> None:
-    batches = Batches(range(11), 2, 1, 1, 0, seed=0)
-    seen = [row for k in range(batches.steps_per_epoch) for row in batches.global_step(k)]
-    assert len(seen) == len(set(seen)) == 10
-
-
-def test_batches_that_cannot_be_made() -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give at most the number of rows, 3"):
-        Batches(range(3), 4, 1, 1, 0, seed=0)
-    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give a multiple of 3"):
-        Batches(range(9), 4, 1, 3, 0, seed=0)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 99), max_size=40),
-    size=st.integers(1, 5),
-    world=st.integers(1, 5),
-    sort=st.booleans(),
-)
-@settings(max_examples=80, deadline=None)
-def test_held_out_rows_come_exactly_once(lengths: list[int], size: int, world: int, sort: bool) -> None:
-    parts = [held_out_batches(len(lengths), size, world, rank, lengths if sort else None) for rank in range(world)]
-    assert len({len(p) for p in parts}) == 1
-    assert sorted(row for p in parts for batch in p for row in batch) == list(range(len(lengths)))
-    assert all(len(batch) <= size for p in parts for batch in p)
-
-
-def test_held_out_batches_by_hand() -> None:
-    assert held_out_batches(5, 2, 2, 0) == [[0, 1], [4]]
-    assert held_out_batches(5, 2, 2, 1) == [[2, 3], []]
-    assert held_out_batches(3, 2, 1, 0, lengths=[5, 9, 7]) == [[1, 2], [0]]
-
-
-def test_collate_pads_on_the_right() -> None:
-    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}, {"input_ids": [4], "labels": [4]}]
-    batch = collate(rows, pad_id=9, multiple=4)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100], [4, -100, -100, -100]]
-    assert {t.dtype for t in batch.values()} == {torch.int64}
-    assert collate(rows, 9)["input_ids"].shape == (2, 8)
-    nothing = collate([], pad_id=9)
-    assert nothing["input_ids"].tolist() == [[9] * 8]
-    assert (int(nothing["attention_mask"].sum()), set(nothing["labels"].flatten().tolist())) == (0, {IGNORE})

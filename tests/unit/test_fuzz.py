@@ -28,7 +28,7 @@ from ows_ds.data import encode_rows
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench, results
 from ows_ds.report import page
-from ows_ds.rows import load_rows
+from ows_ds.rows import read
 from ows_ds.score import Scores
 from ows_ds.weights import Piece
 from ows_ds.zero3 import read_config, resolve_config
@@ -60,7 +60,7 @@ SYNTAX = st.text("ab01 :-?,[]{}#&*!|>'\"%@`~<.\n\t\\\0\x1b\x85\u2028", max_size=
 
 RECIPE = {
     "model": {"path": "model"},
-    "data": {"train": "rows.jsonl", "max_length": 8},
+    "data": {"train": [{"path": "rows.jsonl", "weight": 2}, "rows.jsonl"], "max_length": 8},
     "optim": {"rank": 4, "betas": [0.9, 0.99]},
     "sampling": {"gamma": 2},
     "train": {"output_dir": "run", "batch_size": 4},
@@ -87,7 +87,9 @@ PROMPT = {"name": "a", "type": "single", "system_prompt": "b", "prompt_template"
           "output_format": "[[rating]]"}  # fmt: skip
 ROWS: list[Any] = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    {"instruction": "a", "input": "b", "output": "c"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}], "system": "c"},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
     {"question": "a?", "choices": ["b", "c"], "answer": 1},
     {"prompt": "a", "completion": "b"},
     {"text": "ab"},
@@ -191,7 +193,9 @@ def read_manifest(folder: Path, content: bytes) -> None:
 
 def read_rows(folder: Path, content: bytes) -> None:
     (folder / "rows.jsonl").write_bytes(content)
-    encode_rows(load_rows(folder / "rows.jsonl"), TOKENIZER, 16)
+    source = config.Source(str(folder / "rows.jsonl"))
+    encode_rows(read(source, "data.train"), TOKENIZER, 16, on_bad_row="skip")
+    encode_rows(read(source, "data.train"), TOKENIZER, 16)
 
 
 def read_allocation(folder: Path, content: bytes) -> None:

@@ -1,0 +1,117 @@
+"""Encoded rows on disk: made once by whichever process comes first, read by the others and by later runs.
+
+The name of an entry is a hash of all that it is made of, so an entry is right or absent, and any may be removed. What
+is wrong with rows is kept as well: it is as much a function of the same things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ows_ds.config import Data, Source
+from ows_ds.encoded import Counts, EncodedRows
+from ows_ds.errors import UserError
+
+FORMAT = 1  # of an entry, and of what encoding makes: a change of either needs another number
+SETTINGS = ("max_length", "loss_on", "template", "on_bad_row")
+NAMES = ("tokens", "trained", "ends")
+
+
+def place(data: Data) -> Path:
+    """The folder of entries."""
+    from huggingface_hub import constants
+
+    return Path(data.cache if data.cache is not None else os.path.join(constants.HF_HOME, "ows_ds"))
+
+
+def name(source: Source, content: str, tokenizer: Any, data: Data, key: str) -> str:
+    """Of the entry of ``source``, whose content has the hash ``content``. key: stands in what is said of mistakes."""
+    template = json.dumps(tokenizer.chat_template)
+    facts = {
+        "format": [FORMAT, *(importlib.metadata.version(package) for package in ("transformers", "tokenizers"))],
+        "source": [key, content, dataclasses.asdict(dataclasses.replace(source, weight=None))],
+        "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id],
+        "marks": {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()},  # templates write them
+        "template": [template, str(datetime.date.today()) if "strftime_now" in template else ""],
+        "settings": [getattr(data, setting) for setting in SETTINGS],
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]]) -> tuple[EncodedRows, Counts]:
+    """What ``make`` gives, or gave before under this name. Where several processes ask, one makes it.
+
+    Raises UserError as ``make`` does. A folder that cannot be written to is done without.
+    """
+    from filelock import FileLock
+
+    path = folder / f"{name}.safetensors"
+    if (found := _read(path)) is not None:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        return make()
+    try:
+        if (found := _read(path)) is not None:
+            return found
+        try:
+            rows, counts = make()
+        except UserError as error:
+            said = _as_json(error)
+            _write(path.with_suffix(".json"), lambda to: to.write_text(said))
+            raise
+        tensors = {name: torch.from_numpy(getattr(rows, name)) for name in NAMES}
+        about = {"counts": json.dumps(dataclasses.asdict(counts))}
+        _write(path, lambda to: save_file(tensors, to, about))
+        return rows, counts
+    finally:
+        lock.release()
+
+
+def _as_json(error: UserError) -> str:
+    value = error.value if isinstance(error.value, str | int | float | None) else repr(error.value)
+    return json.dumps([error.key, value, error.right])
+
+
+def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
+    """The entry at ``path``, mapped into memory; None where there is none that is whole. Raises the UserError that
+    stands in its place."""
+    try:
+        with safe_open(path, "pt") as file:
+            rows = EncodedRows(*(file.get_tensor(name).numpy() for name in NAMES))
+            counts = Counts(**json.loads(file.metadata()["counts"]))
+        return rows, counts
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
+        pass
+    try:
+        key, value, right = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, TypeError):
+        return None
+    raise UserError(key, value, right)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file at ``path``, whole or not at all; not at all where there is no room for it."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(partial))
+        os.replace(partial, path)
+    except (OSError, SafetensorError):
+        Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""Settings and a tokenizer -> the sequences of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ows_ds import cache, encoded
+from ows_ds.config import Data, Source
+from ows_ds.data import encode_rows
+from ows_ds.encoded import Counts, EncodedRows
+from ows_ds.pack import Sequences
+from ows_ds.rows import Found, digest, read
+
+
+def prepare(data: Data, tokenizer: Any, sources: Sequence[Source], key: str) -> tuple[Sequences, Counts]:
+    """All rows of ``sources``, from the cache where they are in it, and what became of them.
+
+    Without weights the sources are as one. With weights each stays a part of its own, whose rows are packed with each
+    other alone. Raises UserError as `rows.read` and `data.encode_rows` do.
+    """
+    parts: list[EncodedRows] = []
+    total = Counts()
+    for source in sources:
+        rows, counts = _rows(data, tokenizer, source, key)
+        parts.append(rows)
+        total += counts
+    if weights(sources) is None and len(parts) > 1:
+        parts = [encoded.joined(parts)]
+    return sequences(data, parts), total
+
+
+def block(
+    data: Data, tokenizer: Any, sources: Sequence[Source], rows: Sequence[list[Found]]
+) -> tuple[Sequences, Counts]:
+    """The same of rows that were read, by their sources, of which none need be left."""
+    parts: list[EncodedRows] = []
+    total = Counts()
+    for source, some in zip(sources, rows, strict=True):
+        part, counts = encode_rows(
+            some, tokenizer, data.max_length, data.loss_on, source.format, "data.train", data.template,
+            data.on_bad_row, may_be_none=True,
+        )  # fmt: skip
+        parts.append(part)
+        total += counts
+    return sequences(data, parts), total
+
+
+def weights(sources: Sequence[Source]) -> list[float] | None:
+    """Weights of the sources; None where every row counts once."""
+    given = [source.weight for source in sources]
+    return None if all(weight is None for weight in given) else [1.0 if w is None else w for w in given]
+
+
+def sequences(data: Data, parts: Sequence[EncodedRows]) -> Sequences:
+    """``parts``, packed where the settings say so."""
+    return Sequences(parts, data.max_length if data.packing else None)
+
+
+def _rows(data: Data, tokenizer: Any, source: Source, key: str) -> tuple[EncodedRows, Counts]:
+    def make() -> tuple[EncodedRows, Counts]:
+        return encode_rows(
+            read(source, key), tokenizer, data.max_length, data.loss_on, source.format, key, data.template,
+            data.on_bad_row,
+        )  # fmt: skip
+
+    if not tokenizer.is_fast:  # which `encode_rows` refuses
+        return make()
+    return cache.entry(cache.place(data), cache.name(source, digest(source, key), tokenizer, data, key), make)
