@@ -125,6 +125,8 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
                 raise signals.Stopped
         method.close()
         if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
+            module: Any = job.weights.module
+            module.config.use_cache = True  # off in training; who loads the model wants to generate with it
             card_of = functools.partial(card.of_run, run_dir, None)
             save_model(job.weights, job.tokenizer, run_dir / "model", card_of=card_of)
         notes = f", {method.skipped} steps skipped" if method.skipped else ""
