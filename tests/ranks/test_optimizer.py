@@ -255,7 +255,8 @@ def test_micro_batches_may_change_and_weights_be_folded_for_a_while(pools: Pools
     for run in (same, others):
         assert distance(run["inside"], run["folded"]) == 0
         assert distance(run["before"], run["after"]) == 0
-        assert distance(run["inside"], run["before"]) > 0
+        if refresh == "full":  # under sketch the last set has no coordinates yet
+            assert distance(run["inside"], run["before"]) > 0
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
@@ -263,5 +264,4 @@ def test_a_step_that_was_given_up_is_one_that_was_skipped(pools: Pools, sharding
     [begun, _] = pools(2).run(stepped, sharding, "full", [1, None, 2])
     [whole, _] = pools(2).run(stepped, sharding, "full", [1, 2])
     assert (begun["skipped"], whole["skipped"]) == (1, 0)
-    # the noise that a projector begins with is that of another step
-    assert distance(begun["inside"], whole["inside"]) < 1e-3
+    assert distance(begun["inside"], whole["inside"]) < 1e-10
