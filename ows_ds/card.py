@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ows_ds import __version__, config
 from ows_ds.bench.table import markdown
@@ -91,7 +91,8 @@ def _card(text: str, metadata: dict[str, Any], found: Sequence[Result]) -> Any:
         if score.value is not None and score.depth == 0
     ]  # fmt: skip
     if rows:
-        card.data.eval_results, card.data.model_name = rows, card.data.model_name or "fine-tuned"
+        data: Any = card.data
+        data.eval_results, data.model_name = rows, data.model_name or "fine-tuned"
     return card
 
 
@@ -114,7 +115,9 @@ def _section(found: Sequence[Result]) -> str:
 
 
 def _metadata(recipe: Recipe) -> dict[str, Any]:
-    path, data = recipe.model.path, recipe.data.train
+    path = recipe.model.path
+    sets = [one.path for one in config.sources(recipe.data, "data.train")]
+    sets = [path for path in sets if not os.path.exists(path) and not config.is_file(path)]
     found: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -125,8 +128,8 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
         found["base_model"] = path
     elif (licence := _licence(Path(path))) is not None:
         found["license"] = licence
-    if data is not None and not os.path.exists(data) and not config.is_file(data):
-        found["datasets"] = [data]
+    if sets:
+        found["datasets"] = sets
     return found
 
 
@@ -135,7 +138,8 @@ def _licence(folder: Path) -> str | None:
     from huggingface_hub import ModelCard
 
     try:
-        found = ModelCard((folder / FILE).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        card = ModelCard((folder / FILE).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        found = cast(Any, card.data).license
     except Exception:  # no card, or one that is none
         return None
     return found if isinstance(found, str) else None

@@ -132,7 +132,7 @@ class Judge:
     def ask(self, system: str, text: str) -> str:
         """What it says. Raises UserError (``--judge``) where it does not, for good."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        payload = {"model": self.name, "messages": messages, "temperature": 0, "max_tokens": LONGEST, "n": 1}
+        payload: Any = {"model": self.name, "messages": messages, "temperature": 0, "max_tokens": LONGEST, "n": 1}
         try:
             reply = self.session.post(self.address, json=payload, timeout=SECONDS)
         except self.failures as error:
@@ -198,9 +198,9 @@ def judge(
     new: list[tuple[Line, int, Prompt, str]] = []
     for item in _questions_to_judge(asked, answers, given, using):
         question, turn, prompt, text = item
-        line = known.get((question["question_id"], name, one.name, prompt.name, turn, text))
-        if line is not None and line.get("score") != -1:
-            found.append(line)
+        before = known.get((question["question_id"], name, one.name, prompt.name, turn, text))
+        if before is not None and before.get("score") != -1:
+            found.append(before)
         else:
             new.append(item)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,8 @@ def _judged(evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> Measure
     there = None if bench.answers is None else mt_bench.by_question(bench.answers, "--answers", asked, names)
 
     def measure(subject: Subject) -> tuple[dict[str, Any], list[Score]]:
-        folder, facts, found = subject.results / "mt_bench", {}, []
+        folder, found = subject.results / "mt_bench", []
+        facts: dict[str, Any] = {}
         path = Path(str(bench.answers))
         if there is None:
             path, facts = _answer(subject, asked, evaluation, bench, runtime, folder)
