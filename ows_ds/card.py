@@ -186,10 +186,17 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
         settings[section] = {k: v for k, v in settings[section].items() if k not in MAY_CHANGE[section]}
     for key in PLACES:
         section, _, field = key.partition(".")
-        settings[section][field] = None if settings[section][field] is None else _last(settings[section][field])
+        settings[section][field] = _without_folders(settings[section][field])
     written = yaml.safe_dump({section: values for section, values in settings.items() if values}, sort_keys=False)
     fence = "`" * (1 + max((len(ticks) for ticks in re.findall("`+", written)), default=2))
     return "\n".join([*lines, "", "## Settings", "", f"{fence}yaml", written + fence, ""])
+
+
+def _without_folders(given: Any) -> Any:
+    """A path, or the sources of a data set, as they may be shown."""
+    if isinstance(given, list):
+        return [one | {"path": _last(one["path"])} if isinstance(one, dict) else _last(one) for one in given]
+    return None if given is None else _last(given)
 
 
 def _last(path: str) -> str:
