@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -20,8 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from ows_ds import config
-from ows_ds.data import Batches, collate, encode_rows
-from ows_ds.rows import load_rows
+from ows_ds.batches import Batches, collate
+from ows_ds.config import Source
+from ows_ds.data import encode_rows
+from ows_ds.rows import read
 from ows_ds.trainer import train
 from tests.ranks.pool import Pools
 from tests.ranks.training import distance
@@ -71,8 +72,11 @@ def deepspeed_on_cpus() -> Iterator[None]:
 
 
 def rows_of(inputs: Path, tokenizer: Any, name: str) -> list[Any]:
-    rows = load_rows(str(inputs / f"{name}.jsonl"), "auto", f"data.{name}", None, "train")
-    return encode_rows(rows, tokenizer, 64)[0]
+    return list(encode_rows(read(Source(str(inputs / f"{name}.jsonl")), f"data.{name}"), tokenizer, 64)[0])
+
+
+def collated(rows: list[Any]) -> dict[str, Any]:
+    return collate([[row] for row in rows], pad_id=0)
 
 
 def fit(
@@ -133,7 +137,7 @@ def fit(
         rows: Any = rows_of(inputs, tokenizer, "train")
         rows = rows if order is None else [rows[i] for i in order]
         held_out: Any = rows_of(inputs, tokenizer, "eval")
-        made: dict[str, Any] = {"data_collator": functools.partial(collate, pad_id=0)}
+        made: dict[str, Any] = {"data_collator": collated}
         if kind == "trl":
             from datasets import Dataset
 
