@@ -35,6 +35,9 @@ SMALLER = {
     "step-200": "step-2",
     "step-6": "step-2",
     "--output FILE.md": "--output made.md",
+    # data sets of the hub: the task of docs/evaluate.md
+    "--tasks ows_commonsense,ows_mmlu,ows_gsm8k": "--tasks my_sums --include-path my_tasks",
+    "--tasks ows_mmlu": "--tasks my_sums --include-path my_tasks",
     # a data set of the hub and 7B: as docs/recipes.md says, options win over the recipe
     "llama2_7b_gsm8k.yaml": "llama2_7b_gsm8k.yaml --model.path my-model --data.train train.jsonl"
     " --data.train_subset null --data.eval held_out.jsonl --data.eval_subset null --data.eval_split train"
@@ -51,6 +54,7 @@ ELSEWHERE = {
     "python benchmarks/": "tests/unit/test_benchmarks.py",
     "python -m tests.faults.kills": "tests/faults/test_kills.py",
     "ows-ds bench quality": "tests/launch/test_bench.py",
+    "ows-ds eval runs/first --mt-bench": "tests/unit/test_evaluate.py",
     "accelerate launch --config_file launch/accelerate/zero3_nodes.yaml": "tests/launch/test_hosts.py",
     "torchrun --nnodes 2": "tests/launch/test_hosts.py",
     "deepspeed": "tests/launch/test_hosts.py",
@@ -160,6 +164,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert count == 2
     (folder / "my.yaml").write_text(recipe)
     (folder / "my-cluster.yaml").write_text(block("docs/plan.md", "yaml", "like:"))
+    (folder / "my_tasks").mkdir()
+    task = block("docs/evaluate.md", "yaml", "my_sums").replace("/data/", f"{folder}/")
+    (folder / "my_tasks" / "my_sums.yaml").write_text(task)
+    for name, count in (("examples", 6), ("test", 8)):
+        sums = ({"question": f"{i} + {i}?", "choices": [str(i), str(2 * i)], "right": 1} for i in range(1, count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in sums))
     code, printed = run(["ows-ds", "train", "--config", "my.yaml"], folder)
     assert code == 0, printed
     for name in ("second", "a"):
@@ -178,7 +188,7 @@ def test_a_command_runs_as_written(command: Command, finished: Path, tmp_path: P
     folder = tmp_path / "work"
     shutil.copytree(finished, folder, symlinks=True)
     words = smaller(command.words)
-    if "auto" in words:
+    if {"auto", "--preview"} & set(words):
         unfinish(folder / "runs" / "first")
     elif {"train", "score"} & set(words):
         shutil.rmtree(folder / "runs" / "first")
@@ -187,7 +197,9 @@ def test_a_command_runs_as_written(command: Command, finished: Path, tmp_path: P
     assert code == 0, printed
     assert printed.strip()
     made = set(folder.rglob("*")) - before - {folder / "printed.log"}
-    if "train" in words:
+    if "--preview" in words:
+        assert "⟦" in printed
+    elif "train" in words:
         assert [path.name for path in made if path.parent.name == "model"].count("model.safetensors") == 1
     elif "-c" not in words and ("plan" not in words or "--output" in words):
         assert made
