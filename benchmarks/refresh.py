@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ows_ds.batches import collate
 from ows_ds.bench.report import facts, heading
 from ows_ds.communicate import Communicator
-from ows_ds.data import encode
+from ows_ds.data.batches import collate
+from ows_ds.data.encode import encode
+from ows_ds.data.rows import load_rows
 from ows_ds.layers import find_layers
 from ows_ds.loss import token_losses
 from ows_ds.project import (
@@ -38,7 +39,6 @@ from ows_ds.project import (
     sketch_width,
     start_basis,
 )
-from ows_ds.rows import load_rows
 from ows_ds.samples import smollm2, word_problems
 from ows_ds.weights import Replicated
 

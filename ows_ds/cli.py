@@ -122,7 +122,7 @@ def _run(argv: list[str]) -> None:
     elif options.get("preview") is not None:
         if options.preview < 1:
             raise UserError("--preview", options.preview, "give a number of rows, at least 1")
-        from ows_ds.preview import preview
+        from ows_ds.data.preview import preview
 
         preview(recipe, options.preview)
     elif given.verb == "train":

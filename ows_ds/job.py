@@ -10,18 +10,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ows_ds import attention, methods, mix, prepare
-from ows_ds.batches import HOST, MULTIPLE, Batches, collate, held_out_batches
+from ows_ds import methods
 from ows_ds.communicate import together
 from ows_ds.config import Recipe, Source, sources
-from ows_ds.encoded import IGNORE, Encoded
+from ows_ds.data import attention, mix, prepare
+from ows_ds.data.batches import HOST, MULTIPLE, Batches, collate, held_out_batches
+from ows_ds.data.encoded import IGNORE, Encoded
+from ows_ds.data.pack import Sequences
+from ows_ds.data.rows import fetch
+from ows_ds.data.stream import Stream
 from ows_ds.errors import UserError
 from ows_ds.layers import ModelLayers
 from ows_ds.loss import token_losses
-from ows_ds.pack import Sequences
-from ows_ds.rows import fetch
 from ows_ds.runtime import Runtime, check_memory, load_model, load_tokenizer
-from ows_ds.stream import Stream
 from ows_ds.weights import Weights
 
 

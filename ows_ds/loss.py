@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from ows_ds.attention import inputs, told
 from ows_ds.coordinates import trained
-from ows_ds.encoded import IGNORE
+from ows_ds.data.attention import inputs, told
+from ows_ds.data.encoded import IGNORE
 from ows_ds.plan import CHUNK
 from ows_ds.weights import Weights
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ows_ds import card, checkpoint, config, methods, resume, scoring, signals, watch
-from ows_ds.batches import Batches
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe, accumulation
-from ows_ds.encoded import IGNORE, Encoded
+from ows_ds.data.batches import Batches
+from ows_ds.data.encoded import IGNORE, Encoded
+from ows_ds.data.stream import Stream
 from ows_ds.errors import Failed, UserError
 from ows_ds.export import save_model
 from ows_ds.job import Job, calibration, evaluate, load
@@ -30,7 +31,6 @@ from ows_ds.methods import Method
 from ows_ds.runtime import Runtime, start
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores, beside
-from ows_ds.stream import Stream
 
 
 def train(recipe: Recipe) -> None:

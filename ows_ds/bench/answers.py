@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ows_ds.batches import held_out_batches
 from ows_ds.communicate import together
 from ows_ds.config import Data
-from ows_ds.data import encode
-from ows_ds.encoded import IGNORE
+from ows_ds.data.batches import held_out_batches
+from ows_ds.data.encode import encode
+from ows_ds.data.encoded import IGNORE
+from ows_ds.data.rows import Row
 from ows_ds.errors import UserError
-from ows_ds.rows import Row
 from ows_ds.samples import DEFAULT_TASK
 from ows_ds.weights import Weights
 

@@ -32,9 +32,9 @@ from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
 from ows_ds.communicate import together
 from ows_ds.config import Data, Recipe, accumulation, sources
+from ows_ds.data.rows import load_rows
 from ows_ds.errors import UserError
 from ows_ds.job import mean_loss
-from ows_ds.rows import load_rows
 from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import beside

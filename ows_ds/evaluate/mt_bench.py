@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ows_ds.config import parse_json
-from ows_ds.data import ALPACA
+from ows_ds.data.encode import ALPACA
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation, MTBench
 from ows_ds.evaluate.subject import Subject

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ows_ds.loss
 from ows_ds import config, methods
-from ows_ds.encoded import IGNORE
+from ows_ds.data.encoded import IGNORE
 from ows_ds.layers import find_layers
 from ows_ds.loss import token_losses
 from tests.ranks.pool import Pools

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from ows_ds import config
-from ows_ds.batches import Batches, collate
 from ows_ds.config import Source
-from ows_ds.data import encode_rows
-from ows_ds.rows import read
+from ows_ds.data.batches import Batches, collate
+from ows_ds.data.encode import encode_rows
+from ows_ds.data.rows import read
 from ows_ds.trainer import train
 from tests.ranks.pool import Pools
 from tests.ranks.training import distance

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ows_ds import mix
-from ows_ds.batches import Batches, collate, held_out_batches
-from ows_ds.encoded import IGNORE
+from ows_ds.data import mix
+from ows_ds.data.batches import Batches, collate, held_out_batches
+from ows_ds.data.encoded import IGNORE
 from ows_ds.errors import UserError
 
 ORDER = [9, 6, 0, 2, 1, 4, 7, 5, 3, 8]

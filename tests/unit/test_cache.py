@@ -13,11 +13,11 @@ from typing import Any
 import datasets
 import pytest
 
-from ows_ds import cache, prepare
 from ows_ds.config import Data, Source, sources
-from ows_ds.encoded import Builder, Counts, EncodedRows
+from ows_ds.data import cache, prepare
+from ows_ds.data.encoded import Builder, Counts, EncodedRows
+from ows_ds.data.rows import digest
 from ows_ds.errors import UserError
-from ows_ds.rows import digest
 from tests.unit.test_data import CHATML, byte_tokenizer
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ows_ds.data import encode
+from ows_ds.data.encode import encode
 from ows_ds.errors import UserError
 from tests.unit.test_data import byte_tokenizer, trained
 

@@ -8,10 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ows_ds.data import encode, encode_rows
-from ows_ds.encoded import IGNORE
+from ows_ds.data.encode import encode, encode_rows
+from ows_ds.data.encoded import IGNORE
+from ows_ds.data.rows import Found, load_rows
 from ows_ds.errors import UserError
-from ows_ds.rows import Found, load_rows
 
 # ChatML with a system message of its own, as SmolLM2 has it.
 CHATML = (

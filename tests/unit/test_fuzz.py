@@ -24,11 +24,11 @@ from ows_ds import checkpoint, cluster, config, slurm
 from ows_ds.bench import study
 from ows_ds.cli import main
 from ows_ds.communicate import Communicator
-from ows_ds.data import encode_rows
+from ows_ds.data.encode import encode_rows
+from ows_ds.data.rows import read
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench, results
 from ows_ds.report import page
-from ows_ds.rows import read
 from ows_ds.score import Scores
 from ows_ds.weights import Piece
 from ows_ds.zero3 import read_config, resolve_config

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ows_ds.loss
 from ows_ds.communicate import Communicator
 from ows_ds.coordinates import trained
-from ows_ds.encoded import IGNORE
+from ows_ds.data.encoded import IGNORE
 from ows_ds.loss import token_losses
 from ows_ds.optimizer import OWS
 from ows_ds.weights import Replicated

@@ -15,12 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import modeling_flash_attention_utils
 
 import ows_ds.loss
-from ows_ds import attention
-from ows_ds.batches import collate
 from ows_ds.communicate import Communicator
-from ows_ds.encoded import Builder, Encoded
+from ows_ds.data import attention
+from ows_ds.data.batches import collate
+from ows_ds.data.encoded import Builder, Encoded
+from ows_ds.data.pack import Sequences, pack
 from ows_ds.loss import token_losses
-from ows_ds.pack import Sequences, pack
 from ows_ds.weights import Replicated
 from tests.ranks.test_period import Waits
 from tests.unit.families import FAMILIES, tiny

@@ -10,11 +10,12 @@ from typing import Any
 import datasets
 import pytest
 
-from ows_ds import config, prepare
+from ows_ds import config
 from ows_ds.config import Data, Source, sources
-from ows_ds.encoded import Counts
+from ows_ds.data import prepare
+from ows_ds.data.encoded import Counts
+from ows_ds.data.rows import load_rows
 from ows_ds.errors import UserError
-from ows_ds.rows import load_rows
 from ows_ds.runtime import load_tokenizer
 from tests.tiny_run import recipe
 from tests.unit.test_data import byte_tokenizer

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from ows_ds.cli import main
-from ows_ds.data import encode
-from ows_ds.preview import marked
+from ows_ds.data.encode import encode
+from ows_ds.data.preview import marked
 from tests.unit.test_data import byte_tokenizer
 
 TEXT = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n0+0<|im_end|>\n<|im_start|>assistant\n"

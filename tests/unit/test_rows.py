@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from ows_ds.config import Data
+from ows_ds.data.rows import fetch, format_of, load_rows
 from ows_ds.errors import UserError
-from ows_ds.rows import fetch, format_of, load_rows
 
 ROWS = [{"question": f"{i}+0?", "answer": str(i)} for i in range(10)]
 CARD = """---

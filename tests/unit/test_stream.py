@@ -9,11 +9,11 @@ from typing import Any
 import datasets
 import pytest
 
-from ows_ds import prepare
 from ows_ds.config import Data, Source
+from ows_ds.data import prepare
+from ows_ds.data.rows import stream
+from ows_ds.data.stream import Stream
 from ows_ds.errors import UserError
-from ows_ds.rows import stream
-from ows_ds.stream import Stream
 from tests.unit.test_data import byte_tokenizer
 
 DATA = Data(train="unused", max_length=16, streaming=True)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from ows_ds.data import encode
-from ows_ds.encoded import IGNORE
+from ows_ds.data.encode import encode
+from ows_ds.data.encoded import IGNORE
 from ows_ds.errors import UserError
 from tests.unit.test_data import byte_tokenizer
 

@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ows_ds import mix
-from ows_ds.batches import own
 from ows_ds.config import Source
-from ows_ds.encoded import Counts
+from ows_ds.data import mix
+from ows_ds.data.batches import own
+from ows_ds.data.encoded import Counts
+from ows_ds.data.pack import Sequences
+from ows_ds.data.rows import Found, stream
 from ows_ds.errors import UserError
-from ows_ds.pack import Sequences
-from ows_ds.rows import Found, stream
 
 
 @dataclass(frozen=True)

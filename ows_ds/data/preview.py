@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from ows_ds import prepare
 from ows_ds.config import Recipe, sources
-from ows_ds.encoded import IGNORE, Encoded
+from ows_ds.data import prepare
+from ows_ds.data.encoded import IGNORE, Encoded
+from ows_ds.data.rows import stream
 from ows_ds.errors import one_line
-from ows_ds.rows import stream
 from ows_ds.runtime import load_tokenizer
 
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is trained, where there are no colours

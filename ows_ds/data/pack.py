@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import overload
 
-from ows_ds.encoded import Encoded, EncodedRows
+from ows_ds.data.encoded import Encoded, EncodedRows
 
 
 def pack(lengths: Sequence[int], largest: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ows_ds.config import Data, Source
-from ows_ds.encoded import Counts, EncodedRows
+from ows_ds.data.encoded import Counts, EncodedRows
 from ows_ds.errors import UserError
 
 FORMAT = 1  # of an entry, and of what encoding makes: a change of either needs another number

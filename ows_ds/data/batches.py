@@ -12,8 +12,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from ows_ds import mix
-from ows_ds.encoded import IGNORE, Encoded
+from ows_ds.data import mix
+from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.errors import UserError
 
 MULTIPLE = 8  # tokens: sequences of a batch are padded to a multiple of it

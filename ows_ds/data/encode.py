@@ -7,10 +7,10 @@ equal length, with label -100 where a token is not trained.
 from collections.abc import Iterable
 from typing import Any
 
-from ows_ds import chat
-from ows_ds.encoded import IGNORE, Builder, Counts, Encoded, EncodedRows
+from ows_ds.data import chat
+from ows_ds.data.encoded import IGNORE, Builder, Counts, Encoded, EncodedRows
+from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of
 from ows_ds.errors import UserError
-from ows_ds.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of
 
 # Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
 ALPACA = (

@@ -1,6 +1,6 @@
 """Files and data sets -> rows, every one verified.
 
-A row is a dict of columns. The columns tell its format (`COLUMNS`); `data.py` writes it as text and tokens.
+A row is a dict of columns. The columns tell its format (`COLUMNS`); `encode.py` writes it as text and tokens.
 """
 
 import hashlib
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ows_ds import chat
-from ows_ds.chat import is_text
 from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, parse_json, sources
+from ows_ds.data import chat
+from ows_ds.data.chat import is_text
 from ows_ds.errors import UserError, first_line
 
 # A row is of the first format whose columns it has: Alpaca-GPT4 also has text, commonsense_170k also answer.

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ows_ds import cache, encoded
 from ows_ds.config import Data, Source
-from ows_ds.data import encode_rows
-from ows_ds.encoded import Counts, EncodedRows
-from ows_ds.pack import Sequences
-from ows_ds.rows import Found, digest, read
+from ows_ds.data import cache, encoded
+from ows_ds.data.encode import encode_rows
+from ows_ds.data.encoded import Counts, EncodedRows
+from ows_ds.data.pack import Sequences
+from ows_ds.data.rows import Found, digest, read
 
 
 def prepare(data: Data, tokenizer: Any, sources: Sequence[Source], key: str) -> tuple[Sequences, Counts]:
     """All rows of ``sources``, from the cache where they are in it, and what became of them.
 
     Without weights the sources are as one. With weights each stays a part of its own, whose rows are packed with each
-    other alone. Raises UserError as `rows.read` and `data.encode_rows` do.
+    other alone. Raises UserError as `rows.read` and `encode_rows` do.
     """
     parts: list[EncodedRows] = []
     total = Counts()
