@@ -153,11 +153,16 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
     records = [record for record in run.steps if steps is None or record["step"] <= steps]
     facts = [f"* Base model: `{name}`" + (f", revision `{recipe.model.revision}`" if recipe.model.revision else "")]
     facts.append(f"* Method: {method}")
-    facts.append(f"* Optimizer steps: {len(records):,}, of {recipe.train.batch_size:,} rows each")
-    facts.append(f"* Tokens seen: {sum(int(results.number(r.get('tokens')) or 0) for r in records):,}")
-    losses = [value for step, value in run.series("eval_loss") if steps is None or step <= steps]
+    done = records[-1]["step"] if records else 0
+    # a run that went on from another one's checkpoint has records of its own steps alone
+    part = "" if len(records) == done else f" in the last {len(records):,} steps"
+    facts.append(f"* Optimizer steps: {done:,}, of {recipe.train.batch_size:,} rows each")
+    facts.append(f"* Tokens seen{part}: {sum(int(results.number(r.get('tokens')) or 0) for r in records):,}")
+    losses = [(step, value) for step, value in run.series("eval_loss") if steps is None or step <= steps]
     if losses:
-        facts.append(f"* Held-out loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at the end (nats a token)")
+        (first, before), (_, after) = losses[0], losses[-1]
+        began = f"{before:.4f} at first, " if first == 0 else ""
+        facts.append(f"* Held-out loss: {began}{after:.4f} at the end (nats a token)")
     facts.append(f"* Written by ows_ds {__version__}; fingerprint of the weights: `{fingerprint}`")
     lines = [f"# {name}, fine-tuned", "", *facts, "", "## Use", "", "```python"]
     lines += [

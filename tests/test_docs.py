@@ -38,6 +38,7 @@ SMALLER = {
     # data sets of the hub: the task of docs/evaluate.md
     "--tasks ows_commonsense,ows_mmlu,ows_gsm8k": "--tasks my_sums --include-path my_tasks",
     "--tasks ows_mmlu": "--tasks my_sums --include-path my_tasks",
+    "runs/llama2_7b_gsm8k --tasks ows_commonsense": "runs/first --tasks my_sums --include-path my_tasks",
     # a data set of the hub and 7B: as docs/recipes.md says, options win over the recipe
     "llama2_7b_gsm8k.yaml": "llama2_7b_gsm8k.yaml --model.path my-model --data.train train.jsonl"
     " --data.train_subset null --data.eval held_out.jsonl --data.eval_subset null --data.eval_split train"
@@ -216,11 +217,14 @@ def test_commands_that_run_elsewhere_do() -> None:
 
 
 def names_of_pages() -> dict[str, Any]:
-    """What the pages' Python takes for granted: a model and its scores, batches, a recipe."""
-    model = transformers.AutoModelForCausalLM.from_pretrained("my-model")
+    """What the pages' Python takes for granted: a model and its scores, batches, a Trainer, a recipe."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
     ids = torch.randint(0, 256, (3, 2, 16), generator=torch.Generator().manual_seed(0))
+    args = transformers.TrainingArguments("runs/trainer", max_steps=2, report_to=[], use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in ids.flatten(0, 1)]
     return {
-        "model": model,
+        "model": load("my-model"),
+        "trainer": transformers.Trainer(load("my-model"), args, train_dataset=rows),
         "batches": [{"input_ids": one, "labels": one} for one in ids],
         "probabilities": json.loads(Path("runs/first/scores.json").read_text())["layers"],
         "recipe": config.from_dict(config.read_yaml("my.yaml")),

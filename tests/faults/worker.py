@@ -40,16 +40,16 @@ def inject(fault: str, step: int) -> None:
     take, batch = trainer._Steps.take, trainer.Job.batch
     current = -1
 
-    def taking(self: Any, number: int) -> dict[str, Any]:
+    def taking(self: Any, number: int, last: bool) -> dict[str, Any]:
         nonlocal current
         current = number + 1
-        return take(self, number)
+        return take(self, number, last)
 
-    def failing(self: Any, rows: Any) -> Any:
+    def failing(self: Any, *rows: Any) -> Any:
         if current == step:
             Path(self.recipe.train.output_dir, "fault").touch()
             FAULTS[fault]()
-        return batch(self, rows)
+        return batch(self, *rows)
 
     trainer._Steps.take, trainer.Job.batch = taking, failing  # type: ignore[method-assign]
 

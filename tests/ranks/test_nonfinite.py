@@ -95,10 +95,10 @@ def run(
     """
     step, lines, take, losses = 0, [], trainer._Steps.take, trainer.token_losses
 
-    def taking(self: Any, number: int) -> dict[str, Any]:
+    def taking(self: Any, number: int, last: bool) -> dict[str, Any]:
         nonlocal step
         step = number + 1
-        return take(self, number)
+        return take(self, number, last)
 
     def spoiled(*arguments: Any) -> Tensor:
         loss = losses(*arguments)
@@ -219,14 +219,14 @@ def looks(rank: int, world: int, recipe: config.Recipe) -> list[tuple[bool, list
         count += 1
         return tolist(self)
 
-    def watched(self: Any, step: int) -> dict[str, Any]:
+    def watched(self: Any, step: int, last: bool) -> dict[str, Any]:
         nonlocal count
         ows, count = self.method, 0
         steps = [one for unit in ows._buffer.units.values() for one in unit.steps.values()]
         steps += [p["step"] for state in (a.state for a, _ in ows._full._runs) for p in state.values()]
         refreshes = ows._refresh is not None
         with Waits({one.data_ptr() for one in steps}) as mode:
-            record = take(self, step)
+            record = take(self, step, last)
         changes = refreshes or ows._refresh is not None or ows.steps % ows.period == 0 or "skipped" in record
         seen.append((changes, mode.found, count))
         return record

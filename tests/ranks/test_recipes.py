@@ -106,8 +106,11 @@ def on_two(inputs: Path, folder: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def test_processes_share_a_data_set(pools: Pools, inputs: Path, tmp_path: Path, folder: Path) -> None:
-    for status, texts in pools(2).run(command, on_two(inputs, folder, tmp_path / "run"), tmp_path / "cache"):
-        assert (status, len(texts), texts[1]) == (0, 15, TEXTS["gsm8k"])
+    done = pools(2).run(command, on_two(inputs, folder, tmp_path / "run"), tmp_path / "cache")
+    assert [status for status, _ in done] == [0, 0]
+    texts = [text for _, some in done for text in some]  # of both sets, tokenized by one process each
+    assert len(texts) == 15
+    assert texts.count(TEXTS["gsm8k"]) == 2
     assert len(losses(tmp_path / "run")) == 2
 
 
