@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,9 +78,13 @@ class Tracker(TorchDispatchMode):
             self._handles.pop().remove()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (
+            func.is_view
+        ):  # of what is known, or of a copy that a kernel has made within itself, as gloo's reduce-scatter
+            return out
         for one in tree_iter(out):
             if isinstance(one, Tensor):
                 self._see(one, self._phase, new=True)

@@ -22,7 +22,7 @@ def train_for_two_steps(rank: int, world: int, model: Path, rows: Path, output: 
         config.from_dict(
             {
                 "model": {"path": str(model)},
-                "data": {"train": str(rows), "max_length": 64},
+                "data": {"train": str(rows), "max_length": 320},
                 "sampling": {"gamma": 2, "importance": "uniform"},
                 "optim": {"rank": 8, "lr": 1e-2},
                 "train": {"output_dir": str(output), "batch_size": 2, "steps": 2, "sharding": "zero3"},
