@@ -94,7 +94,7 @@ RUNNING = {
     "torch.load", "numpy.load", "np.load", "yaml.unsafe_load", "yaml.full_load",
 }  # fmt: skip
 EXTRAS = [
-    "reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "lm_eval", "trl",
+    "reasoning_gym", "gguf", "llama_cpp", "mpi4py", "galore_torch", "peft", "scipy", "sklearn", "lm_eval", "trl",
     "hypothesis", "pytest",
 ]  # fmt: skip
 
