@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds import config
-from ows_ds.bench.table import Table, lines, markdown, terminal
 from ows_ds.cluster import Cluster, collective, read_cluster
 from ows_ds.forecast import Forecast, Replays, scaled, scaling_sizes, under
 from ows_ds.roofline import times
 from ows_ds.shapes import Model, read_model
+from ows_ds.table import Table, lines, markdown, terminal
 
 SYSTEMS = {"OWS, replicated": ("ows", "replicated"), "OWS, ZeRO-3": ("ows", "zero3"), "full, ZeRO-3": ("full", "zero3")}
 # between nodes, for a GPU: GB a second in one direction, microseconds a hop

@@ -12,17 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ows_ds import __version__, config
-from ows_ds.bench.table import markdown
+from ows_ds import __version__, config, results
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError, first_line, one_line
-from ows_ds.evaluate import results
-from ows_ds.evaluate.results import Result
 from ows_ds.report import runs
 from ows_ds.report.runs import Run
+from ows_ds.results import Result
 from ows_ds.resume import MAY_CHANGE
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import beside
+from ows_ds.table import markdown
 
 FILE = "README.md"
 METHODS = {

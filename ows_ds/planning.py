@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds import config, methods
-from ows_ds.bench.table import Table, lines, number, terminal
 from ows_ds.cluster import Cluster
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
@@ -35,6 +34,7 @@ from ows_ds.runtime import quieten
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores, beside
 from ows_ds.shapes import Model, read_model
+from ows_ds.table import Table, lines, number, terminal
 from ows_ds.zero3 import DEFAULT_CONFIG, check_config, read_config
 
 FILES = ("plan.json", "recipe.yaml", "scaling.png")

@@ -7,8 +7,8 @@ from typing import Any
 
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.setting import Setting, limits
-from ows_ds.bench.table import Table, size_in
 from ows_ds.bench.tracking import COMPONENTS
+from ows_ds.table import Table, size_in
 
 Result = dict[str, Any]
 

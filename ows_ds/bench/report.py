@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ows_ds.bench import table
+from ows_ds import table
 from ows_ds.bench.statistics import describe, t_test
 from ows_ds.bench.study import Run, Study, choose, size
-from ows_ds.bench.table import Table
 from ows_ds.plot import plot
 from ows_ds.score import Scores, beside
+from ows_ds.table import Table
 
 METRICS = {"accuracy": "right answers [%]", "loss": "loss on test"}
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy")

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ows_ds.bench import memory, report, table, time, traffic
+from ows_ds import table
+from ows_ds.bench import memory, report, time, traffic
 from ows_ds.bench.setting import (
     DISTRIBUTED,
     OURS,
@@ -28,8 +29,8 @@ from ows_ds.bench.setting import (
     parse_sweep,
     points,
 )
-from ows_ds.bench.table import Table
 from ows_ds.score import beside
+from ows_ds.table import Table
 
 Summary = dict[str, Any]
 AXES = {"time": "time of a step [ms]", "memory": "peak memory [GiB]", "traffic": "sent in a step [MiB]"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.setting import Setting
-from ows_ds.bench.table import Table, number, size_in
+from ows_ds.table import Table, number, size_in
 
 Result = dict[str, Any]
 SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leaves out

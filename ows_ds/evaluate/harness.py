@@ -17,9 +17,9 @@ import torch
 
 from ows_ds.communicate import Communicator, together
 from ows_ds.errors import UserError, first_line
-from ows_ds.evaluate.results import Score, number
 from ows_ds.evaluate.setting import Evaluation
 from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
+from ows_ds.results import Score, number
 from ows_ds.runtime import Runtime
 
 GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k

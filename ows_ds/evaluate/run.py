@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from ows_ds import __version__, card, config, watch
-from ows_ds.bench.table import terminal
+from ows_ds import __version__, card, config, results, watch
 from ows_ds.checkpoint import version
 from ows_ds.communicate import together
 from ows_ds.errors import UserError, one_line
-from ows_ds.evaluate import harness, judge, mt_bench, results
-from ows_ds.evaluate.results import Result, Score
+from ows_ds.evaluate import harness, judge, mt_bench
 from ows_ds.evaluate.setting import BASE, Evaluation, MTBench, check
 from ows_ds.evaluate.subject import Subject, base_of, facts_of, find, on_disk, refusing
+from ows_ds.results import Result, Score
 from ows_ds.runtime import Runtime, start
+from ows_ds.table import terminal
 
 LONGEST = 86400  # seconds that a process may wait for a slower one; whether it lives is asked in between
 DEAD = 600  # seconds after which a process that has ended is missed

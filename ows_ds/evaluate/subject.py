@@ -18,9 +18,9 @@ from ows_ds import checkpoint, config
 from ows_ds.communicate import Communicator, together
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError, first_line
-from ows_ds.evaluate.results import FOLDER, file_name
 from ows_ds.evaluate.setting import Evaluation
 from ows_ds.fingerprint import fingerprint
+from ows_ds.results import FOLDER, file_name
 from ows_ds.weights import Replicated
 
 ELSEWHERE = Path("runs")  # where results of models without a run are written

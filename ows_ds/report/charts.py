@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ows_ds.bench.table import size_in
 from ows_ds.report.runs import Run, Stretch
+from ows_ds.table import size_in
 
 COLOURS = 8  # of runs and components; more begin anew, with another line
 _INK, _FAINT = "#010203", "#010204"

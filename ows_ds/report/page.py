@@ -9,14 +9,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ows_ds import config
-from ows_ds.bench.table import number, size_in
+from ows_ds import config, results
 from ows_ds.errors import UserError, one_line
-from ows_ds.evaluate import results
-from ows_ds.evaluate.results import Score
 from ows_ds.report import charts
 from ows_ds.report.runs import Run, read
+from ows_ds.results import Score
 from ows_ds.score import beside
+from ows_ds.table import number, size_in
 
 MARK = b'name="generator" content="ows_ds report"'  # in the head of every report
 _FAULTS = 50  # of a run that are listed

@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ows_ds import checkpoint, config, methods, sample
+from ows_ds import checkpoint, config, methods, results, sample
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
-from ows_ds.evaluate import results
-from ows_ds.evaluate.results import Result
 from ows_ds.forecast import HOMES, choice_of, job_of, layer_sets, refreshes_per_step
 from ows_ds.memory import Memory, memory
+from ows_ds.results import Result
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import Scores
 from ows_ds.shapes import Model, read_model

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ows_ds import results
 from ows_ds.cli import main
-from ows_ds.evaluate import results
-from ows_ds.evaluate.results import Score
+from ows_ds.results import Score
 from ows_ds.trainer import train
 from tests.offline_tasks import write_tasks
 from tests.ranks.pool import Pools

@@ -15,16 +15,17 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ows_ds import memory as planner
-from ows_ds.bench import memory, run, table, time, traffic, worker
+from ows_ds import table
+from ows_ds.bench import memory, run, time, traffic, worker
 from ows_ds.bench import setting as settings
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.rivals import rival
 from ows_ds.bench.setting import OURS, RIVALS, How, Setting, resolve
-from ows_ds.bench.table import Table
 from ows_ds.bench.tracking import Tracker, peak
 from ows_ds.bench.trial import Trial, batch_of, ours, sampled
 from ows_ds.errors import UserError
 from ows_ds.shapes import SHAPES, Shape
+from ows_ds.table import Table
 
 TINY = resolve(
     Setting(hidden=32, heads=2, vocab=64, layers="2", tokens=16, rank=4, lora_rank=2, threads=1, device="cpu"), False

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ows_ds import card
+from ows_ds import card, results
 from ows_ds.cli import main
 from ows_ds.errors import UserError
-from ows_ds.evaluate import judge, mt_bench, results
-from ows_ds.evaluate.results import Result, Score
+from ows_ds.evaluate import judge, mt_bench
 from ows_ds.evaluate.setting import MTBench
 from ows_ds.report import runs
+from ows_ds.results import Result, Score
 from tests.unit.test_data import byte_tokenizer
 from tests.unit.test_report import HOSTILE, Page, report, write_run
 

@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from ows_ds import checkpoint, cluster, config, slurm
+from ows_ds import checkpoint, cluster, config, results, slurm
 from ows_ds.bench import study
 from ows_ds.cli import main
 from ows_ds.communicate import Communicator
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
 from ows_ds.errors import UserError, one_line
-from ows_ds.evaluate import judge, mt_bench, results
+from ows_ds.evaluate import judge, mt_bench
 from ows_ds.report import page
 from ows_ds.score import Scores
 from ows_ds.weights import Piece

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ows_ds.bench.table import Table
 from ows_ds.config import parse_json, read_text
 from ows_ds.errors import UserError, one_line
 from ows_ds.score import beside
+from ows_ds.table import Table
 
 FORMAT = 1
 FOLDER = "eval"  # in the folder of a run
