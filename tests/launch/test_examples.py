@@ -58,7 +58,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(rank: int, world: int, path: Path, model: Path, out: Path) -> None:
-    with patch.object(sys, "argv", [str(path), str(model), str(out)]):
+    # Accelerate's end_training would leave later tests of this process without their groups
+    keep = patch.object(torch.distributed, "destroy_process_group")
+    with keep, patch.object(sys, "argv", [str(path), str(model), str(out)]):
         runpy.run_path(str(path), run_name="__main__")
 
 
