@@ -428,9 +428,8 @@ def _options(kind: type) -> Iterator[tuple[str, dict[str, Any]]]:
         facts += [] if key.default is None else [f"default: {key.default}"]
         metavar = {} if key.hint is bool or (choices and not long) else {"metavar": _metavar(key)}
         help = f"{key.text.rstrip('.')} ({'; '.join(facts)})"
-        given: Any = (
-            str | list[Any] | None if key.hint == config.SOURCES else key.hint
-        )  # `config.convert` reads the list
+        # a list of sources is read by `config.convert`
+        given: Any = str | list[Any] | None if key.hint == config.SOURCES else key.hint
         yield key.name, {"type": given, "default": None, "help": help, **metavar}
 
 

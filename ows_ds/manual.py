@@ -22,7 +22,7 @@ Every key, as `ows-ds train --help` shows it. A recipe is a YAML file of these s
 the command line, `--section.key value`, and wins over the file there. Unknown keys and wrong types are refused.
 
 A key with a star may change when a run is resumed; a change of any other is refused then ([resume.md](resume.md)). How
-to choose values is in [settings.md](settings.md), what data looks like in [train.md](train.md).
+to choose values is in [settings.md](settings.md), what data looks like in [data.md](data.md).
 
 This page is made from `ows_ds/config.py` by `python -m ows_ds.manual docs/reference.md`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
@@ -261,7 +262,7 @@ def pretrained(
     Raises UserError (``model.path``) for what cannot be loaded.
     """
     source: Source
-    with together(comm), _refusing(recipe, Exception), _hushed():
+    with together(comm), _refusing(recipe, Exception), hushed():
         source = Source(recipe.model, DTYPES[recipe.model.dtype])
     comm.agree("how the model is loaded", source.why_not)
     if source.why_not is None:
@@ -316,7 +317,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     # tokenizers raises no kind but Exception
-    with _refusing(recipe, Exception, right="give a model with a tokenizer"), _hushed():
+    with _refusing(recipe, Exception, right="give a model with a tokenizer"), hushed():
         tokenizer = AutoTokenizer.from_pretrained(
             recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
         )
@@ -366,7 +367,7 @@ def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
     from transformers.utils import logging as transformers_logging
 
@@ -376,3 +377,10 @@ def _hushed() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def free_memory() -> None:
+    """Give back what a model has held that is used no more: models hang in circles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -12,7 +12,6 @@ OUTPUT/
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import importlib.util
 import json
@@ -35,7 +34,7 @@ from ows_ds.config import Data, Recipe, accumulation, sources
 from ows_ds.data.rows import load_rows
 from ows_ds.errors import UserError
 from ows_ds.job import mean_loss
-from ows_ds.runtime import Runtime, load_model, load_tokenizer, start
+from ows_ds.runtime import Runtime, free_memory, load_model, load_tokenizer, start
 from ows_ds.sample import METRIC_OF
 from ows_ds.score import beside
 
@@ -162,7 +161,7 @@ class _Work:
                 trainer.train(recipe)
             except UserError as error:
                 raise UserError(f"variants.{run.variant}: {error.key}", error.value, error.right) from error
-            _free_memory()
+            free_memory()
         self._write(folder / "result.json", self._measure_run(recipe, folder))
         if self.main and not self.plan.keep_models:
             for name in ("model", "checkpoints"):
@@ -212,7 +211,7 @@ class _Work:
                 weights, tokenizer, rows, data, accuracy.max_new_tokens, accuracy.batch_size
             )
         del weights, layers
-        _free_memory()
+        free_memory()
         return found
 
     def report(self, command: str) -> dict[str, Any]:
@@ -254,10 +253,3 @@ def _scored_by(recipe: Recipe) -> tuple[Any, ...] | None:
     if metric is None:
         return None
     return metric, sampling.tau if metric == "outlier" else None, sampling.calibration_samples, recipe.model.dtype
-
-
-def _free_memory() -> None:
-    """Give back what the run before held: models hang in circles of references."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

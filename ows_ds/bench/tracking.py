@@ -81,9 +81,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (
-            func.is_view
-        ):  # of what is known, or of a copy that a kernel has made within itself, as gloo's reduce-scatter
+        # a view is of what is known, or of a copy within a kernel, as gloo's reduce-scatter makes one
+        if func.is_view:
             return out
         for one in tree_iter(out):
             if isinstance(one, Tensor):

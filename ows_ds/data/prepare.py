@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ows_ds.config import Data, Source
@@ -37,10 +37,7 @@ def block(
     parts: list[EncodedRows] = []
     total = Counts()
     for source, some in zip(sources, rows, strict=True):
-        part, counts = encode_rows(
-            some, tokenizer, data.max_length, data.loss_on, source.format, "data.train", data.template,
-            data.on_bad_row, may_be_none=True,
-        )  # fmt: skip
+        part, counts = _encoded(data, tokenizer, source, some, "data.train", may_be_none=True)
         parts.append(part)
         total += counts
     return sequences(data, parts), total
@@ -57,12 +54,17 @@ def sequences(data: Data, parts: Sequence[EncodedRows]) -> Sequences:
     return Sequences(parts, data.max_length if data.packing else None)
 
 
+def _encoded(
+    data: Data, tokenizer: Any, source: Source, rows: Iterable[Found], key: str, may_be_none: bool = False
+) -> tuple[EncodedRows, Counts]:
+    return encode_rows(
+        rows, tokenizer, data.max_length, data.loss_on, source.format, key, data.template, data.on_bad_row, may_be_none
+    )
+
+
 def _rows(data: Data, tokenizer: Any, source: Source, key: str) -> tuple[EncodedRows, Counts]:
     def make() -> tuple[EncodedRows, Counts]:
-        return encode_rows(
-            read(source, key), tokenizer, data.max_length, data.loss_on, source.format, key, data.template,
-            data.on_bad_row,
-        )  # fmt: skip
+        return _encoded(data, tokenizer, source, read(source, key), key)
 
     if not tokenizer.is_fast:  # which `encode_rows` refuses
         return make()

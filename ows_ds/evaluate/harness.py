@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import gc
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation
 from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
 from ows_ds.results import Score, number
-from ows_ds.runtime import Runtime
+from ows_ds.runtime import Runtime, free_memory, hushed
 
 GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
 PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besides torch and transformers
@@ -118,7 +116,7 @@ def measure(
         with together(comm), refusing(subject), redirect_stdout(sys.stderr):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), _quiet():  # it prints what it finds out about batches
+        with redirect_stdout(sys.stderr), hushed():  # it prints what it finds out about batches
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -129,9 +127,7 @@ def measure(
                 log_samples=False,
             )
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     for task in tasks.every.values():  # which keep the answers of this model
         task._instances = None
     return {**subject.about, **facts}, [] if found is None else list(scores(found, tasks.asked))
@@ -224,16 +220,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value.item() if hasattr(value, "item") else value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it transformers and lm-evaluation-harness say nothing but what goes wrong; their bars stay."""
-    from transformers.utils import logging as transformers_logging
-
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

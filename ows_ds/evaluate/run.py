@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
@@ -15,8 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ows_ds import __version__, card, config, results, watch
 from ows_ds.checkpoint import version
 from ows_ds.communicate import together
@@ -25,7 +22,7 @@ from ows_ds.evaluate import harness, judge, mt_bench
 from ows_ds.evaluate.setting import BASE, Evaluation, MTBench, check
 from ows_ds.evaluate.subject import Subject, base_of, facts_of, find, on_disk, refusing
 from ows_ds.results import Result, Score
-from ows_ds.runtime import Runtime, start
+from ows_ds.runtime import Runtime, free_memory, start
 from ows_ds.table import terminal
 
 LONGEST = 86400  # seconds that a process may wait for a slower one; whether it lives is asked in between
@@ -142,9 +139,7 @@ def _answer(
         with together(comm):
             mine = [speaker.answer(question, name) for question in asked[comm.index :: comm.world]]
     del speaker
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     by_name = {line["question_id"]: line for lines in comm.collect(mine, "evaluation") for line in lines}
     text = "".join(json.dumps(by_name[question["question_id"]]) + "\n" for question in asked)
     written: Path | None = None
