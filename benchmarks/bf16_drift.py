@@ -25,18 +25,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ows_ds.optimizer
 import torch
 import transformers as tf
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
-import ows_ds.optimizer
-from ows_ds.communicate import Communicator
-from ows_ds.optimizer import OWS
-from ows_ds.sample import Sampler, probabilities
-from ows_ds.samples import word_problems
-from ows_ds.weights import Replicated, add_low_rank
+from ows_ds.data.samples import word_problems
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.weights import Replicated, add_low_rank
+from ows_ds.importance.probabilities import probabilities
+from ows_ds.optim.ows import OWS
+from ows_ds.optim.sampling import Sampler
 
 BATCH, LENGTH, VOCABULARY = 4, 32, 256  # sequences, tokens, bytes
 SEED = 0
@@ -215,7 +216,7 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], 
 @contextmanager
 def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
     """Within it projectors are those of ``found``; what is not there is computed and kept there."""
-    exact, theirs, calls = ows_ds.optimizer.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
+    exact, theirs, calls = ows_ds.optim.ows.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
 
     def find(gradient: Tensor, rank: int, method: str, seed: int, *more: Any) -> Tensor:
         if seed not in found:  # it stands for step and matrix
@@ -229,7 +230,7 @@ def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
         return found[call].to(gradient.dtype)
 
     with (
-        mock.patch("ows_ds.optimizer.find_projector", find),
+        mock.patch("ows_ds.optim.ows.find_projector", find),
         mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", get),
     ):
         yield

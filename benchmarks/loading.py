@@ -83,8 +83,9 @@ def layers_for(gigabytes: float) -> int:
 def work(small: str, model: str, sharding: str, output: str) -> None:
     """One process: load and export ``small``, then ``model``, which is measured."""
     from ows_ds import config
-    from ows_ds.export import save_model
-    from ows_ds.runtime import load_model, start
+    from ows_ds.distributed.launch import start
+    from ows_ds.model.pretrained import load_model
+    from ows_ds.train.export import save_model
 
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     found: dict[str, Any] = {}

@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_ds.bench.report import facts, heading
-from ows_ds.communicate import Communicator
 from ows_ds.data.batches import collate
 from ows_ds.data.encode import encode
 from ows_ds.data.rows import load_rows
-from ows_ds.layers import find_layers
-from ows_ds.loss import token_losses
-from ows_ds.project import (
+from ows_ds.data.samples import smollm2, word_problems
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.weights import Replicated
+from ows_ds.model.layers import find_layers
+from ows_ds.optim.projection import (
     exact_projector,
     is_tall,
     leading,
@@ -39,8 +40,7 @@ from ows_ds.project import (
     sketch_width,
     start_basis,
 )
-from ows_ds.samples import smollm2, word_problems
-from ows_ds.weights import Replicated
+from ows_ds.train.loss import token_losses
 
 SHAPES = {"4096 x 4096": (4096, 4096), "11008 x 4096": (11008, 4096)}  # of LLaMA 2 7B, the latter also transposed
 TOKENS = 512  # a gradient's rank is at most the number of its tokens
@@ -98,7 +98,7 @@ def kept(gradient: Tensor, projector: Tensor, exact: Tensor) -> float:
 
 
 def sketched(first: Tensor, second: Tensor, rank: int) -> Tensor:
-    """The projector of two passes of sketches, as `ows_ds.refresh.Sketch` takes them, of two batches or one."""
+    """The projector of two passes of sketches, as `ows_ds.optim.refresh.Sketch` takes them, of two batches or one."""
     tall = [g if is_tall(g.shape) else g.T for g in (first, second)]
     width = sketch_width(rank, min(first.shape))
     basis = orthonormal(tall[0] @ start_basis(tall[0].shape[1], width, 0))[0]

@@ -2,15 +2,15 @@
 
     python benchmarks/scaling.py --model llama2-7b --output benchmarks/results/scaling.md
 
-Nothing runs on a GPU. The planner gives what a step computes and sends (`ows_ds.forecast`); this program replays it in
+Nothing runs on a GPU. The planner gives what a step computes and sends (`ows_ds.planner.forecast`); this program replays it in
 time on one GPU, which stands for all: a link that moves one message after the other, and arithmetic that waits for the
 weights that it needs.
 
     link     |gather 1|gather 2|  |gather 3|            |reduce|
     compute           |layer 1 |layer 2    |layer 3 ...         |update|
 
-Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.gathering`); a collective takes what rings, or rings of
-rings, take with the latency and bandwidth of the links (`ows_ds.cluster`). Each GPU has the same work at any number
+Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.planner.gathering`); a collective takes what rings, or rings of
+rings, take with the latency and bandwidth of the links (`ows_ds.planner.cluster`). Each GPU has the same work at any number
 of them.
 """
 
@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds import config
-from ows_ds.cluster import Cluster, collective, read_cluster
-from ows_ds.forecast import Forecast, Replays, scaled, scaling_sizes, under
-from ows_ds.roofline import times
-from ows_ds.shapes import Model, read_model
-from ows_ds.table import Table, lines, markdown, terminal
+from ows_ds.model.shapes import Model, read_model
+from ows_ds.planner.cluster import Cluster, collective, read_cluster
+from ows_ds.planner.forecast import Forecast, Replays, scaled, scaling_sizes, under
+from ows_ds.planner.roofline import times
+from ows_ds.tables import Table, lines, markdown, terminal
 
 SYSTEMS = {"OWS, replicated": ("ows", "replicated"), "OWS, ZeRO-3": ("ows", "zero3"), "full, ZeRO-3": ("full", "zero3")}
 # between nodes, for a GPU: GB a second in one direction, microseconds a hop

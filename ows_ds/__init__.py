@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ows_ds.optimizer import OWS
+    from ows_ds.optim.ows import OWS
 
 __version__ = "0.1.0"
 __all__ = ["OWS", "__version__"]
@@ -14,7 +14,7 @@ __all__ = ["OWS", "__version__"]
 def __getattr__(name: str) -> Any:
     # imported when asked for, so that the command line's help does not wait for torch
     if name == "OWS":
-        from ows_ds.optimizer import OWS
+        from ows_ds.optim.ows import OWS
 
         return OWS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

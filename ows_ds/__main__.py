@@ -2,7 +2,7 @@
 
 import sys
 
-from ows_ds.cli import main
+from ows_ds.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks.pool import Pools
-from tests.tiny_run import write_inputs
+from tests.support.pool import Pools
+from tests.support.tiny_run import write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
-    """Worlds of processes by size: ``pools(2).run(function, *args)`` (see `tests.ranks.pool`)."""
+    """Worlds of processes by size: ``pools(2).run(function, *args)`` (see `tests.support.pool`)."""
     worlds = Pools()
     yield worlds
     worlds.close()
@@ -32,13 +32,13 @@ def pools() -> Iterator[Pools]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `tests.tiny_run.recipe` trains."""
+    """What `tests.support.tiny_run.recipe` trains."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in bfloat16, shared with the demo; converted once."""
-    from ows_ds import samples
+    from ows_ds.data import samples
 
     return samples.smollm2(ROOT / "runs" / "demo-inputs" / "SmolLM2-135M-Instruct")

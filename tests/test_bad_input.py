@@ -19,13 +19,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ows_ds import checkpoint, config
-from ows_ds.cli import main
-from ows_ds.communicate import Communicator
+from ows_ds.cli.main import main
+from ows_ds.distributed.communicator import Communicator
 from ows_ds.errors import UserError
-from ows_ds.optimizer import OWS
-from tests.ranks.pool import Pools
-from tests.tiny_run import recipe
-from tests.unit.families import tiny
+from ows_ds.optim.ows import OWS
+from tests.support.families import tiny
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
 
 Spoil = Callable[[Path], None]
 

@@ -22,11 +22,11 @@ import pytest
 import torch
 import transformers
 
-from ows_ds import config
-from ows_ds.cli import main
+from ows_ds import config, files
+from ows_ds.cli.main import main
 from tests.conftest import ROOT
-from tests.pages import PAGES, Command, block, code_of, commands_of
-from tests.unit.test_data import byte_tokenizer
+from tests.data.test_data import byte_tokenizer
+from tests.support.pages import PAGES, Command, block, code_of, commands_of
 
 LIMIT = 240  # seconds for one command
 SMALLER = {
@@ -49,13 +49,13 @@ ELSEWHERE = {
     "./launch/demo": "launch/demo",
     "./launch/setup": "launch/test",
     "./launch/test": ".ci/run",
-    "ows-ds bench time": "tests/launch/test_bench_costs.py",
-    "ows-ds bench memory": "tests/launch/test_bench_costs.py",
-    "ows-ds bench traffic": "tests/launch/test_bench_costs.py",
-    "python benchmarks/": "tests/unit/test_benchmarks.py",
+    "ows-ds bench time": "tests/bench/test_costs.py",
+    "ows-ds bench memory": "tests/bench/test_costs.py",
+    "ows-ds bench traffic": "tests/bench/test_costs.py",
+    "python benchmarks/": "tests/test_benchmarks.py",
     "python -m tests.faults.kills": "tests/faults/test_kills.py",
-    "ows-ds bench quality": "tests/launch/test_bench.py",
-    "ows-ds eval runs/first --mt-bench": "tests/unit/test_evaluate.py",
+    "ows-ds bench quality": "tests/bench/test_study_runs.py",
+    "ows-ds eval runs/first --mt-bench": "tests/evaluate/test_evaluate.py",
     "accelerate launch --config_file launch/accelerate/zero3_nodes.yaml": "tests/launch/test_hosts.py",
     "torchrun --nnodes 2": "tests/launch/test_hosts.py",
     "deepspeed": "tests/launch/test_hosts.py",
@@ -111,7 +111,7 @@ def run(words: list[str], folder: Path) -> tuple[int, str]:
     log.unlink(missing_ok=True)
     if words[0] in ("ows-ds", "python") and "-c" not in words:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.warm"])
+        context.set_forkserver_preload(["tests.support.warm"])
         process = context.Process(target=_run, args=(words, folder, log), daemon=True)
         process.start()
         process.join(LIMIT)
@@ -227,7 +227,7 @@ def names_of_pages() -> dict[str, Any]:
         "trainer": transformers.Trainer(load("my-model"), args, train_dataset=rows),
         "batches": [{"input_ids": one, "labels": one} for one in ids],
         "probabilities": json.loads(Path("runs/first/scores.json").read_text())["layers"],
-        "recipe": config.from_dict(config.read_yaml("my.yaml")),
+        "recipe": config.from_dict(files.read_yaml("my.yaml")),
     }
 
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from transformers.integrations import HfDeepSpeedConfig
 
 from ows_ds import OWS
-from ows_ds.communicate import join
-from ows_ds.export import save_model
-from ows_ds.layers import find_layers
-from ows_ds.score import score
-from ows_ds.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.distributed.communicator import join
+from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.importance.scores import score
+from ows_ds.model.layers import find_layers
+from ows_ds.train.export import save_model
 
 path, out = sys.argv[1:]
 device = torch.device("cpu")

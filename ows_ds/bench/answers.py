@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ows_ds.communicate import together
 from ows_ds.config import Data
 from ows_ds.data.batches import held_out_batches
 from ows_ds.data.encode import encode
 from ows_ds.data.encoded import IGNORE
 from ows_ds.data.rows import Row
+from ows_ds.data.samples import DEFAULT_TASK
+from ows_ds.distributed.communicator import together
+from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.samples import DEFAULT_TASK
-from ows_ds.weights import Weights
 
 
 def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:
@@ -46,7 +46,7 @@ def check_row(row: Row, where: str) -> None:
     from reasoning_gym.factory import DATASETS
 
     if not isinstance(row.get("answer"), str) or row.get("task", DEFAULT_TASK) not in DATASETS:
-        right = "give rows with answer and task, as `python -m ows_ds.samples problems` writes, or accuracy: null"
+        right = "give rows with answer and task, as `python -m ows_ds.data.samples problems` writes, or accuracy: null"
         raise UserError("test", where, right)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.setting import Setting, limits
 from ows_ds.bench.tracking import COMPONENTS
-from ows_ds.table import Table, size_in
+from ows_ds.tables import Table, size_in
 
 Result = dict[str, Any]
 
@@ -16,7 +16,7 @@ Result = dict[str, Any]
 def measure(setting: Setting, methods: Sequence[str], say: Callable[[str], None]) -> dict[str, Result]:
     """Of each limit and method, one after the other, {"failed": reason} or, for ``step`` and ``refresh``:
 
-    KIND: {component: bytes} at the peak of a step (see `ows_ds.bench.tracking`); KIND_planned: what `ows_ds.memory`
+    KIND: {component: bytes} at the peak of a step (see `ows_ds.bench.tracking`); KIND_planned: what `ows_ds.planner.memory`
     says; KIND_parts: that by component, between steps and in each phase; KIND_allocated: the most that torch took on a
     GPU. None: there is none.
     """

@@ -26,17 +26,19 @@ from typing import Any
 import torch
 import yaml
 
-from ows_ds import config, methods, trainer
+from ows_ds import config, files, methods
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
-from ows_ds.communicate import together
 from ows_ds.config import Data, Recipe, accumulation, sources
 from ows_ds.data.rows import load_rows
+from ows_ds.distributed.communicator import together
+from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError
-from ows_ds.job import mean_loss
-from ows_ds.runtime import Runtime, free_memory, load_model, load_tokenizer, start
-from ows_ds.sample import METRIC_OF
-from ows_ds.score import beside
+from ows_ds.files import beside
+from ows_ds.importance.probabilities import METRIC_OF, importance_of
+from ows_ds.model.pretrained import free_memory, load_model, load_tokenizer
+from ows_ds.train import trainer
+from ows_ds.train.context import mean_loss
 
 
 def quality(
@@ -130,7 +132,7 @@ class _Work:
         tree, file = self.plan.tree() | {"rows": _rows(self.plan, data)}, self.output / "study.yaml"
         if file.exists():
             begun = sorted(folder.name for folder in self.output.glob("runs/*"))
-            if wrong := study.conflict(config.read_yaml(file, "output"), tree, begun):
+            if wrong := study.conflict(files.read_yaml(file, "output"), tree, begun):
                 right = f"give another folder: it holds a study that differs in {wrong}"
                 raise UserError("output", str(self.output), right)
         # a hidden file is another job's that has just begun with the same study
@@ -172,7 +174,7 @@ class _Work:
         wanted = _scored_by(recipe)
         for file in sorted(self.output.glob("runs/*/*/scores.json")) if wanted else ():
             if file.parent != own and (file.parent / "config.yaml").exists():
-                other = config.from_dict(config.read_yaml(file.parent / "config.yaml"))
+                other = config.from_dict(files.read_yaml(file.parent / "config.yaml"))
                 if _scored_by(other) == wanted:
                     return str(file)
         return None
@@ -249,7 +251,7 @@ def losses(found: dict[Run, dict[str, Any]]) -> dict[Run, float | None]:
 
 def _scored_by(recipe: Recipe) -> tuple[Any, ...] | None:
     """What a run's scores depend on, where all runs have the same model and rows; None: it needs none."""
-    metric, sampling = METRIC_OF.get(methods.importance_of(recipe)), recipe.sampling
+    metric, sampling = METRIC_OF.get(importance_of(recipe)), recipe.sampling
     if metric is None:
         return None
     return metric, sampling.tau if metric == "outlier" else None, sampling.calibration_samples, recipe.model.dtype

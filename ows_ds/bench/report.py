@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from ows_ds import table
+from ows_ds import tables
 from ows_ds.bench.statistics import describe, t_test
 from ows_ds.bench.study import Run, Study, choose, size
-from ows_ds.plot import plot
-from ows_ds.score import Scores, beside
-from ows_ds.table import Table
+from ows_ds.files import beside
+from ows_ds.importance.plot import plot
+from ows_ds.importance.scores import Scores
+from ows_ds.tables import Table
 
 METRICS = {"accuracy": "right answers [%]", "loss": "loss on test"}
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy")
@@ -166,7 +167,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 def terminal(summary: Mapping[str, Any]) -> str:
     """The tables for a terminal of 80 columns; colours only where there is one."""
-    return table.terminal(_tables(summary), _notes(summary))
+    return tables.terminal(_tables(summary), _notes(summary))
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -175,7 +176,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     if summary["rows_answered"]:
         lines.append(f"* right answers: of {summary['rows_answered']} rows of test, generated greedily")
     for one in _tables(summary):
-        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *table.markdown(one)]
+        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *tables.markdown(one)]
     grids = [
         [name, f"{one['lr']:g}", _number(one["loss_on_eval"], 4), "chosen" if one["lr"] == variant["lr"] else ""]
         for name, variant in summary["variants"].items()
@@ -184,7 +185,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     ]
     if grids:
         tried = Table("", ["variant", "lr", "loss on data.eval", ""], grids)
-        lines += ["", f"## Learning rates tried, seed {summary['seeds'][0]}", "", *table.markdown(tried)]
+        lines += ["", f"## Learning rates tried, seed {summary['seeds'][0]}", "", *tables.markdown(tried)]
     lines += ["", *(f"* {note.removeprefix('* ')}" for note in _notes(summary))]
     return "\n".join(lines) + "\n"
 

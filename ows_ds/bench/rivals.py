@@ -8,11 +8,11 @@ import torch
 
 from ows_ds.bench.setting import Setting
 from ows_ds.bench.trial import LR, NEVER, Trial, batch_of, build_model, differentiate_input, ours, sampled
-from ows_ds.communicate import Communicator
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
-from ows_ds.layers import ModelLayers, find_layers
-from ows_ds.loss import token_losses
-from ows_ds.weights import Replicated
+from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.train.loss import token_losses
 
 
 def rival(setting: Setting, name: str, world: int) -> Trial:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ows_ds import table
+from ows_ds import tables
 from ows_ds.bench import memory, report, time, traffic
 from ows_ds.bench.setting import (
     DISTRIBUTED,
@@ -29,8 +29,8 @@ from ows_ds.bench.setting import (
     parse_sweep,
     points,
 )
-from ows_ds.score import beside
-from ows_ds.table import Table
+from ows_ds.files import beside
+from ows_ds.tables import Table
 
 Summary = dict[str, Any]
 AXES = {"time": "time of a step [ms]", "memory": "peak memory [GiB]", "traffic": "sent in a step [MiB]"}
@@ -70,10 +70,10 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
         "sweep": None if swept is None else swept[0],
         "points": found,
     }
-    shown, notes = tables(summary), _notes(summary)
+    shown, notes = make_tables(summary), _notes(summary)
     if output is not None:
         write(summary, shown, notes, output)
-    print(json.dumps(summary, indent=2, allow_nan=False) if how.json else table.terminal(shown, notes))
+    print(json.dumps(summary, indent=2, allow_nan=False) if how.json else tables.terminal(shown, notes))
 
 
 def _free(setting: Setting) -> int:
@@ -85,7 +85,7 @@ def _free(setting: Setting) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def tables(summary: Summary) -> list[Table]:
+def make_tables(summary: Summary) -> list[Table]:
     """The summary's tables: one of a single point, or one over the values of a sweep."""
     what, setting = summary["what"], Setting(**summary["setting"])
     first = summary["points"][0]["results"]
@@ -98,7 +98,7 @@ def tables(summary: Summary) -> list[Table]:
         }[what]()
     head = ["method", *(f"{summary['sweep']} {point['value']}" for point in summary["points"])]
     rows = [
-        [name, *(table.number(_value(what, point["results"][name]), 3) for point in summary["points"])]
+        [name, *(tables.number(_value(what, point["results"][name]), 3) for point in summary["points"])]
         for name in first
         if all(name in point["results"] for point in summary["points"])
     ]
@@ -155,7 +155,7 @@ def markdown(summary: Summary, shown: Sequence[Table], notes: Sequence[str]) -> 
     """WHAT.md."""
     lines = [*report.heading(summary["what"].capitalize(), summary), *(f"* {note}" for note in notes)]
     for one in shown:
-        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *table.markdown(one)]
+        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *tables.markdown(one)]
     return "\n".join(lines) + "\n"
 
 
@@ -179,12 +179,12 @@ def write(summary: Summary, shown: Sequence[Table], notes: Sequence[str], output
             }
             for name in results
         }
-        table.lines({name: some for name, some in series.items() if some}, summary["sweep"], AXES[what], picture)
+        tables.lines({name: some for name, some in series.items() if some}, summary["sweep"], AXES[what], picture)
     elif what == "memory":
         parts = {n: {part: size / 2**30 for part, size in one["step"].items()} for n, one in good.items()}
-        table.bars(parts, AXES[what], picture)
+        tables.bars(parts, AXES[what], picture)
     elif what == "traffic":
         parts = {n: {part: size / 2**20 for part, size in one["step"].items()} for n, one in good.items()}
-        table.bars(parts, AXES[what], picture)
+        tables.bars(parts, AXES[what], picture)
     else:
-        table.bars({name: {"step": float(_value(what, one) or 0)} for name, one in good.items()}, AXES[what], picture)
+        tables.bars({name: {"step": float(_value(what, one) or 0)} for name, one in good.items()}, AXES[what], picture)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ows_ds.errors import UserError
-from ows_ds.shapes import SHAPES, Shape
+from ows_ds.model.shapes import SHAPES, Shape
 
 SMALL_VOCAB = 1024  # of a slice on a CPU
 ITEMSIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ows_ds import config
+from ows_ds import config, files
 from ows_ds.config import Data, Recipe
 from ows_ds.errors import UserError
 
@@ -94,7 +94,7 @@ Losses = Mapping[Run, float | None]
 
 def read(path: str | Path) -> Study:
     """The study in a YAML file. Raises UserError for unknown keys, wrong types and contradictions, naming the key."""
-    return from_dict(config.read_yaml(path))
+    return from_dict(files.read_yaml(path))
 
 
 def from_dict(tree: Mapping[str, Any]) -> Study:
@@ -124,7 +124,7 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
 
 def _base(given: Any) -> dict[str, Any]:
     """The base recipe as a tree: of a file, or as it stands in the study."""
-    tree = config.read_yaml(given, "recipe") if isinstance(given, str) else given
+    tree = files.read_yaml(given, "recipe") if isinstance(given, str) else given
     if not isinstance(tree, Mapping):
         raise UserError("recipe", given, "give the file of a recipe, or its sections")
     tree = _plain("recipe", tree)

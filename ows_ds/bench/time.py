@@ -12,7 +12,7 @@ from typing import Any
 
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.setting import Setting, estimate, flops_of_limit, limit_of, limits
-from ows_ds.table import Table, number
+from ows_ds.tables import Table, number
 
 # flops a second of bfloat16 without sparsity, from the vendor's data sheets
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "L40S": 362e12, "A100": 312e12}

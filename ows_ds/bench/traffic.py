@@ -7,7 +7,7 @@ from typing import Any
 
 from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.setting import Setting
-from ows_ds.table import Table, number, size_in
+from ows_ds.tables import Table, number, size_in
 
 Result = dict[str, Any]
 SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leaves out
@@ -16,7 +16,7 @@ SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leav
 def measure(setting: Setting, methods: Sequence[str], world: int, say: Callable[[str], None]) -> dict[str, Result]:
     """Of each method, in ``world`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
 
-    KIND: {operation: bytes} of a ``step`` or what a ``refresh`` adds; KIND_planned: what `ows_ds.memory` says;
+    KIND: {operation: bytes} of a ``step`` or what a ``refresh`` adds; KIND_planned: what `ows_ds.planner.memory` says;
     full_rank: of an all-reduce of the whole gradients of the same layers. refresh is None where there is none.
     """
     results: dict[str, Result] = {}

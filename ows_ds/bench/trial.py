@@ -16,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ows_ds import memory, methods
+from ows_ds import methods
 from ows_ds.bench.setting import ITEMSIZE, Setting
-from ows_ds.communicate import Communicator
 from ows_ds.config import Method, Model, Optim, Recipe, Sampling, Train
-from ows_ds.forecast import Replays
-from ows_ds.layers import find_layers
-from ows_ds.loss import token_losses
-from ows_ds.optimizer import OWS
-from ows_ds.runtime import DTYPES, start
-from ows_ds.sample import LayerSet, Sampler, probabilities
-from ows_ds.weights import Replicated, Weights
-from ows_ds.zero3 import Zero3, Zero3AdamW
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.launch import start
+from ows_ds.distributed.weights import Replicated, Weights
+from ows_ds.distributed.zero3 import Zero3, Zero3AdamW
+from ows_ds.importance.probabilities import probabilities
+from ows_ds.model.layers import find_layers
+from ows_ds.model.pretrained import DTYPES
+from ows_ds.optim.ows import OWS
+from ows_ds.optim.sampling import LayerSet, Sampler
+from ows_ds.planner import memory
+from ows_ds.planner.forecast import Replays
+from ows_ds.train.loss import token_losses
 
 NEVER = 10**9  # steps: no draw and no refresh but those that are asked for
 SEED = 0
@@ -78,7 +81,7 @@ def build_model(setting: Setting) -> Any:
         differentiate_input(model, 0)
     if setting.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # see `ows_ds.runtime.load_model`
+        model.disable_input_require_grads()  # see `ows_ds.model.pretrained.load_model`
     return model.train()
 
 

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ows_ds import memory
 from ows_ds.bench.rivals import rival
 from ows_ds.bench.setting import OURS, Setting
 from ows_ds.bench.tracking import Tracker
 from ows_ds.bench.trial import Trial, full_rank_bytes, ours
 from ows_ds.errors import UserError
+from ows_ds.planner import memory
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ows_ds.data.batches import HOST, collate
 from ows_ds.data.encoded import Encoded
-from ows_ds.weights import Weights
+from ows_ds.distributed.weights import Weights
 
 LEAK = 0.1  # of what a row's neighbour may do to it; rounding does less, attention all
 

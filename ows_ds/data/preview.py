@@ -13,7 +13,7 @@ from ows_ds.data import prepare
 from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.rows import stream
 from ows_ds.errors import one_line
-from ows_ds.runtime import load_tokenizer
+from ows_ds.model.pretrained import load_tokenizer
 
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is trained, where there are no colours
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, parse_json, sources
+from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, sources
 from ows_ds.data import chat
 from ows_ds.data.chat import is_text
 from ows_ds.errors import UserError, first_line
+from ows_ds.files import parse_json
 
 # A row is of the first format whose columns it has: Alpaca-GPT4 also has text, commonsense_170k also answer.
 COLUMNS = {

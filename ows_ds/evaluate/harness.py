@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from ows_ds.communicate import Communicator, together
+from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation
 from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
-from ows_ds.results import Score, number
-from ows_ds.runtime import Runtime, free_memory, hushed
+from ows_ds.model.pretrained import free_memory, hushed
+from ows_ds.runs.results import Score, number
 
 GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
 PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besides torch and transformers

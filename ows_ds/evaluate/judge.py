@@ -25,7 +25,7 @@ from typing import Any
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.mt_bench import REFERENCED, Line, lines_of
 from ows_ds.evaluate.setting import MTBench
-from ows_ds.results import Score
+from ows_ds.runs.results import Score
 
 MARK = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))  # FastChat's
 LONGEST = 2048  # tokens of a judgment

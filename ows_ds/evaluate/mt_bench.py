@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ows_ds.config import parse_json
 from ows_ds.data.encode import ALPACA
+from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation, MTBench
 from ows_ds.evaluate.subject import Subject
-from ows_ds.runtime import Runtime
+from ows_ds.files import parse_json
 
 Line = dict[str, Any]
 TEMPERATURE = {

@@ -14,16 +14,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ows_ds import __version__, card, config, results, watch
+from ows_ds import __version__, config
 from ows_ds.checkpoint import version
-from ows_ds.communicate import together
+from ows_ds.distributed import watchdog
+from ows_ds.distributed.communicator import together
+from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import harness, judge, mt_bench
 from ows_ds.evaluate.setting import BASE, Evaluation, MTBench, check
 from ows_ds.evaluate.subject import Subject, base_of, facts_of, find, on_disk, refusing
-from ows_ds.results import Result, Score
-from ows_ds.runtime import Runtime, free_memory, start
-from ows_ds.table import terminal
+from ows_ds.model.pretrained import free_memory
+from ows_ds.runs import card, results
+from ows_ds.runs.results import Result, Score
+from ows_ds.tables import terminal
 
 LONGEST = 86400  # seconds that a process may wait for a slower one; whether it lives is asked in between
 DEAD = 600  # seconds after which a process that has ended is missed
@@ -45,7 +48,7 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     recipe = config.from_dict(tree)
     runtime = start(replace(recipe, train=replace(recipe.train, timeout_seconds=LONGEST)))
     comm = runtime.comm
-    with watch.armed(comm, DEAD):
+    with watchdog.armed(comm, DEAD):
         with together(comm), redirect_stdout(sys.stderr):
             measure = _judged(evaluation, bench, runtime) if judged else _by_harness(evaluation, runtime)
         result = _measured(measure, subject, evaluation, bench, runtime)

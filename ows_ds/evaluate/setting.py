@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ows_ds.config import HUB_NAME, can_be_made
+from ows_ds.config import HUB_NAME
 from ows_ds.errors import UserError
+from ows_ds.files import can_be_made
 
 BASE = "base"  # in place of a model: that which the run began with
 WORDS = re.compile(r"[\w.:@+\[\]() /-]+")  # of a judge's name

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ows_ds import checkpoint, config
-from ows_ds.communicate import Communicator, together
+from ows_ds import checkpoint, config, files
 from ows_ds.config import Recipe
+from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation
-from ows_ds.fingerprint import fingerprint
-from ows_ds.results import FOLDER, file_name
-from ows_ds.weights import Replicated
+from ows_ds.model.fingerprint import fingerprint
+from ows_ds.runs.results import FOLDER, file_name
 
 ELSEWHERE = Path("runs")  # where results of models without a run are written
 
@@ -64,7 +64,7 @@ def find(given: str, evaluation: Evaluation) -> Subject:
         if local and not (folder / "config.json").is_file():
             raise UserError("MODEL", given, "give the folder of a model, with its config.json, or of a run")
         return Subject(_name(folder) if local else given, given, evaluation.revision)
-    recipe = config.from_dict(config.read_yaml(folder / "config.yaml", "MODEL"))
+    recipe = config.from_dict(files.read_yaml(folder / "config.yaml", "MODEL"))
     name, step = _name(folder), evaluation.checkpoint
     if step is not None:
         return Subject(f"{name}-{step}", str(folder), None, folder, step, recipe)
@@ -97,7 +97,7 @@ def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
     try:
         with together(comm):
             if comm.index == 0:
-                from ows_ds.export import export
+                from ows_ds.train.export import export
 
                 subject.results.mkdir(exist_ok=True)
                 place = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)

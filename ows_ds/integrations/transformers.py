@@ -35,17 +35,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ows_ds import checkpoint, resume
-from ows_ds.communicate import join, together
+from ows_ds import checkpoint
+from ows_ds.distributed.communicator import join, together
+from ows_ds.distributed.launch import per_host
+from ows_ds.distributed.weights import Replicated, Weights
+from ows_ds.distributed.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
 from ows_ds.errors import UserError
-from ows_ds.export import save_weights
-from ows_ds.fingerprint import fingerprint
-from ows_ds.layers import find_layers
-from ows_ds.optimizer import OWS
-from ows_ds.runtime import DTYPES, per_host
-from ows_ds.score import Scores, score
-from ows_ds.weights import Replicated, Weights
-from ows_ds.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
+from ows_ds.importance.scores import Scores, score
+from ows_ds.model.fingerprint import fingerprint
+from ows_ds.model.layers import find_layers
+from ows_ds.model.pretrained import DTYPES
+from ows_ds.optim.ows import OWS
+from ows_ds.train import resume
+from ows_ds.train.export import save_weights
 
 FOLDER = "ows"  # in a checkpoint-N
 FROM_ARGUMENTS = {

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ows_ds.communicate import Communicator
 from ows_ds.config import Recipe
-from ows_ds.fingerprint import fingerprint
-from ows_ds.layers import ModelLayers
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.weights import Piece, ReadPiece, Weights
 from ows_ds.methods import badam, full, galore, hift, lisa, lora, mezo, ows
-from ows_ds.optimizer import check_fits
-from ows_ds.sample import LayerSet
-from ows_ds.update import Accept, always
-from ows_ds.weights import Piece, ReadPiece, Weights
+from ows_ds.model.fingerprint import fingerprint
+from ows_ds.model.layers import ModelLayers
+from ows_ds.optim.ows import check_fits
+from ows_ds.optim.sampling import LayerSet
+from ows_ds.optim.update import Accept, always
 
 
 class Method(Protocol):
@@ -48,10 +48,10 @@ class Method(Protocol):
         """
 
     def energies(self) -> dict[int, Tensor]:
-        """Of each layer that gets new projectors in this step: see `ows_ds.optimizer.OWS.energies`."""
+        """Of each layer that gets new projectors in this step: see `ows_ds.optim.ows.OWS.energies`."""
 
     def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
-        """Of each layer that was folded after the last step: see `ows_ds.optimizer.OWS.moved`."""
+        """Of each layer that was folded after the last step: see `ows_ds.optim.ows.OWS.moved`."""
 
     def pieces(self) -> list[Piece]:
         """This process's part of the tensors of a checkpoint."""
@@ -72,20 +72,14 @@ SAMPLING: dict[str, Callable[..., Any]] = {
     "lisa-d": lisa.build,
     "galore": galore.build,
     "badam": badam.build,
-}  # layer sets drawn by importance, trained by `ows_ds.optimizer.OWS`
+}  # layer sets drawn by importance, trained by `ows_ds.optim.ows.OWS`
 WHOLE: dict[str, Callable[..., Any]] = {
     "full": full.build,
     "lora": lora.build,
     "dora": lora.build,
     "hift": hift.build,
-}  # AdamW on whole weights or adapters, by `ows_ds.adamw.AdamW`
+}  # AdamW on whole weights or adapters, by `ows_ds.optim.adamw.AdamW`
 ADAPTERS = ("lora", "dora")
-
-
-def importance_of(recipe: Recipe) -> str:
-    """What layers are sampled by: ``sampling.importance`` under ows, else what defines the method."""
-    name = recipe.method.name
-    return recipe.sampling.importance if name == "ows" else "decreasing" if name == "lisa-d" else "uniform"
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:

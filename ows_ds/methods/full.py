@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ows_ds.adamw import AdamW, Group
 from ows_ds.config import Recipe
-from ows_ds.layers import ModelLayers
-from ows_ds.weights import Weights
+from ows_ds.distributed.weights import Weights
+from ows_ds.model.layers import ModelLayers
+from ows_ds.optim.adamw import AdamW, Group
 
 
 def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -> AdamW:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ows_ds.adamw import AdamW, Group
 from ows_ds.config import Recipe
-from ows_ds.layers import Matrix, ModelLayers, Vector
-from ows_ds.sample import LayerSet
-from ows_ds.weights import Weights
+from ows_ds.distributed.weights import Weights
+from ows_ds.model.layers import Matrix, ModelLayers, Vector
+from ows_ds.optim.adamw import AdamW, Group
+from ows_ds.optim.sampling import LayerSet
 
 
 def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -> AdamW:

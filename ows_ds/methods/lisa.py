@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from ows_ds.config import Recipe
-from ows_ds.optimizer import OWS
-from ows_ds.weights import Weights
+from ows_ds.distributed.weights import Weights
+from ows_ds.optim.ows import OWS
 
 
 def build(recipe: Recipe, weights: Weights, importance: list[float], **common: Any) -> OWS:

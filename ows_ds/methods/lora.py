@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ows_ds.adamw import AdamW, Group
 from ows_ds.config import Recipe
+from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.layers import ModelLayers
-from ows_ds.weights import Weights
+from ows_ds.model.layers import ModelLayers
+from ows_ds.optim.adamw import AdamW, Group
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ows_ds.config import Recipe
-from ows_ds.layers import ModelLayers
-from ows_ds.sample import LayerSet
-from ows_ds.update import Accept, always
-from ows_ds.weights import Piece, ReadPiece, Weights, pieces_of, read_weights, stream
+from ows_ds.distributed.weights import Piece, ReadPiece, Weights, pieces_of, read_weights, stream
+from ows_ds.model.layers import ModelLayers
+from ows_ds.optim.sampling import LayerSet
+from ows_ds.optim.update import Accept, always
 
 BLOCK = 1 << 16  # entries that are drawn at once
 
@@ -65,7 +65,7 @@ class MeZO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
-        """A whole step, as `ows_ds.optimizer.OWS.train_step`, without dropout. Returns the mean of the two points.
+        """A whole step, as `ows_ds.optim.ows.OWS.train_step`, without dropout. Returns the mean of the two points.
 
         A step that is not taken leaves the weights as they were but for two roundings: there is no copy of them.
         """

@@ -26,14 +26,16 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from ows_ds import checkpoint, config, log, tensor_files, trainer
-from ows_ds.communicate import Communicator
-from ows_ds.full_rank import FullRank
-from ows_ds.optimizer import OWS
-from ows_ds.update import CoordinateBuffer
-from tests.ranks import pool
-from tests.ranks.test_trainer import contents
-from tests.tiny_run import recipe, write_inputs
+from ows_ds import checkpoint, config
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.model import tensor_files
+from ows_ds.optim.full_rank import FullRank
+from ows_ds.optim.ows import OWS
+from ows_ds.optim.update import CoordinateBuffer
+from ows_ds.train import log, trainer
+from tests.support import pool
+from tests.support.tiny_run import recipe, write_inputs
+from tests.train.test_trainer import contents
 
 WORLD = 2
 LIMIT = 120.0  # seconds for a run of a tiny model
@@ -136,7 +138,7 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
 def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
     """Start the processes, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.warm"])
+    context.set_forkserver_preload(["tests.support.warm"])
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     port = next(pool._ports)
     args = [(rank, port, folder, job, plan) for rank in range(WORLD)]

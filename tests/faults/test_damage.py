@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ows_ds import checkpoint
-from ows_ds.communicate import Communicator
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.weights import Piece
 from ows_ds.errors import UserError
-from ows_ds.weights import Piece
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, refused, run
-from tests.tiny_run import recipe
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+from tests.train.test_trainer import contents, refused, run
 
 ALONE = Communicator()
 

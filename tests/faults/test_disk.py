@@ -12,11 +12,12 @@ from unittest.mock import patch
 
 import pytest
 
-from ows_ds import checkpoint, config, log
-from ows_ds.communicate import Communicator
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, run
-from tests.tiny_run import recipe
+from ows_ds import checkpoint, config
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.train import log
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+from tests.train.test_trainer import contents, run
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import pytest
 
 from ows_ds import config
 from tests.conftest import ROOT
-from tests.launch.hosts import ADDRESSES, ENVIRONMENT, NAMES, Hosts, need
 from tests.launch.test_launchers import free_port
-from tests.tiny_run import recipe
+from tests.support.hosts import ADDRESSES, ENVIRONMENT, NAMES, Hosts, need
+from tests.support.tiny_run import recipe
 
 LIMIT = 20  # train.timeout_seconds
 MORE = 10  # seconds beyond it, on a machine that has much to do

@@ -12,9 +12,9 @@ import pytest
 from ows_ds import config
 from tests.conftest import ROOT
 from tests.launch.test_launchers import LIMIT, launchers
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, run
-from tests.tiny_run import recipe
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+from tests.train.test_trainer import contents, run
 
 
 @pytest.mark.slow

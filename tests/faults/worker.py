@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ows_ds import cli, trainer
+from ows_ds.cli import main
+from ows_ds.train import trainer
 
 
 def _memory() -> None:
@@ -59,4 +60,4 @@ if __name__ == "__main__":
     del sys.argv[1:4]
     if int(os.environ["RANK"]) == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         inject(fault, step)
-    sys.exit(cli.main())
+    sys.exit(main.main())

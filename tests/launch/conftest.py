@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ows_ds import config
-from tests.launch.hosts import Hosts, need
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, run
-from tests.tiny_run import recipe
+from tests.support.hosts import Hosts, need
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+from tests.train.test_trainer import contents, run
 
 PERIOD = 8  # a stop after a few steps falls within the first
 

@@ -14,10 +14,10 @@ import torch
 import transformers as tf
 
 from tests.conftest import ROOT
+from tests.data.test_data import byte_tokenizer
+from tests.integrations.test_transformers import needs_trl
 from tests.launch.test_launchers import BIN, LIMIT, free_port
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer_integration import needs_trl
-from tests.unit.test_data import byte_tokenizer
+from tests.support.pool import Pools
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 SLOW = [needs_trl, pytest.mark.slow]

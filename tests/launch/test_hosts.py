@@ -15,9 +15,9 @@ import pytest
 
 from ows_ds import config
 from tests.launch.conftest import launched, same
-from tests.launch.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, PACKAGES, Hosts, install, need, until_step
-from tests.pages import command
-from tests.ranks.test_trainer import contents
+from tests.support.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, PACKAGES, Hosts, install, need, until_step
+from tests.support.pages import command
+from tests.train.test_trainer import contents
 
 FIRST = ADDRESSES["n0"]
 # what a process on another host does not have by itself

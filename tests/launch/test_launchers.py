@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ows_ds import config
 from tests.conftest import ROOT
-from tests.tiny_run import recipe
+from tests.support.tiny_run import recipe
 
 BIN = Path(sys.executable).parent
 LIMIT = 300  # seconds for one launch; the first on a machine compiles DeepSpeed's operator

@@ -16,14 +16,14 @@ import pytest
 import yaml
 
 from ows_ds import config
-from ows_ds.slurm import Allocation, render
+from ows_ds.slurm.job import Allocation, render
 from tests.launch.conftest import PERIOD, launched, same
-from tests.launch.hosts import LIMIT, Hosts, need, until_step
-from tests.launch.slurm import Slurm, script, slurm
-from tests.pages import command
-from tests.ranks.pool import Pools
-from tests.ranks.test_trainer import contents, run
-from tests.tiny_run import recipe
+from tests.support.hosts import LIMIT, Hosts, need, until_step
+from tests.support.pages import command
+from tests.support.pool import Pools
+from tests.support.slurm import Slurm, script, slurm
+from tests.support.tiny_run import recipe
+from tests.train.test_trainer import contents, run
 
 # a job of a higher partition, that needs all nodes
 PUSH_OUT = ("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")

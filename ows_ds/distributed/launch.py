@@ -1,0 +1,174 @@
+"""From a recipe and a launcher's environment to processes that know each other, and a model spread over them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ows_ds.config import Recipe, accumulation
+from ows_ds.distributed import rendezvous
+from ows_ds.distributed.communicator import Communicator, join
+from ows_ds.distributed.zero3 import (
+    DEFAULT_CONFIG,
+    check_by_deepspeed,
+    free_operator,
+    join_deepspeed,
+    read_config,
+    resolve_config,
+)
+from ows_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FORMED = "ows_ds/formed"  # in torchrun's store: how many process groups have come to be there
+
+
+@dataclass
+class Runtime:
+    """The processes of this run. ds_config: the DeepSpeed configuration, None where weights are replicated."""
+
+    accelerator: Accelerator
+    comm: Communicator
+    device: torch.device
+    ds_config: dict[str, Any] | None
+
+
+def start(recipe: Recipe) -> Runtime:
+    """Join the processes that the launcher started (one alone is a world of one). Collective.
+
+    Raises UserError for a sharding or a DeepSpeed file that cannot be had, and for hosts that cannot meet.
+    """
+    import accelerate
+    from accelerate.utils import InitProcessGroupKwargs
+
+    environment = os.environ
+    environment.update(rendezvous.discover(environment))
+    launched = "LOCAL_RANK" in environment
+    cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    timeout = timedelta(seconds=recipe.train.timeout_seconds)
+    backend = "nccl" if cuda else "gloo"
+    if launched:
+        rendezvous.check(environment, backend)
+    if launched and cuda:
+        _check_gpus(environment, torch.cuda.device_count())
+    # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
+    # it ignores DeepSpeed
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
+    if not cuda:
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to find out
+        # two versions of ninja, the activated environment's and the system's, would take turns at compiling DeepSpeed's
+        # CPU operator anew
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+        free_operator()
+    store = None
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        store = _join_torchrun(environment, backend, timeout)
+    quieten()
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
+        accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
+    sharded = recipe.train.sharding == "zero3" or (
+        recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
+    )
+    if recipe.train.ds_config is not None and not sharded:
+        right = "give train.sharding zero3 with it: this launcher has not set DeepSpeed up"
+        raise UserError("train.ds_config", recipe.train.ds_config, right)
+    if sharded and not dist.is_initialized():
+        _alone(backend, timeout)
+    elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
+        raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
+    if sharded:
+        join_deepspeed()
+    comm = join(accelerator.device)
+    if store is not None:
+        comm.collect("formed")  # all are there
+        if comm.index == 0:
+            store.add(FORMED, 1)
+    config = None
+    if sharded:
+        raw = _ds_config(recipe, accelerator)
+        steps = accumulation(recipe, comm.world)
+        micro, hosts = recipe.train.micro_batch_size, comm.collect(socket.gethostname())
+        config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world, per_host(hosts))
+        check_by_deepspeed(config)
+    return Runtime(accelerator, comm, accelerator.device, config)
+
+
+def _check_gpus(environment: Mapping[str, str], gpus: int) -> None:
+    """Refuse (UserError), on every process of this host, more processes than there are GPUs."""
+    here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")  # the second is DeepSpeed's
+    processes = int(here or int(environment["LOCAL_RANK"]) + 1)
+    if processes > gpus:
+        right = f"start at most {gpus} processes here, one for each GPU that all of them see"
+        raise UserError("processes of this host", processes, right)
+
+
+def quieten() -> None:
+    """Progress has one bar, ours; and optional kernels that nothing here uses need no mention."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch is about to rename
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    # and peft asks transformers by an old name, as we do: the new ones are not in all versions that will do
+    warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
+
+
+def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timedelta) -> dist.Store:
+    """The process group of processes that torchrun, or Accelerate by it, has started, perhaps anew. Collective.
+
+    With a fixed port torchrun keeps its store after a restart, and with it the addresses of the processes that were
+    there before: some would wait for these for ever. So each group that has formed in a store has keys of its own.
+    Returns the store, in which `FORMED` is to be counted up once all are there.
+    """
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+    own = dist.PrefixStore(f"{FORMED}-{store.add(FORMED, 0)}", store)
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+    return store
+
+
+def _alone(backend: str, timeout: timedelta) -> None:
+    """A process group of one, which DeepSpeed wants, without a port."""
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def per_host(hosts: list[str]) -> int | None:
+    """How many processes each host has, where they are as many on each and follow one another; otherwise None.
+
+    hosts: names, by process.
+    """
+    size = hosts.count(hosts[0])
+    groups = [hosts[first : first + size] for first in range(0, len(hosts), size)]
+    same = all(group == [group[0]] * size for group in groups)
+    return size if same and len({group[0] for group in groups}) == len(groups) else None
+
+
+def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """The DeepSpeed file of the recipe, else the launcher's, else ours."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    # the launcher's file as it is written: Accelerate fills in "auto" for a number format that is not the recipe's
+    path = recipe.train.ds_config or (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if plugin else None)
+    if path is not None and path != "none":
+        return read_config(path)
+    if plugin is None:
+        return DEFAULT_CONFIG
+    return {key: value for key, value in plugin.deepspeed_config.items() if key not in ("bf16", "fp16")}

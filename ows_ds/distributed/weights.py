@@ -1,0 +1,229 @@
+"""One view of the model's weights, wherever they live: whole on every process, or as DeepSpeed's shards.
+
+A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world`` holds, or answers for,
+the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): the partition of ZeRO-3 and of
+``torch.chunk``. What only that process may write is its interval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.distributed.communicator import Communicator
+
+CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
+FOLD = 1 << 20  # entries of a matrix that are folded at once, in whole rows
+
+
+def stream(key: str, device: torch.device) -> torch.Generator:
+    """A random stream that depends on ``key`` and the kind of device alone."""
+    word = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
+
+
+def interval(numel: int, index: int, world: int) -> tuple[int, int]:
+    """First and last + 1 flattened entry of process ``index``; empty for the last ones where they do not suffice."""
+    size = math.ceil(numel / world)
+    return min(index * size, numel), min((index + 1) * size, numel)
+
+
+@dataclass
+class Piece:
+    """A run of a flattened tensor that this process contributes to a checkpoint.
+
+    shape: of the whole tensor; start: of the run; tensor: 1-D.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    tensor: Tensor
+
+
+ReadPiece = Callable[[str, int, int], Tensor]
+"""(name, first, last + 1) -> these entries of the flattened tensor."""
+
+
+Fill = Callable[[int, Tensor], None]
+"""(start, out): out (1-D) <- that many entries of a flattened tensor, from ``start`` on."""
+
+
+class Weights(Protocol):
+    """What the rest of the program may do with a model's weights."""
+
+    module: nn.Module
+    comm: Communicator
+    device: torch.device  # where forward and backward run
+    sharded: bool  # whether weights are gathered only around each pass
+
+    def __call__(self, **batch: Any) -> Any:
+        """The model's forward pass."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The whole parameter's shape."""
+
+    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The flattened entries that this process answers for."""
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
+
+    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """All entries that lie on this process: where they start, and the 1-D run, sharing the weight's memory."""
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        """After writing ``local`` of ``parameters``: let every process see it. Collective."""
+
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Set whole parameters to ``values`` (any dtype, numel entries each), which every process holds."""
+
+    def fold(
+        self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
+    ) -> None:
+        """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication.
+
+        noise: None, or what the randomness of stochastic rounding depends on (see `add_low_rank`).
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate this process's part of the mean over processes: ``loss`` divided by their number."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it ``parameters`` are whole, and what process 0 writes to them stays. Collective."""
+
+    def after_step(self) -> None:
+        """To be called after every step, evaluation and generation: nothing stays gathered."""
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
+
+    def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        """The same in runs of at most about `CHUNK` entries: where each starts, 1-D, valid until the next. Collective
+        under ZeRO-3, so that every process has to take all of them."""
+
+
+def add_low_rank(
+    flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0, noise: str | None = None
+) -> None:
+    """flat <- decay * flat + (left @ right.T).flatten()[start : start + flat.numel()], in place.
+
+    flat: a run of entries of a (rows, columns) matrix, any float dtype; the sum is formed in the factors' dtype
+    (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is bfloat16,
+    stochastically, by noise that depends on that key and the entry's position alone.
+
+    Blocks of rows are the same whatever the run, so that all shardings come to the same bits.
+    """
+    rows_at_once = max(1, FOLD // columns)
+    stop = start + flat.numel()
+    for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
+        update = (left[row : row + rows_at_once] @ right.T).flatten()
+        first = row * columns
+        a, b = max(start, first), min(stop, first + update.numel())
+        part, own = flat[a - start : b - start], slice(a - first, b - first)
+        total = part.to(update.dtype).mul_(decay).add_(update[own])
+        if noise is not None and part.dtype == torch.bfloat16:
+            total = round_stochastically(total, draw_bits(update.numel(), f"{noise}/{row}", flat.device)[own])
+        part.copy_(total)
+
+
+def draw_bits(count: int, key: str, device: torch.device) -> Tensor:
+    """(count,), int32, uniform in [0, 2^16): the noise of `round_stochastically`."""
+    return torch.randint(1 << 16, (count,), generator=stream(key, device), dtype=torch.int32, device=device)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """float32 -> float32 that bfloat16 holds exactly: a neighbour of x, the nearer the likelier, x itself on average.
+
+    bits: int32, uniform in [0, 2^16), x's shape. bfloat16 is the upper half of float32, so that a carry out of the
+    lower half has the probability of rounding away from zero.
+    """
+    rounded = ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)  # a carry could turn a NaN into a number
+
+
+class Replicated:
+    """Every process holds every weight. Nothing travels for a forward or backward pass."""
+
+    sharded = False
+
+    def __init__(self, module: nn.Module, comm: Communicator) -> None:
+        """module: the model, on its device. Process 0's weights are copied to the others. Collective."""
+        self.module = module
+        self.comm = comm
+        self.device = next(module.parameters()).device
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                comm.broadcast(tensor.data)
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return interval(parameter.numel(), self.comm.index, self.comm.world)
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        start, stop = self.interval(parameter)
+        return parameter.data.view(-1)[start:stop]
+
+    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.data.view(-1)
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters if self.comm.world > 1 else ():  # alone, the interval is the weight itself
+            size = math.ceil(parameter.numel() / self.comm.world)
+            part = parameter.data.new_zeros(size)
+            local = self.local(parameter)
+            part[: local.numel()] = local
+            whole = self.comm.all_gather(part, "full_rank_weights")
+            parameter.data.view(-1).copy_(whole[: parameter.numel()])
+
+    def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        if parameters:
+            whole = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
+            torch._foreach_copy_([p.data for p in parameters], whole)
+
+    def fold(
+        self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
+    ) -> None:
+        add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay, noise)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.comm.world if self.comm.world > 1 else loss).backward()
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()  # every process writes the same
+
+    def after_step(self) -> None:
+        pass
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
+
+    def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        flat = parameter.data.view(-1)
+        yield from ((start, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK))
+
+
+def pieces_of(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Piece]:
+    """This process's intervals of the named weights, as ``weight/NAME``."""
+    found = ((name, parameters[name]) for name in names)
+    return [Piece(f"weight/{name}", weights.shape(p), weights.interval(p)[0], weights.local(p)) for name, p in found]
+
+
+def read_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str], read: ReadPiece) -> None:
+    """Set the named weights to what `pieces_of` gave. Collective."""
+    changed = {name: parameters[name] for name in names}
+    for name, parameter in changed.items():
+        weights.local(parameter).copy_(read(f"weight/{name}", *weights.interval(parameter)))
+    weights.publish(list(changed.values()))

@@ -1,0 +1,1 @@
+"""How much each layer matters: metrics, the scores file, sampling probabilities, plots."""

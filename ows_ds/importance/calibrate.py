@@ -1,0 +1,72 @@
+"""Forward passes over calibration batches, watched by hooks that see the tokens which are not padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ows_ds.distributed.weights import Weights
+
+Select = Callable[[str, Tensor], Tensor]
+"""(what it is, activations of the batch whose last dimension is features) -> those of tokens: (tokens, features)."""
+
+
+def calibrate(
+    weights: Weights,
+    batches: Iterable[dict[str, Tensor] | None],
+    attach: Callable[[Select], Iterable[RemovableHandle]],
+) -> int:
+    """Run this process's ``batches`` through the model; returns the number of their tokens that are not padding.
+
+    batches: as for `ows_ds.importance.scores.score`. attach: registers hooks on ``weights.module`` and gives their handles, which
+    are removed at the end; the hooks may call the `Select` that it gets, which raises RuntimeError for activations that
+    are not one row a token of the batch.
+
+    The module runs in eval mode without gradients and is left in the mode it was in. Collective under ZeRO-3.
+    """
+    module = weights.module
+    kept = torch.empty(0, dtype=torch.int64, device=weights.device)  # the tokens of this batch, flattened
+    positions = 0
+    tokens = 0
+
+    def select(what: str, x: Tensor) -> Tensor:
+        x = x.detach().reshape(-1, x.shape[-1])
+        if len(x) != positions:
+            raise RuntimeError(f"{what} has {len(x)} rows where the batch has {positions} tokens")
+        return x.index_select(0, kept)  # not a product with the mask: padding may be NaN
+
+    extra = _without_needless_work(module.forward)
+    training = [m for m in module.modules() if m.training]
+    handles: list[RemovableHandle] = []
+    try:
+        module.eval()
+        handles.extend(attach(select))
+        with torch.no_grad():
+            for batch in batches:
+                if batch is None:  # one token, only to take part
+                    batch = {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=weights.device)}
+                    mask = torch.zeros_like(batch["input_ids"])
+                else:
+                    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                kept = mask.flatten().nonzero().squeeze(1)
+                positions = mask.numel()
+                tokens += len(kept)
+                weights(**{key: value for key, value in batch.items() if key != "labels"}, **extra)
+                weights.after_step()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m in training:
+            m.training = True
+    return tokens
+
+
+def _without_needless_work(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that spare the cache and the head's work on all positions but the last, where they are understood."""
+    known = inspect.signature(forward).parameters
+    return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}

@@ -1,0 +1,107 @@
+"""From a recipe to the importance of its model's layers: where scores are, when they are computed, what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ows_ds.config import Recipe
+from ows_ds.distributed.communicator import together
+from ows_ds.distributed.weights import Weights
+from ows_ds.errors import one_line
+from ows_ds.importance import probabilities
+from ows_ds.importance.metrics import measure
+from ows_ds.importance.plot import plot, strip
+from ows_ds.importance.probabilities import METRIC_OF, importance_of
+from ows_ds.importance.scores import Scores
+from ows_ds.model.layers import ModelLayers
+
+MakeBatches = Callable[[], Iterable[dict[str, Tensor] | None]]
+"""Gives this process's calibration batches anew (see `ows_ds.importance.scores.score`)."""
+
+
+def importance(
+    recipe: Recipe,
+    weights: Weights,
+    layers: ModelLayers,
+    run_dir: Path,
+    model: str,
+    earlier: Path | None = None,
+    batches: MakeBatches | None = None,
+) -> list[float]:
+    """What the recipe's method samples layers by: one number >= 0 each, input side first. Collective.
+
+    model: the fingerprint of ``weights``. Where the method needs scores, they are those of ``sampling.scores``; without
+    it, of scores.json in ``earlier``, the folder of the run that is continued (None: ``run_dir``); without that file,
+    computed now over ``batches``. The run keeps them in ``run_dir`` as scores.json, with a picture. Without ``batches``
+    (an export) the run's own scores.json is read, and nothing is written. Raises UserError for a file that is missing
+    or made for something else.
+    """
+    sampling, kind = recipe.sampling, importance_of(recipe)
+    n_layers = len(layers.layers)
+    if kind not in METRIC_OF:
+        return probabilities.importance(kind, n_layers)
+    own = run_dir / "scores.json"
+    given: Path | None = own
+    if batches is not None:
+        given = (earlier or run_dir) / "scores.json" if sampling.scores is None else Path(sampling.scores)
+        if not weights.comm.share(given.exists()):
+            given = None
+    if given is None:
+        assert batches is not None
+        [scores] = measure(weights, layers, [METRIC_OF[kind]], batches, sampling.tau, model).values()
+    else:
+        with together(weights.comm):
+            scores = Scores.read(given)
+            scores.check(model, n_layers, kind, sampling.tau)
+    found = probabilities.importance(kind, n_layers, scores.layers)
+    probabilities.probabilities(
+        found, sampling.gamma, sampling.tau
+    )  # what it refuses is refused before anything is written
+    if batches is not None and given != own:
+        with together(weights.comm):
+            if weights.comm.index == 0:
+                scores.write(own)
+                plot([(Path(recipe.model.path).name, scores)], own.with_suffix(".png"))
+    return found
+
+
+def report(
+    recipe: Recipe, weights: Weights, layers: ModelLayers, batches: MakeBatches, kinds: Sequence[str], path: Path
+) -> None:
+    """Measure what ``kinds`` of importance need, each metric once; print a strip a kind, and write files. Collective.
+
+    kinds: values of ``sampling.importance``; none: the metric that the recipe's needs, outlier where it needs none.
+    path: file of the scores of the metric that the recipe's importance needs, or of the first one where that was not
+    asked for; it is not written where no kind needs one. Of several metrics, each has a file of its own beside it,
+    named after it (scores-rm.json). One PNG, named after ``path``, shows all kinds. Errors as for `measure`.
+    """
+    needed, tau = METRIC_OF.get(recipe.sampling.importance), recipe.sampling.tau
+    kinds = list(dict.fromkeys(kinds)) or [needed or "outlier"]
+    metrics = list(dict.fromkeys(METRIC_OF[kind] for kind in kinds if kind in METRIC_OF))
+    measured = measure(weights, layers, metrics, batches, tau)
+
+    def row(kind: str) -> Scores:
+        if kind in measured:
+            return measured[kind]
+        ratios = measured[METRIC_OF[kind]].layers if kind in METRIC_OF else None
+        return Scores(kind, tau, "", tuple(probabilities.importance(kind, len(layers.layers), ratios)), 0)
+
+    rows = [row(kind) for kind in kinds]
+    files = {path: measured.get(str(needed), measured[metrics[0]])} if measured else {}
+    if len(measured) > 1:
+        files |= {path.with_stem(f"{path.stem}-{metric}"): scores for metric, scores in measured.items()}
+    with together(weights.comm):
+        if weights.comm.index == 0:
+            for file, scores in files.items():
+                scores.write(file)
+            picture = path.with_suffix(".png")
+            plot([(Path(recipe.model.path).name, one) for one in rows], picture)
+            print("\n\n".join(map(strip, rows)))
+            for file, scores in files.items():
+                facts = f", {scores.tokens:,} tokens" if scores.tokens else ""
+                facts += f", tau {scores.tau:g}" if scores.metric == "outlier" else ""
+                print(one_line(f"{file}: {scores.metric}{facts}"))
+            print(one_line(f"{picture}: {', '.join(kinds)}"))

@@ -1,0 +1,222 @@
+"""A checkpoint's safetensors files -> a model of which each process reads what it holds, and nothing else.
+
+The model is made without memory for its parameters. Then each of them gets its memory, or its shard, and its entries,
+one after the other: a process never holds more than its part and one tensor. Where a checkpoint's tensors are not the
+model's one to one (`Source.why_not`), transformers loads it instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ows_ds import config, files
+from ows_ds.distributed.weights import Fill
+from ows_ds.errors import UserError
+from ows_ds.model.tensor_files import Files
+
+Make = Callable[[tuple[int, ...], torch.dtype, Fill], nn.Parameter]
+"""(shape, dtype, fill) -> a parameter in its place, of which this process has asked ``fill`` for what it holds."""
+
+
+class Source:
+    """A model without memory, and the files that its entries lie in. Nothing here communicates.
+
+    why_not: None, or why transformers has to load this checkpoint.
+    """
+
+    def __init__(self, model: config.Model, dtype: torch.dtype) -> None:
+        """Raises UserError (``model.path``) where tensors are missing, left over or of another shape, where the model
+        is quantised, and where it has no safetensors files.
+
+        Raises whatever transformers does where configuration or files are missing or damaged.
+        """
+        import transformers as tf
+        from accelerate import init_empty_weights
+
+        self.dtype = dtype
+        self.files = Files([])
+        self.keys: dict[str, str] = {}
+        described = tf.AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if getattr(described, "quantization_config", None) is not None:
+            raise _quantised(model, "as its config.json says")
+        if getattr(described, "transformers_weights", None) is not None:
+            self.why_not: str | None = "its config.json names its files"
+            return
+        paths = _find(model)
+        if not paths:
+            right = "give a model with safetensors files; transformers' save_pretrained makes them of others"
+            raise UserError("model.path", model.path, right)
+        how: dict[str, Any] = {} if model.attention is None else {"attn_implementation": model.attention}
+        if model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
+            how["code_revision"] = model.revision
+        # buffers are made as ever: some are computed and not stored
+        with _undivided(), init_empty_weights(include_buffers=False):
+            self.model: Any = tf.AutoModelForCausalLM.from_config(
+                described, dtype=dtype, trust_remote_code=model.trust_remote_code, **how
+            )
+        self.model.tie_weights()  # each place where a weight stands has got an empty one of its own
+        self.files = Files(paths)
+        called, self.why_not = _called(self.model, self.files.shapes, dtype)
+        if self.why_not is None:
+            shapes = {name: self.files.shapes[key] for name, key in called.items()}
+            names, self.why_not = match(self.model, shapes, model.path)
+            self.keys = {name: called[stored] for name, stored in names.items()}
+            for name, parameter in self.model.named_parameters() if names else ():
+                kind = self.files.dtypes[self.keys[name]]
+                if parameter.is_floating_point() and "F" not in kind:
+                    raise _quantised(model, f"{name} is of {kind}")
+        if self.why_not is None and self.model.can_generate() and _cached(model, "generation_config.json"):
+            # otherwise the model's own, made from its configuration
+            self.model.generation_config = tf.GenerationConfig.from_pretrained(model.path, revision=model.revision)
+
+    def fill(self, make: Make, device: torch.device) -> Any:
+        """The model with its entries, parameters by ``make`` and buffers on ``device``, in evaluation mode."""
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the empty one too: its number must stay taken
+        for prefix, module in self.model.named_modules():
+            for last, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in made:
+                    key = self.keys[f"{prefix}.{last}".lstrip(".")]
+                    dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+                    made[id(parameter)] = parameter, make(tuple(parameter.shape), dtype, self._reader(key))
+                module._parameters[last] = made[id(parameter)][1]
+            for last, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                name = f"{prefix}.{last}".lstrip(".")
+                if name in self.keys:
+                    self.files.read(self.keys[name], 0, buffer.view(-1))
+                module._buffers[last] = buffer.to(device)
+        return self.model.eval()
+
+    def _reader(self, key: str) -> Fill:
+        return lambda start, out: self.files.read(key, start, out)
+
+
+def whole(device: torch.device, reads: bool) -> Make:
+    """Parameters that this process holds as a whole. reads: otherwise their entries come from another process."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        if reads:
+            fill(0, parameter.data.view(-1))
+        return parameter
+
+    return make
+
+
+def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[dict[str, str], str | None]:
+    """What each parameter and saved buffer of ``model`` is called in its files, or why that cannot be said.
+
+    stored: shapes by name. A file of the model without its head has names without the first word. Tied parameters may
+    be stored under any of their names. Raises UserError (``model.path``) where the two do not fit.
+    """
+    prefix = f"{model.base_model_prefix}."
+    names: dict[int, list[str]] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    parameters = set(tensors)
+    saved = set(model.state_dict())
+    tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in saved}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    keys: dict[str, str] = {}
+    used, missing, wrong = set(), [], []
+    for aliases in names.values():
+        found = [key for name in aliases for key in {name, name.removeprefix(prefix)} if key in stored]
+        used.update(found)
+        if len(found) > 1:
+            return {}, f"tied weights are stored as {' and '.join(found)}"
+        if found:
+            shape = tuple(tensors[aliases[0]].shape)
+            if stored[found[0]] != shape:
+                wrong.append(f"{found[0]} is {stored[found[0]]} in place of {shape}")
+            keys |= dict.fromkeys(aliases, found[0])
+        elif aliases[0] in parameters:
+            missing.append(aliases[0])
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    left = [key for key in stored if key not in used and not any(re.search(word, key) for word in ignored)]
+    problems = [
+        f"{len(what)} {text}: {', '.join(sorted(what)[:3])}{', ...' if len(what) > 3 else ''}"
+        for what, text in (
+            (missing, "of its weights are missing"),
+            (left, "tensors are not the model's"),
+            (wrong, "tensors have another shape"),
+        )
+        if what
+    ]
+    if problems:
+        raise UserError("model.path", path, f"give a checkpoint that fits its config.json ({'; '.join(problems)})")
+    return keys, None
+
+
+def _quantised(model: config.Model, why: str) -> UserError:
+    return UserError("model.path", model.path, f"give a model that is not quantised ({why}): folds add to its weights")
+
+
+def _find(model: config.Model) -> list[Path]:
+    """The checkpoint's safetensors files, in the order in which transformers looks for them; none where none are."""
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    if path := _cached(model, "model.safetensors"):
+        return [Path(path)]
+    path = _cached(model, "model.safetensors.index.json")
+    if not path:
+        return []
+    names = files.parse_json(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+    if outside := sorted({name for name in names if Path(name).name != name or not name.endswith(".safetensors")}):
+        right = "give a model whose index names safetensors files of its own folder"
+        raise UserError("model.path", f"{model.path}: {outside[0]}", right)
+    shards = get_checkpoint_shard_files(model.path, path, revision=model.revision or "main")[0]
+    return [Path(shard) for shard in shards]
+
+
+def _cached(model: config.Model, name: str) -> str | None:
+    """Where a file of the model lies on this machine, brought there if need be; None where the model has none."""
+    from transformers.utils.hub import cached_file
+
+    found: str | None = cached_file(
+        model.path, name, revision=model.revision or "main", _raise_exceptions_for_missing_entries=False
+    )
+    return found
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """Within it transformers builds models as ever, even if the launcher has told it of ZeRO-3."""
+    from transformers.integrations import deepspeed
+
+    told = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = told
+
+
+def _called(model: Any, stored: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], str | None]:
+    """What is in the files by the names that transformers reads it under, or why it changes more than names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    if dtype == torch.bfloat16 and model._keep_in_fp32_modules_strict:
+        return {}, "some of its weights must stay in float32"
+    conversions = get_model_conversion_mapping(model)
+    called = {}
+    for key in stored:
+        name = key
+        for conversion in conversions:
+            name, pattern = conversion.rename_source_key(name)
+            if pattern is not None and isinstance(conversion, WeightConverter):
+                return {}, f"transformers converts {key}"
+        called[name] = key
+    return called, None

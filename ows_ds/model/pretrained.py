@@ -1,0 +1,187 @@
+"""A pre-trained model and its tokenizer: whole on every rank, or straight into ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ows_ds.config import Recipe
+from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.launch import Runtime
+from ows_ds.distributed.weights import Replicated, Weights
+from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, in_shards, whole_shape
+from ows_ds.errors import UserError, first_line, one_line
+from ows_ds.files import read_text
+from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.model.loading import Source, whole
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def load_model(
+    recipe: Recipe, runtime: Runtime, adapt: Callable[[Any], Any] | None = None, deepspeed_trains: bool = False
+) -> tuple[Weights, ModelLayers]:
+    """The pre-trained model on the run's devices, whole or straight into shards, and its layers. Collective.
+
+    adapt: what is done to the model before it is spread, such as adding adapters; the layers are those before.
+    deepspeed_trains: under ZeRO-3 DeepSpeed's own optimizer trains what requires gradients.
+    Raises UserError (``model.path``) for what transformers cannot load and for models that have no layers.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = runtime.ds_config
+    model = pretrained(recipe, runtime.comm, runtime.device, config)
+    layers = find_layers(model, None if config is None else whole_shape)
+    model.config.use_cache = False
+    if adapt is not None:
+        keep = None if config is None else HfDeepSpeedConfig(config)  # while it lives, peft knows of shards
+        model = adapt(model)
+        del keep
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embedding's output require gradients, which would drag every backward pass to the input
+        model.disable_input_require_grads()
+    if config is None:
+        return Replicated(model, runtime.comm), layers
+    if deepspeed_trains:
+        return Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm), layers
+    return Zero3(model, config, runtime.comm), layers
+
+
+def pretrained(
+    recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
+) -> Any:
+    """The model of ``model.path``: whole, with entries on process 0 alone, or in shards (ds_config). Collective.
+
+    Each process reads what it holds. Where transformers has to load the checkpoint, process 0 says why.
+    Raises UserError (``model.path``) for what cannot be loaded.
+    """
+    source: Source
+    with together(comm), _refusing(recipe, Exception), hushed():
+        source = Source(recipe.model, DTYPES[recipe.model.dtype])
+    comm.agree("how the model is loaded", source.why_not)
+    if source.why_not is None:
+        with together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
+            make = whole(device, comm.index == 0) if ds_config is None else in_shards(ds_config)
+            model = source.fill(make, device)
+    else:
+        if comm.index == 0:
+            says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on process 0"
+            print(one_line(says))
+        model, lost = _by_transformers(recipe, device, ds_config)
+        with together(comm):
+            if lost:  # transformers would go on with random numbers
+                missing = f"{len(lost)} of its weights are missing: {lost[0]}"
+                right = f"give a checkpoint that fits its config.json ({missing})"
+                raise UserError("model.path", recipe.model.path, right)
+    with together(comm), _refusing(recipe, ValueError, TypeError, KeyError, AttributeError):
+        if comm.index == 0:  # what transformers would refuse to write after training, such as a generation_config.json
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder, state_dict={})
+    return model
+
+
+def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> tuple[Any, list[str]]:
+    """The model, and which of its weights are not in its files, as far as this process has seen."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # while this object lives, transformers builds models in shards; not in float64
+    sharded = ds_config is not None and recipe.model.dtype != "float64"
+    keep = HfDeepSpeedConfig(ds_config) if sharded else None
+    with _refusing(recipe, OSError, ValueError, SafetensorError):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            recipe.model.path,
+            revision=recipe.model.revision,
+            dtype=DTYPES[recipe.model.dtype],
+            attn_implementation=recipe.model.attention,
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,  # other files would be unpickled
+            output_loading_info=True,
+        )
+    del keep
+    lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    return model if ds_config is not None else model.to(device), lost
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The model's tokenizer, with the chat template of the recipe where it gives one.
+
+    Raises UserError (``model.path``) where there is none, ``data.chat_template`` for what is no template.
+    """
+    from transformers import AutoTokenizer
+
+    # tokenizers raises no kind but Exception
+    with _refusing(recipe, Exception, right="give a model with a tokenizer"), hushed():
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = _chat_template(recipe.data.chat_template, tokenizer)
+    return tokenizer
+
+
+def _chat_template(path: str, tokenizer: Any) -> str:
+    """The text of a file, which is a template."""
+    import jinja2
+
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError("data.chat_template", path, f"give a readable Jinja file ({error})") from error
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError("data.chat_template", f"{path}:{error.lineno}", f"give a Jinja template ({error})") from error
+    except Exception:  # it may refuse this chat; those that are trained show it
+        pass
+    return text
+
+
+@contextmanager
+def _refusing(
+    recipe: Recipe, *kinds: type[Exception], right: str = "give a model that transformers can load"
+) -> Iterator[None]:
+    """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but the want of memory."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        raise _refuse(recipe, right, error) from error
+
+
+def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
+    said, attention = first_line(error), recipe.model.attention
+    if "trust_remote_code" in str(error):
+        right = "give true to run the Python code that comes with this model, or a model without any"
+        return UserError("model.trust_remote_code", recipe.model.trust_remote_code, right)
+    if attention is not None and (attention in said or "attn_implementation" in said):
+        return UserError("model.attention", attention, f"give a kernel that transformers has here, or null ({said})")
+    return UserError("model.path", recipe.model.path, f"{right} ({said})")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def free_memory() -> None:
+    """Give back what a model has held that is used no more: models hang in circles of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

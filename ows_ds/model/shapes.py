@@ -1,0 +1,113 @@
+"""Widths of known models by name, and any model's layers from its configuration alone: no weight is made or read.
+
+The numbers are those of the models' own configurations (Touvron et al. 2023, Grattafiori et al. 2024, Jiang et al.
+2023, Qwen 2024). Importing this module is cheap: no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ows_ds.errors import UserError, first_line, one_line
+
+if TYPE_CHECKING:
+    from ows_ds.model.layers import ModelLayers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of the LLaMA kind.
+
+    hidden, intermediate: features of hidden states and of the MLP. heads, kv_heads: of queries; of keys and values.
+    vocab: entries of the vocabulary. layers: of the whole model. family: transformers' ``model_type``.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int = 32000
+    layers: int = 32
+    family: str = "llama"
+
+
+SHAPES = {
+    "llama2-7b": Shape(4096, 11008, 32, 32),
+    "llama2-13b": Shape(5120, 13824, 40, 40, layers=40),
+    "llama2-70b": Shape(8192, 28672, 64, 8, layers=80),
+    "llama3-8b": Shape(4096, 14336, 32, 8, 128256),
+    "llama3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
+    "mistral-7b": Shape(4096, 14336, 32, 8, family="mistral"),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 4, 152064, 28, "qwen2"),
+    "qwen2.5-14b": Shape(5120, 13824, 40, 8, 152064, 48, "qwen2"),
+    "qwen2.5-32b": Shape(5120, 27648, 40, 8, 152064, 64, "qwen2"),
+    "qwen2.5-72b": Shape(8192, 29568, 64, 8, 152064, 80, "qwen2"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model without its weights.
+
+    name: for people. layers: its parts. config: transformers' configuration. whole_logits: it works on its head's
+    output, so that the loss takes all logits at once (`ows_ds.train.loss`).
+    """
+
+    name: str
+    layers: ModelLayers
+    config: Any
+    whole_logits: bool = False
+
+
+def configuration(shape: Shape) -> dict[str, Any]:
+    """The ``config.json`` of a model of this shape, without ties."""
+    return {
+        "model_type": shape.family,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": shape.layers,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": False,
+    }
+
+
+def read_model(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Model:
+    """The model at ``path``: a folder with a config.json, one of `SHAPES` by its name, or a name on the hub.
+
+    Raises UserError (``model.path``) for a configuration that transformers does not know, and for what `find_layers`
+    refuses.
+    """
+    import transformers as tf
+
+    try:
+        if path in SHAPES and not Path(path).exists():
+            config = tf.AutoConfig.for_model(**configuration(SHAPES[path]))
+        else:
+            config = tf.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return model_of(config, one_line(Path(path).name))
+    except UserError:
+        raise
+    except Exception as error:  # a config.json can be wrong in many ways
+        right = f"give a folder with a config.json, or one of {', '.join(SHAPES)} ({first_line(error)})"
+        raise UserError("model.path", path, right) from error
+
+
+def model_of(config: Any, name: str = "") -> Model:
+    """The same, of a configuration of transformers."""
+    from ows_ds.model.layers import find_layers
+
+    capped = any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    return Model(name or type(config).__name__, find_layers(without_weights(config)), config, capped)
+
+
+def without_weights(config: Any) -> Any:
+    """The model of a configuration on torch's meta device, in training mode: shapes without numbers."""
+    import torch
+    import transformers as tf
+
+    with torch.device("meta"):
+        return tf.AutoModelForCausalLM.from_config(config).train()

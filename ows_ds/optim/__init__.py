@@ -1,0 +1,1 @@
+"""The algorithm, in the order of its way: sampling, layout, projection, low_rank, refresh, update, full_rank, ows."""

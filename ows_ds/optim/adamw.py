@@ -1,0 +1,204 @@
+"""AdamW on whole weights, for a run's length or group by group: full fine-tuning, adapters, HiFT.
+
+The gradients' way is that of `ows_ds.optim.update.FullRank`, or DeepSpeed's own where it brings the optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ows_ds.distributed.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
+from ows_ds.distributed.zero3 import Zero3AdamW
+from ows_ds.errors import UserError
+from ows_ds.optim.full_rank import FullRank, pieces_of_states, read_states, steps_of
+from ows_ds.optim.sampling import LayerSet
+from ows_ds.optim.update import Accept, Hyper, always
+
+
+@dataclass(frozen=True)
+class Group:
+    """What trains together. names: of weights; layers: the transformer layers among them, for the record."""
+
+    names: tuple[str, ...]
+    layers: LayerSet
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's AdamW on one group of weights a step, the groups taking turns; moments of a group are kept.
+
+    With several groups the learning rate is that at the beginning of the round: it changes when each had its turn.
+    Interface: `ows_ds.methods.Method`.
+    """
+
+    idle = False
+
+    def __init__(
+        self,
+        weights: Weights,
+        groups: Sequence[Group],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        max_grad_norm: float | None,
+        close: Callable[[Weights], None] | None = None,
+    ) -> None:
+        """Collective. All weights are frozen but those of the current group.
+
+        weights: where DeepSpeed brings the optimizer (`Zero3AdamW`) there is one group, all that it trains.
+        close: what is left to do with the weights after training, such as merging adapters.
+        """
+        self.weights, self.groups = weights, tuple(groups)
+        self.comm, self.device = weights.comm, weights.device
+        self._parameters = dict(weights.module.named_parameters())
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([{"params": [self._parameters[name] for g in groups for name in g.names]}], defaults)
+        self.max_grad_norm = max_grad_norm
+        self.steps = self.skipped = 0
+        self.grad_norm: Tensor | None = None
+        self._round_lr = lr
+        self._accept: Callable[[Tensor], bool] = lambda norm: True
+        self._close = close
+        self._full: FullRank | None = None
+        if not isinstance(weights, Zero3AdamW):
+            weights.module.requires_grad_(False)
+            dtype = torch.promote_types(next(iter(self._parameters.values())).dtype, torch.float32)
+            self._full = FullRank(weights, dtype)
+            self._enter()
+
+    @property
+    def group(self) -> Group:
+        """What trains in the coming step."""
+        return self.groups[self.steps % len(self.groups)]
+
+    @property
+    def layer_set(self) -> LayerSet:
+        """The layers that train in the coming step."""
+        return self.group.layers
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coming step: the schedule's at the beginning of the round."""
+        return float(self.param_groups[0]["lr"]) if self.steps % len(self.groups) == 0 else self._round_lr
+
+    def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
+        """A whole optimizer step, as `ows_ds.optim.ows.OWS.train_step`. Collective.
+
+        DeepSpeed's own optimizer skips what is not finite by itself, and is not asked: ``accept`` must say the same.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for compute in losses:
+            loss = compute()
+            self.weights.backward(loss)
+            total += loss.detach()
+        self._accept = functools.partial(accept, total)
+        self.step()
+        return total
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """AdamW's step with the gradients that the backward passes have brought; the next group enters. Collective."""
+        group = self.param_groups[0]
+        self._round_lr = self.lr
+        hyper = Hyper(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
+        if isinstance(self.weights, Zero3AdamW):
+            self.grad_norm = self.weights.step(hyper.full(), hyper.vectors())
+            taken = self._accept(self.grad_norm)
+            self.weights.after_step()
+        else:
+            taken = self._step_on_shards(hyper)
+        self.skipped += not taken
+        self.steps += 1
+        if self._full is not None and len(self.groups) > 1:
+            self._full.leave(list(self._full.parameters), keep=True)
+            self._enter()
+
+    def _step_on_shards(self, hyper: Hyper) -> bool:
+        """Whether the step was taken."""
+        assert self._full is not None
+        self.weights.after_step()
+        self.grad_norm = norm = self.comm.all_reduce(torch.stack(self._full.squares()).sum(), "grad_norm").sqrt()
+        taken = self._accept(norm)
+        if taken:
+            clip = torch.ones_like(norm)
+            if self.max_grad_norm is not None:
+                clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._full.update(hyper, clip)
+        else:
+            self._full.zero_grad()
+        return taken
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: `step` spends the gradients."""
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Freeze all weights, and do what is left to do with them. Collective."""
+        self.weights.after_step()
+        if self._full is not None:
+            self._full.leave(list(self._full.parameters))
+        if self._close is not None:
+            self._close(self.weights)
+
+    def _enter(self) -> None:
+        assert self._full is not None
+        self._full.enter({name: self._parameters[name] for name in self.group.names})
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def _states(self) -> dict[str, dict[str, Tensor]]:
+        return self.weights.states if isinstance(self.weights, Zero3AdamW) else self._full.states()  # type: ignore[union-attr]
+
+    def energies(self) -> dict[int, Tensor]:
+        """There are no projectors."""
+        return {}
+
+    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """There are no coordinates."""
+        return {}
+
+    def pieces(self) -> list[Piece]:
+        """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
+        self.weights.after_step()
+        names = [name for name in self._parameters if name in self._states]
+        states = {name: self._states[name] for name in names}
+        return pieces_of_states(self.weights, self._parameters, states) + pieces_of(
+            self.weights, self._parameters, names
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, JSON-able."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "lr": self.param_groups[0]["lr"],
+            "round_lr": self._round_lr,
+            "groups": [list(group.names) for group in self.groups],
+            "full_steps": steps_of(self._states),
+        }
+
+    @torch.no_grad()
+    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+        """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
+        if numbers["groups"] != [list(group.names) for group in self.groups]:
+            raise UserError("method.name", "other weights", "resume with the method and model of the checkpoint")
+        self.weights.after_step()
+        names = list(numbers["full_steps"])
+        read_weights(self.weights, self._parameters, names, read)
+        if self._full is not None:
+            self._full.leave(list(self._full.parameters))
+            self._full.enter({name: self._parameters[name] for name in names})
+        read_states(self.weights, self._parameters, self._states, numbers["full_steps"], read)
+        self.steps, self.skipped = numbers["steps"], numbers["skipped"]
+        self.param_groups[0]["lr"], self._round_lr = numbers["lr"], numbers["round_lr"]
+        if self._full is not None:
+            self._full.leave([name for name in names if name not in self.group.names], keep=True)
+            self._full.enter({n: self._parameters[n] for n in self.group.names if n not in self._full.parameters})

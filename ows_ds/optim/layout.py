@@ -1,0 +1,221 @@
+"""Who owns what, where it lies, and how many bytes move: a pure function of units, rank and world size.
+
+The coordinates of a unit are the rows of one matrix of r columns; a vector of n entries takes ceil(n / r) rows of it.
+Each process owns an equal run of whole rows, so that one collective moves a unit, and what a process owns does not
+depend on which other units train:
+
+    rows      0 ....................................... rows (padded)
+    slot      | q | k | v | o | gate | up | down |vec|pad|
+    process   | 0            | 1            | 2          |   stride each
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ows_ds.model.layers import Matrix, Unit
+
+Rows = tuple[int, int]
+
+COLUMNS = 128  # of a unit's coordinates where they hold vectors only
+CHUNK = 1 << 24  # entries that are handled at once: logits (see `ows_ds.train.loss`), weights that Adam steps on
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the coordinates of one unit lie. Build it with `lay_out`.
+
+    rank: r, the number of columns. world: processes. slots: name -> rows of each matrix's coordinates and vector's
+    entries. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
+    share their number of steps). rows: padded to a multiple of ``world``.
+    """
+
+    unit: Unit
+    rank: int
+    world: int
+    slots: dict[str, Rows]
+    segments: dict[str, Rows]
+    rows: int
+
+    @property
+    def stride(self) -> int:
+        """Rows of one process's part."""
+        return self.rows // self.world
+
+    @property
+    def used(self) -> int:
+        """Rows without the padding."""
+        return max((last for _, last in self.segments.values()), default=0)
+
+    def part(self, index: int) -> Rows:
+        """Rows of process ``index``."""
+        return index * self.stride, (index + 1) * self.stride
+
+    def local(self, rows: Rows, index: int) -> slice | None:
+        """Which of process ``index``'s rows, counted from its first, are among ``rows``; None if none are."""
+        first, last = self.part(index)
+        a, b = max(rows[0], first), min(rows[1], last)
+        return slice(a - first, b - first) if a < b else None
+
+
+def lay_out(unit: Unit, rank: int, world: int) -> Layout:
+    """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world``."""
+    slots: dict[str, Rows] = {}
+    segments: dict[str, Rows] = {}
+    row = 0
+    for kind, sizes in (
+        ("matrices", [(m.name, m.long) for m in unit.matrices]),
+        ("vectors", [(v.name, math.ceil(v.numel / rank)) for v in unit.vectors]),
+    ):
+        start = row
+        for name, size in sizes:
+            slots[name] = (row, row + size)
+            row += size
+        if row > start:
+            segments[kind] = (start, row)
+    return Layout(unit, rank, world, slots, segments, math.ceil(row / world) * world)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layouts of all that trains in a period, in the model's order, and last what is always trained."""
+
+    rank: int
+    world: int
+    layouts: tuple[Layout, ...]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What the layouts are of."""
+        return tuple(layout.unit for layout in self.layouts)
+
+    @property
+    def rows(self) -> int:
+        """Of all units."""
+        return sum(layout.rows for layout in self.layouts)
+
+    @property
+    def stride(self) -> int:
+        """Rows that one process owns, of all units."""
+        return sum(layout.stride for layout in self.layouts)
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The matrices by name, in row order."""
+        return {matrix.name: matrix for unit in self.units for matrix in unit.matrices}
+
+    def bytes_per_step(self, itemsize: int = 4, weight_itemsize: int = 4) -> dict[str, int]:
+        """Bytes that each process sends in a step without refresh, by operation (ring).
+
+        itemsize: bytes of a gradient of coordinates, 8 under float64 weights. weight_itemsize: of a weight's entry:
+        coordinates travel as the forward pass uses them.
+        """
+        part = self.stride * self.rank * (self.world - 1)
+        return {"gradients": part * itemsize, "coordinates": part * weight_itemsize}
+
+    def describe(self) -> dict[str, Any]:
+        """What all processes must have in common, JSON-able."""
+        slots = {layout.unit.name: {"rows": layout.rows, "slots": dict(layout.slots)} for layout in self.layouts}
+        return {"rank": self.rank, "world": self.world, "order": list(slots), "units": slots}
+
+
+def make_plan(units: Sequence[Unit], rank: int, world: int) -> Plan:
+    """Lay out ``units`` (sampled layers in ascending order, then what is always trained)."""
+    return Plan(rank, world, tuple(lay_out(unit, rank, world) for unit in units))
+
+
+def together(sizes: Sequence[int], limit: int = CHUNK) -> list[list[int]]:
+    """``sizes`` in order, in groups of at most ``limit`` in sum where none is larger."""
+    groups: list[list[int]] = []
+    for size in sizes:
+        if groups and sum(groups[-1]) + size <= limit:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
+    return groups
+
+
+def pack(sizes: Mapping[str, int], limit: int = CHUNK) -> list[list[tuple[str, int, int]]]:
+    """Runs of (name, first, last + 1) that together cover every entry of every tensor once, in order.
+
+    sizes: entries by name. A run has at most ``limit`` entries; a tensor of more is cut.
+    """
+    runs: list[list[tuple[str, int, int]]] = []
+    room = 0
+    for name, size in sizes.items():
+        for start in range(0, size, limit):
+            stop = min(start + limit, size)
+            if stop - start > room:
+                runs.append([])
+                room = limit
+            runs[-1].append((name, start, stop))
+            room -= stop - start
+    return runs
+
+
+@dataclass(frozen=True)
+class RefreshPlan:
+    """Who computes which projector, and how the projectors travel in one all-gather (sketches: in one reduce-scatter).
+
+    owners: matrix name -> process. slots: matrix name -> rows in the gathered buffer of ``world * stride`` rows, to
+    which process i contributes rows [i * stride, (i + 1) * stride).
+    """
+
+    owners: dict[str, int]
+    slots: dict[str, Rows]
+    stride: int
+
+    def describe(self) -> dict[str, Any]:
+        """What all processes must have in common, JSON-able."""
+        return {"owners": self.owners, "slots": self.slots}
+
+    def bytes_of_pass(
+        self, world: int, width: int, rank: int | None = None, itemsize: int = 4, weight_itemsize: int = 2
+    ) -> dict[str, int]:
+        """Bytes that each process sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
+
+        width: columns of the sketches. rank: r in the second pass, None in the first. itemsize: bytes of a coordinate.
+        weight_itemsize: bytes of a weight's entry.
+        """
+        sent = self.stride * (world - 1)
+        found = {"sketch_bases": width} if rank is None else {"projectors": rank}
+        return {"sketches": sent * width * itemsize, **{n: sent * c * weight_itemsize for n, c in found.items()}}
+
+
+def plan_refresh(matrices: Sequence[Matrix], world: int, long: bool = False) -> RefreshPlan:
+    """Spread the projectors of ``matrices`` over the processes so that the busiest has as little as possible to do.
+
+    Longest processing time first: the costliest matrix left goes to the process with least work; ties go to the lower
+    process, so that the result depends on nothing but the arguments. The cost of an exact SVD of an m x n matrix
+    is m * n * min(m, n) flops up to a factor, which also orders the range finder's m * n * r.
+
+    long: a slot has as many rows as the matrix's longer side (what a first sketch takes), else as its shorter one.
+    """
+
+    def rows(matrix: Matrix) -> int:
+        return matrix.long if long else matrix.short
+
+    work = [0] * world
+    owned: list[list[Matrix]] = [[] for _ in range(world)]
+    for matrix in sorted(matrices, key=lambda m: (-_cost(m), m.name)):
+        owner = min(range(world), key=lambda i: (work[i], i))
+        work[owner] += _cost(matrix)
+        owned[owner].append(matrix)
+    stride = max((sum(rows(m) for m in mine) for mine in owned), default=0)
+    owners: dict[str, int] = {}
+    slots: dict[str, Rows] = {}
+    for owner, mine in enumerate(owned):
+        row = owner * stride
+        for matrix in mine:
+            owners[matrix.name] = owner
+            slots[matrix.name] = (row, row + rows(matrix))
+            row += rows(matrix)
+    return RefreshPlan(owners, slots, stride)
+
+
+def _cost(matrix: Matrix) -> int:
+    return matrix.shape[0] * matrix.shape[1] * min(matrix.shape)

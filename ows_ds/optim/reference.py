@@ -1,0 +1,206 @@
+"""The whole algorithm in one process, with plain tensors and full gradients. Slow and meant to be read.
+
+What `ows_ds.optim.ows.OWS` does with shards, coordinates and messages must come out as what is written here.
+
+    every K steps      draw the layers to train; a layer that leaves loses its moments
+    every step         G <- full gradient of each matrix of the drawn layers
+                       every T_p steps of a layer's activity: Q <- projector of G
+                       R <- G inside Q's subspace;  N <- Adam's normalised step on R
+                       W <- (1 - lr * decay) * W - lr * scale * (N back in the full space)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.importance.probabilities import probabilities
+from ows_ds.model.layers import Unit, find_layers
+from ows_ds.optim.projection import (
+    find_projector,
+    leading,
+    low_rank_gradient,
+    orthonormal,
+    rotation,
+    sketch_width,
+    start_basis,
+)
+from ows_ds.optim.sampling import LayerSet, Sampler
+
+
+@dataclass
+class State:
+    """What is kept for one trained weight: Adam's moments and their steps; for a matrix in a subspace its Q, and the
+    steps since it entered the set."""
+
+    mean: Tensor
+    square: Tensor
+    steps: int = 0
+    age: int = 0
+    projector: Tensor | None = None
+    basis: Tensor | None = None  # what the first of two sketches found
+    coming: Tensor | None = None  # the projector from the next step on, which the second one found
+
+
+@dataclass
+class Reference:
+    """OWS on ``model`` (changed in place). The fields are the recipe's names; ratios are the layers' D."""
+
+    model: nn.Module
+    ratios: list[float]
+    gamma: float = 5
+    period: int = 50
+    scheme: str = "bernoulli"
+    rank: int | None = 128
+    refresh_gap: int = 200
+    scale: float = 1.0
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    projector: str = "randomized"
+    refresh: str = "full"
+    refresh_batch: str = "full"
+    moments_on_refresh: str = "keep"
+    always_on: str = "full"
+    side: str = "std"
+    seed: int = 0
+
+    step_number: int = 0
+    layer_set: LayerSet = ()
+    units: list[Unit] = field(default_factory=list)
+    state: dict[str, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parts = find_layers(self.model).with_side(self.side)
+        units = (*self.parts.layers, Unit("always", self.parts.embeddings, ()))
+        self.matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
+        self.parameters = dict(self.model.named_parameters())
+        self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
+
+    def step(self, losses: Iterable[Callable[[], Tensor]]) -> None:
+        """One optimizer step. losses: one function a micro-batch; the mean of their values is what is minimised."""
+        if self.step_number % self.period == 0:
+            self.draw()
+        names = self.trained()
+        self.model.requires_grad_(False)
+        for name in names:
+            self.parameters[name].requires_grad_(True)
+        functions = list(losses)
+        seen: dict[str, Tensor] = {}  # what a projector is found from
+        for loss in functions if names else ():
+            (loss() / len(functions)).backward()
+            if self.refresh_batch == "full" or not seen:
+                seen = {
+                    name: gradient.clone() for name in names if (gradient := self.parameters[name].grad) is not None
+                }
+        with torch.no_grad():
+            self.update(names, seen)
+        self.model.zero_grad()
+        self.step_number += 1
+
+    def draw(self) -> None:
+        """The layers of the next period; what leaves loses its state."""
+        self.layer_set = self.sampler.draw()
+        always = Unit(
+            "always",
+            self.parts.embeddings if self.always_on != "none" else (),
+            self.parts.final if self.always_on != "none" else (),
+        )
+        self.units = [*(self.parts.layers[i] for i in self.layer_set), always]
+        names = self.trained()
+        self.state = {name: state for name, state in self.state.items() if name in names}
+
+    def trained(self) -> dict[str, bool]:
+        """Names of all weights that train now, and whether in a subspace."""
+        names = {}
+        for unit in self.units:
+            for matrix in unit.matrices:
+                names[matrix.name] = self.rank is not None and (unit.name != "always" or self.always_on == "low_rank")
+            for vector in unit.vectors:
+                names[vector.name] = False
+        return names
+
+    def update(self, names: dict[str, bool], seen: dict[str, Tensor]) -> None:
+        """Project, clip, and take Adam's step on every trained weight."""
+        gradients = {}
+        for name, low_rank in names.items():
+            gradient = self.parameters[name].grad
+            assert gradient is not None
+            projected = self.project(name, gradient, seen[name]) if low_rank else gradient
+            if projected is not None:
+                gradients[name] = projected
+        squares = [gradient.square().sum() for gradient in gradients.values()]
+        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        clip = 1.0 if self.max_grad_norm is None else float((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+
+        for name, gradient in gradients.items():
+            weight, low_rank = self.parameters[name], names[name]
+            direction = self.adam(name, gradient * clip)
+            if weight.dim() > 1:
+                weight.mul_(1 - self.lr * self.weight_decay)
+            if low_rank:
+                q = self.state[name].projector
+                assert q is not None
+                full = direction @ q.T if self.matrices[name].tall else q @ direction.T
+                weight.sub_(full, alpha=self.lr * self.scale)
+            else:
+                weight.sub_(direction, alpha=self.lr)
+
+    def project(self, name: str, gradient: Tensor, seen: Tensor) -> Tensor | None:
+        """R of G, with a new projector (of what was ``seen`` of G) where one is due; None as long as there is none."""
+        assert self.rank is not None
+        state, matrix = self.state.get(name), self.matrices[name]
+        if state is None:
+            rows = torch.zeros(matrix.long, self.rank, dtype=gradient.dtype)
+            state = self.state[name] = State(rows, rows.clone())
+        seed = zlib.crc32(f"{self.seed}/{self.step_number}/{name}".encode())
+        if self.refresh == "sketch":
+            if state.coming is not None:
+                self.turn(state, state.coming)
+                state.coming = None
+            self.sketch(state, gradient if matrix.tall else gradient.T, seed)
+        elif state.age % self.refresh_gap == 0:
+            new = find_projector(seen, self.rank, self.projector, seed, state.projector, matrix.across)
+            self.turn(state, new.to(gradient.dtype))
+        state.age += 1
+        return None if state.projector is None else low_rank_gradient(gradient, state.projector, matrix.across)
+
+    def turn(self, state: State, new: Tensor) -> None:
+        """Go on in the subspace of the projector ``new``."""
+        if state.projector is not None and self.moments_on_refresh == "rotate":
+            turn = rotation(state.projector, new).to(new.dtype)
+            state.mean, state.square = state.mean @ turn, state.square @ turn.square()
+        elif state.projector is not None and self.moments_on_refresh == "reset":
+            state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
+        state.projector = new
+
+    def sketch(self, state: State, tall: Tensor, seed: int) -> None:
+        """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
+
+        tall: G or G^T, with the side of the projector last.
+        """
+        assert self.rank is not None
+        if state.age % self.refresh_gap == 0:
+            width = sketch_width(self.rank, min(tall.shape))
+            start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
+            state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
+        elif state.basis is not None:
+            state.coming = leading(tall.T @ state.basis, self.rank).to(tall.dtype)
+            state.basis = None
+
+    def adam(self, name: str, gradient: Tensor) -> Tensor:
+        """Adam's normalised step N = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) after taking in ``gradient``."""
+        state = self.state.setdefault(name, State(torch.zeros_like(gradient), torch.zeros_like(gradient)))
+        beta1, beta2 = self.betas
+        state.steps += 1
+        state.mean = beta1 * state.mean + (1 - beta1) * gradient
+        state.square = beta2 * state.square + (1 - beta2) * gradient.square()
+        mean = state.mean / (1 - beta1**state.steps)
+        square = state.square / (1 - beta2**state.steps)
+        return mean / (square.sqrt() + self.eps)

@@ -1,0 +1,83 @@
+"""Importance of layers -> sampling probabilities -> the set of layers to train next (OWS, Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ows_ds.errors import UserError
+
+LayerSet = tuple[int, ...]
+"""Indices of the sampled layers, ascending, 0 = nearest the input."""
+
+
+class Sampler:
+    """Draws layer sets from its own random stream, which nothing else in the program touches.
+
+    scheme: ``bernoulli``: layer l when U(0, 1) <= p_l, each on its own (Algorithm 1). ``fixed``: exactly gamma layers
+    a draw, layer l in a share p_l of the draws: Madow's systematic sampling in random order (Ann. Math. Stat. 20,
+    1949). Drawing one layer after the other with weights p, as the authors' code does, has neither exact shares
+    nor certainty for p_l = 1.
+    """
+
+    def __init__(self, probabilities: Sequence[float], scheme: str, seed: int) -> None:
+        self.probabilities = list(probabilities)
+        self.scheme = scheme
+        self._stream = np.random.Generator(np.random.PCG64(seed))
+        gamma = sum(self.probabilities)
+        if scheme == "fixed" and not math.isclose(gamma, round(gamma), abs_tol=1e-9):
+            raise UserError("sampling.gamma", gamma, "give a whole number with sampling.scheme: fixed")
+
+    def draw(self) -> LayerSet:
+        """The next set; advances the stream."""
+        p = np.asarray(self.probabilities)
+        if self.scheme == "bernoulli":
+            # random() is in [0, 1), so that "<" gives probability p exactly, 0 and 1 included
+            return tuple(int(i) for i in np.flatnonzero(self._stream.random(len(p)) < p))
+        order = self._stream.permutation(len(p))
+        # layer i covers a stretch of length p_i; one point a unit, all shifted by the same uniform offset
+        ends = np.concatenate([[0.0], np.cumsum(p[order])])
+        ends[-1] = round(ends[-1])
+        hits = np.ceil(ends - self._stream.random())
+        return tuple(sorted(int(i) for i in order[np.diff(hits) > 0]))
+
+    def state(self) -> dict[str, Any]:
+        """The stream's position, JSON-able."""
+        return dict(self._stream.bit_generator.state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        self._stream.bit_generator.state = state
+
+
+class Cycle:
+    """One layer after the other, round after round, with an interface like `Sampler`'s.
+
+    order: ``ascending`` from the input, ``descending`` from the output, ``random``: anew in each round.
+    """
+
+    def __init__(self, n_layers: int, order: str, seed: int) -> None:
+        self.n_layers, self.order, self.seed = n_layers, order, seed
+        self._drawn = 0
+
+    def draw(self) -> LayerSet:
+        """The next layer."""
+        turn, place = divmod(self._drawn, self.n_layers)
+        self._drawn += 1
+        if self.order == "ascending":
+            return (place,)
+        if self.order == "descending":
+            return (self.n_layers - 1 - place,)
+        stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, turn])))
+        return (int(stream.permutation(self.n_layers)[place]),)
+
+    def state(self) -> dict[str, Any]:
+        """How many were drawn, JSON-able."""
+        return {"drawn": self._drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        self._drawn = int(state["drawn"])

@@ -1,0 +1,270 @@
+"""The coordinates that train, their gradients, and torch's AdamW on this process's part of them.
+
+Every process holds all coordinates as the forward pass uses them, and all their gradients, which its backward pass
+makes; float32 masters and moments exist only for the rows that a process owns. A step is, unit by unit,
+
+    all processes' gradients --reduce_scatter--> own rows --AdamW--> own rows --all_gather--> all processes' coordinates
+
+The reduction of a unit starts as soon as its last gradient is there, while the backward pass runs on; AdamW works on
+all units at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.distributed.communicator import Communicator, Pending
+from ows_ds.distributed.weights import Piece, ReadPiece
+from ows_ds.optim.layout import Layout, Plan, together
+
+STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
+
+Accept = Callable[[Tensor, Tensor], bool]
+"""(this process's loss, the norm of all processes' gradients) -> whether the step is taken."""
+
+
+def always(loss: Tensor, norm: Tensor) -> bool:
+    """An `Accept` that does not look, and so does not wait for the device."""
+    return True
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """AdamW's numbers in one step; lr is the scheduled learning rate, scale multiplies low-rank updates only."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    scale: float
+
+    def matrices(self) -> dict[str, Any]:
+        """For coordinates: lr * scale on the update; the decay is lr * weight_decay, as for whole weights."""
+        decay = self.weight_decay / self.scale if self.scale else 0.0
+        return {"lr": self.lr * self.scale, "betas": self.betas, "eps": self.eps, "weight_decay": decay}
+
+    def vectors(self) -> dict[str, Any]:
+        """For biases and norms: not decayed, as usual."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": 0.0}
+
+    def full(self) -> dict[str, Any]:
+        """For weights trained at full rank."""
+        return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+
+
+class UnitBuffer:
+    """The coordinates of one unit.
+
+    values: (rows, r), of the weights' dtype, the same on every process. grads: (rows, r), float32 (float64 where the
+    weights are float64): this process's sums. Of this process's rows only, (stride, r), of the gradients' dtype:
+    master, what AdamW works on; reduced_grads, the gradients' sums over processes; exp_avg, exp_avg_sq. Master lies in
+    ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one.
+    """
+
+    def __init__(
+        self, layout: Layout, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.layout, self.comm = layout, comm
+        self.values = torch.zeros(layout.rows, layout.rank, dtype=weight_dtype, device=device)
+        self.grads = torch.zeros(layout.rows, layout.rank, dtype=dtype, device=device)
+        own = self.values[slice(*layout.part(comm.index))]
+        self.master = own if weight_dtype == dtype else own.to(dtype)
+        self.reduced_grads = self.grads if comm.world == 1 else torch.zeros_like(self.master)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        # AdamW counts on the CPU
+        self.steps = {kind: torch.zeros((), dtype=torch.float32) for kind in layout.segments}
+        local = {kind: layout.local(rows, comm.index) for kind, rows in layout.segments.items()}
+        self._local = {kind: rows for kind, rows in local.items() if rows is not None}
+        self.parameters = {kind: nn.Parameter(self.master[rows]) for kind, rows in self._local.items()}
+        self.awaited: set[str] = set()
+        self._pending: Pending | None = None
+
+    def state(self, kind: str) -> dict[str, Tensor]:
+        """AdamW's state of `parameters`'s entry, in the memory of this object's tensors."""
+        rows = self._local[kind]
+        return {"step": self.steps[kind], "exp_avg": self.exp_avg[rows], "exp_avg_sq": self.exp_avg_sq[rows]}
+
+    @property
+    def reducing(self) -> bool:
+        """Whether `start_reduce` was called since the last `reduce`."""
+        return self._pending is not None
+
+    def start_reduce(self) -> None:
+        """Begin to sum the gradients over processes. Collective."""
+        self._pending = self.comm.start_reduce_scatter(self.grads, self.reduced_grads, "gradients")
+
+    def reduce(self) -> Tensor:
+        """`reduced_grads`, after the end of what `start_reduce` began."""
+        assert self._pending is not None
+        self._pending.wait()
+        self._pending = None
+        for kind, parameter in self.parameters.items():
+            parameter.grad = self.reduced_grads[self._local[kind]]
+        return self.reduced_grads
+
+    def start_publish(self) -> Pending:
+        """Begin to bring every process's rows of master into all processes' values. Collective."""
+        own = self.values[slice(*self.layout.part(self.comm.index))]
+        if own.dtype != self.master.dtype:
+            own.copy_(self.master)
+        return self.comm.start_all_gather(own, self.values, "coordinates")
+
+    def whole(self) -> Tensor:
+        """(rows, r): all processes' master. Collective where it is not in `values`."""
+        if self.values.dtype == self.master.dtype:
+            return self.values
+        return self.comm.all_gather(self.master, "fold")
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Set a slot, on every process, to ``value``: its first entries in row order; the rest stays."""
+        first, last = self.layout.slots[name]
+        self.values[first:last].view(-1)[: value.numel()] = value.reshape(-1)
+        rows = self.local_rows(name)
+        if rows is not None and self.values.dtype != self.master.dtype:
+            start = self.layout.part(self.comm.index)[0]
+            self.master[rows] = self.values[start + rows.start : start + rows.stop].to(self.master)
+
+    def local_rows(self, name: str) -> slice | None:
+        """Where the slot's rows lie in this process's part, None if none do."""
+        return self.layout.local(self.layout.slots[name], self.comm.index)
+
+
+class CoordinateBuffer:
+    """The coordinates of all units of a plan, which may change between steps, and one AdamW over them."""
+
+    def __init__(
+        self, plan: Plan, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass."""
+        self.comm = comm
+        self._kind = (dtype, weight_dtype, device)
+        self.units: dict[str, UnitBuffer] = {}
+        self._queue: list[UnitBuffer] = []  # awaited, in the order of their reductions
+        self._order: list[UnitBuffer] = []  # of all reductions of a step
+        self._overlap = False
+        self.change(plan)
+
+    def change(self, plan: Plan) -> None:
+        """Units that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
+        old = self.units
+        self.plan = plan
+        self.units = {
+            layout.unit.name: old.get(layout.unit.name) or UnitBuffer(layout, self.comm, *self._kind)
+            for layout in plan.layouts
+            if layout.rows
+        }
+        self._queue, self._order = [], list(self.units.values())
+        self._unit_of = {name: unit for unit in self.units.values() for name in unit.layout.slots}
+        groups: list[dict[str, Any]] = []
+        for kind in ("matrices", "vectors"):
+            parameters = iter([unit.parameters[kind] for unit in self.units.values() if kind in unit.parameters])
+            sizes = [unit.parameters[kind].numel() for unit in self.units.values() if kind in unit.parameters]
+            # AdamW's temporaries are as large as what it works on at once, a group
+            groups += [{"params": list(islice(parameters, len(some))), "kind": kind} for some in together(sizes)]
+        self._adamw: torch.optim.AdamW | None = None
+        if groups:
+            self._adamw = torch.optim.AdamW(groups)
+            states = ((p, unit.state(kind)) for unit in self.units.values() for kind, p in unit.parameters.items())
+            self._adamw.state.update(states)
+
+    def unit(self, name: str) -> UnitBuffer:
+        """That of the slot ``name``."""
+        return self._unit_of[name]
+
+    def value(self, name: str) -> Tensor:
+        """(rows, r) view of a slot's values."""
+        return self.unit(name).values[slice(*self.unit(name).layout.slots[name])]
+
+    def grad(self, name: str) -> Tensor:
+        """(rows, r) view of a slot's gradients."""
+        return self.unit(name).grads[slice(*self.unit(name).layout.slots[name])]
+
+    # ------------------------------------------------------------------ a step
+
+    def await_gradients(self, units: Sequence[str]) -> None:
+        """In the coming step, reduce these units in this order, each as soon as `arrived` was called for all of it."""
+        self._queue = [self.units[name] for name in units if self.comm.world > 1]
+        self._order = [*self._queue, *(unit for unit in self.units.values() if unit not in self._queue)]
+        for unit in self._queue:
+            unit.awaited = set(unit.layout.slots)
+
+    def last_pass(self, last: bool) -> None:
+        """Whether the coming backward pass is the step's last: only then does a unit's last gradient complete it."""
+        self._overlap = last
+
+    def arrived(self, name: str) -> None:
+        """A backward pass has added all it has to the slot's gradients. Collective where that completes a unit."""
+        unit = self.unit(name)
+        if unit.reducing:
+            raise RuntimeError(f"a gradient of {name} came after its unit's gradients were on their way")
+        if self._overlap:
+            unit.awaited.discard(name)
+            while self._queue and not self._queue[0].awaited:
+                self._queue.pop(0).start_reduce()
+
+    def reduce(self) -> list[Tensor]:
+        """(stride, r) of each unit: this process's rows of the sum of all processes' gradients. Collective."""
+        self._queue = []
+        for unit in self._order:  # what was awaited in vain keeps its place: on another process it may have arrived
+            if not unit.reducing:
+                unit.start_reduce()
+        return [unit.reduce() for unit in self.units.values()]
+
+    def update(self, hyper: Hyper) -> None:
+        """One AdamW step on this process's rows with what `reduce` gave, then all rows on every process. Collective."""
+        if self._adamw is not None:
+            for group in self._adamw.param_groups:
+                group.update(hyper.matrices() if group["kind"] == "matrices" else hyper.vectors())
+            self._adamw.step()
+            self._adamw.zero_grad()
+        for unit in self.units.values():
+            for kind in unit.steps.keys() - unit.parameters.keys():
+                unit.steps[kind] += 1
+        self.publish()
+
+    def publish(self) -> None:
+        """Every process's masters into all processes' values. Collective."""
+        for pending in [unit.start_publish() for unit in self.units.values()]:
+            pending.wait()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        if self.units:
+            torch._foreach_zero_([unit.grads for unit in self.units.values()])
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def steps(self) -> dict[tuple[str, str], float]:
+        """Adam's step counts, by unit and kind."""
+        return {(n, kind): float(count) for n, unit in self.units.items() for kind, count in unit.steps.items()}
+
+    def set_steps(self, steps: Mapping[tuple[str, str], float]) -> None:
+        """Set Adam's step counts of the named ones."""
+        for (name, kind), count in steps.items():
+            self.units[name].steps[kind].fill_(count)
+
+    def pieces(self) -> Iterator[Piece]:
+        """This process's rows of what a checkpoint holds, padding left out."""
+        for name, unit in self.units.items():
+            layout = unit.layout
+            first = layout.part(self.comm.index)[0] * layout.rank
+            for kind in STATE:
+                run = getattr(unit, kind).reshape(-1)[: max(0, layout.used * layout.rank - first)]
+                yield Piece(f"{kind}/{name}", (layout.used, layout.rank), first, run)
+
+    def read(self, read: ReadPiece) -> None:
+        """Set everything but step counts to what `pieces` gave. Collective."""
+        for name, unit in self.units.items():
+            layout = unit.layout
+            first, last = (min(row, layout.used) * layout.rank for row in layout.part(self.comm.index))
+            for kind in STATE:
+                tensor = getattr(unit, kind)
+                tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)
+        self.publish()

@@ -1,0 +1,183 @@
+"""What a cluster can do: GPUs, the links between them, and how long a collective takes on these. Pure.
+
+    nodes x gpus, each GPU with memory and arithmetic; a fast link inside a node, a slower one between nodes
+
+A link moves n bytes in alpha + n / beta seconds (Hockney 1994): alpha its latency, beta its bandwidth. Collectives are
+those of rings (Thakur, Rabenseifner, Gropp 2005, section 4): w - 1 rounds, in each of which every process sends the
+w-th part of the whole. Over several nodes that is one ring through all GPUs, or one ring between the nodes and one
+within (Cho et al. 2019, BlueConnect). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ows_ds.config import convert_all
+from ows_ds.errors import UserError
+from ows_ds.files import read_yaml
+
+LAUNCH = 8.4e-6  # seconds before the first round of any collective: NCCL's tuner, ring, protocol Simple (tuning.cc)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and what lies between them.
+
+    Attributes:
+        nodes: Machines.
+        gpus: GPUs of a node.
+        memory: Memory of a GPU, in GB (1e9 bytes).
+        reserve: Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the allocator.
+        tflops: Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second.
+        memory_bandwidth: Bandwidth between a GPU and its memory, in GB a second.
+        nvlink: Bandwidth of a GPU to the others of its node, one direction, in GB a second.
+        nvlink_latency: Latency of a hop inside a node, in microseconds.
+        network: Bandwidth of a GPU's share of its node's network, one direction, in GB a second.
+        network_latency: Latency of a hop between nodes, in microseconds.
+        reach: Share of tflops and of the bandwidths that is reached; above 0, at most 1.
+        price: Price of a GPU for an hour, in any currency; null: not known.
+    """
+
+    nodes: int = 1
+    gpus: int = 1
+    memory: float = 80.0
+    reserve: float = 2.0
+    tflops: float = 312.0
+    memory_bandwidth: float = 2039.0
+    nvlink: float = 300.0
+    nvlink_latency: float = 3.4
+    network: float = 25.0
+    network_latency: float = 14.0
+    reach: float = 0.6
+    price: float | None = None
+
+    @property
+    def world(self) -> int:
+        """Number of GPUs."""
+        return self.nodes * self.gpus
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU's memory that training may take."""
+        return (self.memory - self.reserve) * 1e9
+
+    def of_size(self, world: int) -> Cluster:
+        """The same kind of machines with ``world`` GPUs: part of one node, or whole nodes."""
+        if world <= self.gpus:
+            return replace(self, nodes=1, gpus=world)
+        if world % self.gpus:
+            raise ValueError(f"{world} GPUs are not whole nodes of {self.gpus}")
+        return replace(self, nodes=world // self.gpus)
+
+
+# Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
+# what the vendor's own servers have of network for a GPU (HDR 200 Gb/s, NDR 400 Gb/s; L40S and RTX: 100 Gb/s shared by
+# 4). Latencies of a hop: NCCL's tuner, ring, protocol Simple (tuning.cc: NVLink 3.4, PCI 5.7, network 14).
+GPUS: dict[str, dict[str, float]] = {
+    "A100-40": {"memory": 40, "tflops": 312, "memory_bandwidth": 1555, "nvlink": 300, "network": 25},
+    "A100-80": {"memory": 80, "tflops": 312, "memory_bandwidth": 2039, "nvlink": 300, "network": 25},
+    "H100": {"memory": 80, "tflops": 989, "memory_bandwidth": 3350, "nvlink": 450, "network": 50},
+    "H200": {"memory": 141, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
+    "B200": {"memory": 180, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
+    "L40S": {
+        "memory": 48, "tflops": 362, "memory_bandwidth": 864, "nvlink": 32, "nvlink_latency": 5.7, "network": 3.1,
+    },
+    "RTX4090": {
+        "memory": 24, "tflops": 165, "memory_bandwidth": 1008, "nvlink": 32, "nvlink_latency": 5.7, "network": 3.1,
+    },
+}  # fmt: skip
+
+
+def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluster:
+    """A cluster by its name (``8xA100-80``, ``4x8xH100``: nodes x GPUs of a node), or in a YAML file of its keys.
+
+    A file may name what it starts from: ``like: 8xH100``. changes: what wins over both. Raises UserError.
+    """
+    start = _by_name(given)
+    if start is None and not Path(given).suffix:
+        raise UserError("--cluster", given, f"give a file, or a number of GPUs such as 8xA100-80 ({', '.join(GPUS)})")
+    if start is None:
+        tree = read_yaml(given, "--cluster")
+        like = tree.pop("like", None)
+        start = Cluster() if like is None else _by_name(str(like))
+        if start is None:
+            raise UserError("like", like, "give nodes x GPUs of a node, such as 4x8xH100")
+        start = replace(start, **convert_all(tree, Cluster))
+    return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
+
+
+def _by_name(given: str) -> Cluster | None:
+    """The cluster of such a name, None where it is none. Raises UserError for GPUs that are not known."""
+    found = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x([\w-]+)", given)
+    if found is None:
+        return None
+    nodes, gpus, kind = found.groups()
+    if kind not in GPUS:
+        raise UserError("--cluster", given, f"give a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
+    return Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
+
+
+def check(cluster: Cluster) -> Cluster:
+    """The cluster. Raises UserError for what is out of range."""
+    for field in fields(cluster):
+        value = getattr(cluster, field.name)
+        if field.name in ("nodes", "gpus") and value < 1:
+            raise UserError(f"--{field.name}", value, "give an integer of at least 1")
+        least = field.name in ("reserve", "nvlink_latency", "network_latency", "price")
+        if value is not None and not (0 <= value < 1e12 and (least or value > 0)):
+            name = f"--{field.name.replace('_', '-')}"
+            raise UserError(name, value, f"give a number {'of at least' if least else 'above'} 0")
+    if cluster.reach > 1:
+        raise UserError("--reach", cluster.reach, "give a share of at most 1")
+    if cluster.reserve >= cluster.memory:
+        raise UserError("--reserve", cluster.reserve, f"give less than --memory, {cluster.memory:g} GB")
+    return cluster
+
+
+# ------------------------------------------------------------------ collectives
+
+ALGORITHMS = ("ring", "hierarchical")
+
+
+def collective(
+    cluster: Cluster, sent: float, messages: float = 1, rounds: int = 1, algorithm: str | None = None
+) -> float:
+    """Seconds of ``messages`` equal collectives in which a GPU sends ``sent`` bytes altogether, as rings count them.
+
+    rounds: passes around the ring: 1 of a reduce-scatter, an all-gather or a reduction to one, 2 of an all-reduce.
+    algorithm: one of `ALGORITHMS`; None: the faster one.
+    """
+    if cluster.world == 1 or not sent:
+        return 0.0
+    names = ALGORITHMS if algorithm is None else (algorithm,)
+    return messages * LAUNCH + min(_ALGORITHMS[name](cluster, sent, messages * rounds) for name in names)
+
+
+def _ring(cluster: Cluster, sent: float, passes: float) -> float:
+    """One ring through all GPUs. Between nodes it has as many channels as a node has GPUs, each a part of the bytes."""
+    if cluster.nodes == 1:
+        return passes * (cluster.gpus - 1) * cluster.nvlink_latency * 1e-6 + sent / _rate(cluster, cluster.nvlink)
+    slowest = min(cluster.nvlink, cluster.network * cluster.gpus)
+    return passes * (cluster.world - 1) * cluster.network_latency * 1e-6 + sent / _rate(cluster, slowest)
+
+
+def _hierarchical(cluster: Cluster, sent: float, passes: float) -> float:
+    """A ring between the nodes for each place in a node, over the g-th part of the bytes, and a ring within each."""
+    n, g, w = cluster.nodes, cluster.gpus, cluster.world
+    whole = sent * w / (w - 1)  # bytes that all GPUs together hold, for each pass
+    between = passes * (n - 1) * cluster.network_latency * 1e-6
+    between += whole * (n - 1) / w / _rate(cluster, cluster.network)
+    within = passes * (g - 1) * cluster.nvlink_latency * 1e-6 + whole * (g - 1) / g / _rate(cluster, cluster.nvlink)
+    return between * (n > 1) + within * (g > 1)
+
+
+def _rate(cluster: Cluster, gigabytes: float) -> float:
+    """Bytes a second that are reached."""
+    return gigabytes * 1e9 * cluster.reach
+
+
+_ALGORITHMS = {"ring": _ring, "hierarchical": _hierarchical}

@@ -1,0 +1,1 @@
+"""A finished or running folder: records, results, model card, report page."""

@@ -1,0 +1,242 @@
+"""`ows-ds launch --slurm`: a recipe and a cluster's description -> a job script, checked before it is submitted.
+
+The script is a head (what the job takes, and what the site asks for) and ``slurm.sh``, its body, which starts the
+processes, passes signals on and has the job requeued. The scripts in ``launch/slurm`` have the same body.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ows_ds import config, files
+from ows_ds.config import Recipe, accumulation
+from ows_ds.errors import UserError, one_line
+
+BODY = Path(__file__).with_name("slurm.sh")
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# What may stand in a line of #SBATCH, which SLURM reads by rules of its own: nothing that would need quotes.
+PLAIN = r"[\w.,:@/+=%*&|()\[\]-]+"
+TIME = r"(\d+-)?\d+(:\d+){0,2}"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a job takes of a SLURM cluster, and what the site asks for: keys of the cluster's description.
+
+    Attributes:
+        nodes: Nodes of the job.
+        processes_per_node: Processes of a node: one for each GPU.
+        gpus_per_node: GPUs of a node; null: as many as processes; 0: the CPU is meant.
+        gpu_memory: Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs.
+        launcher: srun starts each process; torchrun starts those of its node, itself started by srun.
+        time: Time limit, such as 24:00:00 or 2-00:00:00.
+        lead: Seconds before the time limit at which the job saves, stops and is requeued.
+        retries: How often a job that failed is tried again.
+        name: Name of the job.
+        partition: Partition; null: the cluster's default.
+        account: Account that pays; null: the user's default.
+        qos: Quality of service; null: the default.
+        sbatch: Further options of sbatch, such as [--exclusive, --constraint=a100].
+        modules: Modules to load on each node, in order.
+        activate: File that each node sources after that, such as .venv/bin/activate.
+        environment: Variables of all processes, such as [NCCL_SOCKET_IFNAME=ib0].
+        inside: What stands before the command on each node, such as [apptainer, exec, --nv, image.sif].
+        port: Port on the first node at which processes meet; null: one that follows from the job's number.
+    """
+
+    nodes: int = 1
+    processes_per_node: int = 8
+    gpus_per_node: int | None = None
+    gpu_memory: float | None = None
+    launcher: Literal["srun", "torchrun"] = "srun"
+    time: str = "24:00:00"
+    lead: int = 300
+    retries: int = 0
+    name: str = "ows"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    sbatch: list[str] = field(default_factory=lambda: ["--exclusive"])
+    modules: list[str] = field(default_factory=list)
+    activate: str | None = None
+    environment: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
+    port: int | None = None
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a node that the job asks for."""
+        return self.processes_per_node if self.gpus_per_node is None else self.gpus_per_node
+
+    @property
+    def world(self) -> int:
+        """Processes of the job."""
+        return self.nodes * self.processes_per_node
+
+
+def read(path: str | Path) -> Allocation:
+    """The cluster that a YAML file describes. Raises UserError for unknown keys, wrong types and impossible values."""
+    job = Allocation(**config.convert_all(files.read_yaml(path, "--slurm"), Allocation, "cluster."))
+    for key, right in _wrong(job):
+        raise UserError(f"cluster.{key}", getattr(job, key), right)
+    return job
+
+
+def _wrong(job: Allocation) -> Iterator[tuple[str, str]]:
+    """Yield (key, what would be right) of every value that is wrong."""
+    for key, least in {"nodes": 1, "processes_per_node": 1, "lead": 0, "retries": 0}.items():
+        if not least <= getattr(job, key) <= config.MOST:
+            yield key, f"give an integer of at least {least}"
+    if job.gpus not in (0, job.processes_per_node):
+        yield "gpus_per_node", f"give cluster.processes_per_node, {job.processes_per_node}, or 0 for the CPU"
+    if job.gpu_memory is not None and not 0 < job.gpu_memory < config.MOST:
+        yield "gpu_memory", "give a number above 0"
+    if not re.fullmatch(TIME, job.time):
+        yield "time", "give a time such as 24:00:00 or 2-00:00:00, in quotes"
+    for key in ("name", "partition", "account", "qos"):
+        value = getattr(job, key)
+        if value is not None and not re.fullmatch(PLAIN, value):
+            yield key, "give a name without spaces and quotes"
+    if not all(re.fullmatch(rf"--[a-z][a-z-]*(={PLAIN})?", option) for option in job.sbatch):
+        yield "sbatch", "give a list of options such as --constraint=a100, each without spaces and quotes"
+    if not all(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", variable) for variable in job.environment):
+        yield "environment", "give a list of NAME=VALUE"
+    if any("\0" in text for text in (*job.environment, *job.inside, *job.modules)):
+        yield "environment, inside, modules", "give text"
+    if job.activate is not None and not os.path.isfile(job.activate):
+        yield "activate", "give a file that exists"
+    if job.inside and not shutil.which(job.inside[0]) and "/" in job.inside[0]:
+        yield "inside", f"give a program that exists: there is no {job.inside[0]}"
+    if job.port is not None:
+        low, high = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32768, 60999)
+        if not 1024 <= job.port <= 65535:
+            yield "port", "give a port from 1024 to 65535"
+        if low <= job.port <= high:
+            yield "port", f"give a port outside of {low} to {high}, which Linux hands out to anybody"
+
+
+def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[str]:
+    """Whether the job could run, as far as that shows here; what was found, a line each.
+
+    planned: bytes that a GPU will hold at most; None: not known. ``config.check`` must have passed.
+    Raises UserError for the first thing that is wrong.
+    """
+    steps = accumulation(recipe, job.world)
+    run_dir = Path(recipe.train.output_dir)
+    if recipe.train.resume not in ("never", "auto"):
+        right = "give auto, or never for a new run: a job that is requeued goes on with its own run"
+        raise UserError("train.resume", recipe.train.resume, right)
+    used = config.used(run_dir)
+    if used and recipe.train.resume == "never":
+        right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
+        raise UserError("train.output_dir", str(run_dir), right)
+    local = Path(recipe.model.path).is_dir()
+    memory = "not planned" if planned is None else f"{planned / 1e9:.1f} GB"
+    if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
+        right = f"give GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
+        raise UserError("cluster.gpu_memory", job.gpu_memory, right)
+    where = f"{job.gpus} GPUs" if job.gpus else "the CPU"
+    return [
+        f"{job.world} processes: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
+        f"{recipe.train.batch_size} sequences a step: {job.world} processes x {recipe.train.micro_batch_size} x "
+        f"{steps} micro-batches",
+        f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
+        f"output {run_dir.resolve()} ({'goes on' if used else 'new'})",
+        f"memory of a GPU at most {memory}" + (f" of {job.gpu_memory:g} GB" if job.gpu_memory is not None else ""),
+        f"port {job.port or 'from the number of the job'}",
+    ]
+
+
+def render(job: Allocation, notes: Sequence[str], recipe_file: str, options: Mapping[str, Any], folder: Path) -> str:
+    """The job script: trains the recipe in ``recipe_file`` with ``options`` (key -> value) on top, from ``folder``.
+
+    notes: lines for its head.
+    """
+    directives = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.processes_per_node,
+        "gpus-per-node": job.gpus or None,
+        "time": job.time,
+        "signal": f"B:USR1@{job.lead}",
+        "open-mode": "append",
+        "output": "slurm-%j.log",
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
+    lines += [f"#SBATCH {option}" for option in ("--requeue", *job.sbatch)]
+    words = [word for key, value in options.items() for word in (f"--{key}", _text(value))]
+    variables = [variable.partition("=") for variable in job.environment]
+    setup = [f"module load {shlex.quote(name)}" for name in job.modules]
+    setup += [f"source {shlex.quote(str(Path(job.activate).resolve()))}"] if job.activate is not None else []
+    setup += [f"export {name}={shlex.quote(value)}" for name, _, value in variables]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *(f"# {one_line(note)}" for note in notes),
+            *lines,
+            "",
+            f"cd {shlex.quote(str(folder))} || exit 1",
+            f"command=(train --config {shlex.quote(recipe_file)} {shlex.join([*words, '--train.resume', 'auto'])})",
+            f"launcher={job.launcher}",
+            f"inside=({shlex.join(job.inside)})",
+            f"retries={job.retries}",
+            *([f"port={job.port}"] if job.port is not None else []),
+            "setup() {",
+            *(f"    {line}" for line in setup or [":"]),
+            "}",
+            "",
+            BODY.read_text(),
+        ]
+    )
+
+
+def _text(value: Any) -> str:
+    """A value as an option of the command line has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def launch(
+    recipe: Recipe,
+    job: Allocation,
+    recipe_file: str,
+    options: Mapping[str, Any],
+    dry_run: bool,
+    planned: int | None = None,
+) -> None:
+    """Check, write the script into ``train.output_dir`` and submit it; with ``dry_run`` check and print it, no more.
+
+    Raises UserError for what is wrong, also by SLURM's own judgement (``sbatch --test-only``) where it is at hand.
+    """
+    script = render(job, check(recipe, job, planned), recipe_file, options, Path.cwd())
+    if dry_run:
+        print(script, end="", flush=True)
+    if shutil.which("sbatch"):
+        print(_sbatch(["--test-only"], script), file=sys.stderr)
+    elif not dry_run:
+        raise UserError("sbatch", None, "start this where SLURM's commands are, or look at the script with --dry-run")
+    if dry_run:
+        return
+    file = Path(recipe.train.output_dir) / "job.sbatch"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(script)
+    number = _sbatch(["--parsable"], script).split(";")[0]
+    print(f"job {number}: {file}, output in slurm-{number}.log")
+
+
+def _sbatch(options: list[str], script: str) -> str:
+    done = subprocess.run(["sbatch", *options], input=script, capture_output=True, text=True)
+    said = " ".join((done.stdout + done.stderr).split())
+    if done.returncode:
+        raise UserError("sbatch", said, "change the cluster's description: SLURM refuses this job")
+    return said

@@ -1,0 +1,127 @@
+"""Tables for a terminal, for Markdown and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ows_ds.files import beside
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. A row of two cells where there are more columns says something that spans them."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def number(value: float | None, digits: int, fixed: bool = False) -> str:
+    """``digits`` significant ones, or behind the point where it is ``fixed``; n/a for None."""
+    if value is None:
+        return "n/a"
+    if fixed or value == 0:
+        return f"{value:.{digits}f}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def size_in(sizes: Sequence[float | None]) -> tuple[str, Callable[[float | None], str]]:
+    """GiB or MiB, as the largest of ``sizes`` (bytes) needs it, and what writes a number of bytes in it."""
+    largest = max((size for size in sizes if size is not None), default=0)
+    unit, factor, digits = ("GiB", 2**30, 2) if largest >= 2**32 else ("MiB", 2**20, 1)
+    return unit, lambda size: number(None if size is None else size / factor, digits, fixed=True)
+
+
+def terminal(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """For a terminal of 80 columns; colours only where there is one."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        for one in tables:
+            table = RichTable(title=Text(one.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+            for index, name in enumerate(one.head):
+                table.add_column(
+                    Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0
+                )
+            spanning = []
+            for row in one.rows:
+                if len(row) == 2 < len(one.head):
+                    spanning.append(f"{row[0]}: {row[1]}")
+                else:
+                    table.add_row(*map(Text, row))
+            console.print(table)
+            for line in spanning:
+                console.print(Text(line))
+            console.print()
+        for note in notes:
+            console.print(Text(note))
+    return captured.get().rstrip()
+
+
+def markdown(table: Table) -> list[str]:
+    """Lines of a table in Markdown."""
+    rule = ["---", *["---:"] * (len(table.head) - 1)]
+    rows = [row + [""] * (len(table.head) - len(row)) for row in table.rows]
+    return [f"| {' | '.join(row)} |" for row in (table.head, rule, *rows)]
+
+
+def bars(parts: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
+    """A horizontal bar a method, of parts one behind the other, as a PNG at ``path``. parts: {method: {part: size}}."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(parts)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    left = [0.0] * len(parts)
+    kinds = list(dict.fromkeys(kind for one in parts.values() for kind in one))
+    for kind in kinds:
+        sizes = [one.get(kind, 0.0) for one in parts.values()]
+        axes.barh(list(parts), sizes, 0.7, left, label=kind, color=None if len(kinds) > 1 else "#3b6fb6")
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(kinds) > 1:
+        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(kinds), 5))
+    with beside(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def lines(series: Mapping[str, Mapping[int, float]], x: str, y: str, path: Path, log: bool = False) -> None:
+    """A line a method over the values of a sweep, as a PNG at ``path``. log: both axes are logarithmic."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2 if not log or len(series) <= 3 else 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(series.items()):
+        style = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
+        axes.plot(list(points), list(points.values()), style, marker="o", markersize=3.5, linewidth=1.5, label=name)
+    values = sorted({value for points in series.values() for value in points})
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if log and len(series) > 3:  # long names
+        figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+    else:
+        axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
+    with beside(path) as partial:
+        figure.savefig(partial, format="png")

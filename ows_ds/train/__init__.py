@@ -1,0 +1,1 @@
+"""The training run: context, loop, loss, log, resume, export."""

@@ -1,0 +1,176 @@
+"""A Hugging Face checkpoint from a model in training, or from a run's checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.weights import Replicated, Weights
+from ows_ds.errors import UserError, one_line
+from ows_ds.model.fingerprint import fingerprint
+from ows_ds.model.tensor_files import Writer
+from ows_ds.runs import card
+
+FILE_SIZE = "5GB"  # a file of a model holds at most as much, as those on the hub do
+
+
+def save_model(
+    weights: Weights,
+    tokenizer: Any,
+    folder: Path,
+    file_size: str = FILE_SIZE,
+    card_of: Callable[[str], str | None] | None = None,
+) -> None:
+    """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
+
+    Coordinates must be folded. Process 0 writes; what the others hold is sent to it in runs of entries, so that no
+    process holds more than its part and a run. Only of a model that has other tensors than its family's files does it
+    hold everything. file_size: of a file, at most; a larger tensor has one to itself. card_of: fingerprint of the
+    weights -> text of the model card, which process 0 asks for. Collective. ``folder`` must not exist.
+    """
+    comm, module = weights.comm, cast(Any, weights.module)
+    partial = folder.with_name(folder.name + ".partial")
+    with together(comm):
+        if comm.index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            module.save_pretrained(partial, state_dict={})  # all but the weights
+            tokenizer.save_pretrained(partial)
+    save_weights(weights, partial, file_size)
+    name = None if card_of is None else fingerprint(weights)
+    with together(comm):
+        if comm.index == 0:
+            text = None if card_of is None else card_of(str(name))
+            if text is not None:
+                (partial / card.FILE).write_text(text, encoding="utf-8")
+            for file in partial.iterdir():
+                file.chmod(0o644)  # safetensors lets nobody but the owner read
+            partial.rename(folder)
+
+
+@torch.no_grad()
+def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> None:
+    """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
+    comm, module = weights.comm, cast(Any, weights.module)
+    saved = set(module.state_dict()) - set(module._keys_to_ignore_on_save or ())
+    everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
+    tensors = {name: everything[name] for name in sorted(everything, key=dot_natural_key) if name in saved}
+
+    empty = {
+        name: torch.empty(weights.shape(tensor) if isinstance(tensor, nn.Parameter) else tensor.shape,
+                          dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+    names: dict[str, str | None] = {}  # in the files, and here; None: made of several
+    with together(comm):
+        ours = {id(tensor): name for name, tensor in empty.items()}
+        names = {name: ours.get(id(tensor)) for name, tensor in revert_weight_conversion(module, empty).items()}
+    if None not in names.values():
+        stored = {name: empty[str(own)] for name, own in names.items()}
+        _stream(weights, {name: tensors[str(own)] for name, own in names.items()}, stored, folder, file_size)
+        return
+    state = {}
+    for name, tensor in tensors.items():
+        whole = weights.whole(tensor) if isinstance(tensor, nn.Parameter) else tensor
+        if comm.index == 0:
+            state[name] = whole.to("cpu", copy=True)
+    with together(comm):
+        if comm.index == 0:
+            module.save_pretrained(folder, state_dict=state, max_shard_size=file_size)
+
+
+def _stream(
+    weights: Weights, tensors: dict[str, Tensor], empty: dict[str, Tensor], folder: Path, file_size: str
+) -> None:
+    """Write ``tensors`` (parameters, perhaps in shards, and buffers) to ``folder``, run by run. Collective.
+
+    empty: their whole shapes, and dtypes. Both by the names in the files.
+    """
+    comm = weights.comm
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=file_size
+    )
+    for file, names in plan.filename_to_tensors.items():
+        writer = None
+        with together(comm):
+            if comm.index == 0:
+                writer = Writer(folder / file, {name: empty[name] for name in names})
+        for name in names:
+            error = None
+            for start, run in _runs(weights, tensors[name]):
+                try:
+                    if writer is not None and error is None:
+                        writer.write(name, start, run)
+                except OSError as caught:  # the other processes have to gather the rest of this tensor
+                    error = caught
+                del run  # before the next is there
+            comm.all_good(error)
+        with together(comm):
+            if writer is not None:
+                writer.close()
+    with together(comm):
+        if comm.index == 0 and plan.is_sharded:
+            entries = sum(tensor.numel() for tensor in empty.values())
+            metadata = {"total_parameters": entries, **plan.metadata}
+            index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _runs(weights: Weights, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return weights.runs(tensor) if isinstance(tensor, nn.Parameter) else iter([(0, tensor.reshape(-1))])
+
+
+def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
+    """``out_dir`` <- the model of a run's checkpoint, the newest complete one or the one called ``name`` (``step-N``).
+
+    One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is missing
+    or damaged, another base model, and an ``out_dir`` that exists.
+    """
+    from ows_ds import checkpoint, config, files, methods
+    from ows_ds.distributed.launch import quieten
+    from ows_ds.importance.scoring import importance
+    from ows_ds.model.layers import find_layers
+    from ows_ds.model.pretrained import load_tokenizer, pretrained
+    from ows_ds.train import resume
+
+    if name is not None and not checkpoint.NAME.fullmatch(name):
+        raise UserError("--checkpoint", name, "give the name of one of the run's checkpoints, such as step-20")
+    if os.path.lexists(out_dir) or not files.can_be_made(out_dir):
+        raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet and can be made")
+    quieten()
+    comm = Communicator()
+    if not os.path.isfile(run_dir / "config.yaml"):
+        raise UserError("run_dir", str(run_dir), "give the folder of a run, with its config.yaml")
+    recipe = config.from_dict(files.read_yaml(run_dir / "config.yaml"))
+    if name is not None:
+        opened = checkpoint.open_checkpoint(run_dir / "checkpoints" / name, comm, key="checkpoint")
+    else:
+        newest, passed = checkpoint.find(run_dir, "auto", comm)
+        for line in passed:
+            print(one_line(f"passed over a checkpoint: {line}"))
+        if newest is None:
+            raise UserError("run_dir", str(run_dir), "give a run with a complete checkpoint")
+        opened = newest
+
+    model = pretrained(recipe, comm, torch.device("cpu"))
+    layers = find_layers(model)
+    weights = Replicated(methods.adapt(recipe, model), comm)
+    loaded = methods.base_model(recipe, weights)
+    base = resume.base_model(opened, weights, loaded, recipe.model.path, everything=True)
+    method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir, base), 1)
+    resume.restore(method, opened)
+    method.close()
+    steps = int(opened.folder.name.removeprefix("step-"))
+    save_model(weights, load_tokenizer(recipe), out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
+    print(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

@@ -1,0 +1,174 @@
+"""A study on a tiny model over several processes: it goes on where it was stopped, and runs share scores."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ows_ds import config, files
+from ows_ds.bench import study
+from ows_ds.bench.quality import quality
+from ows_ds.errors import UserError
+from ows_ds.train import log
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+
+pytest.importorskip("scipy")
+pytest.importorskip("reasoning_gym")
+
+
+def a_study(inputs: Path, folder: Path, sharding: str = "replicated", **changes: Any) -> study.Study:
+    """ows at two learning rates and lisa at one, over two seeds of five steps, with answers to four problems."""
+    rows = (
+        {
+            "messages": [{"role": "user", "content": f"{i}+{i}"}, {"role": "assistant", "content": str(2 * i)}],
+            "answer": str(2 * i),
+            "task": "chain_sum",
+        }
+        for i in range(30, 35)
+    )
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = config.to_dict(recipe(inputs, folder, steps=5, save_every=2, sharding=sharding, keep_last=2))
+    tree["log"]["trackers"] = []
+    whole = {
+        "recipe": tree,
+        "test": str(folder / "test.jsonl"),
+        "variants": {"ows": {"lrs": [1e-3, 1e-2]}, "lisa": {"method.name": "lisa"}},
+        "seeds": [0, 1],
+        "baseline": "lisa",
+        "accuracy": {"rows": 4, "max_new_tokens": 4, "batch_size": 3},
+    }
+    return study.from_dict(whole | changes)
+
+
+def run(rank: int, world: int, plan: study.Study, output: Path, stop: tuple[str, int] | None = None) -> Any:
+    """The result that is printed, or what was refused; None where all died after a step of a run, as a machine would.
+
+    stop: (a part of the run's folder, step).
+    """
+    step, begin = log.RunLog.step, log.RunLog.__init__
+
+    def opening(self: log.RunLog, run_dir: Path, *more: Any, **named: Any) -> None:
+        begin(self, run_dir, *more, **named)
+        self.folder = str(run_dir)  # type: ignore[attr-defined]
+
+    def stopping(self: log.RunLog, record: dict[str, Any]) -> None:
+        step(self, record)
+        if stop is not None and stop[0] in self.folder and record["step"] == stop[1]:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    log.RunLog.__init__, log.RunLog.step = opening, stopping  # type: ignore[method-assign,assignment]
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            quality(plan, output, None, None, True, "test")
+        return json.loads(printed.getvalue()) if rank == 0 else printed.getvalue()
+    except KeyboardInterrupt:
+        return None
+    except UserError as error:
+        return str(error)
+    finally:
+        log.RunLog.__init__, log.RunLog.step = begin, step  # type: ignore[method-assign]
+
+
+def without_times(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without what may differ between two runs of the same."""
+    for variant in summary["variants"].values():
+        variant.pop("seconds")
+    return summary
+
+
+def test_a_stopped_study_goes_on_and_ends_the_same(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    plan = a_study(inputs, tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    [expected, silence] = pools(2).run(run, plan, whole)
+    assert silence == ""
+
+    assert pools(2).run(run, plan, parts, ("ows/lr-0.01-seed-0", 3)) == [None, None]
+    complete = parts / "runs/ows/lr-0.001-seed-0"
+    assert [file.parent for file in parts.rglob("result.json")] == [complete]
+    assert json.loads((parts / "quality.json").read_text())["runs_complete"] == 1
+    before = {file: file.stat().st_mtime_ns for file in complete.iterdir()}
+    [result, _] = pools(2).run(run, plan, parts)
+    assert without_times(result) == without_times(expected)
+    assert {file: file.stat().st_mtime_ns for file in complete.iterdir()} == before
+
+    assert (result["runs"], result["runs_complete"], result["processes"]) == (5, 5, 2)
+    ows, lisa = result["variants"]["ows"], result["variants"]["lisa"]
+    assert (ows["lr"], lisa["lr"], ows["seeds"], lisa["seeds"]) == (0.01, 0.01, [0, 1], [0, 1])
+    assert ows["tokens"] == lisa["tokens"]  # the same data at the same seed
+    assert ows["tokens"][0] != ows["tokens"][1]
+    assert max(ows["loss"]["values"]) < result["before"]["loss"]
+    assert (result["rows_answered"], ows["accuracy"]["values"]) == (4, [0.0, 0.0])
+    assert ows["loss"]["t"] is not None
+    for name in ("study.yaml", "base.json", "quality.json", "quality.md", "loss.png", "scores.png"):
+        assert (parts / name).exists()
+    # models and checkpoints are gone; scores were computed in one run, which the others point at
+    assert not [*parts.glob("runs/*/*/model"), *parts.glob("runs/*/*/checkpoints")]
+    recipes = parts.glob("runs/ows/*/config.yaml")
+    scored = {file.parent.name: files.read_yaml(file)["sampling"]["scores"] for file in recipes}
+    assert scored.pop("lr-0.001-seed-0") is None
+    assert set(scored.values()) == {str(complete / "scores.json")}
+
+
+def test_results_do_not_depend_on_processes_and_sharding(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    variants = {"lisa": {"method.name": "lisa"}, "ows": {}}
+    plans = [a_study(inputs, tmp_path, sharding, variants=variants, seeds=[0]) for sharding in ("replicated", "zero3")]
+    [one], [two, _] = pools(1).run(run, plans[0], tmp_path / "one"), pools(2).run(run, plans[1], tmp_path / "two")
+    assert two["before"] == {**one["before"], "loss": pytest.approx(one["before"]["loss"], rel=1e-6)}
+    for name in variants:
+        [a], [b] = (result["variants"][name]["loss"]["values"] for result in (one, two))
+        assert a == pytest.approx(b, rel=0.02)  # bfloat16, sums in another order
+
+
+def test_a_study_is_extended_but_never_another_one(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    small = {"variants": {"lisa": {"method.name": "lisa"}}, "seeds": [0]}
+    pools(1).run(run, a_study(inputs, tmp_path, **small), output)
+    before = (output / "study.yaml").read_text()
+    for changes, what in (
+        ({"accuracy": None}, "accuracy"),
+        ({"seeds": [1]}, "the first of seeds"),
+        ({"variants": {"lisa": {"method.name": "galore"}}}, "variants.lisa"),
+    ):
+        [answer] = pools(1).run(run, a_study(inputs, tmp_path, **(small | changes)), output)
+        assert answer.startswith("output: ")
+        assert answer.endswith(f"is not right: give another folder: it holds a study that differs in {what}")
+    assert (output / "study.yaml").read_text() == before
+    more = a_study(inputs, tmp_path, variants={**small["variants"], "b": {"method.name": "badam"}}, keep_models=True)
+    [result] = pools(1).run(run, more, output)
+    assert [variant["seeds"] for variant in result["variants"].values()] == [[0, 1], [0, 1]]
+    assert sorted(str(f.parent.relative_to(output / "runs")) for f in output.glob("runs/*/*/model")) == [
+        "b/lr-0.01-seed-0",
+        "b/lr-0.01-seed-1",
+        "lisa/lr-0.01-seed-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "right"),
+    [("train", "give rows that are not in data.train"), ("plain", "give rows with answer and task")],
+)
+def test_rows_are_checked_before_anything_is_written(
+    pools: Pools, inputs: Path, tmp_path: Path, rows: str, right: str
+) -> None:
+    shutil.copy(inputs / "train.jsonl", tmp_path / "train.jsonl")
+    a_row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    (tmp_path / "plain.jsonl").write_text(json.dumps(a_row) + "\n")
+    plan = a_study(inputs, tmp_path, test=str(tmp_path / f"{rows}.jsonl"))
+    for answer in pools(2).run(run, plan, tmp_path / "out"):
+        assert right in answer
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_only_the_model_shows_names_the_variant(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    plan = a_study(inputs, tmp_path, variants={"big": {"optim.rank": 4000}, "lisa": {"method.name": "lisa"}})
+    for answer in pools(2).run(run, plan, tmp_path / "out"):
+        assert answer.startswith("variants.big: optim.rank: 4000 is not right: give at most ")
+    assert not (tmp_path / "out" / "runs").exists()

@@ -1,0 +1,45 @@
+"""The recipes of the paper's experiments: they parse, pass the checks offline, and say what the paper says."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from ows_ds import config
+from ows_ds.cli.main import main
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+PAPER = [path for path in RECIPES if path.stem != "demo"]
+MODELS = {"llama2_7b": "meta-llama/Llama-2-7b-hf", "mistral_7b": "mistralai/Mistral-7B-v0.1"}
+MODELS["qwen2.5_7b"] = "Qwen/Qwen2.5-7B"
+# train, its subset and split; eval, its subset and split; format, template
+DATA = {
+    "commonsense": ("zwhe99/commonsense_170k", None, "train", None, None, "test", "alpaca", "alpaca"),
+    "alpaca_gpt4": ("vicgalle/alpaca-gpt4", None, "train", None, None, "test", "alpaca", "alpaca"),
+    "mmlu": ("cais/mmlu", "all", "auxiliary_train", "cais/mmlu", "all", "validation", "multiple_choice", "plain"),
+    "gsm8k": ("openai/gsm8k", "main", "train", "openai/gsm8k", "main", "test", "question_answer", "plain"),
+}
+
+
+def test_every_experiment_has_its_recipe() -> None:
+    pairs = {f"{model}_{data}" for model in ("llama2_7b", "mistral_7b") for data in DATA} | {"qwen2.5_7b_gsm8k"}
+    assert {path.stem for path in PAPER} == pairs
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_recipes_have_the_papers_settings(path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", str(path), "--print_config"]) == 0
+    r = config.from_dict(yaml.safe_load(capsys.readouterr().out))
+    config.check(r)  # offline: names on the hub are not looked up
+    [(model, data)] = [(m, d) for m in MODELS for d in DATA if str(path).endswith(f"/{m}_{d}.yaml")]
+    d, o, s, t = r.data, r.optim, r.sampling, r.train
+    assert (r.model.path, r.model.dtype, r.method.name) == (MODELS[model], "bfloat16", "ows")
+    assert (d.train, d.train_subset, d.train_split, d.eval, d.eval_subset, d.eval_split, d.format, d.template) == DATA[
+        data
+    ]
+    assert (d.max_length, d.loss_on) == (512, "assistant")
+    assert (s.gamma, s.tau, s.scheme, s.period, s.importance) == (5, 13, "bernoulli", 50, "outlier")
+    assert (o.lr, o.schedule, o.warmup_steps) == (3e-5 if model == "mistral_7b" else 3e-4, "linear", 0)
+    assert (o.rank, o.refresh_gap, o.always_on) == (128, 200, "full")
+    assert (t.batch_size, t.epochs, t.steps, t.output_dir) == (16, 1, None, f"runs/{model}_{data}")

@@ -1,0 +1,108 @@
+"""What is looked at before processes meet and before a model is loaded: a lock left behind, and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ows_ds.distributed import zero3
+from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.launch import Runtime
+from ows_ds.errors import UserError
+from ows_ds.model.shapes import read_model
+from ows_ds.planner.forecast import choice_of, planned
+from ows_ds.train import memory_check
+from ows_ds.train.memory_check import available, check_memory
+from tests.support.tiny_run import recipe
+
+# ------------------------------------------------------------------ DeepSpeed's operator
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that torch makes while it compiles the operator."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / "deepspeed_shm_comm" / "lock"
+    file.parent.mkdir()
+    file.touch()
+    return file
+
+
+def test_an_old_lock_that_nobody_holds_is_removed(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    then = time.time() - 4000
+    os.utime(lock, (then, then))
+    zero3.free_operator()
+    assert not lock.exists()
+    assert capsys.readouterr().out == f"{lock} removed: nobody has been compiling DeepSpeed's operator for 4000 s\n"
+
+
+def test_a_lock_that_is_held_stays(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    then = time.time() - 4000
+    os.utime(lock, (then, then))
+    with lock.open():
+        zero3.free_operator()
+    assert lock.exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_young_lock_gets_its_time(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be of a process on another host."""
+    monkeypatch.setattr(zero3, "COMPILING", 1.0)
+    zero3.free_operator()
+    assert not lock.exists()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{lock}: waiting up to ")
+    assert second.startswith(f"{lock} removed: ")
+
+
+def test_without_a_lock_nothing_is_said(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock.unlink()
+    zero3.free_operator()
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------ memory
+
+
+def alone(**zero: Any) -> Runtime:
+    accelerator: Any = SimpleNamespace()
+    config = {"zero_optimization": zero} if zero else None
+    return Runtime(accelerator, Communicator(), torch.device("cpu"), config)
+
+
+def test_what_cannot_fit_is_refused_with_the_figure(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(inputs, tmp_path)
+    needed = planned(asked, read_model(asked.model.path), choice_of(asked, 1, "replicated"))
+    monkeypatch.setattr(memory_check, "available", lambda: needed)
+    check_memory(asked, alone(), 64)
+    monkeypatch.setattr(memory_check, "available", lambda: int(needed / 1.3))
+    with pytest.raises(UserError) as caught:
+        check_memory(asked, alone(), 64)
+    words = f"train.sharding: 'replicated' is not right: a step needs {needed / 1e9:.1f} GB of a process that has "
+    assert str(caught.value).startswith(words)
+    check_memory(asked, alone(), 8)  # shorter rows than data.max_length
+
+
+def test_what_cannot_be_planned_is_not_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "available", lambda: 0)
+    asked = recipe(inputs, tmp_path)
+    check_memory(asked, alone(stage=3, offload_param={"device": "cpu"}), 64)
+    with pytest.raises(UserError):
+        check_memory(asked, alone(stage=3), 64)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "nobody knows it"}')
+    check_memory(recipe(tmp_path, tmp_path), alone(), 64)
+
+
+def test_the_memory_that_is_available() -> None:
+    assert 0 < available() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

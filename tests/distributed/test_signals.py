@@ -1,0 +1,74 @@
+"""Signals of one process: the first is noted, a later one ends it, also while it cannot run Python."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from ows_ds.distributed import signals
+
+WAITING = """
+import ctypes, sys
+from ows_ds import signals
+signals.SAME_SECONDS = float(sys.argv[1])
+with signals.heeded() as told:
+    print("ready", flush=True)
+    while not told.wait(0.01):
+        pass
+    print("told", flush=True)
+    ctypes.CDLL(None).sleep(60)  # a signal ends a sleep, so there may be two
+    ctypes.CDLL(None).sleep(60)
+"""
+
+
+def waiting(seconds: float) -> subprocess.Popen[str]:
+    """A process that says "told" after its first signal, and then waits in C, where no Python runs."""
+    child = subprocess.Popen([sys.executable, "-c", WAITING, str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGUSR1)
+    assert child.stdout.readline() == "told\n"
+    return child
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    child = waiting(0.0)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 128 + signal.SIGTERM
+
+
+def test_the_same_order_passed_on_by_a_launcher_is_one() -> None:
+    child = waiting(60.0)
+    child.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(1)
+    child.kill()
+    child.wait()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with signals.heeded() as told:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert told.wait(20)
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work() -> None:
+        with signals.heeded() as told:
+            seen.append((told.is_set(), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

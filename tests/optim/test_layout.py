@@ -1,0 +1,308 @@
+"""plan.py: layouts, owners and bytes, by hand and as properties."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ows_ds.model.layers import Matrix, Unit, Vector
+from ows_ds.optim.layout import lay_out, make_plan, pack, plan_refresh
+
+
+def matrix(name: str, rows: int, columns: int) -> Matrix:
+    return Matrix(name, (rows, columns), (name,))
+
+
+# At rank 2: 6 and 3 rows of matrices, ceil(5 / 2) = 3 and 1 rows of vectors. The other: ceil(3 / 2) = 2 rows.
+LAYER = Unit("layer", (matrix("q", 4, 6), matrix("v", 3, 2)), (Vector("bias", 5), Vector("norm", 2)))
+ALWAYS = Unit("always", (), (Vector("final", 3),))
+SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
+
+
+# ---- layout of the coordinates
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "parts", "local"),
+    [
+        (1, 13, [(0, 13)], [(slice(0, 9), slice(9, 13))]),
+        (2, 14, [(0, 7), (7, 14)], [(slice(0, 7), None), (slice(0, 2), slice(2, 6))]),
+        (3, 15, [(0, 5), (5, 10), (10, 15)],
+         [(slice(0, 5), None), (slice(0, 4), slice(4, 5)), (None, slice(0, 3))]),
+        (
+            18,
+            18,
+            [(row, row + 1) for row in range(18)],
+            [
+                *((slice(0, 1), None) for _ in range(9)),
+                *((None, slice(0, 1)) for _ in range(4)),
+                *((None, None) for _ in range(5)),  # processes that own nothing but padding
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_layout_by_hand(
+    world: int, rows: int, parts: list[tuple[int, int]], local: list[tuple[slice | None, slice | None]]
+) -> None:
+    layout = lay_out(LAYER, rank=2, world=world)
+    assert layout.slots == SLOTS
+    assert layout.segments == {"matrices": (0, 9), "vectors": (9, 13)}
+    assert (layout.rows, layout.stride, layout.used) == (rows, rows // world, 13)
+    assert [layout.part(index) for index in range(world)] == parts
+    found = [tuple(layout.local(segment, index) for segment in layout.segments.values()) for index in range(world)]
+    assert found == local
+
+
+def test_plan_by_hand() -> None:
+    plan = make_plan([LAYER, ALWAYS], 2, 3)
+    assert plan.layouts == (lay_out(LAYER, 2, 3), lay_out(ALWAYS, 2, 3))
+    assert plan.units == (LAYER, ALWAYS)
+    assert (plan.rows, plan.stride) == (15 + 3, 5 + 1)
+    assert list(plan.matrices) == ["q", "v"]
+    assert plan.matrices["q"] is LAYER.matrices[0]
+
+
+def test_a_layout_does_not_depend_on_the_other_units() -> None:
+    """So that what stays in the set stays where it is, and its moments with their owners."""
+    assert make_plan([ALWAYS, LAYER], 2, 3).layouts[1] == make_plan([LAYER], 2, 3).layouts[0]
+
+
+@pytest.mark.parametrize(("world", "elements"), [(1, 0), (2, 8 * 2 * 1), (3, 6 * 2 * 2), (18, 2 * 2 * 17)])
+def test_bytes_by_hand(world: int, elements: int) -> None:
+    plan = make_plan([LAYER, ALWAYS], 2, world)
+    assert plan.bytes_per_step() == {"gradients": 4 * elements, "coordinates": 4 * elements}
+    assert plan.bytes_per_step(8, 2) == {"gradients": 8 * elements, "coordinates": 2 * elements}
+
+
+def test_bytes_are_within_the_budget() -> None:
+    """At most r * sum(max(m, n)) elements each way, where the padding is negligible."""
+    unit = Unit("0", (matrix("a", 4096, 4096), matrix("b", 1024, 4096), matrix("c", 4096, 11008)), ())
+    for world in (1, 2, 3, 8):
+        for sent in make_plan([unit], 128, world).bytes_per_step().values():
+            assert sent <= 128 * (4096 + 4096 + 11008) * 4
+
+
+@pytest.mark.parametrize("units", [[], [Unit("bare", (), ())]])
+def test_empty_set(units: list[Unit]) -> None:
+    plan = make_plan(units, rank=4, world=3)
+    assert (plan.rows, plan.stride, plan.matrices) == (0, 0, {})
+    assert [(layout.slots, layout.segments, layout.used) for layout in plan.layouts] == [({}, {}, 0)] * len(units)
+    assert plan.bytes_per_step() == {"gradients": 0, "coordinates": 0}
+
+
+def test_pack_by_hand() -> None:
+    assert pack({}, 10) == []
+    assert pack({"a": 4, "b": 6, "c": 1, "d": 25, "e": 5, "f": 0}, 10) == [
+        [("a", 0, 4), ("b", 0, 6)], [("c", 0, 1)], [("d", 0, 10)], [("d", 10, 20)], [("d", 20, 25), ("e", 0, 5)],
+    ]  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), max_size=6), st.integers(1, 20))
+def test_pack_covers_every_entry_once(sizes: dict[str, int], limit: int) -> None:
+    runs = pack(sizes, limit)
+    assert all(0 < sum(stop - start for _, start, stop in run) <= limit for run in runs)
+    entries = [(name, index) for run in runs for name, start, stop in run for index in range(start, stop)]
+    assert entries == [(name, index) for name, size in sizes.items() for index in range(size)]
+
+
+sides = st.integers(1, 20)
+
+
+@st.composite
+def units(draw: st.DrawFn) -> list[Unit]:
+    result = []
+    for index in range(draw(st.integers(0, 4))):
+        shapes = draw(st.lists(st.tuples(sides, sides), max_size=4))
+        sizes = draw(st.lists(sides, max_size=3))
+        result.append(
+            Unit(
+                f"{index}",
+                tuple(matrix(f"{index}.m{i}", *shape) for i, shape in enumerate(shapes)),
+                tuple(Vector(f"{index}.v{i}", size) for i, size in enumerate(sizes)),
+            )
+        )
+    return result
+
+
+@settings(deadline=None)
+@given(units(), st.integers(1, 6), st.integers(1, 7))
+def test_every_row_of_a_slot_has_one_owner(units: list[Unit], rank: int, world: int) -> None:
+    for layout in make_plan(units, rank, world).layouts:
+        sizes = {m.name: max(m.shape) for m in layout.unit.matrices}
+        kinds = dict.fromkeys(sizes, "matrices")
+        sizes |= {v.name: math.ceil(v.numel / rank) for v in layout.unit.vectors}
+        kinds = dict.fromkeys(sizes, "vectors") | kinds
+        assert {name: last - first for name, (first, last) in layout.slots.items()} == sizes
+
+        owners: list[list[tuple[int, str]]] = [[] for _ in range(layout.rows)]
+        for index in range(world):
+            first, last = layout.part(index)
+            for kind, segment in layout.segments.items():
+                own = layout.local(segment, index)
+                for row in range(0) if own is None else range(first + own.start, first + own.stop):
+                    assert first <= row < last
+                    owners[row].append((index, kind))
+        rows_seen = []
+        for name, (first, last) in layout.slots.items():
+            for row in range(first, last):
+                rows_seen.append(row)
+                assert owners[row] == [(row // layout.stride, kinds[name])]
+        used = sum(sizes.values())
+        assert sorted(rows_seen) == list(range(used))  # no two slots overlap, and no hole is between them
+        assert layout.used == used
+        assert all(not owners[row] for row in range(used, layout.rows))
+        assert layout.rows == layout.stride * world
+        assert 0 <= layout.rows - used < world
+
+
+def test_describe() -> None:
+    said = make_plan([LAYER, ALWAYS], 2, 3).describe()
+    assert json.loads(json.dumps(said)) == {
+        "rank": 2, "world": 3, "order": ["layer", "always"],
+        "units": {
+            "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
+            "always": {"rows": 3, "slots": {"final": [0, 2]}},
+        },
+    }  # fmt: skip
+    assert make_plan([LAYER, ALWAYS], 2, 3).describe() == said
+    for other in (make_plan([LAYER], 2, 3), make_plan([ALWAYS, LAYER], 2, 3), make_plan([LAYER, ALWAYS], 3, 3),
+                  make_plan([LAYER, ALWAYS], 2, 5)):  # fmt: skip
+        assert other.describe() != said
+
+
+# ---- who computes which projector
+
+#            cost    128 (d)            96 (e)             64 (a)             32 (b)              10 (f)
+REFRESHED = [matrix("a", 4, 4), matrix("b", 2, 8), matrix("d", 8, 4), matrix("e", 4, 6), matrix("f", 1, 10)]
+
+
+@pytest.mark.parametrize(
+    ("world", "owners", "slots", "stride"),
+    [
+        (
+            1,
+            {"d": 0, "e": 0, "a": 0, "b": 0, "f": 0},
+            {"d": (0, 4), "e": (4, 8), "a": (8, 12), "b": (12, 14), "f": (14, 15)},
+            15,
+        ),
+        # d | e, then a to the 96, b to the 128, f at 160 : 160 to the first
+        (
+            2,
+            {"d": 0, "e": 1, "a": 1, "b": 0, "f": 0},
+            {"d": (0, 4), "b": (4, 6), "f": (6, 7), "e": (8, 12), "a": (12, 16)},
+            8,
+        ),
+        # d | e | a, then b and f to the 64: 96 : 96 goes to the lower process
+        (
+            3,
+            {"d": 0, "e": 1, "a": 2, "b": 2, "f": 1},
+            {"d": (0, 4), "e": (6, 10), "f": (10, 11), "a": (12, 16), "b": (16, 18)},
+            6,
+        ),
+        # more processes than matrices: the last two have nothing to do
+        (
+            7,
+            {"d": 0, "e": 1, "a": 2, "b": 3, "f": 4},
+            {"d": (0, 4), "e": (4, 8), "a": (8, 12), "b": (12, 14), "f": (16, 17)},
+            4,
+        ),
+    ],
+)
+def test_owners_by_hand(world: int, owners: dict[str, int], slots: dict[str, tuple[int, int]], stride: int) -> None:
+    plan = plan_refresh(REFRESHED, world)
+    assert plan.owners == owners
+    assert plan.slots == slots
+    assert plan.stride == stride
+
+
+def test_first_sketches_take_as_many_rows_as_the_longer_side() -> None:
+    plan = plan_refresh(REFRESHED, 2, long=True)
+    assert plan.owners == plan_refresh(REFRESHED, 2).owners
+    assert plan.slots == {"d": (0, 8), "b": (8, 16), "f": (16, 26), "e": (26, 32), "a": (32, 36)}
+    assert plan.stride == 26
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_bytes_of_sketches_by_hand(world: int) -> None:
+    """Two matrices at rank 2: 4 columns of 4 bytes reduced, 4 or 2 columns of 2 bytes gathered."""
+    matrices = [matrix("d", 8, 4), matrix("e", 4, 6)]
+    stride = {1: (14, 8), 2: (8, 4), 3: (8, 4)}[world]
+    rows = [(world - 1) * one for one in stride]
+    first = plan_refresh(matrices, world, long=True).bytes_of_pass(world, 4)
+    assert first == {"sketches": rows[0] * 16, "sketch_bases": rows[0] * 8}
+    second = plan_refresh(matrices, world).bytes_of_pass(world, 4, 2)
+    assert second == {"sketches": rows[1] * 16, "projectors": rows[1] * 4}
+
+
+def test_nothing_to_refresh() -> None:
+    plan = plan_refresh([], 3)
+    assert (plan.owners, plan.slots, plan.stride) == ({}, {}, 0)
+
+
+def test_equal_matrices_take_turns() -> None:
+    plan = plan_refresh([matrix(name, 3, 3) for name in "dcba"], 3)
+    assert plan.owners == {"a": 0, "b": 1, "c": 2, "d": 0}
+
+
+shapes = st.lists(st.tuples(sides, sides), min_size=1, max_size=12)
+
+
+def loads(shapes: Sequence[tuple[int, int]], owners: Sequence[int], world: int) -> list[int]:
+    work = [0] * world
+    for shape, owner in zip(shapes, owners, strict=True):
+        work[owner] += shape[0] * shape[1] * min(shape)
+    return work
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(1, 5), st.randoms())
+def test_every_projector_has_one_owner_and_its_own_rows(
+    shapes: list[tuple[int, int]], world: int, shuffle: random.Random
+) -> None:
+    matrices = [matrix(f"{i:02}", *shape) for i, shape in enumerate(shapes)]
+    plan = plan_refresh(matrices, world)
+    assert set(plan.owners) == set(plan.slots) == {m.name for m in matrices}
+    taken: list[int] = []
+    for m in matrices:
+        first, last = plan.slots[m.name]
+        owner = plan.owners[m.name]
+        assert last - first == min(m.shape)
+        assert owner * plan.stride <= first
+        assert last <= (owner + 1) * plan.stride
+        taken += range(first, last)
+    assert len(taken) == len(set(taken))
+
+    work = loads(shapes, [plan.owners[m.name] for m in matrices], world)
+    assert max(work) - min(work) <= max(loads([shape], [0], 1)[0] for shape in shapes)
+
+    shuffled = list(matrices)
+    shuffle.shuffle(shuffled)
+    again = plan_refresh(shuffled, world)
+    assert again == plan
+    assert json.dumps(again.describe()) == json.dumps(plan.describe())
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes.filter(lambda s: len(s) <= 6), st.integers(2, 3))
+def test_busiest_is_within_grahams_bound(shapes: list[tuple[int, int]], world: int) -> None:
+    owners = plan_refresh([matrix(f"{i}", *shape) for i, shape in enumerate(shapes)], world).owners
+    work = loads(shapes, [owners[f"{i}"] for i in range(len(shapes))], world)
+    best = min(max(loads(shapes, choice, world)) for choice in itertools.product(range(world), repeat=len(shapes)))
+    assert max(work) * 3 * world <= best * (4 * world - 1)
+
+
+def test_describe_of_a_refresh() -> None:
+    said = plan_refresh(REFRESHED, 2).describe()
+    assert json.loads(json.dumps(said)) == {
+        "owners": {"d": 0, "e": 1, "a": 1, "b": 0, "f": 0},
+        "slots": {"d": [0, 4], "b": [4, 6], "f": [6, 7], "e": [8, 12], "a": [12, 16]},
+    }
+    assert plan_refresh(REFRESHED, 3).describe() != said
+    assert plan_refresh(REFRESHED[1:], 2).describe() != said

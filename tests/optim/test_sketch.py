@@ -1,0 +1,165 @@
+"""`optim.refresh: sketch`: projectors from two products of each gradient, which is never formed."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ows_ds.optim.ows import OWS
+from ows_ds.optim.projection import is_tall
+from tests.optim.test_period import SETTINGS, watching
+from tests.optim.test_projection import energy, top
+from tests.support.families import tiny
+from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
+from tests.support.training import RATIOS, batch, home, mean_loss, micro_batches, one_step
+from tests.train.test_trainer import contents, run
+
+WORLDS = pytest.mark.parametrize("world", [1, 2, 3])
+SHARDINGS = pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+# rank 3: sketches have 14 columns, of as many entries as no weight
+SKETCH: dict[str, Any] = {**SETTINGS, "gamma": 2.0, "refresh": "sketch", "refresh_gap": 4, "rank": 3}
+
+
+def course(
+    rank: int, world: int, sharding: str, accumulation: int
+) -> list[tuple[list[bool], int, dict[str, int], dict[str, int], dict[str, Tensor]]]:
+    """For each step: the passes it takes, full gradients made, bytes sent and foreseen, projectors after it."""
+    ows = OWS(
+        home(tiny("llama", False, torch.float32), sharding, world),
+        scores=RATIOS, always_on="none", accumulation=accumulation, **SKETCH,
+    )  # fmt: skip
+    seen = []
+    for _ in range(9):
+        before, foreseen, passes = Counter(ows.comm.sent), Counter[str](), []
+        for sketch in ows._sketches:
+            passes.append(sketch.second)
+            rank_of_pass = ows.rank if sketch.second else None
+            foreseen.update(sketch.plan.bytes_of_pass(world, 2 * ows.rank + 8, rank_of_pass, weight_itemsize=4))
+        made = 0
+        for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+            loss = mean_loss(ows.weights, ids) / accumulation
+            with watching(ows, sharding == "zero3") as mode:
+                ows.backward(loss)
+            made += mode.made
+            assert all(p.grad is None for p in ows.module.parameters())
+        ows.step()
+        ows.zero_grad()
+        sent = {name: n for name, n in (ows.comm.sent - before).items() if name in ("sketches", *foreseen)}
+        seen.append((passes, made, sent, {k: n for k, n in foreseen.items() if n}, dict(ows._projectors)))
+        assert "refresh_gradients" not in ows.comm.sent
+    ows.close()
+    return seen
+
+
+@WORLDS
+@SHARDINGS
+def test_no_full_gradient_ever(pools: Pools, sharding: str, world: int) -> None:
+    """Nor other bytes than the plan tells, nor other projectors than on the other processes."""
+    results = pools(world).run(course, sharding, 1 if world == 3 else 2)
+    passes = [one for one, *_ in results[0]]
+    assert {second for one in passes for second in one} == {False, True}
+    assert [] in passes
+    for seen in results:
+        for (_, made, sent, foreseen, projectors), (*_, theirs) in zip(seen, results[0], strict=True):
+            assert made == 0
+            assert sent == foreseen
+            assert projectors.keys() == theirs.keys()
+            assert all(torch.equal(projectors[name], theirs[name]) for name in theirs)
+    if world > 1:
+        assert any(foreseen for _, _, _, foreseen, _ in results[0])
+
+
+def projectors_of_one_batch(rank: int, world: int, sharding: str, family: str) -> list[dict[str, Tensor]]:
+    """After a first and a second refresh that see the same batch under weights that stay."""
+    ows = OWS(
+        home(tiny(family, False, torch.float32), sharding, world),
+        scores=RATIOS, gamma=3, rank=8, period=100, refresh_gap=3, lr=0.0, refresh="sketch", always_on="low_rank",
+    )  # fmt: skip
+    found = []
+    for step in range(5):
+        assert bool(ows._projectors) == (step >= 2)
+        for ids in micro_batches(0, rank, world, 1):
+            ows.backward(mean_loss(ows.weights, ids))
+        ows.step()
+        ows.zero_grad()
+        if step in (1, 4):
+            found.append(dict(ows._projectors))
+    ows.close()
+    return found
+
+
+@SHARDINGS
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_projector_keeps_the_energy(pools: Pools, sharding: str, family: str) -> None:
+    model = tiny(family, False, torch.float32)
+    mean_loss(model, batch(0)).backward()
+    first, second = pools(2).run(projectors_of_one_batch, sharding, family)[0]
+    assert len(first) > 12
+    for name, weight in model.named_parameters():
+        if name not in first:
+            continue
+        assert weight.grad is not None
+        best = energy(weight.grad, top(weight.grad, 8))
+        assert 0.99 <= energy(weight.grad, first[name]) / best <= 1 + 1e-5, name
+        # the second starts from the first
+        assert energy(weight.grad, second[name]) >= (1 - 1e-4) * energy(weight.grad, first[name]), name
+        assert first[name].shape == (min(weight.shape), 8)
+
+
+def test_a_layer_that_has_just_entered_trains_from_its_third_step() -> None:
+    model = tiny("llama")
+    ows = OWS(model, scores=RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none", lr=1e-2, weight_decay=0.1)
+    names = [m.name for unit in ows.layers.layers for m in unit.matrices]
+    vectors = [v.name for unit in ows.layers.layers for v in unit.vectors]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(4):
+        assert [bool(ows._attachments[name][0].coordinates) for name in names] == [step >= 2] * len(names)
+        assert [bool(ows._attachments[name][0].sketch) for name in names] == [step < 2] * len(names)
+        one_step(ows, 0, 1)
+        ows.fold()
+        now = dict(model.named_parameters())
+        assert [torch.equal(now[name], start[name]) for name in names] == [step < 2] * len(names)
+        assert not any(torch.equal(now[name], start[name]) for name in vectors)
+    # Adam's count began with the first step that trained them
+    assert {float(n) for (_, kind), n in ows._buffer.steps.items() if kind == "matrices"} == {2.0}
+    assert {float(n) for (_, kind), n in ows._buffer.steps.items() if kind == "vectors"} == {4.0}
+
+
+def test_a_sketch_leaves_nothing_behind() -> None:
+    """Values of zero take no memory and stay zero; after the passes only the projector is there."""
+    ows = OWS(tiny("llama"), scores=RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none")
+    for coordinates in ows._sketches[0].coordinates.values():
+        assert coordinates.values.untyped_storage().nbytes() == 4
+    one_step(ows, 0, 1)
+    for name, coordinates in ows._sketches[0].coordinates.items():
+        rows = coordinates.values.shape[0]
+        assert rows == min(coordinates.shape)
+        assert coordinates.projector.shape == (max(coordinates.shape), 16)
+        assert is_tall(coordinates.shape) == (coordinates.factors[0] is coordinates.projector), name
+    one_step(ows, 0, 1)
+    assert (ows._sketches, ows._bases) == ([], {})
+    assert isinstance(ows.module, nn.Module)
+    ows.zero_grad()
+    ows.close()
+
+
+@pytest.mark.parametrize(("world", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "replicated")])
+def test_resumes_bit_identically(pools: Pools, inputs: Path, tmp_path: Path, world: int, sharding: str) -> None:
+    """From a checkpoint between the two passes: embedding and head take their second one in the step after it."""
+    optim = {"refresh": "sketch", "always_on": "low_rank", "refresh_gap": 3}
+    made = functools.partial(recipe, inputs, optim=optim, sharding=sharding, save_every=4, keep_last=3)
+    pools(world).run(run, made(tmp_path / "whole"), None)
+    pools(world).run(run, made(tmp_path / "parts"), 5)
+    pools(world).run(run, made(tmp_path / "parts", resume="auto"), None)
+    records, files = contents(tmp_path / "whole")
+    assert contents(tmp_path / "parts") == (records, files)
+    manifest = (tmp_path / "whole" / "checkpoints" / "step-4" / "manifest.json").read_text()
+    assert "sketch_basis/" in manifest
+    assert any("sketches" in record["comm_bytes"] for record in records) == (world > 1)

@@ -1,0 +1,434 @@
+"""update.py in a world of one against torch.optim.AdamW on separate tensors; how moments follow their rows.
+
+Zero tolerance: AdamW works entry by entry, so that it does not matter which tensor an entry belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ows_ds.distributed.communicator import Communicator, Pending
+from ows_ds.distributed.weights import Replicated
+from ows_ds.model.layers import Matrix, Unit, Vector
+from ows_ds.optim.full_rank import FullRank, steps_of
+from ows_ds.optim.layout import Plan, make_plan
+from ows_ds.optim.update import CoordinateBuffer, Hyper
+
+RANK = 3
+HYPER = Hyper(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
+
+
+def unit(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> Unit:
+    return Unit(
+        name,
+        tuple(Matrix(f"{name}.m{i}", shape, (f"{name}.m{i}",)) for i, shape in enumerate(shapes)),
+        tuple(Vector(f"{name}.v{i}", numel) for i, numel in enumerate(vectors)),
+    )
+
+
+UNITS = {
+    "a": unit("a", (5, 4), (3, 6), vectors=(4, 3)),
+    "b": unit("b", (4, 4), vectors=(7,)),
+    "c": unit("c", (6, 5)),
+    "always": unit("always", vectors=(5,)),
+}
+
+
+def buffer_of(
+    *names: str, dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None
+) -> CoordinateBuffer:
+    return CoordinateBuffer(plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"))
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan([UNITS[n] for n in names], RANK, 1)
+
+
+def random(like: Tensor, seed: int) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+def fill_gradients(buffer: CoordinateBuffer, seed: int) -> None:
+    for index, unit in enumerate(buffer.units.values()):
+        unit.grads.copy_(random(unit.grads, 100 * seed + index))
+
+
+class Separate:
+    """What `CoordinateBuffer` must come out as: one AdamW for each slot, thrown away when its unit leaves."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, nn.Parameter] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+
+    def change(self, buffer: CoordinateBuffer) -> None:
+        slots = [name for unit in buffer.units.values() for name in unit.layout.slots]
+        for name in set(self.values) - set(slots):
+            del self.values[name], self.optimizers[name]
+        for name in set(slots) - set(self.values):
+            self.values[name] = nn.Parameter(buffer.value(name).clone())
+            self.optimizers[name] = torch.optim.AdamW([self.values[name]], lr=0.0)
+
+    def update(self, buffer: CoordinateBuffer, hyper: Hyper) -> None:
+        for name, value in self.values.items():
+            matrix = name in buffer.plan.matrices
+            value.grad = buffer.grad(name).clone()
+            self.optimizers[name].param_groups[0].update(
+                lr=hyper.lr * hyper.scale if matrix else hyper.lr,
+                betas=hyper.betas,
+                eps=hyper.eps,
+                weight_decay=hyper.weight_decay / hyper.scale if matrix else 0.0,
+            )
+            self.optimizers[name].step()
+
+    def assert_equals(self, buffer: CoordinateBuffer) -> None:
+        assert set(self.values) == {name for unit in buffer.units.values() for name in unit.layout.slots}
+        for name, value in self.values.items():
+            assert torch.equal(buffer.value(name), value.data), name
+            state, unit = self.optimizers[name].state[value], buffer.unit(name)
+            rows = unit.local_rows(name)
+            if state:
+                assert torch.equal(unit.exp_avg[rows], state["exp_avg"]), name
+                assert torch.equal(unit.exp_avg_sq[rows], state["exp_avg_sq"]), name
+
+
+def step(buffer: CoordinateBuffer, separate: Separate, hyper: Hyper, seed: int) -> None:
+    fill_gradients(buffer, seed)
+    separate.update(buffer, hyper)
+    buffer.reduce()
+    buffer.update(hyper)
+    separate.assert_equals(buffer)
+
+
+# ---- one plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_separate_adamws(dtype: torch.dtype, weight_decay: float) -> None:
+    buffer, separate = buffer_of("a", "b", "always", dtype=dtype), Separate()
+    for unit in buffer.units.values():
+        assert {getattr(unit, kind).dtype for kind in ("values", "grads", "master", "exp_avg", "exp_avg_sq")} == {dtype}
+        unit.values.copy_(random(unit.values, 99))
+    start = [unit.values.clone() for unit in buffer.units.values()]
+    separate.change(buffer)
+    for index in range(6):
+        step(buffer, separate, replace(HYPER, weight_decay=weight_decay, lr=HYPER.lr / (1 + index)), index)
+    assert set(buffer.steps.values()) == {6.0}
+    moved = [unit.values - old for unit, old in zip(buffer.units.values(), start, strict=True)]
+    assert all(float(one.abs().min()) > 0 for one in moved)
+
+
+def test_bfloat16_weights_under_float32_masters() -> None:
+    """Values are the masters rounded; the masters go on as if there were no rounding."""
+    buffer, exact = (
+        buffer_of("a", dtype=torch.float32, weight_dtype=torch.bfloat16),
+        buffer_of("a", dtype=torch.float32),
+    )
+    start = random(torch.empty(11, RANK), 1).bfloat16()
+    for one in (buffer, exact):
+        one.unit("a.m0").fill("a.m0", start[:5])
+        one.unit("a.m1").fill("a.m1", start[5:])
+        for index in range(3):
+            fill_gradients(one, index)
+            one.reduce()
+            one.update(HYPER)
+    rounded, whole = buffer.units["a"], exact.units["a"]
+    assert (rounded.values.dtype, rounded.master.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(rounded.master, whole.values)
+    assert torch.equal(rounded.whole(), whole.values)
+    assert torch.equal(rounded.values, whole.values.bfloat16())
+    assert not torch.equal(rounded.values.float(), whole.values)
+
+
+def test_first_step_by_hand() -> None:
+    """Adam's first step is -lr * sign(gradient) where eps is nothing; matrices times scale, and decayed."""
+    buffer = buffer_of("b", "always")
+    for unit in buffer.units.values():
+        unit.values.fill_(1.0)
+        unit.grads.fill_(2.0)
+    buffer.units["b"].grads[1] = -0.5
+    buffer.reduce()
+    buffer.update(Hyper(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5))
+    decayed = 1 - 0.1 * 0.2
+    expected = torch.full_like(buffer.units["b"].values, 1 - 0.1)
+    expected[:4] = decayed - 0.1 * 0.5
+    expected[1] = decayed + 0.1 * 0.5
+    torch.testing.assert_close(buffer.units["b"].values, expected, rtol=1e-15, atol=1e-15)
+    always = buffer.units["always"].values
+    torch.testing.assert_close(always, torch.full_like(always, 1 - 0.1), rtol=1e-15, atol=1e-15)
+
+
+def test_hyper_by_hand() -> None:
+    hyper = Hyper(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
+    common = {"betas": (0.9, 0.99), "eps": 1e-8}
+    assert hyper.matrices() == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
+    assert hyper.full() == {"lr": 0.4, "weight_decay": 0.1, **common}
+    assert hyper.vectors() == {"lr": 0.4, "weight_decay": 0.0, **common}
+    assert replace(hyper, scale=0.0).matrices() == {"lr": 0.0, "weight_decay": 0.0, **common}
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
+def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
+    """Without a gradient only the decay acts: lr * weight_decay on coordinates, nothing on vectors."""
+    buffer = buffer_of("a")
+    unit = buffer.units["a"]
+    unit.values.fill_(1.0)
+    for _ in range(3):
+        buffer.reduce()
+        buffer.update(replace(HYPER, scale=scale))
+    rows = unit.layout.segments["matrices"][1]
+    expected = torch.tensor((1 - 0.01 * 0.1) ** 3, dtype=torch.float64)
+    torch.testing.assert_close(unit.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
+    assert torch.equal(unit.values[rows:], torch.ones(3, RANK, dtype=torch.float64))
+
+
+def test_nothing_to_train() -> None:
+    buffer = buffer_of()
+    assert buffer.reduce() == []
+    buffer.update(HYPER)
+    buffer.zero_grad()
+    buffer.change(plan_of("c"))
+    assert not buffer.value("c.m0").any()
+
+
+def test_set_steps() -> None:
+    """Adam's bias correction follows the counts that are set."""
+    buffer, separate = buffer_of("b"), Separate()
+    separate.change(buffer)
+    buffer.set_steps({("b", "matrices"): 7.0})
+    assert buffer.steps == {("b", "matrices"): 7, ("b", "vectors"): 0}
+    fill_gradients(buffer, 0)
+    grads = buffer.grad("b.m0").clone()
+    separate.update(buffer, HYPER)
+    buffer.reduce()
+    buffer.update(HYPER)
+    assert buffer.steps == {("b", "matrices"): 8, ("b", "vectors"): 1}
+    assert torch.equal(buffer.value("b.v0"), separate.values["b.v0"].data)
+    # step 8 of moments that begin now: N = (1 - b1) / (1 - b1^8) / sqrt((1 - b2) / (1 - b2^8)) * sign, eps aside
+    size = (1 - 0.8) / (1 - 0.8**8) / math.sqrt((1 - 0.95) / (1 - 0.95**8))
+    expected = -HYPER.lr * HYPER.scale * size * grads.sign()
+    torch.testing.assert_close(buffer.value("b.m0"), expected, rtol=1e-3, atol=0)
+
+
+# ---- from one plan to the next
+
+
+def test_units_that_stay_go_on_and_others_begin_anew() -> None:
+    """Units leave, return and stay; all as if each slot had an AdamW of its own. What stays does not move."""
+    separate = Separate()
+    buffer = buffer_of()
+    seed = 0
+    for names in (("a", "b", "always"), ("b", "c", "always"), ("a", "b", "c", "always"), ("always",), ("a", "always")):
+        old, steps = dict(buffer.units), buffer.steps
+        buffer.change(plan_of(*names))
+        assert list(buffer.units) == list(names)
+        for name, unit in buffer.units.items():
+            assert (unit is old.get(name)) == (name in old)
+            assert all(bool(t.any()) == (name in old) for t in (unit.values, unit.exp_avg, unit.exp_avg_sq))
+        assert all(count == steps.get(key, 0.0) for key, count in buffer.steps.items())
+        separate.change(buffer)
+        separate.assert_equals(buffer)
+        for _ in range(3):
+            seed += 1
+            step(buffer, separate, HYPER, seed)
+    assert buffer.steps["always", "vectors"] == 15
+    assert buffer.steps["a", "matrices"] == 3
+
+
+# ---- reductions that start during the backward pass
+
+
+class Recorder(Communicator):
+    """Process 0 of two, of which the other one never has a gradient; writes down what is begun and waited for."""
+
+    world = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "") -> Pending:
+        rows = str(tensor.shape[0])
+        self.events.append(f"begin {rows}")
+        recorder = self
+
+        class Work:
+            def wait(self) -> None:
+                recorder.events.append(f"wait {rows}")
+                part.copy_(tensor[: part.shape[0]])
+
+        return Work()
+
+    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "") -> Pending:
+        return Communicator().start_all_gather(part, part)
+
+
+def arriving(*names: str) -> tuple[CoordinateBuffer, list[str]]:
+    comm = Recorder()
+    plan = make_plan([UNITS[n] for n in names], RANK, 2)
+    return CoordinateBuffer(plan, comm, torch.float64, torch.float64, torch.device("cpu")), comm.events
+
+
+A, B, C = ("a.m0", "a.m1", "a.v0", "a.v1"), ("b.m0", "b.v0"), ("c.m0",)  # 14, 7 (padded to 8) and 6 rows
+
+
+def test_reductions_start_in_order_as_soon_as_a_unit_is_complete() -> None:
+    buffer, events = arriving("a", "b", "c")
+    buffer.await_gradients(["c", "b"])
+    buffer.last_pass(False)
+    for name in (*C, *B, *A):
+        buffer.arrived(name)
+    assert events == []  # another micro-batch adds to them
+    buffer.last_pass(True)
+    buffer.arrived("b.v0")
+    buffer.arrived("b.m0")
+    assert events == []  # complete, but not its turn: all processes begin in one order
+    buffer.arrived("c.m0")
+    assert events == ["begin 6", "begin 8"]
+    for name in A:
+        buffer.arrived(name)
+    assert events == ["begin 6", "begin 8"]  # not awaited
+    fill_gradients(buffer, 1)
+    grads = buffer.reduce()
+    assert events == ["begin 6", "begin 8", "begin 14", "wait 14", "wait 8", "wait 6"]
+    assert [g.shape[0] for g in grads] == [7, 4, 3]
+    assert all(torch.equal(g, unit.grads[: len(g)]) for g, unit in zip(grads, buffer.units.values(), strict=True))
+
+
+def test_what_never_arrives_is_reduced_in_its_place() -> None:
+    """As on a process whose batch used no expert of a layer: the order is that of the others."""
+    buffer, events = arriving("a", "b", "c")
+    buffer.await_gradients(["c", "b"])
+    buffer.last_pass(True)
+    for name in B:
+        buffer.arrived(name)
+    buffer.reduce()
+    assert events[:3] == ["begin 6", "begin 8", "begin 14"]
+
+
+def test_a_gradient_that_comes_too_late() -> None:
+    buffer, _ = arriving("c")
+    buffer.await_gradients(["c"])
+    buffer.last_pass(True)
+    buffer.arrived("c.m0")
+    with pytest.raises(RuntimeError, match=r"c\.m0 came after its unit's gradients were on their way"):
+        buffer.arrived("c.m0")
+
+
+# ---- full rank
+
+
+def linear() -> nn.Linear:
+    module = nn.Linear(5, 4).double().requires_grad_(False)
+    for index, parameter in enumerate(module.parameters()):
+        parameter.copy_(random(parameter, index))
+    return module
+
+
+def test_full_rank_is_adamw_on_the_weight() -> None:
+    module, plain = linear(), linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
+    assert (module.weight.requires_grad, module.bias.requires_grad) == (True, False)
+    optimizer = torch.optim.AdamW([plain.weight.requires_grad_(True)], **HYPER.full())
+    x = random(torch.empty(6, 5, dtype=torch.float64), 1)
+    clip = torch.tensor(0.5, dtype=torch.float64)
+    for _ in range(3):
+        for part in (x[:3], x[3:]):  # two micro-batches
+            module(part).square().sum().backward()
+            assert module.weight.grad is None
+            plain(part).square().sum().backward()
+        plain.weight.grad.mul_(clip)
+        assert torch.equal(full.grads["weight"] * clip, plain.weight.grad.flatten())
+        full.update(HYPER, clip)
+        full.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(module.weight, plain.weight)
+    assert steps_of(full.states()) == {"weight": 3.0}
+    full.leave(["weight"])
+    assert not module.weight.requires_grad
+    assert not full.states()
+    module(x.requires_grad_()).sum().backward()
+    assert module.weight.grad is None
+
+
+def test_full_rank_weights_that_stay_keep_their_state_and_others_start_anew() -> None:
+    module = linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
+    x = random(torch.empty(6, 5, dtype=torch.float64), 1)
+
+    def step() -> None:
+        module(x).square().sum().backward()
+        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.zero_grad()
+
+    step()
+    before = {kind: tensor.clone() for kind, tensor in full.states()["weight"].items()}
+    full.enter({"bias": module.bias})
+    assert full.states()["weight"].keys() == before.keys() == {"master", "exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(tensor, before[kind]) for kind, tensor in full.states()["weight"].items())
+    step()
+    assert steps_of(full.states()) == {"weight": 2.0, "bias": 1.0}
+    full.leave(["weight"])
+    assert steps_of(full.states()) == {"bias": 1.0}
+    assert (module.weight.requires_grad, module.bias.requires_grad) == (False, True)
+    full.enter({"weight": module.weight})
+    assert steps_of(full.states()) == {"bias": 1.0, "weight": 0.0}
+    assert not full.states()["weight"]["exp_avg"].any()
+
+
+def test_full_rank_keeps_the_state_of_weights_that_come_back() -> None:
+    module, plain = linear(), linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    # biases do not decay
+    optimizers = {"weight": torch.optim.AdamW([plain.weight], **HYPER.full())}
+    optimizers["bias"] = torch.optim.AdamW([plain.bias], **HYPER.vectors())
+    x = random(torch.empty(6, 5, dtype=torch.float64), 1)
+    for name in ("weight", "bias", "weight", "bias"):
+        full.enter({name: getattr(module, name)})
+        module(x).square().sum().backward()
+        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.leave([name], keep=True)
+        plain.requires_grad_(False)
+        getattr(plain, name).requires_grad_(True)
+        plain(x).square().sum().backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        assert torch.equal(getattr(module, name), getattr(plain, name))
+        assert not full.grads
+    assert steps_of(full.states()) == {"weight": 2.0, "bias": 2.0}
+
+
+def test_full_rank_adds_up_in_float32() -> None:
+    """Steps far below bfloat16's resolution are not lost."""
+    module = nn.Linear(2, 2, bias=False).to(torch.bfloat16).requires_grad_(False)
+    module.weight.fill_(1.0)
+    full = FullRank(Replicated(module, Communicator()), torch.float32)
+    full.enter({"weight": module.weight})
+    hyper = Hyper(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    for _ in range(8):
+        module(x).sum().backward()
+        full.update(hyper, torch.ones(()))
+        full.zero_grad()
+    assert module.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(full.states()["weight"]["master"], torch.full((4,), 1 - 8e-3), rtol=1e-6, atol=0)
+    assert torch.equal(module.weight, torch.full((2, 2), 1 - 8e-3).bfloat16())
+
+
+def test_full_rank_without_a_gradient() -> None:
+    """As of experts that no token went to: the norm is zero, and the weight only decays."""
+    module = linear()
+    full = FullRank(Replicated(module, Communicator()), torch.float64)
+    full.enter({"weight": module.weight})
+    before = module.weight.clone()
+    assert [float(square) for square in full.squares()] == [0.0]
+    full.update(HYPER, torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(module.weight, before * (1 - 0.01 * 0.1), rtol=1e-15, atol=0)

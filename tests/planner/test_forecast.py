@@ -1,0 +1,254 @@
+"""shapes.py, gathering.py and forecast.py: what fits where, for models as large as they are, without their weights."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ows_ds import config
+from ows_ds.config import Recipe
+from ows_ds.errors import UserError
+from ows_ds.model.shapes import SHAPES, Model, read_model, without_weights
+from ows_ds.planner.cluster import read_cluster
+from ows_ds.planner.forecast import (
+    Choice,
+    Forecast,
+    Replays,
+    check_memory,
+    choice_of,
+    choices,
+    forecast,
+    layer_sets,
+    ranked,
+    refreshes_per_step,
+    scaled,
+    scaling_sizes,
+    under,
+)
+from ows_ds.planner.gathering import Limits, record, replay
+from ows_ds.planner.memory import Job, gathers, memory
+from tests.support.families import FAMILIES, tiny
+
+read = functools.cache(read_model)
+EIGHT = read_cluster("8xA100-80")
+
+
+def recipe(path: str = "llama2-7b", **sections: Any) -> Recipe:
+    tree = {"model": {"path": path}, "train": {"output_dir": "none", **sections.pop("train", {})}, **sections}
+    return config.from_dict(tree)
+
+
+def on_eight(path: str, home: str, recipe_: Recipe) -> Forecast:
+    model = read(path)
+    return forecast(recipe_, model, EIGHT, choice_of(recipe_, 8, home), replays=Replays(model.config))
+
+
+# ------------------------------------------------------------------ shapes
+
+
+def test_shapes_have_the_models_numbers_of_weights() -> None:
+    """Parameters of the checkpoints."""
+    counts = {}
+    for name in SHAPES:
+        layers = read(name).layers
+        matrices = [m for unit in layers.layers for m in unit.matrices] + list(layers.embeddings)
+        vectors = [v for unit in layers.layers for v in unit.vectors] + list(layers.final)
+        counts[name] = sum(m.shape[0] * m.shape[1] for m in matrices) + sum(v.numel for v in vectors)
+    assert counts == {
+        "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
+        "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096,
+        "qwen2.5-7b": 7_615_616_512, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352,
+        "qwen2.5-72b": 72_706_203_648,
+    }  # fmt: skip
+
+
+def test_a_folder_needs_no_weights(tmp_path: Any) -> None:
+    model: Any = tiny("gemma2", True)
+    model.config.save_pretrained(tmp_path)
+    found = read_model(str(tmp_path))
+    assert (found.name, len(found.layers.layers), found.whole_logits) == (tmp_path.name, 3, True)
+    assert not read("llama2-7b").whole_logits
+    with pytest.raises(UserError, match=r"model.path: '.*' is not right: give a folder with a config"):
+        read_model(str(tmp_path / "absent"))
+
+
+# ------------------------------------------------------------------ gathers
+
+
+def tiny_trace(trained: tuple[int, ...]) -> Any:
+    model: Any = tiny("llama", False)
+    units = read_layers(model)
+    names = [part.name for i in trained for part in (*units[i].matrices, *units[i].vectors)]
+    return record(without_weights(model.config), names)
+
+
+def read_layers(model: Any) -> Any:
+    from ows_ds.model.layers import find_layers
+
+    return find_layers(model).layers
+
+
+def test_without_limits_each_weight_is_gathered_once() -> None:
+    trace = tiny_trace((0, 2))
+    found = replay(trace, Limits(10**9, 10**9, 10**9))
+    assert set(found.first.values()) == {1}
+    assert found.shares(2, 1) == sum(trace.numel.values()) // 2  # all are even
+    # one message: its buffer, and the weights copied out of it, but for the embedding, which is done; the head is the
+    # last to be copied, and runs when the buffer has gone
+    weights = sum(trace.numel.values()) - 2048
+    assert found.at("lm_head", False) == (2048 + 2 * weights, weights)
+
+
+def test_without_prefetch_each_use_gathers() -> None:
+    """Forward all, backward those of layers 1 and 2 and, of layer 1, all that the gradient reaches."""
+    trace = tiny_trace((1,))
+    found = replay(trace, Limits(0, 0, 0))
+    counts = {name: count for name, count in found.first.items() if "layers" in name}
+    assert {name for name, count in counts.items() if count == 1} == {n for n in counts if ".layers.0." in n}
+    assert set(counts.values()) == {1, 2}
+    assert max(map(max, found.most.values())) == 64 * 32  # never more than one module's
+    assert found.messages == (sum(found.first.values()),) * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_replayed(family: str) -> None:
+    model: Any = tiny(family, True)
+    layers = read_layers(model)
+    from ows_ds.model.layers import find_layers
+
+    job = Job(find_layers(model), layer_set=(1,), rank=5, world=2, sharded=True, always_on="none")
+    whole = Replays(model.config).complete(job)
+    least, most = gathers(job)
+    assert whole.gathered is not None
+    assert least <= whole.gathered.shares(2, 1) * 2 <= most
+    assert len(layers) == 3
+
+
+# ------------------------------------------------------------------ layer sets
+
+
+def test_layer_sets() -> None:
+    given = recipe(sampling={"gamma": 4})
+    usual, largest = layer_sets(given, 32)
+    assert (len(usual), len(largest)) == (4, 10)  # 4 + 3 sqrt(32 / 8 * 7 / 8) = 9.6
+    assert usual[0] == largest[0] == 0  # any layer may be drawn
+    fixed = recipe(sampling={"gamma": 4, "scheme": "fixed"})
+    assert layer_sets(fixed, 32)[1] == usual
+    ratios = [0.0, *[1.0] * 31]
+    assert layer_sets(fixed, 32, ratios)[0][0] == 1  # never the first one
+    assert layer_sets(recipe(method={"name": "galore"}), 3) == ((0, 1, 2), (0, 1, 2))
+    assert layer_sets(recipe(method={"name": "badam"}), 3)[1] == (0,)
+
+
+def test_refreshes() -> None:
+    # each of 32 layers enters with 5/32 * 27/32 every 50 steps, and is refreshed every 200
+    assert refreshes_per_step(recipe(), 32) == pytest.approx(27 / 32 / 50 + 1 / 200)
+    assert refreshes_per_step(recipe(method={"name": "galore"}), 32) == pytest.approx(1 / 200)
+    assert refreshes_per_step(recipe(method={"name": "lisa"}), 32) == 0
+
+
+# ------------------------------------------------------------------ what fits
+
+
+def test_seventy_billion_on_eight_gpus() -> None:
+    """ZeRO-3, length 4096, checkpointing: under 40 GB a GPU, refreshes and a large draw of layers included."""
+    asked = recipe("llama2-70b", data={"max_length": 4096}, train={"gradient_checkpointing": True})
+    found = on_eight("llama2-70b", "zero3", asked)
+    assert len(found.largest.sampled) == 12
+    assert found.plain.peak < found.refresh.peak == found.peak < 40e9
+    assert found.fits
+    assert not on_eight("llama2-70b", "replicated", asked).fits
+    # LLaMA3's vocabulary is four times as large: with the expected layers, and the embedding frozen
+    lean = replace(asked, optim=replace(asked.optim, always_on="none"))
+    assert on_eight("llama3-70b", "zero3", lean).peak < 40e9
+
+
+@pytest.mark.parametrize("path", ["llama2-7b", "llama2-13b"])
+def test_replicated_where_it_fits(path: str) -> None:
+    """Nothing but R and its like travels, and the planner recommends it."""
+    asked = recipe(path, optim={"always_on": "none"}, train={"gradient_checkpointing": True})
+    replicated, sharded = (on_eight(path, home, asked) for home in ("replicated", "zero3"))
+    small = {"gradients", "coordinates", "grad_norm", "fold", "projectors", "refresh_gradients"}
+    assert set(replicated.sent) == small
+    assert set(sharded.sent) == {*replicated.sent, "weights"}
+    assert sharded.sent["weights"].sent > 200 * sum(message.sent for message in replicated.sent.values()) / 2
+    assert ranked([sharded, replicated])[0] is replicated
+    assert replicated.seconds < sharded.seconds
+
+
+def test_choices() -> None:
+    found = list(choices(recipe(train={"batch_size": 16}), read_cluster("2x4xH100")))
+    assert {one.world for one in found} == {1, 2, 4, 8}
+    assert {one.home for one in found if one.world == 1} == {"replicated"}
+    assert {one.world for one in found if one.home == "hpz"} == {8}
+    assert {one.micro_batch for one in found if one.world == 8} == {1, 2}
+    assert len(found) == len(set(found))
+
+
+def test_second_shards_and_what_they_save() -> None:
+    """hpZ holds the weights once more in each node, and gathers inside of it."""
+    asked, model, two = recipe(train={"batch_size": 32}), read("llama2-7b"), read_cluster("2x8xA100-80")
+    plain, second = (
+        forecast(asked, model, two, choice_of(asked, 16, home), replays=Replays(model.config))
+        for home in ("zero3", "hpz")
+    )
+    assert second.peak - plain.peak == 6_738_415_616 * 2 // 8
+    assert second.times.links["weights"] < plain.times.links["weights"]
+    assert second.times.links["gradients"] == plain.times.links["gradients"]
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(UserError, match=r"train.batch_size: 12 is not right: give a multiple of 8: 1 seq"):
+        on_eight("llama2-7b", "zero3", recipe(train={"batch_size": 12}))
+
+
+def test_scaling_keeps_the_work_of_a_gpu() -> None:
+    assert scaling_sizes(EIGHT) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    asked = recipe(train={"batch_size": 32, "micro_batch_size": 2})
+    many = scaled(asked, read("llama2-7b"), EIGHT, 1024, "replicated")
+    assert (many.usual.rows, many.usual.accumulation, many.tokens) == (2, 2, 4 * 512 * 1024)
+    one = scaled(asked, read("llama2-7b"), EIGHT, 8, "replicated")
+    assert one.tokens_per_day < many.tokens_per_day < 128 * one.tokens_per_day
+
+
+def test_under_other_methods() -> None:
+    low = recipe(optim={"always_on": "low_rank"})
+    found = under(low, ["ows", "lisa"])
+    assert [one.method.name for one in found.values()] == ["ows", "lisa"]
+    assert [one.optim.always_on for one in found.values()] == ["low_rank", "full"]
+
+
+# ------------------------------------------------------------------ for the trainer
+
+
+def test_check_memory_says_what_would_fit() -> None:
+    model, asked = read("llama2-13b"), recipe("llama2-13b", data={"max_length": 2048})
+    check_memory(asked, model, 8, False, 80_000_000_000)
+    with pytest.raises(UserError) as caught:
+        check_memory(asked, model, 8, False, 35_000_000_000)
+    said = str(caught.value)
+    assert said.startswith("train.sharding: 'replicated' is not right: a step needs ")
+    assert said.endswith(" GB of a GPU that has 35.0 GB; give --train.gradient_checkpointing true")
+    with pytest.raises(UserError, match=r"24.0 GB; give --train.sharding zero3$"):
+        check_memory(asked, model, 8, False, 24_000_000_000)
+    with pytest.raises(UserError, match="give more GPUs under zero3"):
+        check_memory(asked, model, 8, True, 4_000_000_000)
+
+
+def test_the_set_that_is_expected_decides() -> None:
+    model, asked = read("llama2-7b"), recipe()
+    usual, largest = layer_sets(asked, 32)
+    sizes = [memory(forecast_job(asked, model, some), True).peak for some in (usual, largest)]
+    assert sizes[0] < sizes[1]
+    check_memory(asked, model, 1, False, sizes[0])
+    with pytest.raises(UserError):
+        check_memory(asked, model, 1, False, sizes[0] - 1)
+
+
+def forecast_job(asked: Recipe, model: Model, layer_set: tuple[int, ...]) -> Job:
+    from ows_ds.planner.forecast import job_of
+
+    return job_of(asked, model, Choice(1, "replicated", 1, False), layer_set)

@@ -1,0 +1,83 @@
+"""gathering.py against what DeepSpeed does: which weights lie there after every use of a module, and what is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ows_ds.distributed.weights import Weights
+from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.optim.ows import OWS
+from ows_ds.planner.forecast import Replays
+from ows_ds.planner.memory import Job, traffic
+from tests.support.families import tiny
+from tests.support.pool import Pools
+from tests.support.training import RATIOS, mean_loss, micro_batches
+
+# entries; a tiny layer has about 8,000, the embedding 2,048: (prefetch bucket, live, reuse distance)
+LIMITS = [(0, 0, 0), (3000, 10**6, 10**6), (3000, 9000, 9000), (6000, 20000, 5000), (1500, 4000, 12000)]
+STEPS = 4  # the first two passes teach DeepSpeed the order
+
+
+def courses(
+    rank: int, world: int, family: str, limits: tuple[int, int, int], always_on: str, checkpointing: bool, batches: int
+) -> list[tuple[Any, Any]]:
+    """For the last steps: (measured, replayed) entries after each fetch of the first pass, and bytes of gathers."""
+    from ows_ds.distributed.communicator import join
+
+    model: Any = tiny(family, False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    model.train()
+    config = resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world)
+    names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    config["zero_optimization"] |= dict(zip(names, limits, strict=True))
+    weights: Weights = Zero3(model, config, join("cpu"))
+    ows = OWS(
+        weights, scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches
+    )
+    job = Job(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
+              checkpointing=checkpointing, world=world, sharded=True)  # fmt: skip
+    job = Replays(model.config, config["zero_optimization"]).complete(job)
+    assert job.gathered is not None
+    coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
+    fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())
+
+    def watched(module: Any, forward: bool) -> None:
+        fetch(module, forward)
+        course.append(sum(p.ds_numel for p in parameters if p.ds_status.name != "NOT_AVAILABLE"))
+
+    coordinator.fetch_sub_module = watched
+    seen = []
+    for step in range(STEPS):
+        before = ows.comm.sent["weights"]
+        for index, ids in enumerate(micro_batches(step, rank, world, batches)):
+            if not index:
+                course.clear()
+            ows.backward(mean_loss(ows.weights, ids) / batches)
+            if not index:
+                first = list(course)
+        ows.step()
+        ows.zero_grad()
+        planned = ([fetch.entries for fetch in job.gathered.course], traffic(job)["weights"])
+        seen.append(((first, ows.comm.sent["weights"] - before), planned))
+    ows.close()
+    return seen[2:]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("always_on", ["none", "full"])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_every_use(pools: Pools, limits: tuple[int, int, int], always_on: str, checkpointing: bool) -> None:
+    for seen in pools(2).run(courses, "llama", limits, always_on, checkpointing, 1):
+        for measured, planned in seen:
+            assert measured == planned
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+def test_other_families_and_micro_batches(pools: Pools, family: str) -> None:
+    for seen in pools(2).run(courses, family, LIMITS[2], "none", False, 3):
+        for measured, planned in seen:
+            assert measured == planned

@@ -1,0 +1,147 @@
+"""`ows-ds plan` as a user types it: tables, JSON, files, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ows_ds import config
+from ows_ds.cli.main import main
+from ows_ds.importance.scores import Scores
+from ows_ds.planner import plan as planning
+from ows_ds.planner.memory import Job, memory, state
+from tests.support.families import tiny
+
+WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.5", "--train.batch_size", "16"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model's config.json in ``m`` and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    model: Any = tiny("llama", False)
+    model.config.save_pretrained(tmp_path / "m")
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["config.json"]
+    return tmp_path
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", "--model.path", "m", *WORDS, *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_tables_fit_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = plan(capsys, "--cluster", "2x4xH100", "--methods", "lisa,lora").splitlines()
+    assert max(map(len, shown)) <= 80
+    titles = ["memory of a GPU [GB]", "sent by a GPU in a step [MB]", "time of a step at best [ms]", "methods"]
+    assert set(titles) <= {line.strip() for line in shown}
+    assert any(line.startswith("lora ") for line in shown)
+    assert any(line.startswith("Cheapest: ows-ds train --config RECIPE.yaml --train.sharding") for line in shown)
+    assert {path.name for path in folder.iterdir()} == {"m"}
+
+
+def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(plan(capsys, "--cluster", "8xA100-80", "--nodes", "2", "--memory", "40", "--json"))
+    assert (found["model"], found["cluster"]["nodes"], found["cluster"]["memory"]) == ("m", 2, 40)
+    [one] = [x for x in found["whole cluster"] if (x["home"], x["checkpointing"]) == ("replicated", False)]
+    assert one["layers"] == {"expected": 2, "planned for": 3}
+    job = Job(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world=16)
+    assert one["state"] == state(job)
+    assert one["phases"] == memory(job).phases
+    assert one["peak"] == max(memory(job).peak, memory(job, True).peak)
+    assert {x["home"] for x in found["whole cluster"]} == {"replicated", "zero3", "hpz"}
+    assert set(found["scaling"]) == {"replicated", "zero3", "hpz"}
+    assert max(map(int, found["scaling"]["replicated"])) == 1024
+    assert {x["home"] for x in found["choices"]} == {"replicated", "zero3", "hpz"}
+
+
+def test_a_file_that_training_refuses_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
+    (folder / "nvme.json").write_text(json.dumps(nvme))
+    assert main(["plan", "--model.path", "m", *WORDS, "--train.ds_config", "nvme.json"]) == 2
+    assert "train.ds_config: zero_optimization.offload_param.device: 'nvme' is not right" in capsys.readouterr().err
+
+
+def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing but shards fits, the DeepSpeed file lies beside the recipe."""
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n')
+    limits = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, **dict.fromkeys(limits, 0)}}))
+    words = ["--cluster", "4xA100-80", "--train.ds_config", "ds.json", "--data.train", "rows.jsonl"]
+    words += ["--optim.always_on", "none"]
+    peaks: dict[str, list[int]] = {}
+    for one in json.loads(plan(capsys, *words, "--json"))["choices"]:
+        peaks.setdefault(one["home"], []).append(one["peak"])
+    between = (min(peaks["zero3"]) + min(peaks["replicated"])) / 2
+    assert min(peaks["zero3"]) < between
+    words += ["--memory", str(between / 1e9), "--reserve", "0"]
+    shown = plan(capsys, *words, "--output", "out", "--choose", "fastest")
+    assert "too big" in shown
+    assert {path.name for path in (folder / "out").iterdir()} == {*planning.FILES, "ds_config.json"}
+    text = (folder / "out" / "recipe.yaml").read_text()
+    recipe = config.from_dict(yaml.safe_load(text))
+    config.check(recipe)
+    assert text.startswith("# torchrun --nproc_per_node 4 -m ows_ds train --config out/recipe.yaml\n")
+    assert (recipe.train.sharding, recipe.train.ds_config) == ("zero3", "out/ds_config.json")
+    summary = json.loads((folder / "out" / "plan.json").read_text())
+    assert summary["fastest"]["micro_batch"] == recipe.train.micro_batch_size
+    zero = json.loads((folder / "out" / "ds_config.json").read_text())["zero_optimization"]
+    assert (zero["stage"], zero["stage3_param_persistence_threshold"]) == (3, 0)
+    # nothing is written over
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert main(["plan", "--model.path", "m", *WORDS, "--output", "out"]) == 2
+    assert "--output: 'out' is not right: give a folder without plan.json" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (folder / "out").iterdir()}
+
+
+def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = plan(capsys, "--cluster", "1xA100-80", "--memory", "0.0001", "--reserve", "0", "--output", "out")
+    assert "Nothing of this fits" in shown
+    assert {path.name for path in (folder / "out").iterdir()} == {"plan.json", "scaling.png"}
+
+
+def test_scores_decide_how_deep_it_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With scores, a layer that is never drawn is not planned for."""
+    words = ["--optim.always_on", "none", "--sampling.scheme", "fixed", "--sampling.gamma", "1", "--json"]
+    unknown = json.loads(plan(capsys, *words))["whole cluster"][0]
+    Scores("outlier", 13.0, "", (0.0, 0.0, 1.0), 1).write(folder / "s.json")
+    known = json.loads(plan(capsys, *words, "--sampling.scores", "s.json"))["whole cluster"][0]
+    assert known["phases"]["loss"]["activations"] < unknown["phases"]["loss"]["activations"]
+
+
+def test_a_recipe_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data, folders and scores need not be there yet."""
+    Path("r.yaml").write_text("model: {path: m}\ndata: {train: later.jsonl}\ntrain: {output_dir: runs/x}\n")
+    assert main(["plan", "--config", "r.yaml", *WORDS, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recipe"]["data"]["train"], found["recipe"]["optim"]["rank"]) == ("later.jsonl", 4)
+
+
+MISTAKES = [
+    (["--model.path", "m", "--cluster", "8xH101"], "--cluster: '8xH101' is not right: give a file, or nodes x GPUs of"),
+    (
+        ["--model.path", "none"],
+        "model.path: 'none' is not right: give a folder with a config.json, or one of llama2-7b",
+    ),
+    (["--model.path", "m"], "sampling.gamma: 5.0 is not right: give at most 3, the number of layers"),
+    (["--model.path", "m", *WORDS, "--optim.rank", "99"], "optim.rank: 99 is not right"),
+    (["--model.path", "m", *WORDS, "--methods", "ows,adam"], "--methods: 'ows,adam' is not right: give some of ows"),
+    (["--model.path", "m", *WORDS, "--choose", "best"], "--choose: 'best' is not right: give cheapest or fastest"),
+    (["--model.path", "m", *WORDS, "--nvlink", "fast"], "nvlink: 'fast' is not right: give a number"),
+    (["--model.path", "m", *WORDS, "--gpus", "0"], "--gpus: 0 is not right: give an integer of at least 1"),
+    (["--model.path", "m", *WORDS, "--cluster", "3xH100"], "train.batch_size: 16 is not right: give a multiple of 3"),
+    ([], "model.path: None is not right: it is required"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES)
+def test_mistakes(words: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ows-ds: error: {expected}")
+    assert error.count("\n") == 1
+    assert {path.name for path in folder.iterdir()} == {"m"}

@@ -1,0 +1,98 @@
+"""Small training runs that tests start on several processes and compare with one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ows_ds.distributed.communicator import join
+from ows_ds.distributed.weights import Replicated, Weights
+from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.optim.ows import OWS
+from tests.support.families import tiny
+
+SEQUENCES, LENGTH, VOCABULARY = 24, 9, 64
+NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+RATIOS = [0.3, 0.1, 0.4]  # of the three layers of the tiny models
+
+
+def batch(step: int) -> Tensor:
+    """The global batch of a step, (SEQUENCES, LENGTH), the same whatever the world."""
+    return torch.randint(3, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def micro_batches(step: int, rank: int, world: int, accumulation: int) -> list[Tensor]:
+    """This rank's micro-batches of a step; over all ranks they make up `batch`."""
+    return [part[rank] for part in batch(step).view(accumulation, world, -1, LENGTH)]
+
+
+def mean_loss(model: Callable[..., Any], ids: Tensor) -> Tensor:
+    """Mean cross entropy of the next token."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def home(model: nn.Module, sharding: str, world: int) -> Weights:
+    """``model`` replicated, or under ZeRO-3."""
+    comm = join("cpu")
+    if sharding == "replicated":
+        return Replicated(model, comm)
+    dtype = NAMES[next(model.parameters()).dtype]
+    config = resolve_config(DEFAULT_CONFIG, dtype, 1, 1, world)
+    # tiny layers: without this DeepSpeed would keep the whole model gathered
+    config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
+                                    "stage3_max_reuse_distance": 0}  # fmt: skip
+    return Zero3(model, config, comm)
+
+
+def whole_weights(weights: Weights) -> dict[str, Tensor]:
+    """All weights, put together, as copies."""
+    weights.after_step()
+    return {name: weights.whole(p).clone() for name, p in weights.module.named_parameters()}
+
+
+def one_step(ows: OWS, rank: int, world: int) -> None:
+    """Train on the step's global batch."""
+    if not ows.idle:
+        for ids in micro_batches(ows.steps, rank, world, ows.accumulation):
+            ows.backward(mean_loss(ows.weights, ids) / ows.accumulation)
+    ows.step()
+    ows.zero_grad()
+
+
+def run_ows(
+    rank: int,
+    world: int,
+    sharding: str,
+    family: str,
+    tied: bool,
+    dtype: torch.dtype,
+    steps: int,
+    settings: dict[str, Any],
+    checkpointing: bool = False,
+) -> dict[str, Any]:
+    """Train a tiny model with OWS; weights after folding, layer sets, skipped steps."""
+    model: Any = tiny(family, tied, dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+        model.train()
+    weights = home(model, sharding, world)
+    ows = OWS(weights, scores=RATIOS, **settings)
+    sets = []
+    for _ in range(steps):
+        sets.append(ows.layer_set)
+        one_step(ows, rank, world)
+    ows.fold()
+    result = {"weights": whole_weights(weights), "sets": sets, "skipped": ows.skipped, "sent": dict(ows.comm.sent)}
+    ows.close()
+    return result
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest relative difference (Frobenius) of a tensor in two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[n].double() - b[n].double()).norm() / b[n].double().norm()) for n in a)

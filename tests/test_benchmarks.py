@@ -1,0 +1,76 @@
+"""The benchmarks' scripts: they run, and what they compare with is what it says."""
+
+from __future__ import annotations
+
+import functools
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("galore_torch")
+pytest.importorskip("reasoning_gym")
+
+from benchmarks import bf16_drift as drift
+from benchmarks import refresh
+from ows_ds.optim.projection import exact_projector
+
+SMALL = Namespace(steps=4, every=2, pretrain=2, lr=1e-3, hidden=32, layers=2, gamma=1, period=2, rank=4, refresh_gap=2)
+
+
+def test_drift_study_writes_table_numbers_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift, "settle", lambda: None)  # would outlive the test
+    files = {"--json": str(tmp_path / "d.json"), "--plot": str(tmp_path / "d.png"), "--workers": "1"}
+    given = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(SMALL).items()} | files
+    drift.main([word for pair in given.items() for word in pair])
+    out = json.loads((tmp_path / "d.json").read_text())
+    assert out["settings"].items() >= vars(SMALL).items()
+    assert out["methods"].keys() == drift.methods(SMALL).keys()
+    lines = capsys.readouterr().out
+    for title, result in out["methods"].items():
+        assert f"| {title} | float32 | 0 |" in lines
+        assert result["held_out_loss"] < result["held_out_loss_before"]
+        floor = result["variants"]["float32, rounded when measured"]
+        for label, found in result["variants"].items():
+            assert f"| | {label} |" in lines
+            assert found["step"] == [2, 4]
+            assert all(0 < mean <= worst < 1 for mean, worst in zip(found["mean"], found["worst"], strict=True))
+            assert found["mean"][-1] >= 0.9 * floor["mean"][-1]  # rounding alone is the least there can be
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("make", [functools.partial(drift.ours, gamma=1, rank=4), drift.galore_torch, drift.lisa])
+def test_masters_change_nothing_in_float32(make: Any) -> None:
+    data = torch.randint(drift.VOCABULARY, (999,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    begin = drift.start(SMALL, data)
+    runs = [drift.train(SMALL, begin, data, make, torch.float32, master=master)[0][0] for master in (False, True)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in begin)
+    assert any(not torch.equal(runs[0][name], begin[name]) for name in begin)
+
+
+def test_energies_of_projectors() -> None:
+    """The exact subspace keeps all it can, another one less; noise that has no leading directions shows it."""
+    noise = torch.Generator().manual_seed(0)
+    flat = {"w": torch.randn(60, 40, generator=noise)}
+    steep = {"w": flat["w"] * torch.logspace(0, -4, 40)}
+    exact = exact_projector(steep["w"], 4)
+    assert refresh.kept(steep["w"], exact, exact) == 1
+    assert refresh.kept(steep["w"], torch.eye(40)[:, -4:], exact) < 0.01
+    found = refresh.energies([steep, steep], 4)
+    assert all(0.99 < one <= 1 + 1e-6 for some in found.values() for one in some)
+    other = refresh.energies([flat, {"w": flat["w"].flip(0).roll(3, 1)}], 4)
+    assert other["sketches, the first of another batch"][0] < other["from noise"][0] < 1
+
+
+def test_table_of_refreshes() -> None:
+    measured = {"60 x 40": refresh.times((60, 40), 4, 1)}
+    assert measured["60 x 40"].keys() == {"exact", "cold", "warm"}
+    assert all(value > 0 for value in measured["60 x 40"].values())
+    lines = refresh.report({"a": {"exact": 8.0, "cold": 2.0, "warm": 0.5}}, {"way": [0.5, 1.0]}, ["# head"])
+    assert "| a | 8.0 | 2.00 | 4 | 0.50 | 16 |" in lines
+    assert "| way | 0.50000 | 0.75000 |" in lines
