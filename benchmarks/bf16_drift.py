@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import ows_ds.optimizer
+import ows_ds.optim.ows
 import torch
 import transformers as tf
 from galore_torch import GaLoreAdamW

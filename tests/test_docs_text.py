@@ -13,7 +13,7 @@ import yaml
 from ows_ds import config
 from ows_ds.config.reference import reference
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = (  # of what messages are filled with
     r"\bstep-N\b|\[[^\]]*\]|\.\.\.|'[^']*'|[()]|\b[A-Z]+\b|\b\d[\d.]*|\b(?:nan|inf|None)\b|Disagreement: "

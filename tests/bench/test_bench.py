@@ -381,7 +381,7 @@ def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str
     }  # fmt: skip
     swept = summary | {"sweep": "gamma", "points": [{"value": value, "results": results} for value in (1, 2)]}
     for name, one in (("one", summary), ("sweep", swept)):
-        shown, notes = run.tables(one), run._notes(one)
+        shown, notes = run.make_tables(one), run._notes(one)
         run.write(one, shown, notes, tmp_path / name)
         assert json.loads((tmp_path / name / f"{what}.json").read_text()) == json.loads(json.dumps(one))
         text = (tmp_path / name / f"{what}.md").read_text()
@@ -392,7 +392,7 @@ def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str
         printed = tables.terminal(shown, notes)
         assert "out of memory" in printed
         assert max(map(len, printed.splitlines())) <= 80
-    assert run.tables(swept)[0].head == ["method", "gamma 1", "gamma 2"]
+    assert run.make_tables(swept)[0].head == ["method", "gamma 1", "gamma 2"]
 
 
 def test_a_row_may_span_the_columns() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ows_ds.optimizer
+import ows_ds.optim.ows
 import pytest
 import torch
 from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import ows_ds.loss
+import ows_ds.train.loss
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import ows_ds.loss
+import ows_ds.train.loss
 import pytest
 import torch
 from torch import Tensor
