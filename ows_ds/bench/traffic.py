@@ -13,7 +13,7 @@ Result = dict[str, Any]
 SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leaves out
 
 
-def measure(setting: Setting, methods: Sequence[str], world: int, say: Callable[[str], None]) -> dict[str, Result]:
+def measure(setting: Setting, methods: Sequence[str], world_size: int, say: Callable[[str], None]) -> dict[str, Result]:
     """Of each method, in ``world`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
 
     KIND: {operation: bytes} of a ``step`` or what a ``refresh`` adds; KIND_planned: what `ows_ds.planner.memory` says;
@@ -22,7 +22,7 @@ def measure(setting: Setting, methods: Sequence[str], world: int, say: Callable[
     results: dict[str, Result] = {}
     for name in methods:
         say(name)
-        worker = Worker(setting, name, world)
+        worker = Worker(setting, name, world_size)
         try:
             worker.hear()
             answers = worker.ask(do="traffic")
