@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from ows_ds import OWS
 from ows_ds.importance.scores import score
 from ows_ds.model.layers import find_layers
-from ows_ds.optim.ows import as_weights
+from ows_ds.distributed.adopt import as_weights
 
 MICRO_BATCHES = 2  # a step, on each process
 

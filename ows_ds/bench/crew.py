@@ -19,7 +19,7 @@ class Failed(Exception):
 
 
 class Worker:
-    """One method in ``world`` processes of its own, which meet on the loopback device."""
+    """One method in ``world_size`` processes of its own, which meet on the loopback device."""
 
     def __init__(self, setting: Setting, method: str, world_size: int = 1) -> None:
         """Returns at once; `hear` then gives what the first step told."""

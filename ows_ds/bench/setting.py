@@ -102,7 +102,7 @@ class How:
         warm_up: Of time: steps before them that are not counted.
         one_at_a_time: Of time: end each method's process before the next one starts, as is done where memory does
             not suffice for all.
-        world: Of traffic: processes, on this machine.
+        world_size: Of traffic: processes, on this machine.
         output: Folder of the files that are written; null: none.
         json: Print the result as JSON and nothing else.
     """

@@ -14,7 +14,7 @@ SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leav
 
 
 def measure(setting: Setting, methods: Sequence[str], world_size: int, say: Callable[[str], None]) -> dict[str, Result]:
-    """Of each method, in ``world`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
+    """Of each method, in ``world_size`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
 
     KIND: {operation: bytes} of a ``step`` or what a ``refresh`` adds; KIND_planned: what `ows_ds.planner.memory` says;
     full_rank: of an all-reduce of the whole gradients of the same layers. refresh is None where there is none.

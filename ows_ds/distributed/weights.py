@@ -1,6 +1,6 @@
 """One view of the model's weights, wherever they live: whole on every process, or as DeepSpeed's shards.
 
-A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world`` holds, or answers for,
+A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world_size`` holds, or answers for,
 the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): the partition of ZeRO-3 and of
 ``torch.chunk``. What only that process may write is its interval.
 """

@@ -29,9 +29,9 @@ CHUNK = 1 << 24  # entries that are handled at once: logits (see `ows_ds.train.l
 class Layout:
     """Where the coordinates of one unit lie. Build it with `lay_out`.
 
-    rank: r, the number of columns. world: processes. slots: name -> rows of each matrix's coordinates and vector's
+    rank: r, the number of columns. world_size: processes. slots: name -> rows of each matrix's coordinates and vector's
     entries. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
-    share their number of steps). rows: padded to a multiple of ``world``.
+    share their number of steps). rows: padded to a multiple of ``world_size``.
     """
 
     block: Block
@@ -63,7 +63,7 @@ class Layout:
 
 
 def lay_out(block: Block, rank: int, world_size: int) -> Layout:
-    """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world``."""
+    """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world_size``."""
     slots: dict[str, Rows] = {}
     segments: dict[str, Rows] = {}
     row = 0
@@ -120,7 +120,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What all processes must have in common, JSON-able."""
         slots = {layout.block.name: {"rows": layout.rows, "slots": dict(layout.slots)} for layout in self.layouts}
-        return {"rank": self.rank, "world_size": self.world_size, "order": list(slots), "units": slots}
+        return {"rank": self.rank, "world_size": self.world_size, "order": list(slots), "blocks": slots}
 
 
 def make_plan(blocks: Sequence[Block], rank: int, world_size: int) -> Plan:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.config import check_sketch
-from ows_ds.distributed.communicator import join
-from ows_ds.distributed.weights import ReadShard, Replicated, Shard, Weights, interval, load_weights, weight_shards
+from ows_ds.distributed.adopt import as_weights
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, interval, load_weights, weight_shards
 from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import importance, probabilities
 from ows_ds.importance.scores import Scores
@@ -845,21 +845,3 @@ def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: s
         if rank > min(matrix.shape):
             right = f"expected at most {min(matrix.shape)}, the smaller side of {matrix.name} {matrix.shape}"
             raise UserError("optim.rank", rank, right)
-
-
-def as_weights(model: Any) -> Weights:
-    """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
-    if hasattr(model, "held") and hasattr(model, "merge"):
-        weights: Weights = model
-        return weights
-    if hasattr(model, "zero_optimization_stage"):
-        from ows_ds.distributed.zero3 import Zero3
-
-        return Zero3.adopt(model, join(model.device))
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UserError(
-            "model", "DistributedDataParallel", "expected the model inside it: OWS averages gradients itself"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError("model", "weights on the meta device", "load its weights first")
-    return Replicated(model, join(next(model.parameters()).device))

@@ -66,7 +66,7 @@ class Cluster:
         return (self.memory - self.reserve) * 1e9
 
     def of_size(self, world_size: int) -> Cluster:
-        """The same kind of machines with ``world`` GPUs: part of one node, or whole nodes."""
+        """The same kind of machines with ``world_size`` GPUs: part of one node, or whole nodes."""
         if world_size <= self.gpus:
             return replace(self, nodes=1, gpus=world_size)
         if world_size % self.gpus:

@@ -33,7 +33,7 @@ DAY = 86400.0
 class Choice:
     """What may be chosen without changing what is trained.
 
-    world: GPUs. home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy
+    world_size: GPUs. home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy
     in shards over the GPUs of each node (hpz). micro_batch: sequences of a GPU's forward pass. checkpointing: of
     gradients.
     """
@@ -318,7 +318,7 @@ def scaled(
     ratios: Sequence[float] | None = None,
     replays: Replays | None = None,
 ) -> Forecast:
-    """The recipe on ``world`` GPUs, with as many sequences for each of them as on the whole cluster (weak scaling)."""
+    """The recipe on ``world_size`` GPUs, with as many sequences for each of them as on the whole cluster (weak scaling)."""
     share = recipe.train.micro_batch_size * cluster.world_size
     batches = max(1, recipe.train.global_batch_size // share)
     batch = recipe.train.micro_batch_size * batches * world_size

@@ -176,7 +176,7 @@ class Gathered:
         return self.most.get((module, backward), (0, 0))
 
     def shares(self, world_size: int, accumulation: int) -> int:
-        """Entries of its own shards that one of ``world`` processes gives to the gathers of a step."""
+        """Entries of its own shards that one of ``world_size`` processes gives to the gathers of a step."""
         return sum(
             math.ceil(numel / world_size) * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
             for name, numel in self.numel.items()

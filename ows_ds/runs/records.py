@@ -35,7 +35,7 @@ class Run:
 
     name: as given on the command line. recipe: the resolved one. records: lines of metrics.jsonl in order; that of
     step 0 is an evaluation. damaged: lines of it that cannot be read. scores: what layers are sampled by, where the
-    method needs that. checkpoints: steps of the complete ones, newest first. world: processes, and home, of frozen
+    method needs that. checkpoints: steps of the complete ones, newest first. world_size: processes, and home, of frozen
     weights (`ows_ds.planner.forecast.HOMES`): None where no checkpoint tells.
     """
 

@@ -169,7 +169,7 @@ def test_contradictions_are_refused(tree: dict[str, Any], settings: dict[str, An
 def test_accumulation(tree: dict[str, Any]) -> None:
     r = config.from_dict({**tree, "train": {"output_dir": "o", "global_batch_size": 16, "micro_batch_size": 2}})
     assert [config.accumulation(r, world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(UserError, match=r"train\.batch_size: 16 is invalid: expected a multiple of 6"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 16 is invalid: expected a multiple of 6"):
         config.accumulation(r, 3)
 
 

@@ -89,7 +89,7 @@ def test_bytes_are_within_the_budget() -> None:
             assert sent <= 128 * (4096 + 4096 + 11008) * 4
 
 
-@pytest.mark.parametrize("units", [[], [Block("bare", (), ())]])
+@pytest.mark.parametrize("blocks", [[], [Block("bare", (), ())]])
 def test_empty_set(blocks: list[Block]) -> None:
     plan = make_plan(blocks, rank=4, world_size=3)
     assert (plan.rows, plan.stride, plan.matrices) == (0, 0, {})
@@ -166,7 +166,7 @@ def test_describe() -> None:
     said = make_plan([LAYER, ALWAYS], 2, 3).describe()
     assert json.loads(json.dumps(said)) == {
         "rank": 2, "world_size": 3, "order": ["layer", "always"],
-        "units": {
+        "blocks": {
             "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
             "always": {"rows": 3, "slots": {"final": [0, 2]}},
         },

@@ -365,7 +365,7 @@ def test_lookup_in_a_wide_table() -> None:
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
 def test_a_sketch_is_a_product_of_the_gradient(
-    kind: str, sides: tuple[int, int], across: bool, atomic_write: bool
+    kind: str, sides: tuple[int, int], across: bool, beside: bool
 ) -> None:
     """G Omega or G^T basis arrives at zeros, the coordinates beside it get what they would get, the output stays."""
     if kind == "Embedding":
@@ -375,7 +375,7 @@ def test_a_sketch_is_a_product_of_the_gradient(
         module = module_of(kind, *sides)
         x = random(11, sides[1])
     weight = module.weight
-    attached = coordinates_of(weight, 0.9) if atomic_write else None
+    attached = coordinates_of(weight, 0.9) if beside else None
     whole = (weight if attached is None else dense(weight, attached)).detach().clone().requires_grad_()
     expected = functional_call(module, {"weight": whole}, (x,))
     head = random(*expected.shape)

@@ -63,9 +63,9 @@ class RanksFailed(AssertionError):
 
 
 class Pool:
-    """A world of ``world`` processes that run functions on demand.
+    """A world of ``world_size`` processes that run functions on demand.
 
-    world: number of processes; 1 is a world too, with a process group and in a process of its own.
+    world_size: number of processes; 1 is a world too, with a process group and in a process of its own.
     collective_timeout: seconds after which a collective that not all ranks join raises.
 
     The processes start with the first call. In each: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
