@@ -146,7 +146,7 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
     dtype = ("bfloat16" if device == "cuda" else "float32") if setting.dtype == "auto" else setting.dtype
     whole = setting.model is not None or setting.layers == "all"
     inside = setting.inside or (not whole and layers < SHAPES.get(setting.shape or "", Shape(0, 0, 1, 1)).layers)
-    return replace(setting, device=device, dtype=dtype, layers=str(layers), inside=inside, gamma=gamma, **filled)
+    return setting.model_copy(update={"device": device, "dtype": dtype, "layers": str(layers), "inside": inside, "gamma": gamma, **filled})
 
 
 def _shape(setting: Setting, device: str) -> Shape:
@@ -221,7 +221,7 @@ def parse_sweep(given: str | None) -> tuple[str, list[int]] | None:
 def points(setting: Setting, sweep: tuple[str, list[int]] | None, cuda: bool) -> list[Setting]:
     """The resolved settings that are measured, one after the other. Raises UserError for any that cannot be."""
     changes: list[dict[str, Any]] = [{}] if sweep is None else [{sweep[0]: value} for value in sweep[1]]
-    return [resolve(replace(setting, **change), cuda) for change in changes]
+    return [resolve(setting.model_copy(update=change), cuda) for change in changes]
 
 
 def limits(setting: Setting) -> list[str]:

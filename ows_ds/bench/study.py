@@ -71,7 +71,7 @@ class Study:
 
     def test_data(self, data: Data) -> Data:
         """``data`` with ``test`` in the place of data.eval."""
-        return replace(data, eval=self.test, eval_subset=self.test_subset, eval_split=self.test_split)
+        return data.model_copy(update={"eval": self.test, "eval_subset": self.test_subset, "eval_split": self.test_split})
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def check(study: Study, output: Path) -> None:
         recipe = recipe_of(study, run, output)
         try:
             config.check(recipe)
-            config.check(replace(recipe, data=study.test_data(recipe.data)))
+            config.check(recipe.model_copy(update={"data": study.test_data(recipe.data)}))
         except UserError as error:
             key = "test" if error.value == study.test else f"variants.{run.variant}: {error.key}"
             raise UserError(key, error.value, error.right) from error

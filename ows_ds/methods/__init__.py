@@ -150,7 +150,6 @@ def _sampling(recipe: Recipe, accumulation: int) -> dict[str, Any]:
         "moments_on_refresh": optim.moments_on_refresh,
         "merge_rounding": optim.merge_rounding,
         "always_on": optim.always_on,
-        "side": optim.side,
         "accumulation": accumulation,
         "seed": recipe.train.seed if sampling.seed is None else sampling.seed,
     }

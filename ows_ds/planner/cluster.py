@@ -68,10 +68,10 @@ class Cluster:
     def of_size(self, world_size: int) -> Cluster:
         """The same kind of machines with ``world_size`` GPUs: part of one node, or whole nodes."""
         if world_size <= self.gpus:
-            return replace(self, nodes=1, gpus=world_size)
+            return self.model_copy(update={"nodes": 1, "gpus": world_size})
         if world_size % self.gpus:
             raise ValueError(f"{world_size} GPUs are not whole nodes of {self.gpus}")
-        return replace(self, nodes=world_size // self.gpus)
+        return self.model_copy(update={"nodes": world_size // self.gpus})
 
 
 # Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
@@ -108,8 +108,8 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
         start = Cluster() if like is None else _by_name(str(like))
         if start is None:
             raise UserError("like", like, "expected nodes x GPUs of a node, such as 4x8xH100")
-        start = replace(start, **convert_all(tree, Cluster))
-    return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
+        start = start.model_copy(update=convert_all(tree, Cluster))
+    return check(start.model_copy(update={key: value for key, value in (changes or {}).items() if value is not None}))
 
 
 def _by_name(given: str) -> Cluster | None:
@@ -120,7 +120,7 @@ def _by_name(given: str) -> Cluster | None:
     nodes, gpus, kind = found.groups()
     if kind not in GPUS:
         raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
-    return Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
+    return Cluster(nodes=int(nodes or 1), gpus=int(gpus), **GPUS[kind])  # type: ignore[arg-type]
 
 
 def check(cluster: Cluster) -> Cluster:
