@@ -72,7 +72,7 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
     shown, notes = make_tables(summary), _notes(summary)
     if output is not None:
         write(summary, shown, notes, output)
-    print(json.dumps(summary, indent=2, allow_nan=False) if how.json else tables.terminal(shown, notes))
+    print(json.dumps(summary, indent=2, allow_nan=False) if how.as_json else tables.terminal(shown, notes))
 
 
 def _free(setting: Setting) -> int:

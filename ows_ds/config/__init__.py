@@ -15,7 +15,7 @@ from ows_ds.config.reading import (
     to_yaml,
     used,
 )
-from ows_ds.config.recipe import Log, Recipe, Train, keys, may_change_on_resume, sections
+from ows_ds.config.recipe import Log, Recipe, Train, keys, may_change_on_resume, sections, unknown_key
 from ows_ds.config.settings import MOST, Settings, Wrong, fields_of, parse, words
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "sources",
     "to_dict",
     "to_yaml",
+    "unknown_key",
     "used",
     "words",
 ]

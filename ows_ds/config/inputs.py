@@ -75,7 +75,9 @@ Sources = Annotated[
         list[
             Annotated[
                 Source,
-                BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | Source),
+                BeforeValidator(
+                    lambda v: {"path": v} if isinstance(v, str) else v, json_schema_input_type=str | Source
+                ),
             ]
         ],
         Field(min_length=1),
@@ -147,9 +149,7 @@ class Data(Settings):
         description="Read the training rows while training, in blocks, instead of all before it; train.steps says when "
         "to stop.",
     )
-    buffer_size: Count = Field(
-        16384, description="Rows of a block under data.streaming; they are shuffled within it."
-    )
+    buffer_size: Count = Field(16384, description="Rows of a block under data.streaming; they are shuffled within it.")
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop",
         description="What a row that cannot be used does: stop the run with its place and reason, or skip it; those "

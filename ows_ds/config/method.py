@@ -28,7 +28,9 @@ class Method(Settings):
     lora_alpha: Number = Field(
         16.0, gt=0, description="Numerator of the adapters' scale; the denominator is method.lora_rank."
     )
-    lora_dropout: Number = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs that is zeroed in training.")
+    lora_dropout: Number = Field(
+        0.0, ge=0, lt=1, description="Share of an adapter's inputs that is zeroed in training."
+    )
     epsilon: Number = Field(
         1e-3, gt=0, description="Length of mezo's step to both sides of the weights, in units of its noise."
     )
@@ -64,9 +66,7 @@ class Sampling(SamplingCore):
         description="Course of badam and hift through the layers: from the input, from the output, or at random (badam "
         "again in each round, hift once before training).",
     )
-    tau: Number = Field(
-        13.0, gt=0, description="An entry is an outlier when it exceeds tau times its layer's mean."
-    )
+    tau: Number = Field(13.0, gt=0, description="An entry is an outlier when it exceeds tau times its layer's mean.")
     scores: str | None = Field(
         None,
         description="File of scores to use; null: scores.json in train.output_dir, computed when it is absent.",

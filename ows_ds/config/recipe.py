@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, a section each."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -8,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import Method, Optim, Sampling
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Number, Seed, Settings, Wrong
+from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Number, Seed, Settings, Wrong, unknown
 
 
 class Train(Settings):
@@ -150,11 +151,13 @@ class Recipe(Settings):
             yield Wrong("train.eval_steps", right, ("data.eval",))
 
 
+@functools.cache
 def sections() -> dict[str, type[Settings]]:
     """The models of the recipe's sections by name."""
     return {name: field.annotation for name, field in Recipe.model_fields.items() if field.annotation is not None}
 
 
+@functools.cache
 def keys() -> dict[str, FieldInfo]:
     """Every key of the recipe by its full name, such as optim.rank."""
     return {f"{name}.{key}": field for name, kind in sections().items() for key, field in kind.model_fields.items()}
@@ -164,3 +167,12 @@ def may_change_on_resume(key: str) -> bool:
     """Whether a run may be resumed with another value of a key, such as train.save_steps."""
     extra = keys()[key].json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("may_change_on_resume"))
+
+
+def unknown_key(key: str, prefix: str = "") -> str:
+    """What to say of a full name that is no key of the recipe."""
+    section, _, name = key.partition(".")
+    kind = sections().get(section)
+    if kind is not None and name in kind.renamed:
+        return kind.renamed[name].format(prefix=f"{prefix}{section}.")
+    return unknown(key, keys(), {}, prefix)

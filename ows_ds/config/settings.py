@@ -205,6 +205,16 @@ def model_in(hint: Any) -> type[Settings] | None:
     return next(filter(None, map(model_in, typing.get_args(hint))), None)
 
 
+def kinds_of(hint: Any) -> tuple[set[Any], bool]:
+    """The types that a key takes, a choice among words being text; whether it also takes null."""
+    if typing.get_origin(hint) is Annotated:
+        return kinds_of(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        parts = [kinds_of(part) for part in typing.get_args(hint) if part is not types.NoneType]
+        return set().union(*(kinds for kinds, _ in parts)), types.NoneType in typing.get_args(hint)
+    return {str if typing.get_origin(hint) is Literal else typing.get_origin(hint) or hint}, False
+
+
 def words(field: FieldInfo) -> str:
     """What a key expects: "an integer of at least 1"."""
     return _words(field.annotation, field.metadata)

@@ -161,7 +161,7 @@ def _measured(measure: Measure, subject: Subject, evaluation: Evaluation, bench:
     settings: dict[str, Any] = evaluation.model_dump()
     if bench.mt_bench is not None:
         settings |= bench.model_dump()
-    for name in ("output", "json", "judge_key"):
+    for name in ("output", "as_json", "judge_key"):
         settings.pop(name, None)
     settings |= {"processes": comm.world_size, "device": runtime.device.type}
     packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
@@ -184,7 +184,7 @@ def _write(result: Result, subject: Subject, evaluation: Evaluation) -> Path:
 
 
 def _print(result: Result, evaluation: Evaluation, path: Path) -> None:
-    if evaluation.json:
+    if evaluation.as_json:
         print(json.dumps(result.to_json(), allow_nan=False), flush=True)
         return
     name = one_line(str(result.model.get("name")))

@@ -63,7 +63,9 @@ def test_sources_with_weights_are_packed_apart(folder: Path) -> None:
 
 def test_what_sources_leave_out() -> None:
     data = Data(
-        train=[Source(path="a", format="text"), Source(path="b", subset="s", split="t")], train_subset="x", format="alpaca"
+        train=[Source(path="a", format="text"), Source(path="b", subset="s", split="t")],
+        train_subset="x",
+        format="alpaca",
     )
     assert sources(data, "data.train") == [
         Source(path="a", subset="x", split="train", format="text"),

@@ -364,9 +364,7 @@ def test_lookup_in_a_wide_table() -> None:
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
-def test_a_sketch_is_a_product_of_the_gradient(
-    kind: str, sides: tuple[int, int], across: bool, beside: bool
-) -> None:
+def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int], across: bool, beside: bool) -> None:
     """G Omega or G^T basis arrives at zeros, the coordinates beside it get what they would get, the output stays."""
     if kind == "Embedding":
         module: nn.Module = nn.Embedding(*sides, _weight=random(*sides)).requires_grad_(False)

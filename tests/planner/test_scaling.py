@@ -46,7 +46,9 @@ def test_between_the_bounds(model: Any, system: str) -> None:
 
 def test_links_without_time(model: Any) -> None:
     """Over links that cost nothing but the start of a message, hidden as it can be, only arithmetic is left."""
-    free = NODE.model_copy(update={"nvlink": 1e9, "network": 1e9, "nvlink_latency": 0, "network_latency": 0, "tflops": 1e-6})
+    free = NODE.model_copy(
+        update={"nvlink": 1e9, "network": 1e9, "nvlink_latency": 0, "network_latency": 0, "tflops": 1e-6}
+    )
     found = one(model, "ows", "zero3", free)
     seconds, waiting = scaling.step_seconds(found)
     assert waiting < 1e-3 * seconds
