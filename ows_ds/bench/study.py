@@ -21,7 +21,7 @@ from ows_ds.errors import UserError, raise_all
 
 # What all variants share, or the study itself sets.
 FIXED = (
-    *(key for key in config.keys() if key.startswith("data.")),
+    *(key for key in config.recipe_keys() if key.startswith("data.")),
     "model.path", "model.revision", "train.steps", "train.epochs", "train.global_batch_size", "train.seed",
     "sampling.seed", "train.output_dir", "train.resume", "train.save_total_limit",
 )  # fmt: skip
@@ -201,7 +201,7 @@ def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...]) -> Var
         if setting in FIXED:
             right = "leave it out: it is the same for all variants, or the study sets it"
             wrong.append(UserError(f"{key}.{setting}", value, right))
-        elif setting not in config.keys():
+        elif setting not in config.recipe_keys():
             wrong.append(UserError(f"{key}.{setting}", value, config.unknown_key(setting, f"{key}.")))
     if "optim.lr" in overrides and "lrs" in given:
         wrong.append(UserError(f"{key}.lrs", given["lrs"], "expected lrs or optim.lr, not both"))

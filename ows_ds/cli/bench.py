@@ -21,9 +21,9 @@ class _Benches(Parser):
     """Reads the word after bench, then that bench's options."""
 
     def read(self, argv: Sequence[str]) -> Options:
-        if argv[:1] and argv[0] in BENCHES:
-            return {"what": argv[0], **_parser_of(argv[0]).read(argv[1:])}
-        self.read_choice("bench WHAT", BENCHES, argv)
+        if not argv or argv[0] not in BENCHES:
+            self.read_choice("bench WHAT", BENCHES, argv)
+        return {"what": argv[0], **_parser_of(argv[0]).read(argv[1:])}
 
 
 def parser() -> Parser:

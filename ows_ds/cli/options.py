@@ -1,7 +1,7 @@
 """Options of the command line, from the models of settings; mistakes become `UserError`."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ows_ds.errors import UserError, raise_all
@@ -96,30 +96,31 @@ class Parser(argparse.ArgumentParser):
             field = self.fields.get(key.replace("-", "_"))
             right = "a value after it" if field is None else _words(field)
             raise UserError(key if "." in key else f"--{key}", "", f"expected {right}") from None
-        raise_all(self._strays(rest))
-        options = dict(vars(given))
+        options = {**vars(given), **self._strays(rest)}
         for key, field in self.fields.items():
             if isinstance(options.get(key), str):
                 options[key] = from_text(field, options[key])
         return options
 
-    def _strays(self, rest: list[str]) -> Iterator[UserError]:
-        from ows_ds.config.recipe import unknown_key
-        from ows_ds.config.settings import unknown
-
-        words = list(rest)
+    def _strays(self, rest: list[str]) -> Options:
+        """Options that do not exist, if they are to be refused as keys of the recipe; others are refused here."""
+        words, keys, wrong = list(rest), {}, []
         while words:
             word = words.pop(0)
-            if not word.startswith("-"):
-                yield UserError("arguments", word, "settings are given as --section.key value")
-                continue
             name, _, value = word.lstrip("-").partition("=")
+            if not word.startswith("-"):
+                wrong.append(UserError("arguments", word, "settings are given as --section.key value"))
+                continue
             if not value and words and not words[0].startswith("-"):
                 value = words.pop(0)
             if "." in name and any("." in key for key in self.fields):
-                yield UserError(name, value, unknown_key(name))
+                keys[name] = value
             else:
-                yield UserError(f"--{name}", value, unknown(name, self.names, {}, "--"))
+                from ows_ds.config.settings import unknown
+
+                wrong.append(UserError(f"--{name}", value, unknown(name, self.names, {}, "--")))
+        raise_all(wrong)
+        return keys
 
 
 def _words(field: "FieldInfo") -> str:

@@ -49,7 +49,7 @@ def run(options: Options, argv: list[str]) -> None:
     changes = {name: options.get(name) for name in config.fields_of(Cluster)}
     cluster = read_cluster(options.get("cluster", "8xA100-80"), changes)
     others = words_in(options, "methods") or []
-    known = get_args(config.keys()["method.name"].annotation)
+    known = get_args(config.recipe_keys()["method.name"].annotation)
     if not set(others) <= set(known):
         right = f"expected some of {', '.join(known)}, with commas between them"
         raise UserError("--methods", options["methods"], right)

@@ -29,10 +29,10 @@ def parser() -> Parser:
 
 def run(options: Options, argv: list[str]) -> None:
     """Measure."""
-    from ows_ds.config import keys
+    from ows_ds.config import recipe_keys
 
     kinds, output = words_in(options, "metric") or [], options.get("output")
-    known = get_args(keys()["sampling.importance"].annotation)
+    known = get_args(recipe_keys()["sampling.importance"].annotation)
     if not set(kinds) <= set(known):
         right = f"expected one or more of {', '.join(known)}, with commas between them"
         raise UserError("--metric", options["metric"], right)

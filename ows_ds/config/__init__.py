@@ -15,7 +15,7 @@ from ows_ds.config.reading import (
     to_yaml,
     used,
 )
-from ows_ds.config.recipe import Log, Recipe, Train, keys, may_change_on_resume, sections, unknown_key
+from ows_ds.config.recipe import Log, Recipe, Train, may_change_on_resume, recipe_keys, sections, unknown_key
 from ows_ds.config.settings import MOST, Settings, Wrong, fields_of, parse, words
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
     "fields_of",
     "from_dict",
     "is_file",
-    "keys",
     "may_change_on_resume",
     "parse",
+    "recipe_keys",
     "sections",
     "sources",
     "to_dict",

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import Method, Optim, Sampling
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Number, Seed, Settings, Wrong, unknown
+from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Number, Seed, Settings, Wrong, model_in, unknown
 
 
 class Train(Settings):
@@ -83,8 +83,8 @@ class Train(Settings):
     )
     timeout_seconds: Count = Field(
         600,
-        description="Seconds after which a rank that is not heard of, or a collective that does not complete, stops all "
-        "ranks.",
+        description="Seconds after which a rank that is not heard of, or a collective that does not complete, stops "
+        "all ranks.",
         json_schema_extra=MAY_CHANGE,
     )
 
@@ -131,7 +131,7 @@ class Recipe(Settings):
         """A section whose lines are all commented out is an empty one, and so is an absent one."""
         if not isinstance(tree, Mapping):
             return tree
-        return {**dict.fromkeys(cls.model_fields, {}), **{k: {} if v is None else v for k, v in tree.items()}}
+        return {**{k: {} for k in cls.model_fields}, **{k: {} if v is None else v for k, v in tree.items()}}
 
     def contradictions(self) -> Iterator[Wrong]:
         data, optim, train = self.data, self.optim, self.train
@@ -154,18 +154,18 @@ class Recipe(Settings):
 @functools.cache
 def sections() -> dict[str, type[Settings]]:
     """The models of the recipe's sections by name."""
-    return {name: field.annotation for name, field in Recipe.model_fields.items() if field.annotation is not None}
+    return {name: kind for name, field in Recipe.model_fields.items() if (kind := model_in(field.annotation))}
 
 
 @functools.cache
-def keys() -> dict[str, FieldInfo]:
+def recipe_keys() -> dict[str, FieldInfo]:
     """Every key of the recipe by its full name, such as optim.rank."""
     return {f"{name}.{key}": field for name, kind in sections().items() for key, field in kind.model_fields.items()}
 
 
 def may_change_on_resume(key: str) -> bool:
     """Whether a run may be resumed with another value of a key, such as train.save_steps."""
-    extra = keys()[key].json_schema_extra
+    extra = recipe_keys()[key].json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("may_change_on_resume"))
 
 
@@ -175,4 +175,4 @@ def unknown_key(key: str, prefix: str = "") -> str:
     kind = sections().get(section)
     if kind is not None and name in kind.renamed:
         return kind.renamed[name].format(prefix=f"{prefix}{section}.")
-    return unknown(key, keys(), {}, prefix)
+    return unknown(key, recipe_keys(), {}, prefix)

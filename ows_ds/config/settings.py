@@ -155,8 +155,9 @@ def _explain(kind: type[Settings], tree: Any, error: Any, prefix: str) -> tuple[
         return key, "expected a section: lines of `key: value`, indented", value
     if error["type"] == "finite_number":
         return key, "expected a finite number", value
-    if error["type"] == "less_than_equal" and error["ctx"]["le"] >= MOST:
-        return key, f"expected a number of at most {error['ctx']['le']}", value
+    most = error.get("ctx", {}).get("le", error.get("ctx", {}).get("lt"))
+    if most is not None and most >= MOST:  # `words` does not tell of it
+        return key, f"expected a number {'of at most' if 'le' in error['ctx'] else 'below'} {most:g}", value
     return key, f"expected {words(field)}", value
 
 
@@ -227,8 +228,8 @@ def _words(hint: Any, about: Iterable[Any]) -> str:
         return _words(arguments[0], [*inner, *about])
     kinds = [kind for kind in arguments if kind is not types.NoneType]
     if len(kinds) < len(arguments):
-        inner = _words(kinds[0], about)
-        return f"{inner}{',' * (' ' in inner)} or null"
+        one = _words(kinds[0], about)
+        return f"{one}{',' * (' ' in one)} or null"
     if found := [one.words for one in about if isinstance(one, Expected)]:
         return found[-1]
     if typing.get_origin(hint) is Literal:
@@ -248,7 +249,7 @@ def _range(about: Iterable[Any]) -> str:
             said.append(f"of at least {one.ge}")
         elif isinstance(one, limits.Gt):
             said.append(f"above {one.gt}")
-        elif isinstance(one, limits.Lt):
+        elif isinstance(one, limits.Lt) and one.lt < MOST:  # type: ignore[operator]
             said.append(f"below {one.lt}")
         elif isinstance(one, limits.Le) and one.le < MOST:  # type: ignore[operator]
             said.append(f"at most {one.le}")

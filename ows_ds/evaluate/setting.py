@@ -25,13 +25,13 @@ class Evaluation(Settings):
 
     tasks: str | None = Field(
         None,
-        description="Tasks and groups of lm-evaluation-harness, with commas between them, and ows_commonsense, ows_mmlu "
-        "and ows_gsm8k; files of tasks as well.",
+        description="Tasks and groups of lm-evaluation-harness, with commas between them, and ows_commonsense, "
+        "ows_mmlu and ows_gsm8k; files of tasks as well.",
     )
     include_path: str | None = Field(
         None,
-        description="Folder of tasks of one's own, in lm-evaluation-harness's form. They may name Python code, which is "
-        "run.",
+        description="Folder of tasks of one's own, in lm-evaluation-harness's form. They may name Python code, which "
+        "is run.",
     )
     num_fewshot: int | None = Field(
         None, ge=0, le=MOST, description="Examples before each question; null: as each task says."
@@ -62,8 +62,8 @@ class Evaluation(Settings):
     )
     output: str | None = Field(
         None,
-        description="File of the result, .json; null: TASKS.json in eval/ of the run, for other models in runs/eval/. A "
-        "file that is there is kept, and the new one numbered.",
+        description="File of the result, .json; null: TASKS.json in eval/ of the run, for other models in runs/eval/. "
+        "A file that is there is kept, and the new one numbered.",
     )
     as_json: bool = Field(False, alias="json", description="Print the result as JSON and nothing else.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -88,8 +88,8 @@ class MTBench(Settings):
 
     mt_bench: str | None = Field(
         None,
-        description="File of questions in FastChat's form (question.jsonl), in place of --tasks. The answers are written "
-        "as FastChat writes them.",
+        description="File of questions in FastChat's form (question.jsonl), in place of --tasks. The answers are "
+        "written as FastChat writes them.",
     )
     answers: str | None = Field(None, description="File of answers that are there already, in place of new ones.")
     template: Literal["auto", "chat", "plain", "alpaca"] = Field(

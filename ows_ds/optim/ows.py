@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ows_ds.config import check_sketch
+from ows_ds.config import OWSConfig, parse
 from ows_ds.distributed.adopt import as_weights
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, interval, load_weights, weight_shards
 from ows_ds.errors import UserError
@@ -108,7 +108,8 @@ class OWS(torch.optim.Optimizer):
             if choice not in CHOICES[key]:
                 raise UserError(key, choice, f"expected one of {', '.join(CHOICES[key])}")
         if refresh == "sketch":
-            check_sketch(projector, refresh_batch, update_proj_gap)
+            sketch = {"refresh": refresh, "projector": projector, "refresh_batch": refresh_batch}
+            parse(OWSConfig, {**sketch, "update_proj_gap": update_proj_gap}, "optim.")
         least = {"sampling.period": period, "optim.update_proj_gap": update_proj_gap}
         if rank is not None:
             least["optim.rank"] = rank

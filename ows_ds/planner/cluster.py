@@ -32,7 +32,8 @@ class Cluster(Settings):
     memory: Positive = Field(80.0, description="Memory of a GPU, in GB (1e9 bytes).")
     reserve: NotNegative = Field(
         2.0,
-        description="Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the allocator.",
+        description="Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the "
+        "allocator.",
     )
     tflops: Positive = Field(
         312.0, description="Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second."

@@ -27,17 +27,15 @@ EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 PLAIN = r"[\w.,:@/+=%*&|()\[\]-]+"
 
 
-def texts(pattern: str, words: str) -> Any:
-    """A list of texts of a pattern."""
-    return Annotated[list[Annotated[str, Field(pattern=pattern)]], Expected(words)]
-
-
 Name = Annotated[str, Field(pattern=f"^{PLAIN}$"), Expected("a name without spaces and quotes")]
-Words = texts(r"^[^\x00]*$", "a list of texts")
-Options = texts(
-    rf"^--[a-z][a-z-]*(={PLAIN})?$", "a list of options such as --constraint=a100, without spaces and quotes"
-)
-Variables = texts(r"^[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$", "a list of NAME=VALUE")
+Words = Annotated[list[Annotated[str, Field(pattern=r"^[^\x00]*$")]], Expected("a list of texts")]
+Options = Annotated[
+    list[Annotated[str, Field(pattern=rf"^--[a-z][a-z-]*(={PLAIN})?$")]],
+    Expected("a list of options such as --constraint=a100, without spaces and quotes"),
+]
+Variables = Annotated[
+    list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$")]], Expected("a list of NAME=VALUE")
+]
 
 
 class Allocation(Settings):
@@ -144,8 +142,8 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
     where = f"{job.gpus} GPUs" if job.gpus else "the CPU"
     return [
         f"{job.world_size} ranks: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
-        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} ranks x {recipe.train.micro_batch_size} x "
-        f"{steps} micro-batches",
+        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} ranks x "
+        f"{recipe.train.micro_batch_size} x {steps} micro-batches",
         f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
         f"output {run_dir.resolve()} ({'resumed' if used else 'new'})",
         f"memory of a GPU at most {memory}" + (f" of {job.gpu_memory:g} GB" if job.gpu_memory is not None else ""),
