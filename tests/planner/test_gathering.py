@@ -10,7 +10,8 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
-from ows_ds.planner.memory import Job, traffic
+from ows_ds.planner.step import StepSpec
+from ows_ds.planner.traffic import traffic
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, mean_loss, micro_batches
@@ -44,10 +45,10 @@ def courses(
     ows = OWS(
         weights, scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches
     )
-    job = Job(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
-              checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
-    job = Replays(model.config, config["zero_optimization"]).complete(job)
-    assert job.gathered is not None
+    spec = StepSpec(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
+                    checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
+    spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
+    assert spec.gathered is not None
     coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
     fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())
 
@@ -67,7 +68,7 @@ def courses(
                 first = list(course)
         ows.step()
         ows.zero_grad()
-        planned = ([fetch.entries for fetch in job.gathered.course], traffic(job)["weights"])
+        planned = ([fetch.entries for fetch in spec.gathered.course], traffic(spec)["weights"])
         seen.append(((first, ows.comm.sent["weights"] - before), planned))
     ows.close()
     return seen[2:]
