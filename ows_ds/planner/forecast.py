@@ -1,7 +1,7 @@
 """Recipe + model + cluster -> memory, traffic and time of a step; what fits, and what is cheapest.
 
-Nothing here loads weights or knows a process group: a model is its layers' shapes (`ows_ds.model.shapes`), a cluster its
-numbers (`ows_ds.planner.cluster`).
+Nothing here loads weights or knows a process group: a model is its layers' shapes (`ows_ds.model.shapes`), a cluster
+its numbers (`ows_ds.planner.cluster`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ DAY = 86400.0
 class Choice:
     """What may be chosen without changing what is trained.
 
-    world_size: GPUs. home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second
-    copy in shards over the GPUs of each node (hpz). micro_batch: sequences of a GPU's forward pass. checkpointing: of
-    gradients.
+    home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy in shards
+    over the GPUs of each node (hpz).
     """
 
-    world_size: int
+    world_size: int  # GPUs
     home: str
-    micro_batch: int
+    micro_batch: int  # sequences of a GPU's forward pass
     checkpointing: bool
 
     @property
@@ -68,17 +67,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A recipe under a choice on a cluster.
-
-    largest: the step with as many layers as are hardly ever exceeded, for memory. usual: with as many as are expected,
-    for traffic and time. cluster: of ``choice.world_size`` GPUs. refreshes: of all projectors, in a step.
-    """
+    """A recipe under a choice on a cluster."""
 
     choice: Choice
-    cluster: Cluster
-    largest: StepSpec
-    usual: StepSpec
-    refreshes: float
+    cluster: Cluster  # of ``choice.world_size`` GPUs
+    largest: StepSpec  # with as many layers as are hardly ever exceeded: for memory
+    usual: StepSpec  # with as many as are expected: for traffic and time
+    refreshes: float  # of all projectors, in a step
 
     @cached_property
     def plain(self) -> Memory:
@@ -238,7 +233,7 @@ class Planner:
         return Choice(world_size, home, train.micro_batch_size, train.gradient_checkpointing)
 
     def step(self, choice: Choice, layer_set: LayerSet) -> StepSpec:
-        """One GPU's part of a step. Raises UserError (``train.global_batch_size``) for one that does not divide evenly."""
+        """One GPU's part of a step. Raises UserError (``train.global_batch_size``) for an uneven division."""
         recipe, share = self.recipe, choice.micro_batch * choice.world_size
         if recipe.train.global_batch_size % share:
             right = f"a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
@@ -325,7 +320,7 @@ class Planner:
 
 
 def choices(batch: int, cluster: Cluster) -> Iterator[Choice]:
-    """All that can be chosen for a global batch on the cluster or a part of it: GPUs, home, micro-batch, checkpointing."""
+    """All that can be chosen for a global batch of ``batch`` sequences on the cluster or a part of it."""
     for world_size in [*_powers(cluster.gpus), *(n * cluster.gpus for n in _powers(cluster.nodes) if n > 1)]:
         for home in HOMES:
             if (world_size == 1 and home != "replicated") or (home == "hpz" and world_size <= cluster.gpus):

@@ -154,22 +154,16 @@ class Fetch:
 class Gathered:
     """Of the micro-batches of a step.
 
-    Attributes:
-        most: Entries that lie there as a module or one inside it is entered, while messages are copied out of their
-            buffers, and as it runs: the largest of each, by (module, in a backward pass).
-        first: How often each weight is gathered in the first micro-batch.
-        later: The same in each later one.
-        messages: Gathers, each of one weight or more, in those.
-        numel: Entries of each weight.
-        course: The first micro-batch, fetch by fetch.
+    most: entries that lie there as a module or one inside it is entered, while messages are copied out of their
+    buffers, and as it runs: the largest of each, by (module, in a backward pass).
     """
 
     most: Mapping[tuple[str, bool], tuple[int, int]]
-    first: Mapping[str, int]
-    later: Mapping[str, int]
-    messages: tuple[int, int]
-    numel: Mapping[str, int]
-    course: tuple[Fetch, ...] = ()
+    first: Mapping[str, int]  # how often each weight is gathered in the first micro-batch
+    later: Mapping[str, int]  # and in each later one
+    messages: tuple[int, int]  # gathers, each of one weight or more, in those
+    numel: Mapping[str, int]  # entries of each weight
+    course: tuple[Fetch, ...]  # the first micro-batch
 
     def at(self, module: str, backward: bool) -> tuple[int, int]:
         """Entries as a module or one inside it is entered, and while it runs; 0 where there are no uses."""

@@ -1,18 +1,8 @@
 """Bytes of a rank, before anything runs: a pure function of shapes and settings.
 
-What lies between steps (weights, coordinates, gradients, moments, masters, projectors) is exact. What lies inside a step
-is a model of the largest of its phases:
-
-    arrival    activations as in the passes + gathered weights, which are copied out of the buffer that they came in
-    forward    activations of the layers up to one + what that layer's forward pass makes
-    loss       activations of all layers + the logits of a run of tokens + their gradients
-    backward   activations of the layers still below + what one layer's backward pass makes
-    embedding  its whole gradient, where it trains at full rank
-    update     Adam's temporaries
-    gather     projectors on their way, in a refresh
-
-Activations are those of a decoder layer of transformers' LLaMA under scaled-dot-product attention; other layers are read
-in the same way by the shapes of their matrices. See ``docs/memory.md``.
+What lies between steps is exact. What lies inside a step is a model of its phases, of which the largest counts: see
+``docs/memory.md``. Activations are those of a decoder layer of transformers' LLaMA under scaled-dot-product attention;
+other layers are read in the same way by the shapes of their matrices.
 """
 
 from __future__ import annotations
@@ -37,10 +27,10 @@ def state(spec: StepSpec) -> Parts:
     plan, b, e, w = spec.plan, spec.itemsize, spec.wide, spec.world_size
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(spec.full_rank.values()) if spec.method in ADAPTERS else 0
-    mine = spec.shares(spec.full_rank.values())
+    mine = spec.share(*spec.full_rank.values())
     rows, own = plan.rows * plan.rank, plan.stride * plan.rank
     return {
-        "weights": spec.shares([*spec.sizes, adapters]) * b if spec.sharded else sum(spec.sizes) * b + adapters * e,
+        "weights": spec.share(*spec.sizes, adapters) * b if spec.sharded else sum(spec.sizes) * b + adapters * e,
         "coordinates": rows * b,
         # this rank's sums lie beside its own gradients; DeepSpeed keeps a shard's gradient in the weights' format, and
         # in float32 for the step
@@ -156,7 +146,7 @@ def _embedding(spec: StepSpec, kept: int) -> Parts:
 
 
 def _arrived(spec: StepSpec, sizes: Parts, owners: Mapping[str, int]) -> list[int]:
-    """Bytes of ``sizes``, by weight, that the busiest owner has: as each layer's backward pass runs, and last of all."""
+    """Bytes of ``sizes``, by weight, of the busiest owner: as each layer's backward pass runs, and at its end."""
     totals = Counter[int]()
 
     def add(names: Sequence[str]) -> int:
@@ -256,7 +246,9 @@ def _loss(spec: StepSpec, refresh: bool) -> tuple[int, int]:
     b, e, vocabulary = spec.itemsize, spec.wide, spec.head.shape[0]
     if spec.whole_logits:
         return (spec.tokens * b + (spec.tokens - spec.rows) * (b + 3 * e)) * vocabulary, 0
-    learns = spec.head_learns(refresh and spec.refresh == "full")
+    learns = spec.head.name in spec.full_rank or (
+        refresh and spec.refresh == "full" and spec.head.name in spec.plan.matrices
+    )
     backward = learns or any(kind for _, kind in spec.walk())
     run = min(spec.labels, max(1, CHUNK // vocabulary))
     logits = run * vocabulary * (b + e + (b if b < e and backward else 0))

@@ -1,8 +1,8 @@
 """How long a step takes at best on a cluster: arithmetic, memory, links. Pure.
 
 A phase that does f flops and moves n bytes takes max(f / peak flops, n / memory bandwidth) seconds (Williams, Waterman,
-Patterson 2009). A product of T x n with n x m is 2 T m n flops. Letters as in `ows_ds.planner.step`; r the rank, m x n a
-matrix, s the length of a sequence, q the width of all queries.
+Patterson 2009). A product of T x n with n x m is 2 T m n flops. Letters as in `ows_ds.planner.step`; r the low rank,
+m x n a matrix, s the length of a sequence, q the width of all queries.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
 
 def _loss(spec: StepSpec) -> Work:
     """The head on labelled tokens: logits, the gradient of its input, and of itself where it trains; 2 T h V each."""
-    products = 1 + any(kind for _, kind in spec.walk()) + spec.head_learns()
+    learns = spec.head.name in spec.full_rank or spec.head.name in spec.plan.matrices
+    products = 1 + any(kind for _, kind in spec.walk()) + learns
     logits = spec.labels * spec.head.shape[0] * 2 * (2 * spec.itemsize + spec.wide)  # in and out: twice in b, once in e
     return Work(2 * spec.labels * numel(spec.head) * products, products * numel(spec.head) * spec.itemsize + logits)
 

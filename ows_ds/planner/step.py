@@ -7,7 +7,7 @@ micro-batch; h hidden size; V vocabulary; w ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,45 +25,29 @@ Part = Matrix | Vector
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One rank's part of a training step.
-
-    Attributes:
-        layers: Of the model.
-        method: As ``method.name``.
-        layer_set: Layers that train; ignored by methods that train all of them.
-        rank: Low rank r.
-        itemsize: b.
-        rows: Sequences of a micro-batch.
-        length: Tokens of a sequence.
-        labelled: Tokens of the micro-batch with a loss; None: all.
-        whole_logits: The model changes its head's output, as Gemma 2, so that the loss takes all logits at once.
-        max_live: DeepSpeed's ``stage3_max_live_parameters``, entries.
-        foreach: Adam works on all tensors at once, as torch does on GPUs.
-        bucket: DeepSpeed's ``reduce_bucket_size``, entries.
-        gathered: What ZeRO-3 gathers; None: only bounds are known.
-    """
+    """One rank's part of a training step. Numbers of DeepSpeed are entries."""
 
     layers: ModelLayers
     method: str = "ows"
-    layer_set: tuple[int, ...] = ()
-    rank: int = 128
+    layer_set: tuple[int, ...] = ()  # ignored by methods that train all layers
+    rank: int = 128  # r
     always_on: str = "full"
     refresh: str = "full"
     refresh_batch: str = "full"
     lora_rank: int = 8
-    itemsize: int = 2
-    rows: int = 1
-    length: int = 512
-    labelled: int | None = None
+    itemsize: int = 2  # b
+    rows: int = 1  # sequences of a micro-batch
+    length: int = 512  # tokens of each
+    labelled: int | None = None  # tokens of the micro-batch with a loss; None: all
     accumulation: int = 1
     checkpointing: bool = False
-    whole_logits: bool = False
+    whole_logits: bool = False  # the model changes its head's output, as Gemma 2, so that the loss takes all at once
     world_size: int = 1
     sharded: bool = False
-    max_live: int = 500_000_000
-    foreach: bool = True
-    bucket: int = 500_000_000
-    gathered: Gathered | None = None
+    max_live: int = 500_000_000  # DeepSpeed's stage3_max_live_parameters
+    foreach: bool = True  # Adam works on all tensors at once, as torch does on GPUs
+    bucket: int = 500_000_000  # DeepSpeed's reduce_bucket_size
+    gathered: Gathered | None = None  # what ZeRO-3 gathers; None: only bounds are known
 
     @property
     def wide(self) -> int:
@@ -77,7 +61,7 @@ class StepSpec:
 
     @property
     def labels(self) -> int:
-        """Tokens of a micro-batch with a loss: all but the first of each sequence, where nothing else is known."""
+        """Tokens of a micro-batch with a loss: all but the first of each sequence, if nothing else is known."""
         return self.tokens - self.rows if self.labelled is None else self.labelled
 
     @property
@@ -172,17 +156,9 @@ class StepSpec:
         """Embedding, head or final norm train, and gradients run down to the input."""
         return self.method == "full" or (self.method in SAMPLED and self.always_on != "none")
 
-    def head_learns(self, projectors: bool = True) -> bool:
-        """Whether the head's gradient is needed; projectors: also for its coordinates' projector."""
-        return self.head.name in self.full_rank or (projectors and self.head.name in self.plan.matrices)
-
-    def share(self, size: int) -> int:
-        """Entries of ``size`` that one rank has."""
-        return math.ceil(size / self.world_size)
-
-    def shares(self, sizes: Iterable[int]) -> int:
-        """Their sum, each part divided by itself."""
-        return sum(map(self.share, sizes))
+    def share(self, *sizes: int) -> int:
+        """Entries of weights of these sizes that one rank has."""
+        return sum(math.ceil(size / self.world_size) for size in sizes)
 
     def walk(self, refresh: bool = False) -> Iterator[tuple[Block, str]]:
         """Each layer with its kind: how its matrices train in a pass.
@@ -231,17 +207,8 @@ class LayerParts:
     output: Matrix
     up: tuple[Matrix, ...]  # hidden -> between: one, two (gated), or the two in one
     down: Matrix
-
-    @property
-    def between(self) -> int:
-        """The MLP's inner width."""
-        return self.down.in_features
-
-    @property
-    def made(self) -> int:
-        """Entries a token that the MLP keeps for its backward pass, frozen."""
-        up = sum(m.out_features for m in self.up)
-        return up + (self.between if up > self.between else 0)  # gated: the activation's output, too
+    between: int  # the MLP's inner width
+    made: int  # entries a token that the MLP keeps for its backward pass, frozen
 
 
 def split(block: Block, hidden: int) -> LayerParts:
@@ -255,7 +222,10 @@ def split(block: Block, hidden: int) -> LayerParts:
     if not up or not rest:
         raise ValueError(f"{block.name} does not look like attention and an MLP")
     output = next(m for m in reversed(rest) if m.out_features == hidden)
-    return LayerParts(tuple(m for m in rest if m is not output), output, up, down)
+    attention, made = tuple(m for m in rest if m is not output), sum(m.out_features for m in up)
+    if made > down.in_features:  # gated: the activation's output, too
+        made += down.in_features
+    return LayerParts(attention, output, up, down, down.in_features, made)
 
 
 def keeps_low_rank(matrix: Matrix) -> bool:

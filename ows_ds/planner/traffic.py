@@ -1,4 +1,4 @@
-"""Bytes and collectives of a step: a pure function of shapes and settings, exact but for ZeRO-3's gathers without a replay."""
+"""Bytes and collectives of a step: a pure function of shapes and settings, exact but for ZeRO-3 without a replay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
     known, else see `gathers`.
     """
     w, b, e, plan = spec.world_size, spec.itemsize, spec.wide, spec.plan
-    full_rank = spec.shares(spec.full_rank.values()) * b * (w - 1)
+    full_rank = spec.share(*spec.full_rank.values()) * b * (w - 1)
     sent = plan.bytes_per_step(e, b)
     sent["full_rank_gradients"] = full_rank * spec.accumulation
     sent["full_rank_weights"] = 0 if spec.sharded else full_rank
@@ -48,8 +48,8 @@ def gathers(spec: StepSpec) -> tuple[int, int]:
     if not spec.sharded or spec.world_size == 1:
         return 0, 0
     bytes_of = (spec.world_size - 1) * spec.itemsize * spec.accumulation
-    outside = spec.shares(map(numel, spec.outside))
-    inside = [(spec.shares(map(numel, parts_of(block))), kind) for block, kind in spec.walk()]
+    outside = spec.share(*map(numel, spec.outside))
+    inside = [(spec.share(*map(numel, parts_of(block))), kind) for block, kind in spec.walk()]
     forward = sum(size for size, _ in inside) + outside
     backward = sum(size for size, kind in inside if kind) * (2 if spec.checkpointing else 1) + outside
     tied = spec.share(numel(spec.head)) if len(spec.head.modules) > 1 else 0  # a second use

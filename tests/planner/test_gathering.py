@@ -74,16 +74,24 @@ def courses(
     return seen[2:]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("always_on", ["none", "full"])
-@pytest.mark.parametrize("limits", LIMITS)
+CASES = [
+    pytest.param(
+        limits, always_on, checkpointing, marks=[pytest.mark.slow] if checkpointing != (always_on == "full") else []
+    )
+    for limits in LIMITS
+    for always_on in ("none", "full")
+    for checkpointing in (False, True)
+]
+
+
+@pytest.mark.parametrize(("limits", "always_on", "checkpointing"), CASES)
 def test_every_use(pools: Pools, limits: tuple[int, int, int], always_on: str, checkpointing: bool) -> None:
     for seen in pools(2).run(courses, "llama", limits, always_on, checkpointing, 1):
         for measured, planned in seen:
             assert measured == planned
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow), "gemma2"])
 def test_other_families_and_micro_batches(pools: Pools, family: str) -> None:
     for seen in pools(2).run(courses, family, LIMITS[2], "none", False, 3):
         for measured, planned in seen:

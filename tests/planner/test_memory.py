@@ -116,7 +116,13 @@ def steps(
 
 METHODS = [("ows", "none"), ("ows", "full"), ("ows", "low_rank"), ("galore", "none"), ("lisa", "full")]
 METHODS += [("full", "full"), ("lora", "full"), ("dora", "full"), ("mezo", "full")]
-CASES = [(*method, checkpointing, wide) for method in METHODS for checkpointing in (False, True) for wide in (0, 1)]
+# always: the peak in a layer without checkpointing, in the loss with it
+CASES = [
+    pytest.param(*method, checkpointing, wide, marks=[pytest.mark.slow] if checkpointing != bool(wide) else [])
+    for method in METHODS
+    for checkpointing in (False, True)
+    for wide in (0, 1)
+]
 
 
 @pytest.mark.parametrize(("method", "always_on", "checkpointing", "wide"), CASES)
