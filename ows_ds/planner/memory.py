@@ -28,7 +28,7 @@ def state(spec: StepSpec) -> Parts:
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(spec.full_rank.values()) if spec.method in ADAPTERS else 0
     mine = spec.share(*spec.full_rank.values())
-    rows, own = plan.rows * plan.rank, plan.stride * plan.rank
+    rows, own = plan.rows * plan.r, plan.stride * plan.r
     return {
         "weights": spec.share(*spec.sizes, adapters) * b if spec.sharded else sum(spec.sizes) * b + adapters * e,
         "coordinates": rows * b,
@@ -37,7 +37,7 @@ def state(spec: StepSpec) -> Parts:
         "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if spec.deepspeed_trains else 0),
         "moments": 2 * own * e + 2 * mine * e,
         "masters": mine * e + (own * e if b < e else 0),
-        "projectors": sum(m.short for m in spec.projected) * plan.rank * b,
+        "projectors": sum(m.short for m in spec.projected) * plan.r * b,
         **({"buckets": spec.bucket * b} if spec.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
     }
 
@@ -263,7 +263,7 @@ def _update(spec: StepSpec) -> int:
     found = [0]
     for kind in ("matrices", "vectors"):
         local = [layout.local(layout.segments.get(kind, (0, 0)), 0) for layout in spec.plan.layouts]
-        sizes = [(rows.stop - rows.start) * spec.plan.rank for rows in local if rows is not None]
+        sizes = [(rows.stop - rows.start) * spec.plan.r for rows in local if rows is not None]
         found += [_roots(spec, some) for some in group_in_order(sizes)]
     shares = {name: spec.share(size) for name, size in spec.full_rank.items()}
     parts = [*spec.layers.final, *(part for block in spec.layers.layers for part in block.vectors)]

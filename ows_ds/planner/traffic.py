@@ -26,7 +26,7 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
         last = spec.refresh_plan()
         sent["projectors"] = last.stride * spec.rank * b * (w - 1)
         merged = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
-        sent["merge"] = merged * plan.rank * e * (w - 1) if b < e else 0
+        sent["merge"] = merged * plan.r * e * (w - 1) if b < e else 0
         if spec.refresh == "sketch":
             first = spec.refresh_plan(long=True)
             sent["sketches"] = (first.stride + last.stride) * spec.sketch_columns * e * (w - 1)
