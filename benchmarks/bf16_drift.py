@@ -3,7 +3,7 @@
 Every method runs in float32 and in bfloat16, from the same weights (a small LLaMA, trained briefly in float32 and
 rounded to bfloat16), over the same batches of bytes of generated word problems, with the same layer sets and the
 projectors that its float32 run found. With U = W_T - W_0 of a matrix the drift is |U - U_float32| / |U_float32|
-(Frobenius). Weights are measured as they would be saved: folded, in the run's number format.
+(Frobenius). Weights are measured as they would be saved: merged, in the run's number format.
 
     python benchmarks/bf16_drift.py --json drift.json --plot drift.png
 """
@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import ows_ds.optimizer
 import torch
 import transformers as tf
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
+import ows_ds.optim.ows
 from ows_ds.data.samples import word_problems
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, add_low_rank
@@ -43,7 +43,7 @@ BATCH, LENGTH, VOCABULARY = 4, 32, 256  # sequences, tokens, bytes
 SEED = 0
 Weights = dict[str, Tensor]
 Method = tuple[Callable[[Tensor, float], float], Callable[[], None]]
-"""A step, (token ids, learning rate) -> loss, and what folds before weights are looked at."""
+"""A step, (token ids, learning rate) -> loss, and what merges before weights are looked at."""
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -97,13 +97,13 @@ def start(args: argparse.Namespace, data: Tensor) -> Weights:
 
 
 class Mastered(Replicated):
-    """Weights with float32 masters beside them, as mixed precision has them: folds add up in these."""
+    """Weights with float32 masters beside them, as mixed precision has them: merges add up in these."""
 
     def __init__(self, module: nn.Module, comm: Communicator) -> None:
         super().__init__(module, comm)
         self.masters = {parameter: parameter.detach().float() for parameter in module.parameters()}
 
-    def fold(
+    def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         master = self.masters[parameter]
@@ -118,14 +118,14 @@ def ours(
     optimizer = OWS(
         (Mastered if master else Replicated)(model, Communicator()),
         scores=[1.0] * args.layers, gamma=gamma, scheme="fixed", period=args.period, rank=rank,
-        refresh_gap=args.refresh_gap, projector="svd", fold_rounding=rounding, seed=SEED,
+        update_proj_gap=args.update_proj_gap, projector="svd", merge_rounding=rounding, seed=SEED,
     )  # fmt: skip
 
     def step(ids: Tensor, lr: float) -> float:
         optimizer.param_groups[0]["lr"] = lr
         return float(optimizer.train_step([lambda: loss_of(model, ids)]))
 
-    return step, optimizer.fold
+    return step, optimizer.merge
 
 
 def plain(
@@ -167,7 +167,7 @@ def galore_torch(model: Any, args: argparse.Namespace, master: bool = False) -> 
     """GaLore's own AdamW: the layers' matrices in subspaces, everything else at full rank."""
     matrices = [p for name, p in model.named_parameters() if is_layers(name) and p.dim() == 2]
     others = [p for name, p in model.named_parameters() if not (is_layers(name) and p.dim() == 2)]
-    low_rank = {"rank": args.rank, "update_proj_gap": args.refresh_gap, "scale": 1.0, "proj_type": "std"}
+    low_rank = {"rank": args.rank, "update_proj_gap": args.update_proj_gap, "scale": 1.0, "proj_type": "std"}
     groups = [{"params": matrices, **low_rank}, {"params": others}]
     return plain(model, functools.partial(GaLoreAdamW, groups, eps=1e-8, no_deprecation_warning=True), master)
 
@@ -199,7 +199,7 @@ def is_layers(name: str) -> bool:
 def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], dict[str, dict[str, Any]]]]:
     """By title: what makes the method, and its variants in bfloat16, by what they do about rounding."""
     folds: dict[str, dict[str, Any]]
-    folds = {"nearest fold": {}, "stochastic fold": {"rounding": "stochastic"}, "float32 masters": {"master": True}}
+    folds = {"nearest merge": {}, "stochastic merge": {"rounding": "stochastic"}, "float32 masters": {"master": True}}
     no_master: dict[str, dict[str, Any]] = {"no masters": {}, "float32 masters": {"master": True}}
     return {
         "OWS": (functools.partial(ours, gamma=args.gamma, rank=args.rank), folds),
@@ -242,12 +242,12 @@ def train(
     """The matrices' updates U, float32, after every ``args.every`` steps, the last weights under 0, and the mean
     training loss of the last tenth of the steps."""
     model = model_of(args, dtype, begin)
-    step, fold = make(model, args, **more)
+    step, merge = make(model, args, **more)
     losses, updates = [], {}
     for number in range(1, args.steps + 1):
         losses.append(step(batch(data, number), args.lr * (1 - (number - 1) / args.steps)))
         if number % args.every == 0 or number == args.steps:
-            fold()
+            merge()
             updates[number] = {n: p.detach().float() - begin[n] for n, p in model.named_parameters() if p.dim() == 2}
     last = losses[-max(1, args.steps // 10) :]
     updates[0] = {name: p.detach().float() for name, p in model.named_parameters()}
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind, default, meaning in (
         ("steps", int, 2000, "optimizer steps"),
-        ("every", int, 200, "steps between two measurements; each folds"),
+        ("every", int, 200, "steps between two measurements; each merges"),
         ("pretrain", int, 500, "steps in float32 before"),
         ("lr", float, 3e-4, "peak learning rate, linear to 0"),
         ("hidden", int, 128, "size of the model"),
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
             results = dict(zip(titles, pool.map(run, titles), strict=True))
-    measured = results[titles[0]]["variants"]["bfloat16, nearest fold"]["step"]
+    measured = results[titles[0]]["variants"]["bfloat16, nearest merge"]["step"]
     print(table(results, sorted({measured[0], measured[-1]})))
     print(f"\n{time.monotonic() - began:.0f} s; held-out loss before: {results['OWS']['held_out_loss_before']:.4f}")
     if args.json is not None:

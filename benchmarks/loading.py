@@ -87,13 +87,13 @@ def work(small: str, model: str, sharding: str, output: str) -> None:
     from ows_ds.model.pretrained import load_model
     from ows_ds.train.export import save_model
 
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     found: dict[str, Any] = {}
     for path in (small, model):
         recipe = config.from_dict(
             {
                 "model": {"path": path},
-                "train": {"output_dir": output, "batch_size": world, "sharding": sharding},
+                "train": {"output_dir": output, "global_batch_size": world_size, "sharding": sharding},
                 "data": {"train": "none"},
             }
         )
@@ -101,14 +101,14 @@ def work(small: str, model: str, sharding: str, output: str) -> None:
         with Peak() as loading:
             weights, _ = load_model(recipe, runtime)
         parameters = list(weights.module.parameters())
-        held = sum(weights.held(parameter)[1].nbytes for parameter in parameters)
-        largest = max(weights.held(p)[1].element_size() * math.prod(weights.shape(p)) for p in parameters)
+        resident_slice = sum(weights.resident_slice(parameter)[1].nbytes for parameter in parameters)
+        largest = max(weights.resident_slice(p)[1].element_size() * math.prod(weights.shape(p)) for p in parameters)
         folder = Path(output) / Path(path).name
         tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
         with Peak() as exporting:
             save_model(weights, tokenizer, folder)
         found = {
-            "held": held,
+            "held": resident_slice,
             "largest": largest,
             "load": loading.bytes,
             "load_seconds": loading.seconds,
@@ -119,15 +119,15 @@ def work(small: str, model: str, sharding: str, output: str) -> None:
     Path(output, f"rank{rank}.json").write_text(json.dumps(found))
 
 
-def measure(small: Path, model: Path, sharding: str, world: int, folder: Path) -> list[dict[str, Any]]:
+def measure(small: Path, model: Path, sharding: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
     """What every process of a world of fresh processes found."""
     folder.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, **MALLOC, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     words = [str(Path(__file__).resolve()), "--work", str(small), str(model), sharding, str(folder)]
     subprocess.run([*launch, *words], check=True, env=environment, cwd=root)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -153,16 +153,16 @@ def main(words: Sequence[str] | None = None) -> None:
             write_model(model, layers_for(gigabytes))
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             for sharding in given.shardings.split(","):
-                for world in map(int, given.worlds.split(",")):
-                    output = temporary / f"{gigabytes:g}-{sharding}-{world}"
-                    ranks = measure(temporary / "small", model, sharding, world, output)
+                for world_size in map(int, given.worlds.split(",")):
+                    output = temporary / f"{gigabytes:g}-{sharding}-{world_size}"
+                    ranks = measure(temporary / "small", model, sharding, world_size, output)
                     worst = max(ranks, key=lambda rank: rank["load"])
-                    results.append({"bytes": size, "sharding": sharding, "world": world, "ranks": ranks})
+                    results.append({"bytes": size, "sharding": sharding, "world_size": world_size, "ranks": ranks})
                     share = max(rank["load"] / (rank["held"] + rank["largest"]) for rank in ranks)
                     seconds = [max(rank[key] for rank in ranks) for key in ("load_seconds", "export_seconds")]
                     numbers = [worst["held"] / 1e6, worst["largest"] / 1e6, worst["load"] / 1e6]
                     print(
-                        f"| {size / 1e6:.0f} | {sharding} | {world} | "
+                        f"| {size / 1e6:.0f} | {sharding} | {world_size} | "
                         + " | ".join(f"{number:.0f}" for number in numbers)
                         + f" | {share:.2f} | {seconds[0]:.1f} | {max(rank['export'] for rank in ranks) / 1e6:.0f}"
                         + f" | {seconds[1]:.1f} |",

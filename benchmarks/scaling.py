@@ -69,7 +69,7 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
     """
     job = one.usual
     assert job.gathered is not None
-    gathered, w = job.gathered, job.world
+    gathered, w = job.gathered, job.world_size
     own: dict[str, int] = defaultdict(int)
     for name, numel in gathered.numel.items():
         own[name.rpartition(".")[0]] += numel
@@ -95,10 +95,10 @@ def simulate(model: Model, recipe: config.Recipe, cluster: Cluster, largest: int
         [changed] = under(recipe, [method]).values()
         replays = Replays(model.config)
         found[name] = {}
-        for world in (size for size in scaling_sizes(cluster, largest) if size >= cluster.gpus):
-            one = scaled(changed, model, cluster, world, home, replays=replays)
+        for world_size in (size for size in scaling_sizes(cluster, largest) if size >= cluster.gpus):
+            one = scaled(changed, model, cluster, world_size, home, replays=replays)
             seconds, waiting = step_seconds(one, algorithm)
-            found[name][world] = {
+            found[name][world_size] = {
                 "seconds": seconds, "waiting": waiting, "tokens_per_second": one.tokens / seconds,
                 "sent": sum(message.sent for message in one.sent.values()), "peak": one.peak, "fits": one.fits,
             }  # fmt: skip
@@ -110,10 +110,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
     shown = []
     for network, systems in found.items():
         rows = []
-        for world in next(iter(systems.values())):
-            row = [f"{world:,}"]
+        for world_size in next(iter(systems.values())):
+            row = [f"{world_size:,}"]
             for by_world in systems.values():
-                one = by_world[world]
+                one = by_world[world_size]
                 cell = f"{1e3 * one['seconds']:,.0f}"
                 row += [cell if one["fits"] else f"({cell})", f"{100 * one['waiting'] / one['seconds']:.0f}"]
             rows.append(row)
@@ -126,7 +126,10 @@ def sent(found: dict[str, Any]) -> Table:
     """What a GPU sends; the same over any network."""
     systems = next(iter(found.values()))
     sizes = next(iter(systems.values()))
-    rows = [[f"{world:,}", *(f"{one[world]['sent'] / 1e9:.2f}" for one in systems.values())] for world in sizes]
+    rows = [
+        [f"{world_size:,}", *(f"{one[world_size]['sent'] / 1e9:.2f}" for one in systems.values())]
+        for world_size in sizes
+    ]
     return Table("sent by a GPU in a step [GB]", ["GPUs", *systems], rows)
 
 
@@ -136,7 +139,7 @@ def notes(model: Model, recipe: config.Recipe, cluster: Cluster) -> list[str]:
     return [
         "SIMULATED: no GPU and no network was used. These are what latencies, bandwidths and flops give, not times.",
         f"{model.name}, {recipe.model.dtype}, length {recipe.data.max_length}, {train.micro_batch_size} sequences of a "
-        f"GPU and pass, {train.batch_size // train.micro_batch_size // cluster.world} passes a step, rank "
+        f"GPU and pass, {train.global_batch_size // train.micro_batch_size // cluster.world_size} passes a step, rank "
         f"{recipe.optim.rank}, gamma {recipe.sampling.gamma:g}, always_on {recipe.optim.always_on}.",
         f"Nodes of {cluster.gpus} GPUs: {cluster.tflops:g} TFLOP/s, NVLink {cluster.nvlink:g} GB/s; "
         f"{100 * cluster.reach:.0f} % of all data sheets' numbers is reached. Numbers in brackets: does not fit into "
@@ -163,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "train": {
                 "output_dir": "simulated",
                 "micro_batch_size": given.micro_batch,
-                "batch_size": given.micro_batch * node.world,
+                "global_batch_size": given.micro_batch * node.world_size,
                 "gradient_checkpointing": True,
             },
         }
@@ -186,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         json.dumps({"simulated": True, "notes": said, "found": found}, indent=1)
     )
     series = {
-        f"{system}, {network}": {world: one["tokens_per_second"] for world, one in by_world.items()}
+        f"{system}, {network}": {world_size: one["tokens_per_second"] for world_size, one in by_world.items()}
         for network, systems in found.items()
         for system, by_world in systems.items()
         if all(one["fits"] for one in by_world.values())

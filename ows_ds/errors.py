@@ -43,7 +43,7 @@ class UserError(Exception):
         self.key = _cut(one_line(key), 120)
         self.value = value
         self.right = _cut(one_line(right), _LONGEST)
-        super().__init__(f"{self.key}: {shorten(value)} is not right: {self.right}")
+        super().__init__(f"{self.key}: {shorten(value)} is invalid: {self.right}")
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
         # Exceptions cross process borders by pickle, which would otherwise call UserError(message).

@@ -15,7 +15,7 @@ from ows_ds.errors import UserError, first_line
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file next to ``path`` that becomes ``path`` when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +63,16 @@ def read_yaml(path: str | Path, key: str = "config") -> dict[str, Any]:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise UserError(key, str(path), f"give a readable YAML file ({error})") from error
+        raise UserError(key, str(path), f"expected a readable YAML file ({error})") from error
     try:
         tree = yaml.load(text, _strict_loader())
     except Exception as error:  # the reader meets some values that are none with KeyErrors and the like
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(key, where, f"give valid YAML ({problem})") from error
+        raise UserError(key, where, f"expected valid YAML ({problem})") from error
     if not isinstance({} if tree is None else tree, dict):
-        raise UserError(key, str(path), "give a YAML file of sections, such as `optim:` above `  rank: 64`")
+        raise UserError(key, str(path), "expected a YAML file of sections, such as `optim:` above `  rank: 64`")
     return tree or {}
 
 

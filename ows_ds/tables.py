@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def bars(parts: Mapping[str, Mapping[str, float]], label: str, path: Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     if len(kinds) > 1:
         figure.legend(frameon=False, loc="outside upper center", ncols=min(len(kinds), 5))
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 
@@ -123,5 +123,5 @@ def lines(series: Mapping[str, Mapping[int, float]], x: str, y: str, path: Path,
         figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
     else:
         axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")

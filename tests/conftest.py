@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave float32 at one and three processes to --slow: float64 shows the arithmetic, two processes float32."""
     for item in items:
         given = getattr(getattr(item, "callspec", None), "params", {})
-        if given.get("dtype") == torch.float32 and given.get("world") in (1, 3):
+        if given.get("dtype") == torch.float32 and given.get("world_size") in (1, 3):
             item.add_marker(pytest.mark.slow)
 
 

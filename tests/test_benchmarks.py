@@ -18,7 +18,9 @@ from benchmarks import bf16_drift as drift
 from benchmarks import refresh
 from ows_ds.optim.projection import exact_projector
 
-SMALL = Namespace(steps=4, every=2, pretrain=2, lr=1e-3, hidden=32, layers=2, gamma=1, period=2, rank=4, refresh_gap=2)
+SMALL = Namespace(
+    steps=4, every=2, pretrain=2, lr=1e-3, hidden=32, layers=2, gamma=1, period=2, rank=4, update_proj_gap=2
+)
 
 
 def test_drift_study_writes_table_numbers_and_picture(
@@ -61,9 +63,9 @@ def test_energies_of_projectors() -> None:
     exact = exact_projector(steep["w"], 4)
     assert refresh.kept(steep["w"], exact, exact) == 1
     assert refresh.kept(steep["w"], torch.eye(40)[:, -4:], exact) < 0.01
-    found = refresh.energies([steep, steep], 4)
+    found = refresh.projector_energy([steep, steep], 4)
     assert all(0.99 < one <= 1 + 1e-6 for some in found.values() for one in some)
-    other = refresh.energies([flat, {"w": flat["w"].flip(0).roll(3, 1)}], 4)
+    other = refresh.projector_energy([flat, {"w": flat["w"].flip(0).roll(3, 1)}], 4)
     assert other["sketches, the first of another batch"][0] < other["from noise"][0] < 1
 
 

@@ -13,7 +13,7 @@ import yaml
 from ows_ds import config
 from ows_ds.config.reference import reference
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDER = (  # of what messages are filled with
     r"\bstep-N\b|\[[^\]]*\]|\.\.\.|'[^']*'|[()]|\b[A-Z]+\b|\b\d[\d.]*|\b(?:nan|inf|None)\b|Disagreement: "
@@ -43,7 +43,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
         if section not in config.SECTIONS or name in ("json", "py", "parameters", "encode_rows", "RunLog"):
             continue
         assert key in hints
-        if value and "..." not in value and "is not right" not in value:
+        if value and "..." not in value and "is invalid" not in value:
             config.convert(key, yaml.safe_load(value), hints[key], hints[key])
 
 
@@ -84,7 +84,7 @@ def said() -> str:
 
 def parts(message: str) -> list[str]:
     """What of a quoted message must stand in the code: no values, names in capitals or numbers."""
-    found = re.split(rf"{PLACEHOLDER}| is not right: ", message)
+    found = re.split(rf"{PLACEHOLDER}| is invalid: ", message)
     return [part.strip(" :,;") for part in found if len(part.strip(" :,;").split()) > 1]
 
 
@@ -97,8 +97,8 @@ def quoted() -> list[str]:
 
 def test_there_are_messages() -> None:
     assert len([message for message in quoted() if parts(message)]) > 40
-    assert parts("optim.rank: '...' is not right: give at most N, the smaller side of NAME") == [
-        "give at most",
+    assert parts("optim.rank: '...' is invalid: expected at most N, the smaller side of NAME") == [
+        "expected at most",
         "the smaller side of",
     ]
 

@@ -12,42 +12,42 @@ import torch.distributed as dist
 from tests.support.pool import Pool, Pools, RanksFailed
 
 
-def total(rank: int, world: int, start: int) -> int:
+def total(rank: int, world_size: int, start: int) -> int:
     tensor = torch.tensor([start + rank])
     dist.all_reduce(tensor)
     return int(tensor)
 
 
-def who(rank: int, world: int) -> tuple[int, int, int, str, float]:
+def who(rank: int, world_size: int) -> tuple[int, int, int, str, float]:
     return os.getpid(), dist.get_rank(), dist.get_world_size(), dist.get_backend(), float(torch.rand(()))
 
 
-def raises_on(rank: int, world: int, which: int) -> None:
+def raises_on(rank: int, world_size: int, which: int) -> None:
     print(f"rank {rank} is here")
     if rank == which:
         raise ValueError(f"rank {rank} does not like it")
 
 
-def leaves_others_waiting(rank: int, world: int) -> None:
+def leaves_others_waiting(rank: int, world_size: int) -> None:
     if rank == 0:
         raise ValueError("rank 0 went away")
     dist.barrier()
 
 
-def sleeps(rank: int, world: int, which: int) -> None:
+def sleeps(rank: int, world_size: int, which: int) -> None:
     if rank == which:
         time.sleep(600)
 
 
-def dies(rank: int, world: int) -> None:
+def dies(rank: int, world_size: int) -> None:
     os._exit(7)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_results_by_rank(pools: Pools, world: int) -> None:
-    assert pools(world).run(total, 10) == [10 * world + sum(range(world))] * world
-    first, second = pools(world).run(who), pools(world).run(who)
-    assert [answer[1:4] for answer in first] == [(rank, world, "gloo") for rank in range(world)]
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_results_by_rank(pools: Pools, world_size: int) -> None:
+    assert pools(world_size).run(total, 10) == [10 * world_size + sum(range(world_size))] * world_size
+    first, second = pools(world_size).run(who), pools(world_size).run(who)
+    assert [answer[1:4] for answer in first] == [(rank, world_size, "gloo") for rank in range(world_size)]
     assert first == second  # the same processes, the same random numbers
 
 

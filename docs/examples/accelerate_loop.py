@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from ows_ds import OWS
 from ows_ds.importance.scores import score
 from ows_ds.model.layers import find_layers
-from ows_ds.optim.ows import as_weights
+from ows_ds.distributed.adopt import as_weights
 
 MICRO_BATCHES = 2  # a step, on each process
 
@@ -23,8 +23,8 @@ rows = [tokenizer(f"{i} plus {i} is {2 * i}.") for i in range(64)]
 collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 loader = accelerator.prepare(DataLoader(rows, 4, shuffle=True, collate_fn=collate))  # this alone is prepared
 
-weights = as_weights(model)  # copies process 0's weights to all; no DistributedDataParallel
-assert weights.comm.world == accelerator.num_processes
+weights = as_weights(model)  # copies rank 0's weights to all; no DistributedDataParallel
+assert weights.comm.world_size == accelerator.num_processes
 scores = score(weights, find_layers(model, weights.shape), loader, tau=13)
 ows = OWS(weights, scores=scores, gamma=5, rank=128, period=2, lr=3e-4, accumulation=MICRO_BATCHES)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=len(loader) // MICRO_BATCHES)

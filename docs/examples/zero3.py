@@ -25,7 +25,7 @@ if torch.cuda.is_available():
 deepspeed.init_distributed()  # before `join`, which knows the process group that there is
 comm = join(device)
 
-config = resolve_config(DEFAULT_CONFIG, "bfloat16", micro_batch_size=4, accumulation=1, world=comm.world)
+config = resolve_config(DEFAULT_CONFIG, "bfloat16", micro_batch_size=4, accumulation=1, world_size=comm.world_size)
 keep = HfDeepSpeedConfig(config)  # while it lives, transformers loads models into shards
 model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
 weights = Zero3(model, config, comm)  # makes the DeepSpeed engine, without an optimizer
@@ -33,7 +33,7 @@ weights = Zero3(model, config, comm)  # makes the DeepSpeed engine, without an o
 tokenizer = AutoTokenizer.from_pretrained(path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 rows = [tokenizer(f"{i} plus {i} is {2 * i}.") for i in range(64)]
-sampler = DistributedSampler(rows, comm.world, comm.index)  # each process its own rows, and as many as the others
+sampler = DistributedSampler(rows, comm.world_size, comm.rank)  # each process its own rows, and as many as the others
 collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 loader = DataLoader(rows, 4, sampler=sampler, collate_fn=collate)
 
@@ -48,14 +48,14 @@ for batch in loader:
     ows.step()
     schedule.step()
     ows.zero_grad()
-    if comm.index == 0:
+    if comm.rank == 0:
         print(f"step {ows.steps}  loss {loss.item():.4f}")
 
 model.eval()
 prompt = tokenizer("3 plus 3 is", return_tensors="pt").to(device)
 answer = model.generate(**prompt, max_new_tokens=8, synced_gpus=True)  # on all processes, coordinates attached
 weights.after_step()  # after every evaluation batch and every generation: nothing stays gathered
-if comm.index == 0:
+if comm.rank == 0:
     print(tokenizer.decode(answer[0]))
 
 ows.close()

@@ -15,7 +15,7 @@ from ows_ds.data.encode import encode
 from ows_ds.data.encoded import IGNORE
 from ows_ds.data.rows import Row
 from ows_ds.data.samples import DEFAULT_TASK
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 
@@ -32,7 +32,7 @@ def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:
     while end and encoded["labels"][end - 1] != IGNORE:
         end -= 1
     if not end:
-        raise UserError(key, row, "give rows with a question and an answer")
+        raise UserError(key, row, "expected rows with a question and an answer")
     return encoded["input_ids"][:end]
 
 
@@ -46,7 +46,9 @@ def check_row(row: Row, where: str) -> None:
     from reasoning_gym.factory import DATASETS
 
     if not isinstance(row.get("answer"), str) or row.get("task", DEFAULT_TASK) not in DATASETS:
-        right = "give rows with answer and task, as `python -m ows_ds.data.samples problems` writes, or accuracy: null"
+        right = (
+            "expected rows with answer and task, as `python -m ows_ds.data.samples problems` writes, or accuracy: null"
+        )
         raise UserError("test", where, right)
 
 
@@ -103,15 +105,15 @@ def count_right(
 ) -> int:
     """How many of ``rows`` are answered right, the same on all processes, which share the rows. Collective."""
     comm = weights.comm
-    with together(comm):
+    with fail_together(comm):
         prompts = [prompt(row, tokenizer, data, "test") for row in rows]
     weights.module.eval()
     texts: dict[int, str] = {}
-    for share in held_out_batches(len(rows), batch_size, comm.world, comm.index, [len(p) for p in prompts]):
+    for share in held_out_batches(len(rows), batch_size, comm.world_size, comm.rank, [len(p) for p in prompts]):
         if share or weights.sharded:  # under ZeRO-3 a process without rows takes part all the same
             found = generate(weights, tokenizer, [prompts[i] for i in share or [0]], max_new_tokens)
             texts.update(zip(share, found, strict=False))
             weights.after_step()
-    with together(comm):
+    with fail_together(comm):
         right = torch.tensor(sum(is_right(rows[i], text) for i, text in texts.items()), device=weights.device)
     return int(comm.all_reduce(right, "evaluation"))

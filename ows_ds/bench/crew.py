@@ -19,20 +19,20 @@ class Failed(Exception):
 
 
 class Worker:
-    """One method in ``world`` processes of its own, which meet on the loopback device."""
+    """One method in ``world_size`` processes of its own, which meet on the loopback device."""
 
-    def __init__(self, setting: Setting, method: str, world: int = 1) -> None:
+    def __init__(self, setting: Setting, method: str, world_size: int = 1) -> None:
         """Returns at once; `hear` then gives what the first step told."""
         self.method = method
-        self._errors = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
+        self._errors = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115
         self._processes: list[subprocess.Popen[str]] = []
-        port = _free_port() if world > 1 else 0
+        port = _free_port() if world_size > 1 else 0
         for index, errors in enumerate(self._errors):
             command = [sys.executable, "-m", "ows_ds.bench.worker"]
-            if world > 1:  # as a launcher tells its processes
-                names: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "LOCAL_WORLD_SIZE": world}
+            if world_size > 1:  # as a launcher tells its processes
+                names: dict[str, Any] = {"RANK": index, "LOCAL_RANK": index, "LOCAL_WORLD_SIZE": world_size}
                 names |= {
-                    "WORLD_SIZE": world,
+                    "WORLD_SIZE": world_size,
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": port,
                     "ACCELERATE_USE_CPU": "true",
@@ -43,7 +43,7 @@ class Worker:
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
                 )
             )
-        self._tell({"setting": asdict(setting), "method": method, "world": world})
+        self._tell({"setting": asdict(setting), "method": method, "world_size": world_size})
 
     def ask(self, **question: Any) -> list[dict[str, Any]]:
         """The processes' answers, in order. Raises Failed."""

@@ -31,10 +31,10 @@ from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
 from ows_ds.config import Data, Recipe, accumulation, sources
 from ows_ds.data.rows import load_rows
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.model.pretrained import free_memory, load_model, load_tokenizer
 from ows_ds.train import trainer
@@ -59,7 +59,7 @@ def quality(
             work.run(run)
             work.report(command)
         summary = work.report(command)
-    if runtime.comm.index == 0:
+    if runtime.comm.rank == 0:
         print(json.dumps(summary, indent=2, allow_nan=False) if as_json else report.terminal(summary))
 
 
@@ -67,9 +67,9 @@ def _check(plan: Study, output: Path, seeds: Sequence[int] | None, variants: Seq
     for key, given, known in (("seeds", seeds, plan.seeds), ("variants", variants, plan.variants)):
         for one in given or ():
             if one not in known:
-                raise UserError(key, one, f"give some of the study's: {', '.join(map(str, known))}")
+                raise UserError(key, one, f"expected some of the study's: {', '.join(map(str, known))}")
     if output.exists() and not output.is_dir():
-        raise UserError("output", str(output), "give a folder, or a name at which one can be made")
+        raise UserError("output", str(output), "expected a folder, or a name at which one can be made")
     recipes = [study.recipe_of(plan, run, output) for run in study.grid(plan)]
     needed = {
         "reasoning_gym": plan.accuracy is not None,
@@ -87,8 +87,10 @@ def _rows(plan: Study, data: Data) -> dict[str, str]:
 
     Raises UserError for rows of test that are in one of the others, or that cannot be marked.
     """
-    held = plan.test_data(data)
-    given = {key: sources(data, key) for key in ("data.train", "data.eval")} | {"test": sources(held, "data.eval")}
+    resident_slice = plan.test_data(data)
+    given = {key: sources(data, key) for key in ("data.train", "data.eval")} | {
+        "test": sources(resident_slice, "data.eval")
+    }
     rows = {
         key: [
             row
@@ -101,7 +103,7 @@ def _rows(plan: Study, data: Data) -> dict[str, str]:
     lines = {key: [json.dumps(row, sort_keys=True, default=str) for row in some] for key, some in rows.items()}
     for key in ("data.train", "data.eval"):
         if set(lines["test"]) & set(lines.get(key, ())):
-            raise UserError("test", plan.test, f"give rows that are not in {key}: some are in both")
+            raise UserError("test", plan.test, f"expected rows that are not in {key}: some are in both")
     if plan.accuracy is not None:
         for number, row in enumerate(rows["test"][: plan.accuracy.rows], start=1):
             answers.check_row(row, f"{plan.test}: row {number}")
@@ -109,20 +111,20 @@ def _rows(plan: Study, data: Data) -> dict[str, str]:
 
 
 class _Work:
-    """A study under way. Files decide what is done; process 0 reads them, and the others do as it says."""
+    """A study under way. Files decide what is done; rank 0 reads them, and the others do as it says."""
 
     def __init__(self, plan: Study, output: Path, runtime: Runtime) -> None:
         self.plan, self.output, self.runtime = plan, output, runtime
-        self.comm, self.main = runtime.comm, runtime.comm.index == 0
+        self.comm, self.main = runtime.comm, runtime.comm.rank == 0
 
     def begin(self) -> None:
         """Take ``output`` for this study; measure the model before training."""
         for run in study.grid(self.plan):
-            accumulation(study.recipe_of(self.plan, run, self.output), self.comm.world)
-        with together(self.comm):
+            accumulation(study.recipe_of(self.plan, run, self.output), self.comm.world_size)
+        with fail_together(self.comm):
             if self.main:
                 self._take_output()
-        if not self.comm.share((self.output / "base.json").exists()):
+        if not self.comm.broadcast_object((self.output / "base.json").exists()):
             self._say("the model before training")
             recipe = study.recipe_of(self.plan, study.grid(self.plan)[0], self.output)
             self._write(self.output / "base.json", self._measure(recipe))
@@ -133,18 +135,18 @@ class _Work:
         if file.exists():
             begun = sorted(folder.name for folder in self.output.glob("runs/*"))
             if wrong := study.conflict(files.read_yaml(file, "output"), tree, begun):
-                right = f"give another folder: it holds a study that differs in {wrong}"
+                right = f"expected another folder: it holds a study that differs in {wrong}"
                 raise UserError("output", str(self.output), right)
         # a hidden file is another job's that has just begun with the same study
         elif self.output.exists() and any(not file.name.startswith(".") for file in self.output.iterdir()):
-            raise UserError("output", str(self.output), "give an empty folder, or the one of a study to go on with")
-        with beside(file) as partial:
+            raise UserError("output", str(self.output), "expected an empty folder, or the one of a study to go on with")
+        with atomic_write(file) as partial:
             partial.write_text(yaml.safe_dump(tree, sort_keys=False))
 
     def next(self, variants: Sequence[str] | None, seeds: Sequence[int] | None) -> Run | None:
         """The first run that is not complete; the same on all processes."""
         run = study.next_run(self.plan, losses(results(self.plan, self.output)), variants, seeds) if self.main else None
-        shared = self.comm.share(None if run is None else [run.variant, run.lr, run.seed])
+        shared = self.comm.broadcast_object(None if run is None else [run.variant, run.lr, run.seed])
         return None if shared is None else Run(*shared)
 
     def run(self, run: Run) -> None:
@@ -153,10 +155,10 @@ class _Work:
         self._say(f"run {done + 1} of {study.size(self.plan)}: {run.variant}, lr {run.lr:g}, seed {run.seed}")
         folder = self.output / run.folder
         recipe = study.recipe_of(self.plan, run, self.output)
-        known = self.comm.share(self._scores_of_another(recipe, folder) if self.main else None)
+        known = self.comm.broadcast_object(self._scores_of_another(recipe, folder) if self.main else None)
         if known is not None:
             recipe = replace(recipe, sampling=replace(recipe.sampling, scores=known))
-        if not self.comm.share((folder / "model").exists()):
+        if not self.comm.broadcast_object((folder / "model").exists()):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # metrics.jsonl tells of this run, not of those before it
             try:
@@ -217,20 +219,20 @@ class _Work:
         return found
 
     def report(self, command: str) -> dict[str, Any]:
-        """Write the tables and pictures of what is complete; the result as JSON-able values, on process 0."""
+        """Write the tables and pictures of what is complete; the result as JSON-able values, on rank 0."""
         summary: dict[str, Any] = {}
-        with together(self.comm):
+        with fail_together(self.comm):
             if self.main:
                 base = json.loads((self.output / "base.json").read_text())
-                facts = report.facts(command, self.comm.world)
+                facts = report.facts(command, self.comm.world_size)
                 summary = report.summarize(self.plan, base, results(self.plan, self.output), facts)
                 report.write(self.plan, summary, self.output)
         return summary
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
-        with together(self.comm):
+        with fail_together(self.comm):
             if self.main:
-                with beside(path) as partial:
+                with atomic_write(path) as partial:
                     partial.write_text(json.dumps(content, allow_nan=False) + "\n")
 
     def _say(self, text: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from ows_ds import tables
 from ows_ds.bench.statistics import describe, t_test
 from ows_ds.bench.study import Run, Study, choose, size
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.importance.plot import plot
 from ows_ds.importance.scores import Scores
 from ows_ds.tables import Table
@@ -28,7 +28,7 @@ _WINDOW = 0.05  # of the steps: half the window that the training loss is averag
 Result = Mapping[str, Any]
 
 
-def facts(command: str, world: int) -> dict[str, Any]:
+def facts(command: str, world_size: int) -> dict[str, Any]:
     """When, with what and on what."""
     versions = {"python": platform.python_version()}
     for name in ("ows_ds", *_PACKAGES):
@@ -40,7 +40,7 @@ def facts(command: str, world: int) -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     hardware = f"{os.cpu_count()} cores of {_processor()}, {memory:.0f} GiB, {', '.join(gpus) or 'no GPU'}"
     date = datetime.now(timezone.utc).date().isoformat()
-    return {"date": date, "command": command, "processes": world, "hardware": hardware, "versions": versions}
+    return {"date": date, "command": command, "processes": world_size, "hardware": hardware, "versions": versions}
 
 
 def heading(title: str, known: Mapping[str, Any], processes: str = "", threads: str = "") -> list[str]:
@@ -196,7 +196,7 @@ def write(plan: Study, summary: Mapping[str, Any], output: Path) -> None:
         "quality.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
         "quality.md": markdown(summary),
     }.items():
-        with beside(output / name) as partial:
+        with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     curves = {
         name: [_losses(output / Run(name, variant["lr"], seed).folder) for seed in variant["seeds"]]
@@ -256,5 +256,5 @@ def _plot_losses(curves: Mapping[str, list[list[float | None]]], path: Path) -> 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2 if len(curves) > 5 else 1)
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")

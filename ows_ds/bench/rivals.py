@@ -15,10 +15,10 @@ from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.train.loss import token_losses
 
 
-def rival(setting: Setting, name: str, world: int) -> Trial:
+def rival(setting: Setting, name: str, world_size: int) -> Trial:
     """One of `ows_ds.bench.setting.RIVALS` or of its LIMITS. Raises UserError for a package that is missing."""
     if name == "deepspeed":
-        return ours(setting, name, world)
+        return ours(setting, name, world_size)
     model = build_model(setting)
     layers = find_layers(model)
     if name in ("limit", "limit-lean"):
@@ -33,8 +33,8 @@ def rival(setting: Setting, name: str, world: int) -> Trial:
         )
     elif name == "lmflow-lisa":  # the embedding, the head and what is between them and the layers always train
         chosen = sampled(setting)
-        for index, unit in enumerate(layers.layers):
-            for part in (*(m.name for m in unit.matrices), *(v.name for v in unit.vectors)):
+        for index, block in enumerate(layers.layers):
+            for part in (*(m.name for m in block.matrices), *(v.name for v in block.vectors)):
                 model.get_parameter(part).requires_grad_(index in chosen)
     elif name == "galore_torch":
         return _galore(setting, model, layers)
@@ -69,7 +69,7 @@ def _galore(setting: Setting, model: Any, layers: ModelLayers) -> Trial:
         from galore_torch import GaLoreAdamW
     except ImportError as error:
         raise _missing("galore-torch") from error
-    low = [model.get_parameter(matrix.name) for unit in layers.layers for matrix in unit.matrices]
+    low = [model.get_parameter(matrix.name) for block in layers.layers for matrix in block.matrices]
     chosen = {id(parameter) for parameter in low}
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     projected = {"params": low, "rank": setting.rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}

@@ -29,7 +29,7 @@ from ows_ds.bench.setting import (
     parse_sweep,
     points,
 )
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.tables import Table
 
 Summary = dict[str, Any]
@@ -60,11 +60,11 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
         elif what == "memory":
             results = memory.measure(one, names, say)
         else:
-            results = traffic.measure(one, names, how.world, say)
+            results = traffic.measure(one, names, how.world_size, say)
         found.append({"value": None if swept is None else swept[1][index], "results": results})
     summary = {
         "format": 1,
-        **report.facts(command, how.world if what == "traffic" else 1),
+        **report.facts(command, how.world_size if what == "traffic" else 1),
         "what": what,
         "setting": asdict(settings[0]),
         "sweep": None if swept is None else swept[0],
@@ -166,7 +166,7 @@ def write(summary: Summary, shown: Sequence[Table], notes: Sequence[str], output
         f"{what}.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
         f"{what}.md": markdown(summary, shown, notes),
     }.items():
-        with beside(output / name) as partial:
+        with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     results, picture = summary["points"][0]["results"], output / f"{what}.png"
     good = {name: one for name, one in results.items() if "failed" not in one}

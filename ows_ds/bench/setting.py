@@ -48,7 +48,7 @@ class Setting:
         gamma: Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.
         rank: Rank of ows and galore.
         lora_rank: Rank of lora and dora.
-        refresh_gap: Steps between two projectors (T_p), over which the time of a refresh is spread.
+        update_proj_gap: Steps between two projectors (T_p), over which the time of a refresh is spread.
         refresh: What projectors are found from: full gradients, or sketches over two steps.
         dtype: Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU.
         device: Where it runs; auto: on a GPU where there is one (traffic: always on the CPU).
@@ -70,7 +70,7 @@ class Setting:
     gamma: int | None = None
     rank: int = 128
     lora_rank: int = 8
-    refresh_gap: int = 200
+    update_proj_gap: int = 200
     refresh: Literal["full", "sketch"] = "full"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -102,7 +102,7 @@ class How:
         warm_up: Of time: steps before them that are not counted.
         one_at_a_time: Of time: end each method's process before the next one starts, as is done where memory does
             not suffice for all.
-        world: Of traffic: processes, on this machine.
+        world_size: Of traffic: processes, on this machine.
         output: Folder of the files that are written; null: none.
         json: Print the result as JSON and nothing else.
     """
@@ -113,7 +113,7 @@ class How:
     steps: int = 4
     warm_up: int = 1
     one_at_a_time: bool = False
-    world: int = 2
+    world_size: int = 2
     output: str | None = None
     json: bool = False
 
@@ -128,20 +128,20 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
     """
     for name, value in asdict(setting).items():
         if type(value) is int and value < 1:
-            raise UserError(option(name), value, "give an integer of at least 1")
+            raise UserError(option(name), value, "expected an integer of at least 1")
     if setting.layers != "all" and not (setting.layers.isdecimal() and int(setting.layers)):
-        raise UserError("--layers", setting.layers, "give an integer of at least 1, or all")
+        raise UserError("--layers", setting.layers, "expected an integer of at least 1, or all")
     device = ("cuda" if cuda else "cpu") if setting.device == "auto" else setting.device
     if device == "cuda" and not cuda:
-        raise UserError("--device", "cuda", "give cpu: no GPU is to be seen")
+        raise UserError("--device", "cuda", "expected cpu: no GPU is to be seen")
     shape = _shape(setting, device) if setting.model is None else _shape_of_model(setting)
     layers = shape.layers
     gamma = layers if setting.gamma is None else setting.gamma
     if gamma > layers:
-        raise UserError("--gamma", gamma, f"give at most {layers}, the number of layers")
+        raise UserError("--gamma", gamma, f"expected at most {layers}, the number of layers")
     smallest = min(shape.hidden // shape.heads * shape.kv_heads, shape.hidden, shape.intermediate)
     if setting.rank > smallest:
-        raise UserError("--rank", setting.rank, f"give at most {smallest}, the smallest side of a matrix")
+        raise UserError("--rank", setting.rank, f"expected at most {smallest}, the smallest side of a matrix")
     filled = {width: getattr(shape, width) for width in WIDTHS}
     dtype = ("bfloat16" if device == "cuda" else "float32") if setting.dtype == "auto" else setting.dtype
     whole = setting.model is not None or setting.layers == "all"
@@ -152,10 +152,10 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
 def _shape(setting: Setting, device: str) -> Shape:
     """Of a random model."""
     if setting.shape is not None and setting.hidden is not None:
-        raise UserError("--hidden", setting.hidden, "give --shape or --hidden, not both")
+        raise UserError("--hidden", setting.hidden, "expected --shape or --hidden, not both")
     name = setting.shape or "llama2-7b"
     if name not in SHAPES:
-        raise UserError("--shape", name, f"give one of {', '.join(SHAPES)}")
+        raise UserError("--shape", name, f"expected one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
     if setting.hidden is not None:
         heads = setting.heads or max(1, setting.hidden // 128)
@@ -166,7 +166,7 @@ def _shape(setting: Setting, device: str) -> Shape:
     layers = shape.layers if setting.layers == "all" else int(setting.layers)
     shape = replace(shape, **given, layers=layers)
     if shape.hidden % (2 * shape.heads) or shape.heads % shape.kv_heads:
-        right = f"give --heads that share {shape.hidden} features in even parts, and --kv-heads that divide --heads"
+        right = f"expected --heads that share {shape.hidden} features in even parts, and --kv-heads that divide --heads"
         raise UserError("--heads, --kv-heads", f"{shape.heads}, {shape.kv_heads}", right)
     return shape
 
@@ -181,17 +181,17 @@ def _shape_of_model(setting: Setting) -> Shape:
         hidden, intermediate, heads, kv_heads, vocab = (int(found[name]) for name in names)
         return Shape(hidden, intermediate, heads, kv_heads, vocab, int(found["num_hidden_layers"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        right = f"give the folder of a model of the LLaMA kind ({type(error).__name__}: {error})"
+        right = f"expected the folder of a model of the LLaMA kind ({type(error).__name__}: {error})"
         raise UserError("--model", setting.model, right) from error
 
 
 def check(how: How) -> None:
     """Raises UserError for what is out of range."""
-    for name, least in {"rounds": 1, "steps": 1, "warm_up": 0, "world": 2}.items():
+    for name, least in {"rounds": 1, "steps": 1, "warm_up": 0, "world_size": 2}.items():
         if getattr(how, name) < least:
-            raise UserError(option(name), getattr(how, name), f"give an integer of at least {least}")
+            raise UserError(option(name), getattr(how, name), f"expected an integer of at least {least}")
     if how.output is not None and Path(how.output).exists() and not Path(how.output).is_dir():
-        raise UserError("--output", how.output, "give a folder, or a name at which one can be made")
+        raise UserError("--output", how.output, "expected a folder, or a name at which one can be made")
 
 
 def option(name: str) -> str:
@@ -203,7 +203,7 @@ def parse_methods(given: str | None, known: Sequence[str]) -> list[str]:
     """A list with commas -> methods; null: all that are ``known``. Raises UserError naming ``--methods``."""
     names = list(known) if given is None else [word.strip() for word in given.split(",")]
     if not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise UserError("--methods", given, f"give different ones of {', '.join(known)}, with commas between them")
+        raise UserError("--methods", given, f"expected different ones of {', '.join(known)}, with commas between them")
     return names
 
 
@@ -214,7 +214,7 @@ def parse_sweep(given: str | None) -> tuple[str, list[int]] | None:
     name, _, values = given.partition("=")
     words = [word.strip() for word in values.split(",")]
     if name not in ("gamma", "rank") or not all(word.isdecimal() and int(word) for word in words):
-        raise UserError("--sweep", given, "give gamma or rank with its values, such as gamma=1,2,4")
+        raise UserError("--sweep", given, "expected gamma or rank with its values, such as gamma=1,2,4")
     return name, [int(word) for word in words]
 
 

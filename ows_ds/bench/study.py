@@ -21,8 +21,8 @@ from ows_ds.errors import UserError
 # What all variants share, or the study itself sets.
 FIXED = (
     *(f"data.{name}" for name in typing.get_type_hints(config.Data)),
-    "model.path", "model.revision", "train.steps", "train.epochs", "train.batch_size", "train.seed", "sampling.seed",
-    "train.output_dir", "train.resume", "train.keep_last",
+    "model.path", "model.revision", "train.steps", "train.epochs", "train.global_batch_size", "train.seed", "sampling.seed",
+    "train.output_dir", "train.resume", "train.save_total_limit",
 )  # fmt: skip
 
 
@@ -104,11 +104,11 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
     recipe = _base(tree.get("recipe"))
     seeds = tuple(config.convert("seeds", tree.get("seeds", [0]), list[int], list[int]))
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError("seeds", list(seeds), "give a list of different integers of at least 0")
+        raise UserError("seeds", list(seeds), "expected a list of different integers of at least 0")
     lrs = _lrs("lrs", tree.get("lrs", [(recipe.get("optim") or {}).get("lr", config.Optim.lr)]))
     given = tree.get("variants")
     if not isinstance(given, Mapping) or not given:
-        raise UserError("variants", given, "give names with their settings, such as `lisa: {method.name: lisa}`")
+        raise UserError("variants", given, "expected names with their settings, such as `lisa: {method.name: lisa}`")
     variants = {str(name): _variant(str(name), settings or {}, lrs) for name, settings in given.items()}
     rest = {
         key: config.convert(key, tree[key], wanted[key], wanted[key])
@@ -118,7 +118,7 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
     test = config.convert("test", tree.get("test"), str, str)
     study = Study(recipe, test, variants, seeds, accuracy=_accuracy(tree.get("accuracy")), **rest)
     if study.baseline is not None and study.baseline not in variants:
-        raise UserError("baseline", study.baseline, f"give one of {', '.join(variants)}")
+        raise UserError("baseline", study.baseline, f"expected one of {', '.join(variants)}")
     return study
 
 
@@ -126,7 +126,7 @@ def _base(given: Any) -> dict[str, Any]:
     """The base recipe as a tree: of a file, or as it stands in the study."""
     tree = files.read_yaml(given, "recipe") if isinstance(given, str) else given
     if not isinstance(tree, Mapping):
-        raise UserError("recipe", given, "give the file of a recipe, or its sections")
+        raise UserError("recipe", given, "expected the file of a recipe, or its sections")
     tree = _plain("recipe", tree)
     config.from_dict(_merged(tree, {"train.output_dir": "."}))  # unknown keys show here, before those of variants
     if (tree.get("sampling") or {}).get("seed") is not None:
@@ -150,22 +150,22 @@ def _plain(key: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, default=str))
     except (TypeError, ValueError) as error:
-        raise UserError(key, value, f"give texts and numbers ({error})") from error
+        raise UserError(key, value, f"expected texts and numbers ({error})") from error
 
 
 def _lrs(key: str, given: Any) -> tuple[float, ...]:
     lrs = tuple(config.convert(key, given, list[float], list[float]))
     if not lrs or len({f"{lr:g}" for lr in lrs}) < len(lrs) or not all(math.isfinite(lr) and lr >= 0 for lr in lrs):
-        raise UserError(key, given, "give a list of different numbers of at least 0, such as [1e-4, 3e-4]")
+        raise UserError(key, given, "expected a list of different numbers of at least 0, such as [1e-4, 3e-4]")
     return tuple(sorted(lrs))
 
 
 def _variant(name: str, given: Any, lrs: tuple[float, ...]) -> Variant:
     key = f"variants.{name}"
     if not name or not all(letter.isalnum() or letter in "-_.=" for letter in name) or name.startswith("."):
-        raise UserError(key, name, "give a name of letters, digits, - _ = and . (it names a folder)")
+        raise UserError(key, name, "expected a name of letters, digits, - _ = and . (it names a folder)")
     if not isinstance(given, Mapping):
-        raise UserError(key, given, "give settings, such as {method.name: lisa}")
+        raise UserError(key, given, "expected settings, such as {method.name: lisa}")
     overrides: dict[str, Any] = {}
     for setting, value in given.items():
         if setting == "lrs":
@@ -181,7 +181,7 @@ def _variant(name: str, given: Any, lrs: tuple[float, ...]) -> Variant:
             raise UserError(f"{key}.{setting}", overrides[setting], right)
     if "optim.lr" in overrides:
         if "lrs" in given:
-            raise UserError(f"{key}.lrs", given["lrs"], "give lrs or optim.lr, not both")
+            raise UserError(f"{key}.lrs", given["lrs"], "expected lrs or optim.lr, not both")
         lrs = _lrs(f"{key}.optim.lr", [overrides.pop("optim.lr")])
     return Variant(_plain(key, overrides), lrs)
 
@@ -190,13 +190,13 @@ def _accuracy(given: Any) -> Accuracy | None:
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        raise UserError("accuracy", given, "give rows, max_new_tokens and batch_size, or null")
+        raise UserError("accuracy", given, "expected rows, max_new_tokens and batch_size, or null")
     wanted = typing.get_type_hints(Accuracy)
     config.refuse_unknown(given, list(wanted), "accuracy.")
     values = {key: config.convert(f"accuracy.{key}", value, int, int) for key, value in given.items()}
     for key, value in values.items():
         if value < 1:
-            raise UserError(f"accuracy.{key}", value, "give an integer of at least 1")
+            raise UserError(f"accuracy.{key}", value, "expected an integer of at least 1")
     return Accuracy(**values)
 
 
@@ -223,7 +223,7 @@ def recipe_of(study: Study, run: Run, output: Path) -> Recipe:
         "train.seed": run.seed,
         "train.output_dir": str(output / run.folder),
         "train.resume": "auto",
-        "train.keep_last": 1,
+        "train.save_total_limit": 1,
     }
     try:
         return config.from_dict(_merged(study.recipe, own))
@@ -242,7 +242,7 @@ def check(study: Study, output: Path) -> None:
             key = "test" if error.value == study.test else f"variants.{run.variant}: {error.key}"
             raise UserError(key, error.value, error.right) from error
         if len(study.variants[run.variant].lrs) > 1 and recipe.data.eval is None:
-            raise UserError("recipe: data.eval", None, "give held-out rows to choose the learning rate on")
+            raise UserError("recipe: data.eval", None, "expected held-out rows to choose the learning rate on")
 
 
 def choose(study: Study, variant: str, losses: Losses) -> float | None:

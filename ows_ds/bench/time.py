@@ -63,7 +63,7 @@ def measure(
     finally:
         for worker in alive.values():
             worker.close()
-    done = {name: summarize(found[name], setting.refresh_gap) for name in names if name not in failed}
+    done = {name: summarize(found[name], setting.update_proj_gap) for name in names if name not in failed}
     for name, one in done.items():
         limit = done.get(limit_of(name, setting))
         one["of_limit"] = one["seconds"]["median"] / limit["seconds"]["median"] if limit else None
@@ -73,10 +73,10 @@ def measure(
     return {name: done.get(name, {"failed": failed.get(name)}) for name in names}
 
 
-def summarize(answers: Sequence[Result], refresh_gap: int) -> Result:
+def summarize(answers: Sequence[Result], update_proj_gap: int) -> Result:
     """Medians of a method's answers, in seconds.
 
-    refresh: what one adds to the steps that it takes part in. refresh_share: of all time, one every ``refresh_gap``
+    refresh: what one adds to the steps that it takes part in. refresh_share: of all time, one every ``update_proj_gap``
     steps; both None without refreshes.
     """
     rounds = [answer["seconds"] for answer in answers if answer["seconds"]]
@@ -85,7 +85,7 @@ def summarize(answers: Sequence[Result], refresh_gap: int) -> Result:
     refresh = spread(extra) if extra else None
     share = None
     if refresh is not None:
-        share = refresh["median"] / (refresh["median"] + refresh_gap * seconds["median"])
+        share = refresh["median"] / (refresh["median"] + update_proj_gap * seconds["median"])
     return {"seconds": seconds, "refresh": refresh, "refresh_share": share, "rounds": rounds}
 
 
@@ -141,7 +141,7 @@ def notes(setting: Setting) -> list[str]:
     said = [
         "x limit: median over that of a forward pass and a backward pass through activations alone, as deep; x flops: "
         "the same of the flops of all matrix products.",
-        f"refresh: what new projectors of all sampled layers add; share: of all time at T_p {setting.refresh_gap}.",
+        f"refresh: what new projectors of all sampled layers add; share: of all time at T_p {setting.update_proj_gap}.",
     ]
     if setting.device == "cuda":
         said.append("MFU: the limit's flops over what the GPU could do, the same flops for every method.")

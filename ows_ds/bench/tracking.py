@@ -39,7 +39,7 @@ class Tracker(TorchDispatchMode):
         self._phase = "buffers"
         self._model, self._state = model, state
         self._handles: list[Any] = []
-        for component, tensor in held(state):
+        for component, tensor in resident_slice(state):
             self._see(tensor, component)
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):
             self._phase = "buffers"
 
     def _see_kept(self, _: Tensor) -> None:
-        for component, tensor in held(self._state):
+        for component, tensor in resident_slice(self._state):
             if component == "gradients":
                 self._see(tensor, component)
 
@@ -126,7 +126,7 @@ def peak(events: Iterable[tuple[int, int]], component: Mapping[int, str]) -> dic
     return best
 
 
-def held(owner: Any, grads: bool = False, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+def resident_slice(owner: Any, grads: bool = False, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """("gradients" or "optimizer", tensor) of all tensors that ``owner`` holds, but for those inside modules.
 
     What an attribute with "grad" in its name holds, and what is a tensor's ``.grad``, are gradients. Entered are
@@ -142,10 +142,10 @@ def held(owner: Any, grads: bool = False, seen: set[int] | None = None) -> Itera
         yield "gradients" if grads else "optimizer", owner.data
     elif isinstance(owner, Mapping):
         for value in owner.values():
-            yield from held(value, grads, seen)
+            yield from resident_slice(value, grads, seen)
     elif isinstance(owner, (list, tuple)):
         for value in owner:
-            yield from held(value, grads, seen)
+            yield from resident_slice(value, grads, seen)
     elif type(owner).__module__.startswith(_OWNERS):
         for name, value in vars(owner).items():
-            yield from held(value, grads or "grad" in name, seen)
+            yield from resident_slice(value, grads or "grad" in name, seen)

@@ -13,8 +13,8 @@ Result = dict[str, Any]
 SMALL = ("agree", "layer_set")  # messages of some bytes, which the planner leaves out
 
 
-def measure(setting: Setting, methods: Sequence[str], world: int, say: Callable[[str], None]) -> dict[str, Result]:
-    """Of each method, in ``world`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
+def measure(setting: Setting, methods: Sequence[str], world_size: int, say: Callable[[str], None]) -> dict[str, Result]:
+    """Of each method, in ``world_size`` processes on the loopback device, {"failed": reason} or the busiest one's bytes:
 
     KIND: {operation: bytes} of a ``step`` or what a ``refresh`` adds; KIND_planned: what `ows_ds.planner.memory` says;
     full_rank: of an all-reduce of the whole gradients of the same layers. refresh is None where there is none.
@@ -22,7 +22,7 @@ def measure(setting: Setting, methods: Sequence[str], world: int, say: Callable[
     results: dict[str, Result] = {}
     for name in methods:
         say(name)
-        worker = Worker(setting, name, world)
+        worker = Worker(setting, name, world_size)
         try:
             worker.hear()
             answers = worker.ask(do="traffic")

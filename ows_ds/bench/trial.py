@@ -115,21 +115,21 @@ def recipe_of(setting: Setting, name: str) -> Recipe:
     method = {"ows-lean": "ows", "deepspeed": "full"}.get(name, name)
     return Recipe(
         Model("random", dtype=setting.dtype),  # type: ignore[arg-type]
-        Train(".", batch_size=1, seed=SEED, sharding="zero3" if zero3 else "replicated"),
+        Train(".", global_batch_size=1, seed=SEED, sharding="zero3" if zero3 else "replicated"),
         method=Method(method, lora_rank=setting.lora_rank),  # type: ignore[arg-type]
         sampling=Sampling("uniform", float(setting.gamma or 1), NEVER, "fixed", "ascending"),
         optim=Optim(
-            LR, rank=setting.rank, refresh_gap=NEVER, refresh=setting.refresh, always_on="none" if lean else "full"
+            LR, rank=setting.rank, update_proj_gap=NEVER, refresh=setting.refresh, always_on="none" if lean else "full"
         ),
     )
 
 
-def ours(setting: Setting, name: str, world: int) -> Trial:
+def ours(setting: Setting, name: str, world_size: int) -> Trial:
     """One of our methods, or DeepSpeed's own optimizer, over weights on every process or in shards. Collective."""
     recipe = recipe_of(setting, name)
-    recipe = replace(recipe, train=replace(recipe.train, batch_size=world))
+    recipe = replace(recipe, train=replace(recipe.train, global_batch_size=world_size))
     sharded = recipe.train.sharding == "zero3"
-    runtime = start(recipe) if sharded or world > 1 else None
+    runtime = start(recipe) if sharded or world_size > 1 else None
     comm = Communicator() if runtime is None else runtime.comm
     model = build_model(setting)
     layers = find_layers(model)
@@ -143,7 +143,7 @@ def ours(setting: Setting, name: str, world: int) -> Trial:
     else:
         weights = Zero3(model, runtime.ds_config, comm)
     method = methods.build(recipe, weights, layers, [1.0] * len(layers.layers), 1)
-    batch = batch_of(setting, comm.index)
+    batch = batch_of(setting, comm.rank)
 
     def loss() -> Tensor:
         with trial.watch():
@@ -154,9 +154,9 @@ def ours(setting: Setting, name: str, world: int) -> Trial:
 
     def refresh() -> int:
         assert isinstance(method, OWS)
-        method.refresh_gap = 1  # at its end the coming step decides what is due
+        method.update_proj_gap = 1  # at its end the coming step decides what is due
         step()
-        method.refresh_gap = NEVER
+        method.update_proj_gap = NEVER
         steps = 2 if setting.refresh == "sketch" else 1
         for _ in range(steps):
             step()
@@ -173,7 +173,7 @@ def ours(setting: Setting, name: str, world: int) -> Trial:
         itemsize=ITEMSIZE[setting.dtype],
         length=setting.tokens,
         checkpointing=setting.gradient_checkpointing,
-        world=world,
+        world_size=world_size,
         sharded=sharded,
         foreach=setting.device == "cuda",
     )
@@ -187,8 +187,10 @@ def ours(setting: Setting, name: str, world: int) -> Trial:
     return trial
 
 
-def full_rank_bytes(setting: Setting, world: int, layers: Any) -> int:
+def full_rank_bytes(setting: Setting, world_size: int, layers: Any) -> int:
     """What a process sends where gradients of the sampled layers' weights are all-reduced whole, in their dtype."""
-    units = [layers.layers[i] for i in sampled(setting)]
-    count = sum(math.prod(m.shape) for u in units for m in u.matrices) + sum(v.numel for u in units for v in u.vectors)
-    return 2 * math.ceil(count / world) * ITEMSIZE[setting.dtype] * (world - 1)
+    blocks = [layers.layers[i] for i in sampled(setting)]
+    count = sum(math.prod(m.shape) for u in blocks for m in u.matrices) + sum(
+        v.numel for u in blocks for v in u.vectors
+    )
+    return 2 * math.ceil(count / world_size) * ITEMSIZE[setting.dtype] * (world_size - 1)

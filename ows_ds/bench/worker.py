@@ -1,6 +1,6 @@
 """A process with one method that takes steps when it is told to: `python -m ows_ds.bench.worker`.
 
-In and out are lines of JSON. First the job, {"setting": {...}, "method": name, "world": processes}, answered once the
+In and out are lines of JSON. First the job, {"setting": {...}, "method": name, "world_size": processes}, answered once the
 first step is taken; then questions until the input ends:
 
     {"do": "time", "warm_up": n, "steps": n, "refresh": true}   {"seconds": [...], "refresh": [seconds, steps] or null}
@@ -66,7 +66,7 @@ def _serve() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(setting.threads)
     torch.set_flush_denormal(True)  # random weights under a decaying Adam meet them, trained ones hardly
     build = ours if job["method"] in OURS else rival
-    trial = build(setting, job["method"], job["world"])
+    trial = build(setting, job["method"], job["world_size"])
     sync: Callable[[], None] = torch.cuda.synchronize if setting.device == "cuda" else lambda: None
     first = timed(trial.step, sync)  # finds the first projectors, and makes all that is made once
     yield {"first": first if trial.first_refreshes else None}
@@ -142,16 +142,16 @@ def _traffic(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[s
     step, _ = _sent(trial.step, comm.sent)
     answer: dict[str, Any] = {
         "step": step,
-        "step_planned": memory.traffic(job, index=comm.index),
+        "step_planned": memory.traffic(job, index=comm.rank),
         "refresh": None,
         "refresh_planned": None,
-        "full_rank": full_rank_bytes(setting, comm.world, job.layers),
+        "full_rank": full_rank_bytes(setting, comm.world_size, job.layers),
     }
     if trial.refresh is not None:
         sent, steps = _sent(trial.refresh, comm.sent)
         # what the refresh sent beyond as many plain steps
         answer["refresh"] = {op: size - step.get(op, 0) * int(steps) for op, size in sent.items()}
-        whole = memory.traffic(job, True, comm.index)
+        whole = memory.traffic(job, True, comm.rank)
         answer["refresh_planned"] = {op: size - answer["step_planned"].get(op, 0) for op, size in whole.items()}
     for key in ("refresh", "refresh_planned"):
         if answer[key] is not None:

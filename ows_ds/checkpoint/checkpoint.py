@@ -2,7 +2,7 @@
 
     checkpoints/step-20/
         manifest.json                    numbers of the state, versions, recipe, size and SHA-256 of every file
-        state-00000-of-00002.safetensors what process 0 held: runs of flattened tensors
+        state-00000-of-00002.safetensors what rank 0 held: runs of flattened tensors
         state-00001-of-00002.safetensors ...
 
 A checkpoint is written beside its place, synced, read back and renamed. Its tensors are *pieces*: a run of a flattened
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds.distributed.communicator import Communicator, together
-from ows_ds.distributed.weights import CHUNK, Piece
+from ows_ds.distributed.communicator import Communicator, fail_together
+from ows_ds.distributed.weights import CHUNK, Shard
 from ows_ds.errors import Failed, UserError, shorten
 from ows_ds.files import parse_json
 from ows_ds.model.tensor_files import Writer
@@ -65,7 +65,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def save(
     folder: Path,
-    pieces: list[Piece],
+    pieces: list[Shard],
     numbers: dict[str, Any],
     comm: Communicator,
     facts: dict[str, Any] | None = None,
@@ -73,7 +73,7 @@ def save(
     """Write a checkpoint at ``folder``. Collective.
 
     pieces: this process's. numbers: what is needed to go on, beside them; facts: what else is to be known of it. Both
-    JSON-able; process 0's are kept. On any process's error nothing appears at ``folder``, and all raise SaveError.
+    JSON-able; rank 0's are kept. On any process's error nothing appears at ``folder``, and all raise SaveError.
     """
     writing = _Writing(folder, numbers, facts or {}, comm)
     writing.write(pieces)
@@ -101,7 +101,7 @@ class Saver:
         self.failed = 0
         self._go_on, self._tell = go_on, tell
         self._writing: _Writing | None = None
-        if comm.index == 0:
+        if comm.rank == 0:
             _sweep(run_dir)
 
     @property
@@ -109,7 +109,7 @@ class Saver:
         """This process's part of the checkpoint under way is on the disk, or has failed."""
         return self._writing is not None and self._writing.done
 
-    def start(self, step: int, pieces: list[Piece], numbers: dict[str, Any]) -> None:
+    def start(self, step: int, pieces: list[Shard], numbers: dict[str, Any]) -> None:
         """Begin to write the checkpoint of ``step``, from copies in the host's memory; see `save`. Collective.
 
         Of another one that is under way the end is waited for.
@@ -132,7 +132,7 @@ class Saver:
         else:
             self._prune(writing.folder)
 
-    def save(self, step: int, pieces: list[Piece], numbers: dict[str, Any]) -> None:
+    def save(self, step: int, pieces: list[Shard], numbers: dict[str, Any]) -> None:
         """Write the checkpoint of ``step`` now, after the one under way. Raises SaveError in any case. Collective."""
         self.complete()
         folder = folder_of(self.run_dir, step)
@@ -149,7 +149,7 @@ class Saver:
             self._writing.abandon()
 
     def _prune(self, newest: Path) -> None:
-        if self.comm.index == 0:
+        if self.comm.rank == 0:
             prune(self.run_dir, self.keep, _step(newest))
 
     def _missed(self, error: SaveError) -> None:
@@ -170,7 +170,7 @@ class _Writing:
         numbers: dict[str, Any],
         facts: dict[str, Any],
         comm: Communicator,
-        background: list[Piece] | None = None,
+        background: list[Shard] | None = None,
     ) -> None:
         """Collective. background: begin with copies of these pieces in a thread; None: `write` is to be called.
 
@@ -184,7 +184,7 @@ class _Writing:
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         error = None
-        if comm.index == 0:
+        if comm.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
             try:
                 self.partial.mkdir(parents=True)
@@ -205,11 +205,11 @@ class _Writing:
         """This process's file is on the disk, or has failed."""
         return self._thread is None or not self._thread.is_alive()
 
-    def write(self, pieces: list[Piece]) -> None:
+    def write(self, pieces: list[Shard]) -> None:
         """Write this process's file. Errors are kept for `complete`."""
-        path = self.partial / f"state-{self.comm.index:05}-of-{self.comm.world:05}.safetensors"
+        path = self.partial / f"state-{self.comm.rank:05}-of-{self.comm.world_size:05}.safetensors"
         try:
-            self._entry = _write_pieces(path, [p for p in pieces if p.tensor.numel()], self._abandoned)
+            self._entry = _write_shards(path, [p for p in pieces if p.tensor.numel()], self._abandoned)
         except Exception as error:
             self._error = error
             with contextlib.suppress(OSError):
@@ -221,7 +221,7 @@ class _Writing:
             self._thread.join()
         entries = self._agree(self._entry, self._error)
         error = None
-        if self.comm.index == 0:
+        if self.comm.rank == 0:
             try:
                 self._publish(entries)
             except Exception as caught:
@@ -237,17 +237,17 @@ class _Writing:
     def _agree(self, value: Any, error: Exception | None) -> list[Any]:
         """Every process's value; where one brings an error, SaveError on all."""
         problem = None if error is None else f"{type(error).__name__}: {error}"
-        everyones = self.comm.collect([value, problem], "checkpoint")
+        everyones = self.comm.all_gather_object([value, problem], "checkpoint")
         for index, (_, problem) in enumerate(everyones):
             if problem is not None:
-                if self.comm.index == 0:
+                if self.comm.rank == 0:
                     shutil.rmtree(self.partial, ignore_errors=True)
-                where = f" on process {index}" if self.comm.world > 1 else ""
+                where = f" on process {index}" if self.comm.world_size > 1 else ""
                 raise SaveError(f"checkpoint {self.folder.name} could not be written{where} ({problem})") from error
         return [value for value, _ in everyones]
 
     def _publish(self, entries: list[dict[str, Any]]) -> None:
-        """Manifest, and the folder's name. Process 0's work."""
+        """Manifest, and the folder's name. Rank 0's work."""
         for entry in entries:
             path = self.partial / entry["name"]
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
@@ -255,7 +255,7 @@ class _Writing:
         manifest = {
             "format": FORMAT,
             "versions": {name: version(name) for name in PACKAGES},
-            "world": self.comm.world,
+            "world_size": self.comm.world_size,
             "facts": self._facts,
             "files": entries,
             "numbers": self._numbers,
@@ -333,9 +333,9 @@ def open_checkpoint(folder: Path, comm: Communicator, key: str = "train.resume")
 
     Raises UserError for ``key`` on every process, naming the file, where one is missing or damaged.
     """
-    with together(comm):
+    with fail_together(comm):
         opened = _read_manifest(folder, key)
-        for file in opened._files[comm.index :: comm.world]:
+        for file in opened._files[comm.rank :: comm.world_size]:
             _verify(folder, file, key)
     return opened
 
@@ -350,7 +350,7 @@ def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | N
     if resume != "auto":
         return open_checkpoint(Path(resume), comm), []
     passed: list[str] = []
-    for folder in comm.share([str(path) for path in checkpoints(run_dir)], "checkpoint"):
+    for folder in comm.broadcast_object([str(path) for path in checkpoints(run_dir)], "checkpoint"):
         try:
             return open_checkpoint(Path(folder), comm), passed
         except UserError as error:
@@ -361,12 +361,12 @@ def find(run_dir: Path, resume: str, comm: Communicator) -> tuple[Checkpoint | N
 # ---------------------------------------------------------------------- files
 
 
-def _copies(pieces: list[Piece]) -> list[Piece]:
+def _copies(pieces: list[Shard]) -> list[Shard]:
     """The pieces as they are now, in the host's memory."""
     return [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
 
 
-def _write_pieces(path: Path, pieces: list[Piece], abandoned: threading.Event) -> dict[str, Any]:
+def _write_shards(path: Path, pieces: list[Shard], abandoned: threading.Event) -> dict[str, Any]:
     """Write, sync and read back; the file's entry in the manifest."""
     tensors = {piece.name: piece.tensor for piece in pieces}
     digest = hashlib.sha256()
@@ -395,7 +395,7 @@ def _read_manifest(folder: Path, key: str) -> Checkpoint:
     """The checkpoint as its manifest tells, the other files unseen. Raises UserError for ``key``."""
 
     def refuse(problem: str) -> UserError:
-        return UserError(key, str(folder), f"give a complete checkpoint: {MANIFEST} {problem}")
+        return UserError(key, str(folder), f"expected a complete checkpoint: {MANIFEST} {problem}")
 
     try:
         with (folder / MANIFEST).open("rb") as file:
@@ -448,7 +448,7 @@ def _is_entry(file: Any) -> bool:
 
 def _verify(folder: Path, file: dict[str, Any], key: str) -> None:
     def refuse(problem: str) -> UserError:
-        return UserError(key, str(folder), f"give a complete checkpoint: {file['name']} {problem}")
+        return UserError(key, str(folder), f"expected a complete checkpoint: {file['name']} {problem}")
 
     path = folder / file["name"]
     if not os.path.isfile(path):

@@ -122,7 +122,7 @@ def _run(argv: list[str]) -> None:
         _launch(recipe, options)
     elif options.get("preview") is not None:
         if options.preview < 1:
-            raise UserError("--preview", options.preview, "give a number of rows, at least 1")
+            raise UserError("--preview", options.preview, "expected a number of rows, at least 1")
         from ows_ds.data.preview import preview
 
         preview(recipe, options.preview)
@@ -133,9 +133,9 @@ def _run(argv: list[str]) -> None:
     else:
         kinds, output = _kinds(options), options.get("output")
         if output is not None and (not output.endswith(".json") or os.path.isdir(output)):
-            raise UserError("--output", output, "give a file whose name ends in .json; the plot lies beside it")
+            raise UserError("--output", output, "expected a file whose name ends in .json; the plot lies beside it")
         if output is not None and not files.can_be_made(Path(output).parent):
-            raise UserError("--output", output, "give a file in a folder that can be written to, or can be made")
+            raise UserError("--output", output, "expected a file in a folder that can be written to, or can be made")
         from ows_ds.train.trainer import score
 
         score(recipe, None if output is None else Path(output), kinds)
@@ -144,7 +144,7 @@ def _run(argv: list[str]) -> None:
 def _launch(recipe: Recipe, options: "Namespace") -> None:
     for name in ("slurm", "config"):
         if options.get(name) is None:
-            raise UserError(f"--{name}", None, "it is required: give a file")
+            raise UserError(f"--{name}", None, "it is required: expected a file")
     from ows_ds.slurm import job as slurm
 
     job = slurm.read(options.slurm)
@@ -156,7 +156,7 @@ def _launch(recipe: Recipe, options: "Namespace") -> None:
         from ows_ds.planner import forecast
 
         model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        planned = forecast.planned(recipe, model, forecast.choice_of(recipe, job.world))
+        planned = forecast.planned(recipe, model, forecast.choice_of(recipe, job.world_size))
     slurm.launch(recipe, job, str(Path(options.config).resolve()), given, bool(options.get("dry_run")), planned)
 
 
@@ -173,10 +173,10 @@ def _plan(options: "Namespace") -> None:
     others = [] if words is None else [word.strip() for word in words.split(",")]
     known = get_args(config.hints()["method.name"])
     if not set(others) <= set(known):
-        raise UserError("--methods", words, f"give some of {', '.join(known)}, with commas between them")
+        raise UserError("--methods", words, f"expected some of {', '.join(known)}, with commas between them")
     output, choose = options.get("output"), options.get("choose") or "cheapest"
     if choose not in ("cheapest", "fastest"):
-        raise UserError("--choose", choose, "give cheapest or fastest")
+        raise UserError("--choose", choose, "expected cheapest or fastest")
     from ows_ds.planner.plan import plan
 
     plan(recipe, cluster, others, None if output is None else Path(output), choose, bool(options.get("json")))
@@ -193,7 +193,7 @@ def _bench(options: "Namespace", argv: list[str]) -> None:
 
         bench(options.bench, setting, how, command)
         return
-    for name, right in (("config", "give the file of a study"), ("output", "give a folder")):
+    for name, right in (("config", "expected the file of a study"), ("output", "expected a folder")):
         if chosen.get(name) is None:
             raise UserError(f"--{name}", None, f"it is required: {right}")
     seeds, variants = (
@@ -201,7 +201,7 @@ def _bench(options: "Namespace", argv: list[str]) -> None:
         for name in ("seeds", "variants")
     )
     if not all(seed.isdecimal() for seed in seeds or ()):
-        raise UserError("--seeds", chosen.seeds, "give integers with commas between them, such as 0,1")
+        raise UserError("--seeds", chosen.seeds, "expected integers with commas between them, such as 0,1")
     from ows_ds.bench import study
 
     plan = study.read(chosen.config)
@@ -254,7 +254,7 @@ def _kinds(options: "Namespace") -> list[str]:
     kinds = [] if given is None else [word.strip() for word in given.split(",")]
     known = get_args(config.hints()["sampling.importance"])
     if not set(kinds) <= set(known):
-        raise UserError("--metric", given, f"give one or more of {', '.join(known)}, with commas between them")
+        raise UserError("--metric", given, f"expected one or more of {', '.join(known)}, with commas between them")
     return kinds
 
 
@@ -265,7 +265,7 @@ def _sentence(text: str) -> str:
 def _need(options: "Namespace", *names: str) -> None:
     for name in names:
         if not options.get(name):
-            raise UserError(name.upper(), None, "it is required: give a folder")
+            raise UserError(name.upper(), None, "it is required: expected a folder")
 
 
 def _parser() -> "ArgumentParser":
@@ -460,16 +460,16 @@ def _in_one_line(message: str, argv: Sequence[str]) -> UserError:
         return UserError(key, value, config.instruction(hints[key]) if key in hints else message)
     if found := re.match(r"argument (?:--)?([\w.-]+)\S*: expected one argument", message):
         key = found[1]
-        return UserError(key, "", config.instruction(hints[key]) if key in hints else "give a value after it")
+        return UserError(key, "", config.instruction(hints[key]) if key in hints else "expected a value after it")
     if found := re.match(r"unrecognized arguments: (--)?([^\s=]+)(?:[\s=](.*))?", message, re.DOTALL):
         dashes, word, rest = found.groups()
         if dashes:
             return config.unknown(word, rest or "", list(hints))
         return UserError("arguments", word, "settings are given as --section.key value")
     if found := re.match(r"argument VERB: invalid choice: '([^']*)'", message):
-        return UserError("VERB", found[1], f"give one of {', '.join(VERBS)}")
+        return UserError("VERB", found[1], f"expected one of {', '.join(VERBS)}")
     if found := re.match(r"""argument WHAT: invalid choice: '([^']*)'|expected "bench""", message):
-        return UserError("bench WHAT", found[1], f"give one of {', '.join(BENCHES)}")
+        return UserError("bench WHAT", found[1], f"expected one of {', '.join(BENCHES)}")
     if message.startswith('expected "verb"'):
-        return UserError("VERB", None, f"give one of {', '.join(VERBS)}")
+        return UserError("VERB", None, f"expected one of {', '.join(VERBS)}")
     return UserError("arguments", "the command line", message)

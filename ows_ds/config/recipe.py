@@ -31,14 +31,14 @@ class Model:
         path: Folder of a Hugging Face checkpoint, or a name on the hub. Required.
         revision: Branch, tag or commit on the hub; null: the newest.
         dtype: Number format of the weights; coordinates and moments are float32, or float64 under float64.
-        attention: Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice.
+        attn_implementation: Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice.
         trust_remote_code: Run the Python code that comes with the model.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    attention: str | None = None
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
 
@@ -188,14 +188,14 @@ class Optim:
         schedule: Course of the learning rate after the warm-up: linear or cosine to 0, or constant.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         rank: Dimension of the subspace of each matrix; at most its smaller side.
-        refresh_gap: Active steps of a layer between two projectors (T_p).
+        update_proj_gap: Active steps of a layer between two projectors (T_p).
         scale: Factor on the projected update.
         projector: How the top singular vectors are found: randomized range finder, or exact svd.
         refresh: What new projectors are found from: full gradients, one matrix at a time, or a sketch of them over
             two steps, without a full gradient of any matrix of the sampled layers.
         refresh_batch: Gradient that a projector is computed from: the full batch, or the first micro-batch.
         moments_on_refresh: Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis.
-        fold_rounding: How folding coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up
+        merge_rounding: How merging coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up
             or down at random so that it is exact on average. Wider weights are not rounded.
         always_on: Training of embedding and head beside the sampled layers: full rank, low_rank, or none.
         side: Side of a matrix that is projected: std the shorter one, as GaLore; right the inputs, which keeps rank
@@ -210,13 +210,13 @@ class Optim:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 0
     rank: int = 128
-    refresh_gap: int = 200
+    update_proj_gap: int = 200
     scale: float = 1.0
     projector: Literal["randomized", "svd"] = "randomized"
     refresh: Literal["full", "sketch"] = "full"
     refresh_batch: Literal["full", "first"] = "full"
     moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
-    fold_rounding: Literal["nearest", "stochastic"] = "nearest"
+    merge_rounding: Literal["nearest", "stochastic"] = "nearest"
     always_on: Literal["full", "low_rank", "none"] = "full"
     side: Literal["std", "left", "right"] = "std"
 
@@ -229,14 +229,14 @@ class Train:
         output_dir: Folder of the run. Required.
         epochs: Passes over the training rows.
         steps: Optimizer steps; null: as many as train.epochs asks for.
-        batch_size: Sequences per optimizer step, over all ranks.
+        global_batch_size: Sequences per optimizer step, over all ranks.
         micro_batch_size: Sequences per rank and forward pass; accumulation makes up the rest of the batch.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, more time.
         seed: Seed of the order of rows, of dropout and of the draws.
-        eval_every: Optimizer steps between evaluations; null: only before and after training.
+        eval_steps: Optimizer steps between evaluations; null: only before and after training.
         eval_batch_size: Sequences per rank and forward pass in evaluation.
-        save_every: Optimizer steps between checkpoints; null: only at the end.
-        keep_last: Newest checkpoints that are kept.
+        save_steps: Optimizer steps between checkpoints; null: only at the end.
+        save_total_limit: Newest checkpoints that are kept.
         checkpoint: What a checkpoint holds of the weights: incremental those that have ever trained, the rest is the
             base model's; full all of them.
         on_save_error: What a checkpoint that cannot be written does to the run, the last one aside: continue with a
@@ -254,14 +254,14 @@ class Train:
     output_dir: str
     epochs: float = 1.0
     steps: int | None = None
-    batch_size: int = 16
+    global_batch_size: int = 16
     micro_batch_size: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
-    eval_every: int | None = None
+    eval_steps: int | None = None
     eval_batch_size: int = 8
-    save_every: int | None = None
-    keep_last: int = 2
+    save_steps: int | None = None
+    save_total_limit: int = 2
     checkpoint: Literal["incremental", "full"] = "incremental"
     on_save_error: Literal["continue", "stop"] = "continue"
     resume: str = "never"
@@ -320,7 +320,7 @@ SECTIONS: dict[str, type] = {
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
-SPLIT_RIGHT = "give a split, such as train, or a part of one, such as train[:1%] or train[100:]"
+SPLIT_RIGHT = "expected a split, such as train, or a part of one, such as train[:1%] or train[100:]"
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
@@ -337,17 +337,22 @@ def instruction(hint: Any) -> str:
     """What to give for a setting of type `hint`, in words ("give an integer or null")."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return f"give one of {', '.join(map(str, arguments))}"
+        return f"expected one of {', '.join(map(str, arguments))}"
     if isinstance(hint, types.UnionType):
-        ways = [instruction(kind).removeprefix("give ") for kind in arguments if kind is not types.NoneType]
-        return f"give {', '.join(ways)} or null"
+        ways = [instruction(kind).removeprefix("expected ") for kind in arguments if kind is not types.NoneType]
+        return f"expected {', '.join(ways)} or null"
     if typing.get_origin(hint) is tuple:
-        return f"give a list of {len(arguments)} numbers, such as [0.9, 0.999]"
+        return f"expected a list of {len(arguments)} numbers, such as [0.9, 0.999]"
     if typing.get_origin(hint) is list:
         kinds = {str: "texts, such as [tensorboard]", int: "integers, such as [0, 1]", float: "numbers, such as [1e-4]",
                  Source: "sources, such as [{path: a.jsonl, weight: 2}, {path: b.jsonl}]"}  # fmt: skip
-        return f"give a list of {kinds[arguments[0]]}"
-    words = {int: "give an integer", float: "give a number", bool: "give true or false", str: "give text"}
+        return f"expected a list of {kinds[arguments[0]]}"
+    words = {
+        int: "expected an integer",
+        float: "expected a number",
+        bool: "expected true or false",
+        str: "expected text",
+    }
     return words[hint]
 
 
@@ -360,7 +365,7 @@ def convert(key: str, value: object, hint: Any, whole: Any) -> Any:
     if hint is Source and isinstance(value, str | Mapping):
         given = {"path": value} if isinstance(value, str) else value
         if given.get("path") is None:
-            raise UserError(f"{key}.path", None, "it is required: give a file, a folder or a name on the hub")
+            raise UserError(f"{key}.path", None, "it is required: expected a file, a folder or a name on the hub")
         return Source(**convert_all(given, Source, f"{key}."))
     if typing.get_origin(hint) is Literal and isinstance(value, str) and value in arguments:
         return value
@@ -415,7 +420,7 @@ def from_dict(tree: Mapping[str, Any]) -> Recipe:
         if name not in SECTIONS:
             raise unknown(str(name), tree[name], list(SECTIONS))
         if not isinstance(tree[name], Mapping | None):
-            raise UserError(name, tree[name], "give a section: lines of `key: value`, indented")
+            raise UserError(name, tree[name], "expected a section: lines of `key: value`, indented")
     for name, kind in SECTIONS.items():
         given = tree.get(name) or {}  # None: a section whose lines are all commented out
         wanted = typing.get_type_hints(kind)
@@ -460,17 +465,17 @@ def check(recipe: Recipe, files: bool = True) -> None:
         section, name = key.split(".")
         raise UserError(key, getattr(getattr(recipe, section), name), right)
     if recipe.optim.refresh == "sketch":
-        check_sketch(recipe.optim.projector, recipe.optim.refresh_batch, recipe.optim.refresh_gap)
+        check_sketch(recipe.optim.projector, recipe.optim.refresh_batch, recipe.optim.update_proj_gap)
 
 
-def check_sketch(projector: str, refresh_batch: str, refresh_gap: int) -> None:
+def check_sketch(projector: str, refresh_batch: str, update_proj_gap: int) -> None:
     """Refuse (UserError) what contradicts projectors that are found from sketches, one over each of two whole steps."""
     if projector == "svd":
-        raise UserError("optim.projector", projector, "give randomized under optim.refresh sketch")
+        raise UserError("optim.projector", projector, "expected randomized under optim.refresh sketch")
     if refresh_batch == "first":
-        raise UserError("optim.refresh_batch", refresh_batch, "give full under optim.refresh sketch")
-    if refresh_gap == 1:
-        raise UserError("optim.refresh_gap", refresh_gap, "give at least 2 under optim.refresh sketch")
+        raise UserError("optim.refresh_batch", refresh_batch, "expected full under optim.refresh sketch")
+    if update_proj_gap == 1:
+        raise UserError("optim.update_proj_gap", update_proj_gap, "expected at least 2 under optim.refresh sketch")
 
 
 def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -480,7 +485,7 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for key, value in dataclasses.asdict(getattr(recipe, name)).items():
             numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
             if not all(map(math.isfinite, numbers)):
-                yield f"{name}.{key}", "give a finite number"
+                yield f"{name}.{key}", "expected a finite number"
     at_least: dict[str, tuple[int | None, int]] = {
         "data.max_length": (data.max_length, 2),  # a token to predict needs one before it
         "data.buffer_size": (data.buffer_size, 1),
@@ -491,24 +496,24 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "method.lora_rank": (recipe.method.lora_rank, 1),
         "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.rank": (optim.rank, 1),
-        "optim.refresh_gap": (optim.refresh_gap, 1),
+        "optim.update_proj_gap": (optim.update_proj_gap, 1),
         "train.steps": (train.steps, 1),
-        "train.batch_size": (train.batch_size, 1),
+        "train.global_batch_size": (train.global_batch_size, 1),
         "train.micro_batch_size": (train.micro_batch_size, 1),
         "train.seed": (train.seed, 0),
-        "train.eval_every": (train.eval_every, 1),
+        "train.eval_steps": (train.eval_steps, 1),
         "train.eval_batch_size": (train.eval_batch_size, 1),
-        "train.save_every": (train.save_every, 1),
-        "train.keep_last": (train.keep_last, 1),
+        "train.save_steps": (train.save_steps, 1),
+        "train.save_total_limit": (train.save_total_limit, 1),
         "train.max_nonfinite_steps": (train.max_nonfinite_steps, 1),
         "train.timeout_seconds": (train.timeout_seconds, 1),
     }
     for key, (integer, least) in at_least.items():
         if integer is not None and integer < least:
-            yield key, f"give an integer of at least {least}"
+            yield key, f"expected an integer of at least {least}"
         most = 2**63 - 1 if key.endswith("seed") else MOST
         if integer is not None and integer > most:
-            yield key, f"give an integer of at most {most}"
+            yield key, f"expected an integer of at most {most}"
     above_zero: dict[str, float | None] = {
         "method.lora_alpha": recipe.method.lora_alpha,
         "method.epsilon": recipe.method.epsilon,
@@ -521,65 +526,65 @@ def _wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     }
     for key, number in above_zero.items():
         if number is not None and number <= 0:
-            yield key, "give a number above 0"
+            yield key, "expected a number above 0"
     if train.epochs > MOST:
-        yield "train.epochs", f"give a number of at most {MOST}"
+        yield "train.epochs", f"expected a number of at most {MOST}"
     for key, number in {"optim.lr": optim.lr, "optim.weight_decay": optim.weight_decay}.items():
         if number < 0:
-            yield key, "give a number of at least 0"
+            yield key, "expected a number of at least 0"
     if not 0 <= recipe.method.lora_dropout < 1:
-        yield "method.lora_dropout", "give a number of at least 0 and below 1"
+        yield "method.lora_dropout", "expected a number of at least 0 and below 1"
     if not all(0 <= beta < 1 for beta in optim.betas):
-        yield "optim.betas", "give two numbers, each at least 0 and below 1"
+        yield "optim.betas", "expected two numbers, each at least 0 and below 1"
     if sampling.scheme == "fixed" and sampling.gamma != int(sampling.gamma):
-        yield "sampling.gamma", "give a whole number of layers, or sampling.scheme bernoulli"
-    if train.batch_size % train.micro_batch_size:
-        yield "train.batch_size", f"give a multiple of train.micro_batch_size, {train.micro_batch_size}"
+        yield "sampling.gamma", "expected a whole number of layers, or sampling.scheme bernoulli"
+    if train.global_batch_size % train.micro_batch_size:
+        yield "train.global_batch_size", f"expected a multiple of train.micro_batch_size, {train.micro_batch_size}"
     if recipe.method.name in ("lisa", "lisa-d", "badam") and optim.always_on == "low_rank":
-        yield "optim.always_on", f"give full or none under {recipe.method.name}, which trains at full rank"
+        yield "optim.always_on", f"expected full or none under {recipe.method.name}, which trains at full rank"
     if train.steps is not None and optim.warmup_steps > train.steps:
-        yield "optim.warmup_steps", f"give at most train.steps, {train.steps}"
+        yield "optim.warmup_steps", f"expected at most train.steps, {train.steps}"
     if not set(recipe.log.trackers) <= set(TRACKERS):
-        yield "log.trackers", f"give a list of some of {', '.join(TRACKERS)}"
+        yield "log.trackers", f"expected a list of some of {', '.join(TRACKERS)}"
     for key, given in {"data.train": data.train, "data.eval": data.eval}.items():
         weights = [source.weight for source in given if source.weight is not None] if isinstance(given, list) else []
         if given == []:
-            yield key, "give at least one source"
+            yield key, "expected at least one source"
         if not all(0 < weight < math.inf for weight in weights):
-            yield key, "give weights above 0"
+            yield key, "expected weights above 0"
         if weights and key == "data.eval":
             yield key, "leave the weights out: every held-out row counts once"
     if data.streaming and train.steps is None:
-        yield "train.steps", "give their number: under data.streaming nobody knows how long an epoch is"
+        yield "train.steps", "expected their number: under data.streaming nobody knows how long an epoch is"
     several = data.train if isinstance(data.train, list) and len(data.train) > 1 else []
     if data.streaming and several and all(source.weight is None for source in several):
-        yield "data.train", "give weights: under data.streaming sources are read side by side"
+        yield "data.train", "expected weights: under data.streaming sources are read side by side"
     if data.streaming and any("[" in str(source.split) for source in sources(data, "data.train")):
-        yield "data.train_split", "give a whole split under data.streaming"
-    if data.streaming and data.buffer_size < train.batch_size:
-        yield "data.buffer_size", f"give at least train.batch_size, {train.batch_size}"
-    if train.eval_every is not None and data.eval is None:
-        yield "train.eval_every", "leave it out, or give data.eval: there is nothing to evaluate with"
+        yield "data.train_split", "expected a whole split under data.streaming"
+    if data.streaming and data.buffer_size < train.global_batch_size:
+        yield "data.buffer_size", f"expected at least train.global_batch_size, {train.global_batch_size}"
+    if train.eval_steps is not None and data.eval is None:
+        yield "train.eval_steps", "leave it out, or give data.eval: there is nothing to evaluate with"
     if train.sharding == "replicated" and train.ds_config is not None:
         yield "train.ds_config", "leave it out under train.sharding replicated, or give zero3"
     if not recipe.model.path:
-        yield "model.path", "give a folder or a name on the hub"
-    if "/" in (recipe.model.attention or "") and not recipe.model.trust_remote_code:
-        right = "give a kernel of transformers, or model.trust_remote_code true: this one is code from the hub"
-        yield "model.attention", right
+        yield "model.path", "expected a folder or a name on the hub"
+    if "/" in (recipe.model.attn_implementation or "") and not recipe.model.trust_remote_code:
+        right = "expected a kernel of transformers, or model.trust_remote_code true: this one is code from the hub"
+        yield "model.attn_implementation", right
 
 
 def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The same of every file and folder that is not there, or cannot be."""
     data, sampling, train = recipe.data, recipe.sampling, recipe.train
     if not train.output_dir or not can_be_made(train.output_dir):
-        yield "train.output_dir", "give a folder that can be written to, or a name at which one can be made"
+        yield "train.output_dir", "expected a folder that can be written to, or a name at which one can be made"
     if not os.path.isdir(recipe.model.path) and (
         os.path.isfile(recipe.model.path) or not re.fullmatch(HUB_NAME, recipe.model.path)
     ):
-        yield "model.path", "give a folder that exists, or a name on the hub"
+        yield "model.path", "expected a folder that exists, or a name on the hub"
     if data.train is None:
-        yield "data.train", "it is required: give a file or a data set"
+        yield "data.train", "it is required: expected a file or a data set"
     for key, split in {"data.train_split": data.train_split, "data.eval_split": data.eval_split}.items():
         if not re.fullmatch(SPLIT, split):
             yield key, SPLIT_RIGHT
@@ -587,7 +592,7 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for source in sources(data, key):
             _find(source, key)
     if data.cache is not None and not can_be_made(data.cache):
-        yield "data.cache", "give a folder that can be written to, or a name at which one can be made"
+        yield "data.cache", "expected a folder that can be written to, or a name at which one can be made"
     files = {
         "data.chat_template": data.chat_template,
         "sampling.scores": sampling.scores,
@@ -595,18 +600,18 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
     }
     for key, path in files.items():
         if path is not None and not os.path.isfile(path):
-            yield key, "give a file that exists"
+            yield key, "expected a file that exists"
     if train.resume not in ("never", "auto") and not os.path.isdir(train.resume):
-        yield "train.resume", "give never, auto, or the folder of a checkpoint"
+        yield "train.resume", "expected never, auto, or the folder of a checkpoint"
 
 
 def _find(source: Source, key: str) -> None:
     """Refuse (UserError) a source that is not there, as far as that shows without the network."""
     path, split = source.path, source.split or ""
     if not os.path.isfile(path) and is_file(path):
-        raise UserError(key, path, "give a file that exists")
+        raise UserError(key, path, "expected a file that exists")
     if not os.path.exists(path) and not re.fullmatch(HUB_NAME, path):
-        raise UserError(key, path, "give a file or folder that exists, or the name of a data set on the hub")
+        raise UserError(key, path, "expected a file or folder that exists, or the name of a data set on the hub")
     if not re.fullmatch(SPLIT, split):
         raise UserError(f"{key}.split", split, SPLIT_RIGHT)
 
@@ -631,27 +636,27 @@ def sources(data: Data, key: str) -> list[Source]:
     ]
 
 
-def accumulation(recipe: Recipe, world: int) -> int:
+def accumulation(recipe: Recipe, world_size: int) -> int:
     """Micro-batches per rank and optimizer step, on `world` ranks.
 
-    Raises UserError naming train.batch_size when the batch does not divide evenly.
+    Raises UserError naming train.global_batch_size when the batch does not divide evenly.
     """
-    share = recipe.train.micro_batch_size * world
-    if recipe.train.batch_size % share:
+    share = recipe.train.micro_batch_size * world_size
+    if recipe.train.global_batch_size % share:
         raise UserError(
-            "train.batch_size",
-            recipe.train.batch_size,
-            f"give a multiple of {share}, train.micro_batch_size x {world} ranks",
+            "train.global_batch_size",
+            recipe.train.global_batch_size,
+            f"expected a multiple of {share}, train.micro_batch_size x {world_size} ranks",
         )
-    return recipe.train.batch_size // share
+    return recipe.train.global_batch_size // share
 
 
 MAY_CHANGE = {
-    "train": {"resume", "save_every", "keep_last", "checkpoint", "on_save_error", "eval_every", "eval_batch_size",
+    "train": {"resume", "save_steps", "save_total_limit", "checkpoint", "on_save_error", "eval_steps", "eval_batch_size",
               "sharding", "ds_config", "timeout_seconds", "max_nonfinite_steps", "micro_batch_size",
               "gradient_checkpointing", "output_dir"},
     "log": {"trackers", "progress"},
-    "model": {"path", "attention"},
+    "model": {"path", "attn_implementation"},
     "data": {"train", "eval", "eval_subset", "eval_split", "cache"},
     "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
 }  # fmt: skip

@@ -51,7 +51,7 @@ def keys(kind: type) -> Iterator[Key]:
         hint = hints[field.name]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         known = None if default is dataclasses.MISSING else _as_yaml(default)
-        yield Key(field.name, hint, config.instruction(hint).removeprefix("give "), known, texts[field.name])
+        yield Key(field.name, hint, config.instruction(hint).removeprefix("expected "), known, texts[field.name])
 
 
 def summary(kind: type) -> str:

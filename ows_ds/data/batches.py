@@ -33,7 +33,7 @@ class Batches:
         sequences: Sequence[Any],
         batch_size: int,
         micro_batch_size: int,
-        world: int,
+        world_size: int,
         rank: int,
         seed: int,
         parts: tuple[Sequence[int], Sequence[float]] | None = None,
@@ -41,15 +41,19 @@ class Batches:
         """`batch_size` counts sequences over all ranks, `micro_batch_size` those of a rank and forward pass.
 
         parts: numbers of sequences by their sources, and these sources' weights; None: every one once an epoch.
-        Raises UserError naming train.batch_size when it exceeds the number of sequences or does not divide evenly.
+        Raises UserError naming train.global_batch_size when it exceeds the number of sequences or does not divide evenly.
         """
         if len(sequences) < batch_size:
             what = "packed sequences" if getattr(sequences, "packed", False) else "rows"
-            raise UserError("train.batch_size", batch_size, f"give at most the number of {what}, {len(sequences)}")
-        if batch_size % (micro_batch_size * world):
-            raise UserError("train.batch_size", batch_size, f"give a multiple of {micro_batch_size * world}")
+            raise UserError(
+                "train.global_batch_size", batch_size, f"expected at most the number of {what}, {len(sequences)}"
+            )
+        if batch_size % (micro_batch_size * world_size):
+            raise UserError(
+                "train.global_batch_size", batch_size, f"expected a multiple of {micro_batch_size * world_size}"
+            )
         self.sequences, self.batch_size, self.micro_batch_size = sequences, batch_size, micro_batch_size
-        self.world, self.rank, self.seed, self.parts = world, rank, seed, parts
+        self.world_size, self.rank, self.seed, self.parts = world_size, rank, seed, parts
         self.steps_per_epoch = len(sequences) // batch_size
         self._order = lru_cache(maxsize=2)(self._permutation)
 
@@ -73,21 +77,21 @@ class Batches:
     def take(self, k: int) -> tuple[list[Any], list[list[Any]]]:
         """All sequences of optimizer step `k` (from 0), and this rank's, one list per micro-batch."""
         everyone = [self.sequences[i] for i in self.global_step(k)]
-        return everyone, own(everyone, self.micro_batch_size, self.world, self.rank)
+        return everyone, own(everyone, self.micro_batch_size, self.world_size, self.rank)
 
     def state(self) -> dict[str, Any]:
         """What another process needs, beside the settings, to take the steps that follow: nothing."""
         return {}
 
 
-def own(everyone: Sequence[Any], micro_batch_size: int, world: int, rank: int) -> list[list[Any]]:
+def own(everyone: Sequence[Any], micro_batch_size: int, world_size: int, rank: int) -> list[list[Any]]:
     """A rank's part of the sequences of a step, one list per micro-batch."""
-    starts = range(rank * micro_batch_size, len(everyone), micro_batch_size * world)
+    starts = range(rank * micro_batch_size, len(everyone), micro_batch_size * world_size)
     return [list(everyone[i : i + micro_batch_size]) for i in starts]
 
 
 def held_out_batches(
-    n_rows: int, batch_size: int, world: int, rank: int, lengths: Sequence[int] | None = None
+    n_rows: int, batch_size: int, world_size: int, rank: int, lengths: Sequence[int] | None = None
 ) -> list[list[int]]:
     """This rank's batches of row indices, such that over all ranks every row comes exactly once.
 
@@ -98,8 +102,8 @@ def held_out_batches(
     """
     order = list(range(n_rows)) if lengths is None else sorted(range(n_rows), key=lambda i: (-lengths[i], i))
     batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
-    batches += [[]] * (-len(batches) % world)
-    return batches[rank::world]
+    batches += [[]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
 
 
 def collate(

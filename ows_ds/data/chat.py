@@ -53,18 +53,18 @@ def turns(messages: Sequence[dict[str, Any]]) -> list[Turn]:
 def mistake(messages: Any, column: str) -> str | None:
     """What would be right where ``messages``, of that column, are no turns; None where they are."""
     if not isinstance(messages, list) or not messages:
-        return f"give {column} as a list of at least one message"
+        return f"expected {column} as a list of at least one message"
     for message in messages:
         if not isinstance(message, dict):
-            return "give every message a role and a content, both text"
+            return "expected every message a role and a content, both text"
         names = [name if message.get(name) is not None else other for name, other in PAIRS]
         if not all(is_text(message.get(name)) for name in names):
-            return f"give every message a {' and a '.join(names)}, both text"
+            return f"expected every message a {' and a '.join(names)}, both text"
         if names[0] == "from" and message["from"] not in SPEAKERS:
-            return f"give from as one of {', '.join(SPEAKERS)}"
+            return f"expected from as one of {', '.join(SPEAKERS)}"
         for name in FLAGS:
             if message.get(name) not in (None, True, False):  # 1 and 0 are equal to these
-                return f"give {name} as {'0 or 1' if name == 'weight' else 'true or false'}"
+                return f"expected {name} as {'0 or 1' if name == 'weight' else 'true or false'}"
     return None
 
 
@@ -90,7 +90,7 @@ def write(said: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple
     chat = _Chat([turn.said for turn in said], tokenizer, key)
     if loss_on == "all":
         if any(turn.train is not None for turn in said):
-            right = "give assistant: a row says which of its turns are trained"
+            right = "expected assistant: a row says which of its turns are trained"
             raise UserError("data.loss_on", loss_on, right)
         return chat.text, []
     spans: list[tuple[int, int]] = []
@@ -98,7 +98,7 @@ def write(said: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple
         if turn.role == "assistant" if turn.train is None else turn.train:
             span = chat.answer(i) if turn.role == "assistant" else chat.content(i)
             if span is None:
-                right = f"give all: the chat template does not show where turn {i + 1} starts and ends"
+                right = f"expected all: the chat template does not show where turn {i + 1} starts and ends"
                 raise UserError("data.loss_on", loss_on, right)
             spans.append(span)
     return chat.text, spans
@@ -116,7 +116,7 @@ class _Chat:
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # the template is a program of the model's
-            right = f"give messages that the model's chat template takes ({first_line(error)})"
+            right = f"expected messages that the model's chat template takes ({first_line(error)})"
             raise UserError(self.key, turns, right) from error
 
     def _up_to(self, turns: list[dict[str, Any]]) -> str:

@@ -91,7 +91,7 @@ def encode_rows(
             reason = "its first is after data.max_length" if anywhere else "no assistant's turn, or an empty answer"
             counts.first_dropped = counts.first_dropped or f"{where}: {reason}"
     if not counts.kept and not may_be_none:
-        right = f"give rows with a token to train among the first {max_length} (data.max_length)"
+        right = f"expected rows with a token to train among the first {max_length} (data.max_length)"
         if without:
             right += f": {without} have none at any length, as without an assistant's turn or with an empty answer"
         if counts.bad:
@@ -113,17 +113,19 @@ def _tokens(
     """Tokens and labels of one row at full length."""
     name = format_of(row, format)
     if not tokenizer.is_fast:
-        raise UserError("model.path", type(tokenizer).__name__, "give a model with a fast tokenizer (tokenizer.json)")
+        raise UserError(
+            "model.path", type(tokenizer).__name__, "expected a model with a fast tokenizer (tokenizer.json)"
+        )
     has_chat = bool(tokenizer.chat_template)
     if template == "chat" and not has_chat:
-        right = "give plain or alpaca, or data.chat_template: this model's tokenizer has no chat template"
+        right = "expected plain or alpaca, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError("data.template", template, right)
     is_chat = name != "text" and (template == "chat" or (template == "auto" and has_chat))
     said = conversation(row, name)
     if said is not None and not is_chat:
         if has_chat:
-            raise UserError("data.template", template, "give auto or chat for messages")
-        right = "give rows of another format, or data.chat_template: this model's tokenizer has no chat template"
+            raise UserError("data.template", template, "expected auto or chat for messages")
+        right = "expected rows of another format, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError(key, "messages", right)
     if name == "text":
         text, spans = row["text"], [(0, len(row["text"]))]

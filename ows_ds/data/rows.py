@@ -88,7 +88,7 @@ def stream(source: Source, key: str, start: int) -> Iterator[Found]:
     except Exception as error:
         raise _unreachable(source, key, error) from error
     if split not in parts:
-        raise UserError(f"{key}_split", split, f"give one of {', '.join(parts)}")
+        raise UserError(f"{key}_split", split, f"expected one of {', '.join(parts)}")
     rows = ((f"{source.path} {split}: row {i}", row) for i, row in enumerate(parts[split].skip(start), start + 1))
     yield from _verified(rows, source, key, start)
 
@@ -113,7 +113,7 @@ def digest(source: Source, key: str) -> str:
                 while piece := file.read(1 << 22):
                     found.update(piece)
         except OSError as error:
-            raise UserError(key, source.path, f"give a readable file ({error})") from error
+            raise UserError(key, source.path, f"expected a readable file ({error})") from error
         return found.hexdigest()
     part = _splits(source, key).get((source.split or "train").partition("[")[0])
     for batch in () if part is None else part.data.table.to_batches():  # `read` refuses a split that is not there
@@ -133,10 +133,10 @@ def _verified(found: Iterable[tuple[str, Any]], source: Source, key: str, start:
         if isinstance(row, UserError):
             yield where, row
             continue
-        wrong = _mistake(row, source.format) if isinstance(row, dict) else "give a JSON object, a column a key"
+        wrong = _mistake(row, source.format) if isinstance(row, dict) else "expected a JSON object, a column a key"
         yield where, UserError(key, where, wrong) if wrong else row
     if empty:
-        raise UserError(key, source.path, "give a file with at least one row")
+        raise UserError(key, source.path, "expected a file with at least one row")
 
 
 def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
@@ -160,7 +160,7 @@ def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
             yield from _lines(source, path, key)
     except Exception as error:  # Arrow has kinds of its own
         kinds = {".parquet": "Parquet", ".csv": "CSV", ".json": "JSON"}
-        right = f"give a readable {kinds.get(kind, 'JSON Lines')} file ({first_line(error)})"
+        right = f"expected a readable {kinds.get(kind, 'JSON Lines')} file ({first_line(error)})"
         if kind not in DATA_FILES:
             right += f"; other formats are known by their names: {', '.join(DATA_FILES)}"
         raise UserError(key, source, right) from error
@@ -186,7 +186,7 @@ def _lines(source: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
                 try:
                     yield where, parse_json(line)
                 except ValueError as error:
-                    right = f"give one JSON object a line ({getattr(error, 'msg', error)})"
+                    right = f"expected one JSON object a line ({getattr(error, 'msg', error)})"
                     yield where, UserError(key, where, right)
 
 
@@ -195,7 +195,7 @@ def _data_set(source: Source, key: str, split: str) -> Iterator[tuple[str, Row]]
     parts = _splits(source, key)
     name = split.partition("[")[0]
     if name not in parts:
-        raise UserError(f"{key}_split", split, f"give one of {', '.join(parts)}, or a part such as train[:1%]")
+        raise UserError(f"{key}_split", split, f"expected one of {', '.join(parts)}, or a part such as train[:1%]")
     taken = _taken(split, {name: len(parts[name])}, key)
     for start in range(0, len(taken), AT_ONCE):
         some = taken[start : start + AT_ONCE]
@@ -226,8 +226,8 @@ def _splits(source: Source, key: str) -> dict[str, Any]:
 def _unreachable(source: Source, key: str, error: Exception) -> UserError:
     reason = f"({error.__cause__ or error})"
     if isinstance(error, ValueError) and "config" in str(error).lower():  # the library's word for a subset
-        return UserError(f"{key}_subset", source.subset, f"give one that the data set has {reason}")
-    right = "give a file that exists, or a data set on the hub that can be reached or is in the cache"
+        return UserError(f"{key}_subset", source.subset, f"expected one that the data set has {reason}")
+    right = "expected a file that exists, or a data set on the hub that can be reached or is in the cache"
     return UserError(key, source.path, f"{right} {reason}")
 
 
@@ -238,11 +238,11 @@ def _taken(split: str, lengths: dict[str, int], key: str) -> range:
     try:
         [part] = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (AssertionError, ValueError) as error:
-        right = f"give a split or a part of one, such as train[:1%] ({error})"
+        right = f"expected a split or a part of one, such as train[:1%] ({error})"
         raise UserError(f"{key}_split", split, right) from error
     taken = range(part.from_, part.to)
     if not taken:
-        raise UserError(f"{key}_split", split, f"give a part with at least one of the {sum(lengths.values())} rows")
+        raise UserError(f"{key}_split", split, f"expected a part with at least one of the {sum(lengths.values())} rows")
     return taken
 
 
@@ -284,7 +284,7 @@ def _mistake(row: Row, format: str) -> str | None:
     """What would be right where a row does not fit its format; None where it does."""
     name = format_of(row, format)
     if name is None:
-        return f"give the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
+        return f"expected the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
     said = conversation(row, name)
     if said is not None and name != "alpaca":
         return chat.mistake(said, " and ".join(COLUMNS[name]))
@@ -295,12 +295,12 @@ def _mistake(row: Row, format: str) -> str | None:
         texts = ("question",)
         choices, answer = row.get("choices"), row.get("answer")
         if not (isinstance(choices, list) and 2 <= len(choices) <= 26 and all(map(is_text, choices))):
-            return "give choices as a list of 2 to 26 texts"
+            return "expected choices as a list of 2 to 26 texts"
         if type(answer) is not int or not 0 <= answer < len(choices):
-            return f"give answer as the number of the right choice, from 0 to {len(choices) - 1}"
+            return f"expected answer as the number of the right choice, from 0 to {len(choices) - 1}"
     for column in texts:
         if not is_text(row.get(column)):
-            return f"give {column} as text"
+            return f"expected {column} as text"
     if said is not None and chat.mistake(said, "history"):
-        return "give system as text and history as a list of [question, answer], all of them text"
+        return "expected system as text and history as a list of [question, answer], all of them text"
     return None

@@ -55,7 +55,7 @@ class Stream:
         encode: Callable[[Sequence[list[Found]]], tuple[Sequences, Counts]],
         batch_size: int,
         micro_batch_size: int,
-        world: int,
+        world_size: int,
         rank: int,
         seed: int,
         state: dict[str, Any] | None = None,
@@ -64,9 +64,14 @@ class Stream:
         what became of the rows.
 
         state: what `state` gave; None: from the start. Raises UserError as ``encode`` and `rows.stream` do, and naming
-        train.batch_size where a block does not fill it.
+        train.global_batch_size where a block does not fill it.
         """
-        self.batch_size, self.micro_batch_size, self.world, self.rank = batch_size, micro_batch_size, world, rank
+        self.batch_size, self.micro_batch_size, self.world_size, self.rank = (
+            batch_size,
+            micro_batch_size,
+            world_size,
+            rank,
+        )
         self.seed, self._encode, self._sources = seed, encode, sources
         self._counts = mix.shares(buffer_size, [1.0 if s.weight is None else s.weight for s in sources])
         at = At(**state) if state else At(0, 0, [0] * len(sources))
@@ -81,8 +86,8 @@ class Stream:
         rows = [reader.take(count) for reader, count in zip(self._readers, self._counts, strict=True)]
         sequences, counts = self._encode(rows)
         if len(sequences) < self.batch_size:
-            right = f"give at most {len(sequences)}, as many as a block of data.buffer_size rows holds"
-            raise UserError("train.batch_size", self.batch_size, right)
+            right = f"expected at most {len(sequences)}, as many as a block of data.buffer_size rows holds"
+            raise UserError("train.global_batch_size", self.batch_size, right)
         return _Block(at, sequences, counts, [reader.at for reader in self._readers])
 
     def _begin(self, block: _Block) -> None:
@@ -107,7 +112,7 @@ class Stream:
             self._begin(self._next.result())
         start = (k - self.block.at.step) * self.batch_size
         everyone = [self.sequences[int(i)] for i in self._order[start : start + self.batch_size]]
-        return everyone, own(everyone, self.micro_batch_size, self.world, self.rank)
+        return everyone, own(everyone, self.micro_batch_size, self.world_size, self.rank)
 
     def state(self) -> dict[str, Any]:
         """Where the block in hand begins, as plain numbers."""

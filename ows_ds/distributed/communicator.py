@@ -31,7 +31,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-class Disagreement(RuntimeError):
+class RankMismatchError(RuntimeError):
     """Processes that must agree do not; the message says what differs."""
 
 
@@ -56,18 +56,18 @@ class _Copied:
 class Communicator:
     """A world of one process: every operation is the identity. Also the interface.
 
-    index, world: this process's number and how many there are.
+    rank, world_size: this process's number and how many there are.
     sent: bytes sent by this process since the start, by operation name.
     """
 
-    index = 0
-    world = 1
+    rank = 0
+    world_size = 1
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
 
     def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
-        """Process 0's ``tensor`` on all, in place."""
+        """Rank 0's ``tensor`` on all, in place."""
         return tensor
 
     def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
@@ -76,7 +76,7 @@ class Communicator:
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
         """Sum over processes, of which this one receives its part.
 
-        tensor: first dimension a multiple of the world size. Returns its ``index``-th equal part; may share memory.
+        tensor: first dimension a multiple of the world size. Returns its ``rank``-th equal part; may share memory.
         """
         return tensor
 
@@ -96,11 +96,11 @@ class Communicator:
         """The sum over processes, in place."""
         return tensor
 
-    def share(self, value: Any, name: str = "share") -> Any:
-        """Process 0's JSON-able ``value`` on all."""
+    def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
+        """Rank 0's JSON-able ``value`` on all."""
         return value
 
-    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+    def all_gather_object(self, value: Any, name: str = "all_gather_object") -> list[Any]:
         """Every process's JSON-able ``value``, in order, on all."""
         return [value]
 
@@ -111,23 +111,23 @@ class Communicator:
         """torch's store in which the processes met, by a connection of its own; None alone."""
         return None
 
-    def agree(self, what: str, value: Any) -> None:
+    def assert_consistent(self, what: str, value: Any) -> None:
         """Compare a digest of the JSON-able ``value`` over all processes.
 
         Raises Disagreement on every process, naming ``what``, the processes and the first difference.
         """
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-        if len(set(self.collect(digest, "agree"))) == 1:
+        if len(set(self.all_gather_object(digest, "agree"))) == 1:
             return
-        values = self.collect(value, "agree")
+        values = self.all_gather_object(value, "agree")
         lines = [
-            f"process {i} has {_first_difference(values[0], v)} where process 0 has {_first_difference(v, values[0])}"
+            f"process {i} has {_first_difference(values[0], v)} where rank 0 has {_first_difference(v, values[0])}"
             for i, v in enumerate(values)
             if v != values[0]
         ]
-        raise Disagreement(f"the processes do not agree on {what}: " + "; ".join(lines))
+        raise RankMismatchError(f"the processes do not agree on {what}: " + "; ".join(lines))
 
-    def all_good(self, error: BaseException | None) -> None:
+    def raise_if_any_failed(self, error: BaseException | None) -> None:
         """Fail together: where any process brings an error, all raise.
 
         The process that failed raises its own; the others the same UserError, or a Disagreement that names the process.
@@ -137,7 +137,7 @@ class Communicator:
             mine = [error.key, str(error.value), error.right]
         elif error is not None:
             mine = f"{type(error).__name__}: {error}"
-        everyones = self.collect(mine, "agree")
+        everyones = self.all_gather_object(mine, "agree")
         if error is not None:
             raise error
         failed = [(i, theirs) for i, theirs in enumerate(everyones) if theirs is not None]
@@ -145,7 +145,7 @@ class Communicator:
             if isinstance(theirs, list):
                 raise UserError(*theirs)
         if failed:
-            raise Disagreement("; ".join(f"process {i}: {text}" for i, text in failed))
+            raise RankMismatchError("; ".join(f"process {i}: {text}" for i, text in failed))
 
 
 class Distributed(Communicator):
@@ -155,47 +155,47 @@ class Distributed(Communicator):
         super().__init__()
         self.group = group
         self.device = torch.device(device)
-        self.index = dist.get_rank(group)
-        self.world = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
 
     def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
         dist.broadcast(tensor, group_src=0, group=self.group)
-        self.sent[name] += tensor.nbytes if self.index == 0 else 0
+        self.sent[name] += tensor.nbytes if self.rank == 0 else 0
         return tensor
 
     def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
         dist.reduce(tensor, group_dst=owner, group=self.group)
-        self.sent[name] += 0 if self.index == owner else tensor.nbytes
+        self.sent[name] += 0 if self.rank == owner else tensor.nbytes
 
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
-        part = tensor.new_empty(tensor.shape[0] // self.world, *tensor.shape[1:])
+        part = tensor.new_empty(tensor.shape[0] // self.world_size, *tensor.shape[1:])
         self.start_reduce_scatter(tensor, part, name).wait()
         return part
 
     def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "reduce_scatter") -> Pending:
-        self.sent[name] += part.nbytes * (self.world - 1)
+        self.sent[name] += part.nbytes * (self.world_size - 1)
         work: Pending = _reduce_scatter(part, tensor, group=self.group, async_op=True)
         return work
 
     def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
-        whole = part.new_empty(part.shape[0] * self.world, *part.shape[1:])
+        whole = part.new_empty(part.shape[0] * self.world_size, *part.shape[1:])
         self.start_all_gather(part.contiguous(), whole, name).wait()
         return whole
 
     def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
-        self.sent[name] += part.nbytes * (self.world - 1)
+        self.sent[name] += part.nbytes * (self.world_size - 1)
         work: Pending = _all_gather(whole, part, group=self.group, async_op=True)
         return work
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
         dist.all_reduce(tensor, group=self.group)
-        self.sent[name] += 2 * math.ceil(tensor.nbytes / self.world) * (self.world - 1)
+        self.sent[name] += 2 * math.ceil(tensor.nbytes / self.world_size) * (self.world_size - 1)
         return tensor
 
-    def share(self, value: Any, name: str = "share") -> Any:
-        return self._objects([value if self.index == 0 else None], name)[0]
+    def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
+        return self._objects([value if self.rank == 0 else None], name)[0]
 
-    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+    def all_gather_object(self, value: Any, name: str = "all_gather_object") -> list[Any]:
         return self._objects([value], name)
 
     def _objects(self, value: list[Any], name: str) -> list[Any]:
@@ -205,7 +205,7 @@ class Distributed(Communicator):
         longest = int(lengths.max())
         padded = text.new_zeros(longest)
         padded[: text.numel()] = text
-        texts = self.all_gather(padded, name).view(self.world, longest).cpu()
+        texts = self.all_gather(padded, name).view(self.world_size, longest).cpu()
         return [json.loads(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
 
     def barrier(self) -> None:
@@ -224,14 +224,14 @@ def join(device: torch.device | str) -> Communicator:
 
 
 @contextmanager
-def together(comm: Communicator) -> Iterator[None]:
+def fail_together(comm: Communicator) -> Iterator[None]:
     """Where the body, which must not communicate, fails on any process, all raise (see `Communicator.all_good`)."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    comm.all_good(error)
+    comm.raise_if_any_failed(error)
 
 
 def _first_difference(other: Any, value: Any) -> str:

@@ -85,7 +85,7 @@ def start(recipe: Recipe) -> Runtime:
         recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
     )
     if recipe.train.ds_config is not None and not sharded:
-        right = "give train.sharding zero3 with it: this launcher has not set DeepSpeed up"
+        right = "expected train.sharding zero3 with it: this launcher has not set DeepSpeed up"
         raise UserError("train.ds_config", recipe.train.ds_config, right)
     if sharded and not dist.is_initialized():
         _alone(backend, timeout)
@@ -95,15 +95,15 @@ def start(recipe: Recipe) -> Runtime:
         join_deepspeed()
     comm = join(accelerator.device)
     if store is not None:
-        comm.collect("formed")  # all are there
-        if comm.index == 0:
+        comm.all_gather_object("formed")  # all are there
+        if comm.rank == 0:
             store.add(FORMED, 1)
     config = None
     if sharded:
         raw = _ds_config(recipe, accelerator)
-        steps = accumulation(recipe, comm.world)
-        micro, hosts = recipe.train.micro_batch_size, comm.collect(socket.gethostname())
-        config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world, per_host(hosts))
+        steps = accumulation(recipe, comm.world_size)
+        micro, hosts = recipe.train.micro_batch_size, comm.all_gather_object(socket.gethostname())
+        config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world_size, per_host(hosts))
         check_by_deepspeed(config)
     return Runtime(accelerator, comm, accelerator.device, config)
 
@@ -138,8 +138,8 @@ def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timede
     """
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     own = dist.PrefixStore(f"{FORMED}-{store.add(FORMED, 0)}", store)
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
     return store
 
 

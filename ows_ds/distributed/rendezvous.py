@@ -100,10 +100,10 @@ def own_address(environment: Mapping[str, str]) -> str:
                     reply = fcntl.ioctl(any_socket, 0x8915, request)  # SIOCGIFADDR
                 except OSError as error:
                     names = ", ".join(name for _, name in socket.if_nameindex())
-                    raise UserError(variable, name, f"give one of {names} that has an address ({error})") from error
+                    raise UserError(variable, name, f"expected one of {names} that has an address ({error})") from error
             return socket.inet_ntoa(reply[20:24])
     if trouble := _loops(socket.gethostname()):
-        raise UserError("MASTER_ADDR", None, f"{trouble}: set it to process 0's address, or {INTERFACES[0]}")
+        raise UserError("MASTER_ADDR", None, f"{trouble}: set it to rank 0's address, or {INTERFACES[0]}")
     return socket.gethostbyname(socket.gethostname())
 
 
@@ -120,13 +120,13 @@ def check(environment: Mapping[str, str], backend: str) -> None:
     if world == int(local) or (local == "0" and _loops(address)):  # by all signs on one host
         return
     if not on_first_host and (trouble := _loops(address)):
-        raise UserError("MASTER_ADDR", address, f"give the host of process 0 as other hosts reach it ({trouble})")
+        raise UserError("MASTER_ADDR", address, f"expected the host of rank 0 as other hosts reach it ({trouble})")
     name = socket.gethostname()
     if backend == "gloo" and not environment.get("GLOO_SOCKET_IFNAME") and (trouble := _loops(name)):
         right = f"{trouble}, where other hosts cannot reach it: set it to the network interface, such as eth0"
         raise UserError("GLOO_SOCKET_IFNAME", None, right)
     if backend == "nccl" and environment.get("NCCL_SOCKET_IFNAME") == "lo":
-        raise UserError("NCCL_SOCKET_IFNAME", "lo", "give the network interface that leads to the other hosts")
+        raise UserError("NCCL_SOCKET_IFNAME", "lo", "expected the network interface that leads to the other hosts")
 
 
 def _loops(name: str) -> str:

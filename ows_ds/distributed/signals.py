@@ -30,7 +30,7 @@ def ignore() -> None:
 
 
 @contextmanager
-def heeded() -> Iterator[threading.Event]:
+def stop_on_signal() -> Iterator[threading.Event]:
     """Within it, the first of `SIGNALS` sets the event that is given; one after `SAME_SECONDS` more ends the process.
 
     Also while the main thread waits in a collective: a thread looks for signals, and Python's own handlers would wait

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds.distributed import signals
-from ows_ds.distributed.communicator import Communicator, Disagreement
+from ows_ds.distributed.communicator import Communicator, RankMismatchError
 from ows_ds.errors import Failed, UserError
 
 BEAT = 1.0  # seconds between two talks with the store
@@ -56,7 +56,13 @@ def armed(comm: Communicator, limit: float) -> Iterator[None]:
     if store is None:
         yield
         return
-    watch = Watch(store, comm.index, comm.collect(_who()), comm.share(f"{os.getpid()}-{time.time_ns()}"), limit)
+    watch = Watch(
+        store,
+        comm.rank,
+        comm.all_gather_object(_who()),
+        comm.broadcast_object(f"{os.getpid()}-{time.time_ns()}"),
+        limit,
+    )
     try:
         yield
     except Exception as error:
@@ -77,7 +83,7 @@ class Watch:
     def __init__(
         self,
         store: Any,
-        index: int,
+        rank: int,
         who: list[dict[str, Any]],
         name: str,
         limit: float,
@@ -86,7 +92,7 @@ class Watch:
         """store: torch's, for this object alone. who: by process, what `_who` gives. name: the same on all processes,
         and no other watch's. limit: seconds. leave: (line, exit code) is called in place of the process's end.
         """
-        self._store, self.index, self.who, self._prefix = store, index, who, f"watch/{name}"
+        self._store, self.rank, self.who, self._prefix = store, rank, who, f"watch/{name}"
         self.silence = SHARE * limit
         self._leave = leave or _leave
         store.set_timeout(timedelta(seconds=max(1.0, min(limit, 10.0))))
@@ -111,8 +117,8 @@ class Watch:
             return error
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         mistake = isinstance(error, UserError)
-        agreed = mistake or isinstance(error, Disagreement)  # tells by itself whose it is
-        own = str(error) if agreed else f"{self.name_of(self.index)}: {text}"
+        agreed = mistake or isinstance(error, RankMismatchError)  # tells by itself whose it is
+        own = str(error) if agreed else f"{self.name_of(self.rank)}: {text}"
         consequence = not agreed and CONSEQUENCE.search(text) is not None
         if consequence:
             self._doubtful = text
@@ -120,7 +126,7 @@ class Watch:
             self._propose(own, 2 if mistake else 1, own=True)
         self._wake.set()
         self._known.wait(2 * DOUBT)
-        if self.index == 0 or self._is_mine():  # the store may end with process 0
+        if self.rank == 0 or self._is_mine():  # the store may end with rank 0
             self._told.wait(GRACE)
         if mistake or not isinstance(error, Exception):
             return error
@@ -135,20 +141,20 @@ class Watch:
         self._wake.set()
         self._threads[0].join(GRACE)
 
-    def name_of(self, index: int) -> str:
+    def name_of(self, rank: int) -> str:
         """A process, in words."""
-        return f"process {index} (host {self.who[index]['host']}, pid {self.who[index]['pid']})"
+        return f"rank {rank} (host {self.who[rank]['host']}, pid {self.who[rank]['pid']})"
 
-    def _silent(self, index: int, seconds: float) -> str:
-        return f"{self.name_of(index)} was not heard of for {seconds:.0f} s: it is gone, or the network to it"
+    def _silent(self, rank: int, seconds: float) -> str:
+        return f"{self.name_of(rank)} was not heard of for {seconds:.0f} s: it is gone, or the network to it"
 
     def _propose(self, line: str, code: int = 1, own: bool = False) -> None:
         """own: it is this process's error, not what it has found out of another."""
         if self._mine is None:
-            self._mine = {"line": _one_line(line), "code": code, "from": self.index, "own": own}
+            self._mine = {"line": _one_line(line), "code": code, "from": self.rank, "own": own}
 
     def _is_mine(self) -> bool:
-        return self.cause is not None and self.cause.get("from") == self.index
+        return self.cause is not None and self.cause.get("from") == self.rank
 
     # ------------------------------------------------------------------ talking
 
@@ -167,15 +173,15 @@ class Watch:
                 self._know({"line": _one_line(f"{line} ({type(error).__name__}: {error})")})
 
     def _talk_until_closed(self) -> None:
-        world, beats, told = len(self.who), 0, False
-        after = (self.index + 1) % world
+        world_size, beats, told = len(self.who), 0, False
+        after = (self.rank + 1) % world_size
         # seconds are those that this thread has waited: clocks run on while a job is suspended
         last, quiet = None, 0.0
-        space = self.who[self.index]["space"]
-        neighbours = [i for i, one in enumerate(self.who) if i != self.index and one["space"] == space]
+        space = self.who[self.rank]["space"]
+        neighbours = [i for i, one in enumerate(self.who) if i != self.rank and one["space"] == space]
         doubt, doubted = None, 0.0
         while not self._closed.is_set():
-            self._store.set(self._key(f"beat/{self.index}"), str(beats))
+            self._store.set(self._key(f"beat/{self.rank}"), str(beats))
             beats += 1
             if self.cause is None and (text := self._get("cause")) is not None:
                 self._know(json.loads(text))
@@ -189,7 +195,7 @@ class Watch:
                     if not exists(self.who[other]) and self._get(f"beat/{other}") != "left":
                         self._propose(f"{self.name_of(other)} is gone: it was killed, or it crashed")
                 if self._doubtful is not None and doubt is None:
-                    doubt, doubted = [self._get(f"beat/{i}") for i in range(world)], 0.0
+                    doubt, doubted = [self._get(f"beat/{i}") for i in range(world_size)], 0.0
                 elif doubt is not None and doubted > DOUBT:
                     self._blame(doubt)
                 if self._mine is not None:
@@ -197,16 +203,16 @@ class Watch:
             if self.cause is not None and not told:
                 self._store.add(self._key("seen"), 1)
                 told = True
-            if told and self.index != 0 and not self._is_mine():
+            if told and self.rank != 0 and not self._is_mine():
                 return
-            if told and self._store.add(self._key("seen"), 0) >= world:
+            if told and self._store.add(self._key("seen"), 0) >= world_size:
                 self._told.set()
             self._answers += 1
             pause = BEAT / 10 if told or self._mine is not None else BEAT
             if not self._wake.wait(pause):
                 quiet, doubted = quiet + pause, doubted + pause
             self._wake.clear()
-        self._store.set(self._key(f"beat/{self.index}"), "left")
+        self._store.set(self._key(f"beat/{self.rank}"), "left")
 
     def _write_cause(self) -> None:
         assert self._mine is not None
@@ -219,9 +225,9 @@ class Watch:
     def _blame(self, before: list[str | None]) -> None:
         """Propose the cause of an error of a collective, where nobody has given one. before: the beats `DOUBT` ago."""
         for other, beat in enumerate(before):
-            if other != self.index and beat != "left" and self._get(f"beat/{other}") == beat:
+            if other != self.rank and beat != "left" and self._get(f"beat/{other}") == beat:
                 self._propose(f"{self.name_of(other)} is gone, or the network to it: {self._doubtful}")
-        self._propose(f"{self.name_of(self.index)}: {self._doubtful}", own=True)
+        self._propose(f"{self.name_of(self.rank)}: {self._doubtful}", own=True)
 
     def _know(self, cause: dict[str, Any]) -> None:
         if self.cause is None:

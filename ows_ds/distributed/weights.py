@@ -1,6 +1,6 @@
 """One view of the model's weights, wherever they live: whole on every process, or as DeepSpeed's shards.
 
-A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world`` holds, or answers for,
+A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world_size`` holds, or answers for,
 the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): the partition of ZeRO-3 and of
 ``torch.chunk``. What only that process may write is its interval.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ows_ds.distributed.communicator import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
-FOLD = 1 << 20  # entries of a matrix that are folded at once, in whole rows
+MERGE_ENTRIES = 1 << 20  # entries of a matrix that are merged at once, in whole rows
 
 
 def stream(key: str, device: torch.device) -> torch.Generator:
@@ -29,14 +29,14 @@ def stream(key: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
 
 
-def interval(numel: int, index: int, world: int) -> tuple[int, int]:
+def interval(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """First and last + 1 flattened entry of process ``index``; empty for the last ones where they do not suffice."""
-    size = math.ceil(numel / world)
-    return min(index * size, numel), min((index + 1) * size, numel)
+    size = math.ceil(numel / world_size)
+    return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 @dataclass
-class Piece:
+class Shard:
     """A run of a flattened tensor that this process contributes to a checkpoint.
 
     shape: of the whole tensor; start: of the run; tensor: 1-D.
@@ -48,7 +48,7 @@ class Piece:
     tensor: Tensor
 
 
-ReadPiece = Callable[[str, int, int], Tensor]
+ReadShard = Callable[[str, int, int], Tensor]
 """(name, first, last + 1) -> these entries of the flattened tensor."""
 
 
@@ -76,7 +76,7 @@ class Weights(Protocol):
     def local(self, parameter: nn.Parameter) -> Tensor:
         """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
 
-    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+    def resident_slice(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
         """All entries that lie on this process: where they start, and the 1-D run, sharing the weight's memory."""
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
@@ -85,7 +85,7 @@ class Weights(Protocol):
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Set whole parameters to ``values`` (any dtype, numel entries each), which every process holds."""
 
-    def fold(
+    def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication.
@@ -97,12 +97,12 @@ class Weights(Protocol):
         """Backpropagate this process's part of the mean over processes: ``loss`` divided by their number."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it ``parameters`` are whole, and what process 0 writes to them stays. Collective."""
+        """Within it ``parameters`` are whole, and what rank 0 writes to them stays. Collective."""
 
     def after_step(self) -> None:
         """To be called after every step, evaluation and generation: nothing stays gathered."""
 
-    def whole(self, parameter: nn.Parameter) -> Tensor:
+    def full_tensor(self, parameter: nn.Parameter) -> Tensor:
         """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
@@ -121,7 +121,7 @@ def add_low_rank(
 
     Blocks of rows are the same whatever the run, so that all shardings come to the same bits.
     """
-    rows_at_once = max(1, FOLD // columns)
+    rows_at_once = max(1, MERGE_ENTRIES // columns)
     stop = start + flat.numel()
     for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
         update = (left[row : row + rows_at_once] @ right.T).flatten()
@@ -155,7 +155,7 @@ class Replicated:
     sharded = False
 
     def __init__(self, module: nn.Module, comm: Communicator) -> None:
-        """module: the model, on its device. Process 0's weights are copied to the others. Collective."""
+        """module: the model, on its device. Rank 0's weights are copied to the others. Collective."""
         self.module = module
         self.comm = comm
         self.device = next(module.parameters()).device
@@ -170,18 +170,18 @@ class Replicated:
         return tuple(parameter.shape)
 
     def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
-        return interval(parameter.numel(), self.comm.index, self.comm.world)
+        return interval(parameter.numel(), self.comm.rank, self.comm.world_size)
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         start, stop = self.interval(parameter)
         return parameter.data.view(-1)[start:stop]
 
-    def held(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+    def resident_slice(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
         return 0, parameter.data.view(-1)
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters if self.comm.world > 1 else ():  # alone, the interval is the weight itself
-            size = math.ceil(parameter.numel() / self.comm.world)
+        for parameter in parameters if self.comm.world_size > 1 else ():  # alone, the interval is the weight itself
+            size = math.ceil(parameter.numel() / self.comm.world_size)
             part = parameter.data.new_zeros(size)
             local = self.local(parameter)
             part[: local.numel()] = local
@@ -193,13 +193,13 @@ class Replicated:
             whole = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
             torch._foreach_copy_([p.data for p in parameters], whole)
 
-    def fold(
+    def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay, noise)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.comm.world if self.comm.world > 1 else loss).backward()
+        (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
         return nullcontext()  # every process writes the same
@@ -207,7 +207,7 @@ class Replicated:
     def after_step(self) -> None:
         pass
 
-    def whole(self, parameter: nn.Parameter) -> Tensor:
+    def full_tensor(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
@@ -215,13 +215,13 @@ class Replicated:
         yield from ((start, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK))
 
 
-def pieces_of(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Piece]:
+def weight_shards(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Shard]:
     """This process's intervals of the named weights, as ``weight/NAME``."""
     found = ((name, parameters[name]) for name in names)
-    return [Piece(f"weight/{name}", weights.shape(p), weights.interval(p)[0], weights.local(p)) for name, p in found]
+    return [Shard(f"weight/{name}", weights.shape(p), weights.interval(p)[0], weights.local(p)) for name, p in found]
 
 
-def read_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str], read: ReadPiece) -> None:
+def load_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str], read: ReadShard) -> None:
     """Set the named weights to what `pieces_of` gave. Collective."""
     changed = {name: parameters[name] for name in names}
     for name, parameter in changed.items():

@@ -123,18 +123,18 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         found = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise UserError("train.ds_config", path, f"give a JSON file ({error})") from None
+        raise UserError("train.ds_config", path, f"expected a JSON file ({error})") from None
     if not isinstance(found, dict):
-        raise UserError("train.ds_config", path, "give a JSON object of sections and settings")
+        raise UserError("train.ds_config", path, "expected a JSON object of sections and settings")
     return found
 
 
 def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
-    """Refuse (UserError) what does not work with frozen weights that are folded now and then."""
+    """Refuse (UserError) what does not work with frozen weights that are merged now and then."""
     zero = _section(config, "zero_optimization", key)
     if zero.get("stage") != 3:
         raise UserError(
-            f"{key}: zero_optimization.stage", zero.get("stage"), "give 3: it is what shards frozen weights"
+            f"{key}: zero_optimization.stage", zero.get("stage"), "expected 3: it is what shards frozen weights"
         )
     for section in ("optimizer", "scheduler"):
         if section in config:
@@ -146,15 +146,15 @@ def check_config(config: dict[str, Any], key: str = "train.ds_config") -> None:
     if config.get("gradient_clipping", "auto") not in ("auto", 0):
         right = "leave it out: the recipe's optim.max_grad_norm decides"
         raise UserError(f"{key}: gradient_clipping", config["gradient_clipping"], right)
-    in_memory = "give none or cpu: shards on NVMe are not in memory when they are folded"
-    own = "give none: DeepSpeed offloads optimizers of its own, and none of them trains here"
+    in_memory = "expected none or cpu: shards on NVMe are not in memory when they are merged"
+    own = "expected none: DeepSpeed offloads optimizers of its own, and none of them trains here"
     for name, refused, right in (("offload_param", ["nvme"], in_memory), ("offload_optimizer", ["cpu", "nvme"], own)):
         device = _section(zero, name, f"{key}: zero_optimization").get("device")
         if device in refused:
             raise UserError(f"{key}: zero_optimization.{name}.device", device, right)
     for name, right in (
-        ("zero_quantized_weights", "give false: every gather would round frozen weights to 8 bits, on GPUs alone"),
-        ("zero_quantized_nontrainable_weights", "give false: folds into shards of 8 bits would be lost"),
+        ("zero_quantized_weights", "expected false: every gather would round frozen weights to 8 bits, on GPUs alone"),
+        ("zero_quantized_nontrainable_weights", "expected false: merges into shards of 8 bits would be lost"),
     ):
         if zero.get(name):
             raise UserError(f"{key}: zero_optimization.{name}", zero[name], right)
@@ -164,7 +164,7 @@ def _section(config: dict[str, Any], name: str, key: str) -> dict[str, Any]:
     """A section of a DeepSpeed file, empty where it has none. Raises UserError for what is no section."""
     found = config.get(name)
     if not isinstance(found, dict | None):
-        raise UserError(f"{key}: {name}", found, "give a section, such as {}")
+        raise UserError(f"{key}: {name}", found, "expected a section, such as {}")
     return found or {}
 
 
@@ -178,7 +178,7 @@ def check_by_deepspeed(config: dict[str, Any], key: str = "train.ds_config") -> 
         mistakes: list[dict[str, Any]] = error.errors() if hasattr(error, "errors") else []
         first = mistakes[0] if mistakes else {}
         name = ".".join(map(str, ["zero_optimization", *first.get("loc", ())]))
-        right = f"give what DeepSpeed takes ({first.get('msg') or first_line(error)})"
+        right = f"expected what DeepSpeed takes ({first.get('msg') or first_line(error)})"
         raise UserError(f"{key}: {name}", first.get("input"), right) from None
 
 
@@ -187,7 +187,7 @@ def resolve_config(
     dtype: str,
     micro_batch_size: int,
     accumulation: int,
-    world: int,
+    world_size: int,
     per_host: int | None = None,
     key: str = "train.ds_config",
 ) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def resolve_config(
     check_config(config, key)
     for name, format in (("bf16", "bfloat16"), ("fp16", "float16")):
         if _section(config, name, key).get("enabled", "auto") not in ("auto", dtype == format):
-            right = f'give "auto"; the recipe\'s model.dtype is {dtype}'
+            right = f'expected "auto"; the recipe\'s model.dtype is {dtype}'
             raise UserError(f"{key}: {name}.enabled", config[name]["enabled"], right)
     zero = {
         **config["zero_optimization"],
@@ -209,23 +209,23 @@ def resolve_config(
     group = zero.get("zero_hpz_partition_size", 1)
     if group == "auto":
         group = per_host or 1
-    if type(group) is not int or group < 1 or world % group:
-        right = f'give "auto", or a divisor of the {world} processes'
+    if type(group) is not int or group < 1 or world_size % group:
+        right = f'expected "auto", or a divisor of the {world_size} processes'
         raise UserError(f"{key}: zero_optimization.zero_hpz_partition_size", group, right)
-    zero["zero_hpz_partition_size"] = 1 if group == world else group  # a group of all is what there is without
+    zero["zero_hpz_partition_size"] = 1 if group == world_size else group  # a group of all is what there is without
     sizes = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * world,
+        "train_batch_size": micro_batch_size * accumulation * world_size,
     }
     for name, value in sizes.items():
         if config.get(name, "auto") not in ("auto", value):
-            raise UserError(f"{key}: {name}", config[name], f'give "auto"; the recipe makes it {value}')
+            raise UserError(f"{key}: {name}", config[name], f'expected "auto"; the recipe makes it {value}')
     rest = {key: value for key, value in config.items() if key not in ("bf16", "fp16", "gradient_clipping")}
     return {**rest, **sizes, "bf16": {"enabled": dtype == "bfloat16"}, "zero_optimization": zero}
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter that may be in shards."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -246,8 +246,8 @@ def in_shards(config: dict[str, Any]) -> Callable[[tuple[int, ...], torch.dtype,
         # of this memory nothing is touched but the process's own interval, which DeepSpeed copies into the shard
         parameter: ZeroParameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=init.local_device))
         init._convert_to_deepspeed_param(parameter)
-        rank, world = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
-        start, stop = interval(parameter.ds_numel, rank, world)
+        rank, world_size = parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+        start, stop = interval(parameter.ds_numel, rank, world_size)
         fill(start, parameter.data.view(-1)[start:stop])
         parameter.partition()
         parameter.ds_secondary_tensor = None  # under hpZ: what was copied there was the untouched memory
@@ -299,7 +299,7 @@ class Zero3:
             raise UserError("model", "a DeepSpeed engine with an optimizer", "make it with ZeRO-3 and no optimizer")
         kept = [name for name, p in engine.module.named_parameters() if getattr(p, "ds_persist", False)]
         if kept:
-            right = "give 0: edits of a shard are ignored where the weight is kept gathered"
+            right = "expected 0: edits of a shard are ignored where the weight is kept gathered"
             raise UserError("zero_optimization.stage3_param_persistence_threshold", f"{len(kept)} weights kept", right)
         weights = cls.__new__(cls)
         weights._take(engine, comm)
@@ -319,7 +319,7 @@ class Zero3:
         # first of all, whoever calls the module
         self.module.register_forward_pre_hook(lambda module, inputs: self._follow(), prepend=True)
         for name, parameter in self.module.named_parameters():
-            size = math.ceil(parameter.ds_numel / comm.world)
+            size = math.ceil(parameter.ds_numel / comm.world_size)
             if parameter.ds_tensor.ds_numel != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {parameter.ds_tensor.ds_numel} entries, not {size}")
 
@@ -348,7 +348,7 @@ class Zero3:
         return tuple(parameter.ds_shape)
 
     def interval(self, parameter: ZeroParameter) -> tuple[int, int]:
-        return interval(parameter.ds_numel, self.comm.index, self.comm.world)
+        return interval(parameter.ds_numel, self.comm.rank, self.comm.world_size)
 
     def local(self, parameter: ZeroParameter) -> Tensor:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -362,7 +362,7 @@ class Zero3:
         shard: Tensor = parameter.ds_tensor
         return shard.data[: stop - start]
 
-    def held(self, parameter: ZeroParameter) -> tuple[int, Tensor]:
+    def resident_slice(self, parameter: ZeroParameter) -> tuple[int, Tensor]:
         return self.interval(parameter)[0], self.local(parameter)
 
     def publish(self, parameters: list[ZeroParameter]) -> None:
@@ -374,7 +374,7 @@ class Zero3:
             start, stop = self.interval(parameter)
             self.local(parameter).copy_(value.reshape(-1)[start:stop])
 
-    def fold(
+    def merge(
         self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         start, _ = self.interval(parameter)
@@ -382,7 +382,7 @@ class Zero3:
         add_low_rank(local, start, parameter.ds_shape[1], left.to(local.device), right.to(local.device), decay, noise)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.comm.world if self.comm.world > 1 else loss).backward()
+        (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()
         self._offload.release_backward_leftovers()
         self._went_back = True
 
@@ -397,17 +397,17 @@ class Zero3:
         self.comm.sent.update(_sent)
         _sent.clear()
 
-    def whole(self, parameter: ZeroParameter) -> Tensor:
-        size = math.ceil(parameter.ds_numel / self.comm.world)
+    def full_tensor(self, parameter: ZeroParameter) -> Tensor:
+        size = math.ceil(parameter.ds_numel / self.comm.world_size)
         return self._gather(parameter, 0, size)[: parameter.ds_numel].view(parameter.ds_shape)
 
     def runs(self, parameter: ZeroParameter) -> Iterator[tuple[int, Tensor]]:
-        size = math.ceil(parameter.ds_numel / self.comm.world)
-        length = math.ceil(CHUNK / self.comm.world)
+        size = math.ceil(parameter.ds_numel / self.comm.world_size)
+        length = math.ceil(CHUNK / self.comm.world_size)
         for at in range(0, size, length):
             length = min(length, size - at)
             gathered = self._gather(parameter, at, length)
-            for index in range(self.comm.world):
+            for index in range(self.comm.world_size):
                 start = index * size + at
                 if start < parameter.ds_numel:
                     yield start, gathered[index * length : (index + 1) * length][: parameter.ds_numel - start]
@@ -436,9 +436,9 @@ class Zero3AdamW(Zero3):
 
         trained = [p for p in module.parameters() if p.requires_grad]
         # as usual, neither biases nor norms decay
-        groups = [[p for p in trained if (len(whole_shape(p)) > 1) == decayed] for decayed in (True, False)]
+        groups = [[p for p in trained if (len(full_shape(p)) > 1) == decayed] for decayed in (True, False)]
         optimizer = torch.optim.AdamW(
-            [{"params": group, "decayed": len(whole_shape(group[0])) > 1} for group in groups if group]
+            [{"params": group, "decayed": len(full_shape(group[0])) > 1} for group in groups if group]
         )
         config = {**config, "gradient_clipping": max_grad_norm or 0.0, "zero_allow_untested_optimizer": True}
         self._take(_engine(module, config, optimizer=optimizer), comm)

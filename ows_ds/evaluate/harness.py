@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation
 from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
-from ows_ds.model.pretrained import free_memory, hushed
+from ows_ds.model.pretrained import free_memory, suppress_output
 from ows_ds.runs.results import Score, number
 
 GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
@@ -56,13 +56,13 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
         if name not in files.union(manager.all_tasks):
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"is one of {', '.join(near)} meant?" if near else "`lm-eval ls tasks` lists those there are"
-            raise UserError("--tasks", name, f"give tasks that are known: {hint}")
+            raise UserError("--tasks", name, f"expected tasks that are known: {hint}")
     asked: list[Any] = []
     for name in dict.fromkeys(evaluation.names):
         try:
             found = manager.load(name)
         except Exception as error:  # whatever a task's code and a data set's raise
-            right = f"give tasks whose data sets can be had here ({type(error).__name__}: {first_line(error)})"
+            right = f"expected tasks whose data sets can be had here ({type(error).__name__}: {first_line(error)})"
             raise UserError("--tasks", name, right) from error
         inside = {child for group in found.get("groups", {}).values() for child in group.child_names}
         tops = {**found.get("groups", {}), **found["tasks"]}
@@ -71,12 +71,12 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
     for one in asked:
         for task in _leaves(one):
             if task.task_name in every:
-                raise UserError("--tasks", task.task_name, "give each task once: it is in two of those given")
+                raise UserError("--tasks", task.task_name, "expected each task once: it is in two of those given")
             every[task.task_name] = task
             if getattr(task, "UNSAFE_CODE", False):
-                raise UserError("--tasks", task.task_name, "give tasks that do not run what the model writes")
+                raise UserError("--tasks", task.task_name, "expected tasks that do not run what the model writes")
             if getattr(task, "MULTIMODAL", False):
-                raise UserError("--tasks", task.task_name, "give tasks of text alone")
+                raise UserError("--tasks", task.task_name, "expected tasks of text alone")
     return Tasks(asked, every)
 
 
@@ -90,21 +90,21 @@ def _complete(name: Any, index: dict[str, Any]) -> bool:
     return all(part != name and _complete(part, index) for part in names)
 
 
-def check_limit(tasks: Tasks, evaluation: Evaluation, world: int) -> None:
+def check_limit(tasks: Tasks, evaluation: Evaluation, world_size: int) -> None:
     """Refuse (UserError) fewer questions than processes: lm-evaluation-harness does not take a process without any."""
     from lm_eval.evaluator_utils import get_sample_size
 
     for name, task in tasks.every.items():
         count = min(len(task.eval_docs), get_sample_size(task, evaluation.limit) or len(task.eval_docs))
-        if count < world:
+        if count < world_size:
             right = f"start fewer processes: {name} has {count} questions" + (" of --limit" if evaluation.limit else "")
-            raise UserError("processes", world, right)
+            raise UserError("processes", world_size, right)
 
 
 def measure(
     subject: Subject, tasks: Tasks, evaluation: Evaluation, runtime: Runtime
 ) -> tuple[dict[str, Any], list[Score]]:
-    """What the model says of itself, and its scores, which only process 0 has. Collective.
+    """What the model says of itself, and its scores, which only rank 0 has. Collective.
 
     The model is loaded on every process, which takes its part of the questions.
     """
@@ -114,10 +114,10 @@ def measure(
     evaluator.get_git_commit_hash = lambda: None
     comm = runtime.comm
     with on_disk(subject, comm) as path:
-        with together(comm), refusing(subject), redirect_stdout(sys.stderr):
+        with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), hushed():  # it prints what it finds out about batches
+        with redirect_stdout(sys.stderr), suppress_output():  # it prints what it finds out about batches
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -200,7 +200,7 @@ def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime
         parallelize=evaluation.parallelize,
         use_safetensors=True,  # other files would be unpickled
     )
-    model._rank, model._world_size = runtime.comm.index, runtime.comm.world
+    model._rank, model._world_size = runtime.comm.rank, runtime.comm.world_size
     return model
 
 
@@ -208,7 +208,7 @@ def _gathered(metrics: dict[str, dict[tuple[str, str], list[Any]]], comm: Commun
     """All processes' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
     rows = [[task, *key, _plain(values)] for task, found in metrics.items() for key, values in found.items()]
     gathered = []
-    for one in comm.collect(rows, "evaluation"):
+    for one in comm.all_gather_object(rows, "evaluation"):
         whole: dict[str, dict[tuple[str, str], list[Any]]] = {}
         for task, metric, filtered, values in one:
             whole.setdefault(task, {})[metric, filtered] = values

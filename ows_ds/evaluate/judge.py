@@ -93,12 +93,12 @@ def prompts(path: str | None) -> Prompts:
                 kind = next((kind for kind, needed in FIELDS.items() if needed == fields), None)
                 if kind is None:
                     known = " or ".join(", ".join(sorted(needed)) for needed in FIELDS.values())
-                    raise UserError("--judge-prompts", name, f"give it the fields {known}")
+                    raise UserError("--judge-prompts", name, f"expected it the fields {known}")
                 found.setdefault(kind, Prompt(name, system, text))
     for turn, reference in FIELDS:
         if (turn, reference) not in found:
             what = f"turn {turn}" + (" with a reference answer" if reference else "")
-            raise UserError("--judge-prompts", path, f"give a prompt of type single for {what}")
+            raise UserError("--judge-prompts", path, f"expected a prompt of type single for {what}")
     return found
 
 
@@ -146,7 +146,7 @@ class Judge:
         return said if isinstance(said, str) else ""
 
     def _refuse(self, why: str) -> UserError:
-        return UserError("--judge", self.given, f"give the address of a judge that answers ({why})")
+        return UserError("--judge", self.given, f"expected the address of a judge that answers ({why})")
 
 
 def mark(judgment: str) -> float:

@@ -40,19 +40,19 @@ def lines_of(path: str, key: str) -> list[Line]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(key, path, f"give a readable JSON Lines file ({first_line(error)})") from error
+        raise UserError(key, path, f"expected a readable JSON Lines file ({first_line(error)})") from error
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise UserError(key, f"{path}:{number}", f"give a JSON object on each line ({error})") from error
+            raise UserError(key, f"{path}:{number}", f"expected a JSON object on each line ({error})") from error
         if not isinstance(row, dict):
-            raise UserError(key, f"{path}:{number}", "give a JSON object on each line")
+            raise UserError(key, f"{path}:{number}", "expected a JSON object on each line")
         found.append(row)
     if not found:
-        raise UserError(key, path, "give a file with at least one line")
+        raise UserError(key, path, "expected a file with at least one line")
     return found
 
 
@@ -63,12 +63,12 @@ def questions(path: str) -> list[Line]:
     for question in found:
         name, turns = question.get("question_id"), question.get("turns")
         if type(name) not in (int, str) or name in seen:
-            raise UserError(key, name, "give each question a question_id of its own, an integer or text")
+            raise UserError(key, name, "expected each question a question_id of its own, an integer or text")
         seen.add(name)
         if not _texts(turns) or not 1 <= len(turns) <= TURNS:  # type: ignore[arg-type]
-            raise UserError(key, f"question {name}", f"give it turns, a list of one or {TURNS} texts")
+            raise UserError(key, f"question {name}", f"expected it turns, a list of one or {TURNS} texts")
         if not isinstance(question.get("category"), str):
-            raise UserError(key, f"question {name}", "give it a category, such as writing")
+            raise UserError(key, f"question {name}", "expected it a category, such as writing")
     return found
 
 
@@ -83,11 +83,11 @@ def by_question(path: str, key: str, asked: Sequence[Line], needed: Iterable[Any
             case {"question_id": int() | str() as name, "choices": [{"turns": list() as said}, *_]} if _texts(said):
                 turns[name] = said
             case _:
-                raise UserError(key, path, "give answers as FastChat writes them, with question_id and choices")
+                raise UserError(key, path, "expected answers as FastChat writes them, with question_id and choices")
     lengths = {question["question_id"]: len(question["turns"]) for question in asked}
     for name in needed:
         if len(turns.get(name, ())) < lengths[name]:
-            raise UserError(key, path, f"give answers to all turns of question {name}")
+            raise UserError(key, path, f"expected answers to all turns of question {name}")
     return turns
 
 
@@ -95,7 +95,7 @@ def template_of(tokenizer: Any, bench: MTBench, subject: Subject) -> str:
     """How questions are written: chat, plain or alpaca. Raises UserError where there is no chat template."""
     chat = bool(tokenizer.chat_template)
     if bench.template == "chat" and not chat:
-        raise UserError("--template", "chat", "give plain or alpaca: this model's tokenizer has no chat template")
+        raise UserError("--template", "chat", "expected plain or alpaca: this model's tokenizer has no chat template")
     if bench.template != "auto":
         return bench.template
     given = "auto" if subject.recipe is None else subject.recipe.data.template

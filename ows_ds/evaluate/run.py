@@ -17,7 +17,7 @@ from typing import Any
 from ows_ds import __version__, config
 from ows_ds.checkpoint import version
 from ows_ds.distributed import watchdog
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import harness, judge, mt_bench
@@ -49,18 +49,18 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     runtime = start(replace(recipe, train=replace(recipe.train, timeout_seconds=LONGEST)))
     comm = runtime.comm
     with watchdog.armed(comm, DEAD):
-        with together(comm), redirect_stdout(sys.stderr):
+        with fail_together(comm), redirect_stdout(sys.stderr):
             measure = _judged(evaluation, bench, runtime) if judged else _by_harness(evaluation, runtime)
         result = _measured(measure, subject, evaluation, bench, runtime)
-        with together(comm):
+        with fail_together(comm):
             # it was work: it is kept, whatever becomes of the comparison
-            path = _write(result, subject, evaluation) if comm.index == 0 and result.scores else None
+            path = _write(result, subject, evaluation) if comm.rank == 0 and result.scores else None
         if isinstance(before, Subject):
             before = _measured(measure, before, evaluation, bench, runtime)
-        with together(comm):
+        with fail_together(comm):
             if path is not None:
                 _finish(path, result, before, subject, evaluation)
-        comm.barrier()  # not before process 0 is done, or a launcher could end it
+        comm.barrier()  # not before rank 0 is done, or a launcher could end it
 
 
 def _finish(path: Path, result: Result, before: Result | None, subject: Subject, evaluation: Evaluation) -> None:
@@ -68,7 +68,7 @@ def _finish(path: Path, result: Result, before: Result | None, subject: Subject,
     if before is not None:
         if os.path.isfile(str(evaluation.compare)) and (why := results.told_alike(result, before)):
             _print(result, evaluation, path)
-            raise UserError("--compare", evaluation.compare, f"give a result of the same questions: {why}")
+            raise UserError("--compare", evaluation.compare, f"expected a result of the same questions: {why}")
         result = replace(result, before=before)
         results.rewrite(path, results.as_text(result))
     _print(result, evaluation, path)
@@ -94,7 +94,7 @@ def _before(subject: Subject, evaluation: Evaluation) -> Subject | Result | None
 
 def _by_harness(evaluation: Evaluation, runtime: Runtime) -> Measure:
     tasks = harness.load_tasks(evaluation)
-    harness.check_limit(tasks, evaluation, runtime.comm.world)
+    harness.check_limit(tasks, evaluation, runtime.comm.world_size)
     return lambda subject: harness.measure(subject, tasks, evaluation, runtime)
 
 
@@ -114,8 +114,8 @@ def _judged(evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> Measure
         path = Path(str(bench.answers))
         if there is None:
             path, facts = _answer(subject, asked, evaluation, bench, runtime, folder)
-        with together(comm):  # the judge is asked by process 0
-            if comm.index == 0 and bench.judge is not None:
+        with fail_together(comm):  # the judge is asked by rank 0
+            if comm.rank == 0 and bench.judge is not None:
                 answers = there or mt_bench.by_question(str(path), "--answers", asked, names)
                 file = folder / "model_judgment" / f"{results.file_name(str(bench.judge_model))}_single.jsonl"
                 try:
@@ -136,25 +136,25 @@ def _answer(
     comm = runtime.comm
     name = results.file_name(subject.name)
     with on_disk(subject, comm) as path:
-        with together(comm), refusing(subject), redirect_stdout(sys.stderr):
+        with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
             speaker = mt_bench.Speaker(path, subject, evaluation, bench, runtime)
             facts = {**facts_of(speaker.model), "template": speaker.template}
-        with together(comm):
-            mine = [speaker.answer(question, name) for question in asked[comm.index :: comm.world]]
+        with fail_together(comm):
+            mine = [speaker.answer(question, name) for question in asked[comm.rank :: comm.world_size]]
     del speaker
     free_memory()
-    by_name = {line["question_id"]: line for lines in comm.collect(mine, "evaluation") for line in lines}
+    by_name = {line["question_id"]: line for lines in comm.all_gather_object(mine, "evaluation") for line in lines}
     text = "".join(json.dumps(by_name[question["question_id"]]) + "\n" for question in asked)
     written: Path | None = None
-    with together(comm):
-        if comm.index == 0:
+    with fail_together(comm):
+        if comm.rank == 0:
             written = results.write(folder / "model_answer" / f"{name}.jsonl", text)
             _tell(f"{written}: {len(asked)} answers of {subject.name}")
     return written or folder, facts
 
 
 def _measured(measure: Measure, subject: Subject, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> Result:
-    """The result, with scores on process 0 alone. Collective."""
+    """The result, with scores on rank 0 alone. Collective."""
     comm, begin = runtime.comm, time.perf_counter()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     model, scores = measure(subject)
@@ -163,7 +163,7 @@ def _measured(measure: Measure, subject: Subject, evaluation: Evaluation, bench:
         settings |= asdict(bench)
     for name in ("output", "json", "judge_key"):
         settings.pop(name, None)
-    settings |= {"processes": comm.world, "device": runtime.device.type}
+    settings |= {"processes": comm.world_size, "device": runtime.device.type}
     packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
     versions = {
         "ows_ds": __version__,

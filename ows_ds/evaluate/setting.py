@@ -115,18 +115,18 @@ Wrong = Iterator[tuple[str, Any, str]]
 def _of_model(model: str, evaluation: Evaluation, bench: MTBench) -> Wrong:
     run = os.path.isfile(os.path.join(model, "config.yaml"))
     if not os.path.isdir(model) and (os.path.lexists(model) or not re.fullmatch(HUB_NAME, model)):
-        yield "MODEL", model, "give the folder of a run or of a model, or a name on the hub"
+        yield "MODEL", model, "expected the folder of a run or of a model, or a name on the hub"
     if evaluation.checkpoint is not None and not run:
         yield "--checkpoint", evaluation.checkpoint, "leave it out, or give the folder of a run, with its config.yaml"
     if evaluation.compare is not None and bench.answers is not None:
         yield "--compare", evaluation.compare, "leave it out under --answers, and judge twice"
     if evaluation.compare == BASE and not run:
-        yield "--compare", BASE, "give a model, or the folder of a run as MODEL: only a run knows its base"
+        yield "--compare", BASE, "expected a model, or the folder of a run as MODEL: only a run knows its base"
     if evaluation.output is not None:
         if not evaluation.output.endswith(".json") or os.path.isdir(evaluation.output):
-            yield "--output", evaluation.output, "give a file whose name ends in .json"
+            yield "--output", evaluation.output, "expected a file whose name ends in .json"
         if not can_be_made(Path(evaluation.output).parent):
-            yield "--output", evaluation.output, "give a file in a folder that can be written to, or can be made"
+            yield "--output", evaluation.output, "expected a file in a folder that can be written to, or can be made"
 
 
 def _of_tasks(evaluation: Evaluation, bench: MTBench) -> Wrong:
@@ -134,21 +134,21 @@ def _of_tasks(evaluation: Evaluation, bench: MTBench) -> Wrong:
         yield (
             "--tasks",
             evaluation.tasks,
-            "it is required: give tasks with commas, such as ows_commonsense, or --mt-bench",
+            "it is required: expected tasks with commas, such as ows_commonsense, or --mt-bench",
         )
     if bench.mt_bench is not None and evaluation.tasks is not None:
         yield "--tasks", evaluation.tasks, "leave it out under --mt-bench: evaluate twice"
     if evaluation.include_path is not None and not os.path.isdir(evaluation.include_path):
-        yield "--include-path", evaluation.include_path, "give a folder that exists"
+        yield "--include-path", evaluation.include_path, "expected a folder that exists"
     limit, size = evaluation.limit, evaluation.batch_size
     if limit is not None and not (0 < limit < 1 or (math.isfinite(limit) and limit >= 1 and limit == int(limit))):
-        yield "--limit", limit, "give a number of questions, or a share above 0 and below 1"
+        yield "--limit", limit, "expected a number of questions, or a share above 0 and below 1"
     if size != "auto" and not (size.isascii() and size.isdecimal() and 0 < int(size) < 2**31):
-        yield "--batch-size", size, "give an integer of at least 1, or auto"
+        yield "--batch-size", size, "expected an integer of at least 1, or auto"
     for name, least in (("num_fewshot", 0), ("max_length", 1)):
         value = getattr(evaluation, name)
         if value is not None and not least <= value < 2**31:
-            yield f"--{name.replace('_', '-')}", value, f"give an integer of at least {least}"
+            yield f"--{name.replace('_', '-')}", value, f"expected an integer of at least {least}"
 
 
 def _of_judge(bench: MTBench) -> Wrong:
@@ -160,10 +160,10 @@ def _of_judge(bench: MTBench) -> Wrong:
     for name in ("mt_bench", "answers", "judge_prompts", "judge_references"):
         path = getattr(bench, name)
         if path is not None and not os.path.isfile(path):
-            yield f"--{name.replace('_', '-')}", path, "give a file that exists"
+            yield f"--{name.replace('_', '-')}", path, "expected a file that exists"
     for name, least in (("max_new_tokens", 1), ("judge_retries", 0), ("judge_parallel", 1)):
         if not least <= getattr(bench, name) < 2**16:
-            yield f"--{name.replace('_', '-')}", getattr(bench, name), f"give an integer of at least {least}"
+            yield f"--{name.replace('_', '-')}", getattr(bench, name), f"expected an integer of at least {least}"
     if bench.judge is None:
         for name, value in given.items():
             if name.startswith("judge") or name == "answers":
@@ -179,7 +179,7 @@ def _of_judge(bench: MTBench) -> Wrong:
         yield (
             "--judge",
             "***" if "@" in bench.judge else bench.judge,
-            "give an address such as http://localhost:8000/v1",
+            "expected an address such as http://localhost:8000/v1",
         )
     if not bench.judge_model or not WORDS.fullmatch(bench.judge_model):
-        yield "--judge-model", bench.judge_model, "give the name of a model on the judge's server"
+        yield "--judge-model", bench.judge_model, "expected the name of a model on the judge's server"

@@ -16,7 +16,7 @@ from torch import nn
 
 from ows_ds import checkpoint, config, files
 from ows_ds.config import Recipe
-from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError, first_line
 from ows_ds.evaluate.setting import Evaluation
@@ -62,7 +62,7 @@ def find(given: str, evaluation: Evaluation) -> Subject:
     if not (folder / "config.yaml").is_file():
         local = folder.is_dir()
         if local and not (folder / "config.json").is_file():
-            raise UserError("MODEL", given, "give the folder of a model, with its config.json, or of a run")
+            raise UserError("MODEL", given, "expected the folder of a model, with its config.json, or of a run")
         return Subject(_name(folder) if local else given, given, evaluation.revision)
     recipe = config.from_dict(files.read_yaml(folder / "config.yaml", "MODEL"))
     name, step = _name(folder), evaluation.checkpoint
@@ -70,7 +70,11 @@ def find(given: str, evaluation: Evaluation) -> Subject:
         return Subject(f"{name}-{step}", str(folder), None, folder, step, recipe)
     if not (folder / "model" / "config.json").is_file():
         steps = checkpoint.checkpoints(folder)
-        right = f"give --checkpoint {steps[0].name} with it" if steps else "give a run that has a model or a checkpoint"
+        right = (
+            f"expected --checkpoint {steps[0].name} with it"
+            if steps
+            else "expected a run that has a model or a checkpoint"
+        )
         raise UserError("MODEL", given, f"{right}: this one is not finished")
     return Subject(name, str(folder / "model"), None, folder, None, recipe)
 
@@ -87,7 +91,7 @@ def base_of(subject: Subject) -> Subject:
 def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
     """Within it: a folder (or name) from which the model can be loaded. Collective.
 
-    A checkpoint is exported by process 0 into a new folder of the run, which all hosts see, and removed afterwards.
+    A checkpoint is exported by rank 0 into a new folder of the run, which all hosts see, and removed afterwards.
     """
     if subject.step is None:
         yield subject.path
@@ -95,15 +99,15 @@ def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
     assert subject.run is not None
     place: tempfile.TemporaryDirectory[str] | None = None
     try:
-        with together(comm):
-            if comm.index == 0:
+        with fail_together(comm):
+            if comm.rank == 0:
                 from ows_ds.train.export import export
 
                 subject.results.mkdir(exist_ok=True)
                 place = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)
                 with redirect_stdout(sys.stderr):
                     export(subject.run, Path(place.name) / "model", subject.step)
-        yield str(comm.share(None if place is None else str(Path(place.name) / "model")))
+        yield str(comm.broadcast_object(None if place is None else str(Path(place.name) / "model")))
         comm.barrier()  # all have read it
     finally:
         if place is not None:
@@ -119,9 +123,9 @@ def refusing(subject: Subject) -> Iterator[None]:
         raise
     except Exception as error:  # transformers and tokenizers raise no kind but Exception
         if "trust_remote_code" in str(error):
-            right = "give it, to run the Python code that comes with this model, or a model without any"
+            right = "expected it, to run the Python code that comes with this model, or a model without any"
             raise UserError("--trust-remote-code", False, right) from error
-        right = f"give a model that transformers can load from safetensors ({first_line(error)})"
+        right = f"expected a model that transformers can load from safetensors ({first_line(error)})"
         raise UserError("MODEL", subject.about["path"], right) from error
 
 

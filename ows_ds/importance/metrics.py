@@ -88,7 +88,9 @@ def magnitude_and_influence(
     sums[-1] = calibrate(weights, batches, attach)
     *totals, tokens = weights.comm.all_reduce(sums, "score").tolist()
     if not tokens:
-        raise UserError("data.train", "0 calibration tokens", "give rows of which something is left after tokenizing")
+        raise UserError(
+            "data.train", "0 calibration tokens", "expected rows of which something is left after tokenizing"
+        )
     for total, layer in zip(totals, (*layers.layers, *layers.layers), strict=True):
         if not math.isfinite(total):  # the same on all processes
             raise RuntimeError(f"activations of {layer.name} are not finite: no scores can be computed")
@@ -111,11 +113,11 @@ def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = No
     matrices = [(layer.name, matrix) for layer in layers.layers for matrix in layer.matrices]
     alphas = torch.zeros(len(matrices), dtype=torch.float64, device=weights.device)
     parameters = dict(weights.module.named_parameters())
-    index, world = weights.comm.index, weights.comm.world
-    for first in range(0, len(matrices), world):  # w matrices are gathered before any spectrum holds the others up
+    index, world_size = weights.comm.rank, weights.comm.world_size
+    for first in range(0, len(matrices), world_size):  # w matrices are gathered before any spectrum holds the others up
         own = None
-        for i, (_, matrix) in enumerate(matrices[first : first + world]):
-            whole = weights.whole(parameters[matrix.name])
+        for i, (_, matrix) in enumerate(matrices[first : first + world_size]):
+            whole = weights.full_tensor(parameters[matrix.name])
             own = whole if i == index else own
         if own is not None:
             alphas[first + index] = hill(own.to(weights.device))
@@ -127,7 +129,9 @@ def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = No
             found[name].append(alpha)
     for name, values in found.items():
         if not values:
-            right = f"give another one: no weight of {name} has two different eigenvalues above 0, so none has a tail"
+            right = (
+                f"expected another one: no weight of {name} has two different eigenvalues above 0, so none has a tail"
+            )
             raise UserError("sampling.importance", "alpha", right)
     means = tuple(sum(values) / len(values) for values in found.values())
     return Scores("alpha", 0.0, model or fingerprint(weights), means, 0)

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.importance.scores import Scores
 
 # by metric; of a row that is not a metric, by kind of importance
@@ -45,7 +45,7 @@ def plot(scores: list[tuple[str, Scores]], path: Path) -> None:
         figure.suptitle(scores[0][0])
     for index, lines in enumerate(panels.values(), 1):
         _panel(figure.add_subplot(rows, columns, index), lines)
-    with beside(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -33,7 +33,7 @@ def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) 
         return [max(ratios) - ratio for ratio in ratios]
     if kind == "alpha":
         if min(ratios) <= 0:
-            raise UserError("sampling.scores", list(ratios), "give alphas above 0")
+            raise UserError("sampling.scores", list(ratios), "expected alphas above 0")
         return [1 / ratio for ratio in ratios]
     return list(ratios)
 
@@ -49,14 +49,16 @@ def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = Non
     """
     weights = np.asarray(ratios, dtype=np.float64)
     if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise UserError("sampling.scores", list(ratios), "give finite numbers of at least 0")
+        raise UserError("sampling.scores", list(ratios), "expected finite numbers of at least 0")
     if not 0 < gamma <= len(weights):
-        raise UserError("sampling.gamma", gamma, f"give more than 0 and at most {len(weights)}, the number of layers")
+        raise UserError(
+            "sampling.gamma", gamma, f"expected more than 0 and at most {len(weights)}, the number of layers"
+        )
     if weights.sum() <= 0:
-        raise UserError("sampling.tau", tau, "give a smaller threshold: no layer has an outlier at this one")
+        raise UserError("sampling.tau", tau, "expected a smaller threshold: no layer has an outlier at this one")
     able = np.count_nonzero(weights)
     if gamma > able:
-        right = f"give at most {able}, the number of layers with an importance above 0"
+        right = f"expected at most {able}, the number of layers with an importance above 0"
         raise UserError("sampling.gamma", gamma, right)
     result = np.zeros_like(weights)
     sure = np.zeros(len(weights), dtype=bool)

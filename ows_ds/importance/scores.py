@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.files import beside, parse_json, read_text
+from ows_ds.files import atomic_write, parse_json, read_text
 from ows_ds.importance.calibrate import Select, calibrate
 from ows_ds.importance.probabilities import METRIC_OF
 from ows_ds.model.fingerprint import fingerprint
@@ -58,7 +58,7 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write as JSON; ``path`` is complete or as it was before."""
-        with beside(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
@@ -67,18 +67,18 @@ class Scores:
         try:
             data = parse_json(read_text(path))
         except OSError as error:
-            right = f"give a file that can be read ({error.strerror}); `ows-ds score` writes one"
+            right = f"expected a file that can be read ({error.strerror}); `ows-ds score` writes one"
             raise UserError(_KEY, str(path), right) from error
         except ValueError as error:
-            raise UserError(_KEY, str(path), f"give a JSON file that `ows-ds score` wrote ({error})") from error
+            raise UserError(_KEY, str(path), f"expected a JSON file that `ows-ds score` wrote ({error})") from error
         if not isinstance(data, dict) or data.get("format") != 1 or not {"layers", "model", "metric"} <= data.keys():
-            raise UserError(_KEY, str(path), "give a file that `ows-ds score` wrote (scores of format 1)")
+            raise UserError(_KEY, str(path), "expected a file that `ows-ds score` wrote (scores of format 1)")
         for key, kind in (("metric", str), ("model", str), ("tokens", int), ("tau", (int, float))):
             value = data.get(key)
             if not isinstance(value, kind) or isinstance(value, bool) or not (kind is str or _is_ratio(value)):
                 raise UserError(f"{_KEY}: {key}", value, f"compute {path} again with `ows-ds score`")
         if data["metric"] not in METRIC_OF.values():
-            right = f"give scores of one of {', '.join(dict.fromkeys(METRIC_OF.values()))}"
+            right = f"expected scores of one of {', '.join(dict.fromkeys(METRIC_OF.values()))}"
             raise UserError(f"{_KEY}: metric", data["metric"], right)
         layers = data["layers"]
         if not isinstance(layers, list) or not layers or not all(map(_is_ratio, layers)):
@@ -156,7 +156,9 @@ def score(
                 counts[index] += above.sum().to(weights.device)
     *above_threshold, all_tokens = weights.comm.all_reduce(counts, "score").tolist()
     if not all_tokens:
-        raise UserError("data.train", "0 calibration tokens", "give rows of which something is left after tokenizing")
+        raise UserError(
+            "data.train", "0 calibration tokens", "expected rows of which something is left after tokenizing"
+        )
     ratios = tuple(count / max(1, number) for count, number in zip(above_threshold, entries, strict=True))
     return Scores("outlier", tau, model or fingerprint(weights), ratios, all_tokens)
 

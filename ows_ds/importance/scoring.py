@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import one_line
 from ows_ds.importance import probabilities
@@ -47,13 +47,13 @@ def importance(
     given: Path | None = own
     if batches is not None:
         given = (earlier or run_dir) / "scores.json" if sampling.scores is None else Path(sampling.scores)
-        if not weights.comm.share(given.exists()):
+        if not weights.comm.broadcast_object(given.exists()):
             given = None
     if given is None:
         assert batches is not None
         [scores] = measure(weights, layers, [METRIC_OF[kind]], batches, sampling.tau, model).values()
     else:
-        with together(weights.comm):
+        with fail_together(weights.comm):
             scores = Scores.read(given)
             scores.check(model, n_layers, kind, sampling.tau)
     found = probabilities.importance(kind, n_layers, scores.layers)
@@ -61,8 +61,8 @@ def importance(
         found, sampling.gamma, sampling.tau
     )  # what it refuses is refused before anything is written
     if batches is not None and given != own:
-        with together(weights.comm):
-            if weights.comm.index == 0:
+        with fail_together(weights.comm):
+            if weights.comm.rank == 0:
                 scores.write(own)
                 plot([(Path(recipe.model.path).name, scores)], own.with_suffix(".png"))
     return found
@@ -93,8 +93,8 @@ def report(
     files = {path: measured.get(str(needed), measured[metrics[0]])} if measured else {}
     if len(measured) > 1:
         files |= {path.with_stem(f"{path.stem}-{metric}"): scores for metric, scores in measured.items()}
-    with together(weights.comm):
-        if weights.comm.index == 0:
+    with fail_together(weights.comm):
+        if weights.comm.rank == 0:
             for file, scores in files.items():
                 scores.write(file)
             picture = path.with_suffix(".png")

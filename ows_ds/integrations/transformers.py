@@ -12,7 +12,7 @@ Data, schedule, logs, folders and callbacks stay the Trainer's. It meets OWS in 
     accelerator.backward(loss)       OWS.backward
     accelerator.clip_grad_norm_      OWS.reduce, the norm; OWS clips by itself
     optimizer.step()                 OWS.step, or OWS.skip where the norm is not finite
-    save_model                       folded weights, while the coordinates stay as they are
+    save_model                       merged weights, while the coordinates stay as they are
     checkpoint-N/                    has a folder `ows` more: a checkpoint as ows_ds.checkpoint writes it
     the end of training              OWS.close: the model is a plain one again
 """
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ows_ds import checkpoint
-from ows_ds.distributed.communicator import join, together
+from ows_ds.distributed.communicator import fail_together, join
 from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
@@ -78,7 +78,7 @@ def use_ows(
     settings: those of `OWS` that `TrainingArguments` does not have; seed is that of the arguments unless it is given.
 
     The Trainer becomes one of a class of its own (`OWSTrainer` before what it was); from `use_ows` on its model is
-    frozen but for what trains, and process 0's weights are those of all. Under DeepSpeed's ZeRO-3, as the arguments or
+    frozen but for what trains, and rank 0's weights are those of all. Under DeepSpeed's ZeRO-3, as the arguments or
     Accelerate have set it up, weights lie in its shards, and its optimizer is not used.
     Raises UserError for what does not go with OWS.
     """
@@ -87,7 +87,9 @@ def use_ows(
         if name in FROM_ARGUMENTS:
             raise UserError(name, value, f"leave it out: TrainingArguments has {FROM_ARGUMENTS[name]}")
         if name not in known or name in ("model", "self"):
-            raise UserError(name, value, f"give settings of OWS: {', '.join(sorted(set(known) - set(FROM_ARGUMENTS)))}")
+            raise UserError(
+                name, value, f"expected settings of OWS: {', '.join(sorted(set(known) - set(FROM_ARGUMENTS)))}"
+            )
     _check(trainer, settings.get("always_on", "full"))
     weights, args = _weights(trainer), trainer.args
     model = fingerprint(weights)
@@ -144,7 +146,7 @@ class OWSTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            self.optimizer.expect(len(batches))
+            self.optimizer.set_accumulation_steps(len(batches))
         return batches, items
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,11 +177,11 @@ class OWSTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or self.args.output_dir)
-        with nullcontext() if ows is None else ows.folded():
-            with together(weights.comm):
+        with nullcontext() if ows is None else ows.merged():
+            with fail_together(weights.comm):
                 if not weights.sharded:
                     super().save_model(str(folder), _internal_call)
-                elif weights.comm.index == 0:
+                elif weights.comm.rank == 0:
                     self._save(str(folder), state_dict={})  # all but the weights
             if weights.sharded:
                 save_weights(weights, folder)
@@ -202,7 +204,7 @@ class OWSTrainer(Trainer):
         """The newest checkpoint that is whole; True, where there is none, lets the Trainer say so. Collective."""
         there = [path for path in Path(self.args.output_dir).glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         newest_first = sorted(there, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        for folder in self._weights.comm.share([str(path) for path in newest_first]):
+        for folder in self._weights.comm.broadcast_object([str(path) for path in newest_first]):
             try:
                 self._opened = self._open(folder)
             except UserError as error:
@@ -216,20 +218,22 @@ class OWSTrainer(Trainer):
         comm = self._weights.comm
         opened = checkpoint.open_checkpoint(Path(folder) / FOLDER, comm, "resume_from_checkpoint")
         rest = ("trainer_state.json", "scheduler.pt")
-        missing = comm.share([name for name in rest if not (Path(folder) / name).is_file()])
+        missing = comm.broadcast_object([name for name in rest if not (Path(folder) / name).is_file()])
         if missing:
-            raise UserError("resume_from_checkpoint", folder, f"give a complete checkpoint: {missing[0]} is missing")
+            raise UserError(
+                "resume_from_checkpoint", folder, f"expected a complete checkpoint: {missing[0]} is missing"
+            )
         return opened
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Open it. The model's file beside it is folded: what goes on is in the folder of OWS, and is read later."""
+        """Open it. The model's file beside it is merged: what goes on is in the folder of OWS, and is read later."""
         folder = Path(resume_from_checkpoint)
         if self._opened is None or self._opened.folder.parent != folder:
             self._opened = self._open(resume_from_checkpoint)
         began = str(self._opened.facts.get("model"))
         now = self._model_name if self.optimizer is not None else fingerprint(self._weights)  # trained before
         if began != now:
-            right = f"give the model that {folder.name} began with ({began[:12]}): this one is {now[:12]}"
+            right = f"expected the model that {folder.name} began with ({began[:12]}): this one is {now[:12]}"
             raise UserError("model", str(getattr(self.model.config, "name_or_path", "")), right)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -307,20 +311,20 @@ class _Closing(TrainerCallback):
 def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, samples: int) -> Scores:
     """Scores of the model, whose fingerprint is ``model``: see `use_ows`. Collective."""
     comm, args, path = weights.comm, trainer.args, Path(trainer.args.output_dir) / "scores.json"
-    if comm.share(path.is_file()):
-        with together(comm):
+    if comm.broadcast_object(path.is_file()):
+        with fail_together(comm):
             found = Scores.read(path)
         if found.model == model:
             return found
     with torch.random.fork_rng(devices=[]):  # the order of the data in training is that without this pass
         loader = trainer.get_train_dataloader()
-        count = math.ceil(samples / (args.train_batch_size * comm.world))
+        count = math.ceil(samples / (args.train_batch_size * comm.world_size))
         batches = [trainer._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
     known = ("input_ids", "attention_mask", "position_ids")
     inputs = [{key: batch[key] for key in known if key in batch} for batch in batches]
     found = score(weights, find_layers(weights.module, weights.shape), inputs, tau, model)
-    with together(comm):
-        if comm.index == 0:
+    with fail_together(comm):
+        if comm.rank == 0:
             found.write(path)
     return found
 
@@ -341,9 +345,9 @@ def _weights(trainer: Trainer) -> Weights:
         if key not in ("bf16", "fp16", "gradient_clipping")
     }
     [dtype] = [name for name, dtype in DTYPES.items() if dtype == next(model.parameters()).dtype]
-    hosts = comm.collect(socket.gethostname())
+    hosts = comm.all_gather_object(socket.gethostname())
     micro, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    settings = resolve_config(settings, dtype, micro, steps, comm.world, per_host(hosts), "deepspeed")
+    settings = resolve_config(settings, dtype, micro, steps, comm.world_size, per_host(hosts), "deepspeed")
     check_by_deepspeed(settings, "deepspeed")
     return Zero3(model, settings, comm)
 
@@ -354,25 +358,25 @@ def _check(trainer: Trainer, always_on: str) -> None:
     if isinstance(trainer, OWSTrainer):
         raise UserError("trainer", type(trainer).__name__, "call use_ows once")
     sharded = getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    world, dtype = join(args.device).world, next(trainer.model.parameters()).dtype
+    world_size, dtype = join(args.device).world_size, next(trainer.model.parameters()).dtype
     checkpointing = args.gradient_checkpointing_kwargs or {}
     # TRL replaces the model's forward pass, and Liger does so in `train`: the loss takes the head's weight itself
     past_head = args.use_liger_kernel or "forward" in vars(trainer.model)
     whose = "use_liger_kernel" if args.use_liger_kernel else type(trainer).__name__
     precision, one_each = accelerator.mixed_precision, "start one process for each GPU, as torchrun does"
     own = "leave it out: OWS is the optimizer, and TrainingArguments has its learning rate and schedule"
-    as_loaded = "give no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
-    folder = "give False: a checkpoint is one folder that all processes write to"
+    as_loaded = "expected no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
+    folder = "expected False: a checkpoint is one folder that all processes write to"
     for wrong, key, value, right in (
         (not isinstance(trainer.model, PreTrainedModel), "model", type(trainer.model).__name__,
-         "give a model of transformers, without adapters"),
+         "expected a model of transformers, without adapters"),
         (trainer.optimizer is not None or trainer.lr_scheduler is not None, "optimizers", trainer.optimizer, own),
         (trainer.optimizer_cls_and_kwargs, "optimizer_cls_and_kwargs", trainer.optimizer_cls_and_kwargs, own),
         (not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"), "optim", str(args.optim), own),
-        (trainer.model_init is not None, "model_init", trainer.model_init, "give the model itself"),
+        (trainer.model_init is not None, "model_init", trainer.model_init, "expected the model itself"),
         (args.n_gpu > 1, "GPUs of this process", args.n_gpu, one_each),
-        (accelerator.num_processes != world, "processes of Accelerate", accelerator.num_processes,
-         f"{world} processes are there: with DeepSpeed on CPUs, make accelerate.PartialState(backend='gloo') first, "
+        (accelerator.num_processes != world_size, "processes of Accelerate", accelerator.num_processes,
+         f"{world_size} processes are there: with DeepSpeed on CPUs, make accelerate.PartialState(backend='gloo') first, "
          "and give accelerator_config={'use_configured_state': True}"),
         (trainer.is_fsdp_enabled, "fsdp", args.fsdp, "leave it out: weights lie whole or in ZeRO-3 shards"),
         (getattr(accelerator, "parallelism_config", None) is not None, "parallelism_config", args.parallelism_config,
@@ -380,15 +384,15 @@ def _check(trainer: Trainer, always_on: str) -> None:
         (dtype not in DTYPES.values(), "model", dtype, f"load it in one of {', '.join(DTYPES)}"),
         (precision not in ("no", "bf16") or (precision == "bf16" and dtype != torch.bfloat16),
          "mixed precision", precision, as_loaded),
-        (args.torch_compile, "torch_compile", True, "give False"),
-        (args.auto_find_batch_size, "auto_find_batch_size", True, "give False, and a batch size"),
+        (args.torch_compile, "torch_compile", True, "expected False"),
+        (args.auto_find_batch_size, "auto_find_batch_size", True, "expected False, and a batch size"),
         (args.save_on_each_node, "save_on_each_node", True, folder),
         (args.load_best_model_at_end and args.save_only_model, "save_only_model", True,
-         "give False: the best model is taken from a whole checkpoint"),
+         "expected False: the best model is taken from a whole checkpoint"),
         (checkpointing.get("use_reentrant"), "gradient_checkpointing_kwargs: use_reentrant", True,
-         "give False: with frozen weights, reentrant checkpointing loses gradients"),
+         "expected False: with frozen weights, reentrant checkpointing loses gradients"),
         (past_head and always_on == "low_rank", "optim.always_on", always_on,
-         f"give full or none: the loss of {whose} takes the head's weight, without the head's coordinates"),
+         f"expected full or none: the loss of {whose} takes the head's weight, without the head's coordinates"),
         (past_head and sharded, "deepspeed", "ZeRO-3",
          f"leave it out: the loss of {whose} takes the head's weight, which would lie in shards"),
     ):  # fmt: skip

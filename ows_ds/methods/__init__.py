@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import Piece, ReadPiece, Weights
+from ows_ds.distributed.weights import ReadShard, Shard, Weights
 from ows_ds.methods import badam, full, galore, hift, lisa, lora, mezo, ows
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import ModelLayers
@@ -33,7 +33,7 @@ class Method(Protocol):
         """The layers that train in the coming step."""
 
     @property
-    def idle(self) -> bool:
+    def nothing_to_train(self) -> bool:
         """Nothing trains in the coming step."""
 
     @property
@@ -47,19 +47,19 @@ class Method(Protocol):
         Returns the sum: float64, (). Collective.
         """
 
-    def energies(self) -> dict[int, Tensor]:
+    def projector_energy(self) -> dict[int, Tensor]:
         """Of each layer that gets new projectors in this step: see `ows_ds.optim.ows.OWS.energies`."""
 
-    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
-        """Of each layer that was folded after the last step: see `ows_ds.optim.ows.OWS.moved`."""
+    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """Of each layer that was merged after the last step: see `ows_ds.optim.ows.OWS.moved`."""
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """This process's part of the tensors of a checkpoint."""
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
 
-    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `pieces` and `numbers` were taken. Collective."""
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ def _sampling(recipe: Recipe, accumulation: int) -> dict[str, Any]:
     return {
         "period": sampling.period,
         "scheme": sampling.scheme,
-        "refresh_gap": optim.refresh_gap,
+        "update_proj_gap": optim.update_proj_gap,
         "scale": optim.scale,
         "lr": optim.lr,
         "betas": optim.betas,
@@ -148,7 +148,7 @@ def _sampling(recipe: Recipe, accumulation: int) -> dict[str, Any]:
         "refresh": optim.refresh,
         "refresh_batch": optim.refresh_batch,
         "moments_on_refresh": optim.moments_on_refresh,
-        "fold_rounding": optim.fold_rounding,
+        "merge_rounding": optim.merge_rounding,
         "always_on": optim.always_on,
         "side": optim.side,
         "accumulation": accumulation,

@@ -33,7 +33,7 @@ def groups(layers: ModelLayers, heads: set[str]) -> list[Group]:
     after = [matrix for matrix in layers.embeddings if set(matrix.modules) <= heads]
     before = [matrix for matrix in layers.embeddings if matrix not in after]
     parts: list[tuple[Sequence[Matrix | Vector], LayerSet]] = [(before, ())]
-    parts += [((*unit.matrices, *unit.vectors), (index,)) for index, unit in enumerate(layers.layers)]
+    parts += [((*block.matrices, *block.vectors), (index,)) for index, block in enumerate(layers.layers)]
     parts += [((*layers.final, *after), ())]
     return [Group(tuple(part.name for part in some), numbers) for some, numbers in parts if some]
 

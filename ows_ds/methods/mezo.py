@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.weights import Piece, ReadPiece, Weights, pieces_of, read_weights, stream
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, stream, weight_shards
 from ows_ds.model.layers import ModelLayers
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, always
@@ -39,7 +39,7 @@ def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.
 class MeZO(torch.optim.Optimizer):
     """Two-point steps on all weights of a model. Interface: `ows_ds.methods.Method`."""
 
-    idle = False
+    nothing_to_train = False
 
     def __init__(
         self, weights: Weights, *, n_layers: int, lr: float, epsilon: float, weight_decay: float,
@@ -78,7 +78,7 @@ class MeZO(torch.optim.Optimizer):
                 sums[point] += compute()
                 self.weights.after_step()  # what is gathered must not outlive the next move
         mine = sums.mean()
-        plus, minus = (self.comm.all_reduce(sums, "losses") / self.comm.world).tolist()
+        plus, minus = (self.comm.all_reduce(sums, "losses") / self.comm.world_size).tolist()
         slope = (plus - minus) / (2 * self.epsilon)
         self.grad_norm = torch.tensor(abs(slope), dtype=torch.float64)
         if self.max_grad_norm is not None:
@@ -103,38 +103,40 @@ class MeZO(torch.optim.Optimizer):
     def _move(self, vectors: float, matrices: float, decay: float = 1.0) -> None:
         """W <- W + vectors * z for biases and norms, W <- decay * W + matrices * z for the rest, where they lie."""
         for name, parameter in self._parameters.items():
-            start, held = self.weights.held(parameter)
+            start, resident_slice = self.weights.resident_slice(parameter)
             flat = len(self.weights.shape(parameter)) <= 1
-            for first, z in noise(self.seed, self.steps, name, start, start + len(held), held.device):
-                run = held[first - start : first - start + len(z)]
+            for first, z in noise(
+                self.seed, self.steps, name, start, start + len(resident_slice), resident_slice.device
+            ):
+                run = resident_slice[first - start : first - start + len(z)]
                 wide = torch.promote_types(run.dtype, torch.float32)
                 run.copy_(run.to(wide).mul_(1.0 if flat else decay).add_(z, alpha=vectors if flat else matrices))
 
     def close(self) -> None:
         """Nothing is left to do."""
 
-    def energies(self) -> dict[int, Tensor]:
+    def projector_energy(self) -> dict[int, Tensor]:
         """There are no projectors."""
         return {}
 
-    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
         """There are no coordinates."""
         return {}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """This process's part of the weights. Between two steps only."""
         self.weights.after_step()
-        return pieces_of(self.weights, self._parameters, self._parameters)
+        return weight_shards(self.weights, self._parameters, self._parameters)
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
         return {"steps": self.steps, "skipped": self.skipped, "lr": self.lr}
 
     @torch.no_grad()
-    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
         self.weights.after_step()
-        read_weights(self.weights, self._parameters, self._parameters, read)
+        load_weights(self.weights, self._parameters, self._parameters, read)
         self.steps, self.skipped, self.param_groups[0]["lr"] = numbers["steps"], numbers["skipped"], numbers["lr"]
 
 

@@ -81,8 +81,8 @@ class Vector:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What is sampled, attached and folded together: one transformer layer, or what is always trained."""
+class Block:
+    """What is sampled, attached and merged together: one transformer layer, or what is always trained."""
 
     name: str
     matrices: tuple[Matrix, ...]
@@ -98,7 +98,7 @@ class ModelLayers:
     final: vectors between the last layer and the head (the final norm), and the head's bias.
     """
 
-    layers: tuple[Unit, ...]
+    layers: tuple[Block, ...]
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
 
@@ -108,7 +108,7 @@ class ModelLayers:
         def turned(matrices: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
             return tuple(replace(matrix, side=side) for matrix in matrices)
 
-        layers = tuple(replace(unit, matrices=turned(unit.matrices)) for unit in self.layers)
+        layers = tuple(replace(block, matrices=turned(block.matrices)) for block in self.layers)
         return ModelLayers(layers, turned(self.embeddings), self.final)
 
 
@@ -126,7 +126,7 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
         return UserError("model.path", label, right)
 
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise refuse("give a causal language model; this one is an encoder-decoder")
+        raise refuse("expected a causal language model; this one is an encoder-decoder")
     stack_name, stack = _stack(model, shape, refuse)
     names = {parameter: name for name, parameter in model.named_parameters()}
 
@@ -151,7 +151,7 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
                     vectors.append(Vector(name, full[0] if full else 1))
                 else:
                     raise refuse(f"{name} has shape {full}; in a layer only linear weights may have two dimensions")
-        layers.append(Unit(f"{stack_name}.{index}", tuple(matrices), tuple(vectors)))
+        layers.append(Block(f"{stack_name}.{index}", tuple(matrices), tuple(vectors)))
 
     embeddings, final = _outside(model, stack_name, shape, names)
     return ModelLayers(tuple(layers), embeddings, final)
@@ -171,7 +171,7 @@ def _stack(
 
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
-        raise refuse("give a transformer: no list of layers was found in this model")
+        raise refuse("expected a transformer: no list of layers was found in this model")
     return max(stacks, key=lambda item: size(item[1]))
 
 

@@ -53,9 +53,11 @@ class Source:
             return
         paths = _find(model)
         if not paths:
-            right = "give a model with safetensors files; transformers' save_pretrained makes them of others"
+            right = "expected a model with safetensors files; transformers' save_pretrained makes them of others"
             raise UserError("model.path", model.path, right)
-        how: dict[str, Any] = {} if model.attention is None else {"attn_implementation": model.attention}
+        how: dict[str, Any] = (
+            {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+        )
         if model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
             how["code_revision"] = model.revision
         # buffers are made as ever: some are computed and not stored
@@ -155,12 +157,14 @@ def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple
         if what
     ]
     if problems:
-        raise UserError("model.path", path, f"give a checkpoint that fits its config.json ({'; '.join(problems)})")
+        raise UserError("model.path", path, f"expected a checkpoint that fits its config.json ({'; '.join(problems)})")
     return keys, None
 
 
 def _quantised(model: config.Model, why: str) -> UserError:
-    return UserError("model.path", model.path, f"give a model that is not quantised ({why}): folds add to its weights")
+    return UserError(
+        "model.path", model.path, f"expected a model that is not quantised ({why}): merges add to its weights"
+    )
 
 
 def _find(model: config.Model) -> list[Path]:
@@ -174,7 +178,7 @@ def _find(model: config.Model) -> list[Path]:
         return []
     names = files.parse_json(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
     if outside := sorted({name for name in names if Path(name).name != name or not name.endswith(".safetensors")}):
-        right = "give a model whose index names safetensors files of its own folder"
+        right = "expected a model whose index names safetensors files of its own folder"
         raise UserError("model.path", f"{model.path}: {outside[0]}", right)
     shards = get_checkpoint_shard_files(model.path, path, revision=model.revision or "main")[0]
     return [Path(shard) for shard in shards]

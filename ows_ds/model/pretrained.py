@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, in_shards, whole_shape
+from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, full_shape, in_shards
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.files import read_text
 from ows_ds.model.layers import ModelLayers, find_layers
@@ -37,7 +37,7 @@ def load_model(
 
     config = runtime.ds_config
     model = pretrained(recipe, runtime.comm, runtime.device, config)
-    layers = find_layers(model, None if config is None else whole_shape)
+    layers = find_layers(model, None if config is None else full_shape)
     model.config.use_cache = False
     if adapt is not None:
         keep = None if config is None else HfDeepSpeedConfig(config)  # while it lives, peft knows of shards
@@ -57,31 +57,31 @@ def load_model(
 def pretrained(
     recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
 ) -> Any:
-    """The model of ``model.path``: whole, with entries on process 0 alone, or in shards (ds_config). Collective.
+    """The model of ``model.path``: whole, with entries on rank 0 alone, or in shards (ds_config). Collective.
 
-    Each process reads what it holds. Where transformers has to load the checkpoint, process 0 says why.
+    Each process reads what it holds. Where transformers has to load the checkpoint, rank 0 says why.
     Raises UserError (``model.path``) for what cannot be loaded.
     """
     source: Source
-    with together(comm), _refusing(recipe, Exception), hushed():
+    with fail_together(comm), _refusing(recipe, Exception), suppress_output():
         source = Source(recipe.model, DTYPES[recipe.model.dtype])
-    comm.agree("how the model is loaded", source.why_not)
+    comm.assert_consistent("how the model is loaded", source.why_not)
     if source.why_not is None:
-        with together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
-            make = whole(device, comm.index == 0) if ds_config is None else in_shards(ds_config)
+        with fail_together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
+            make = whole(device, comm.rank == 0) if ds_config is None else in_shards(ds_config)
             model = source.fill(make, device)
     else:
-        if comm.index == 0:
-            says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on process 0"
+        if comm.rank == 0:
+            says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on rank 0"
             print(one_line(says))
         model, lost = _by_transformers(recipe, device, ds_config)
-        with together(comm):
+        with fail_together(comm):
             if lost:  # transformers would go on with random numbers
                 missing = f"{len(lost)} of its weights are missing: {lost[0]}"
-                right = f"give a checkpoint that fits its config.json ({missing})"
+                right = f"expected a checkpoint that fits its config.json ({missing})"
                 raise UserError("model.path", recipe.model.path, right)
-    with together(comm), _refusing(recipe, ValueError, TypeError, KeyError, AttributeError):
-        if comm.index == 0:  # what transformers would refuse to write after training, such as a generation_config.json
+    with fail_together(comm), _refusing(recipe, ValueError, TypeError, KeyError, AttributeError):
+        if comm.rank == 0:  # what transformers would refuse to write after training, such as a generation_config.json
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder, state_dict={})
     return model
@@ -100,7 +100,7 @@ def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, 
             recipe.model.path,
             revision=recipe.model.revision,
             dtype=DTYPES[recipe.model.dtype],
-            attn_implementation=recipe.model.attention,
+            attn_implementation=recipe.model.attn_implementation,
             trust_remote_code=recipe.model.trust_remote_code,
             use_safetensors=True,  # other files would be unpickled
             output_loading_info=True,
@@ -118,7 +118,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     # tokenizers raises no kind but Exception
-    with _refusing(recipe, Exception, right="give a model with a tokenizer"), hushed():
+    with _refusing(recipe, Exception, right="expected a model with a tokenizer"), suppress_output():
         tokenizer = AutoTokenizer.from_pretrained(
             recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
         )
@@ -134,11 +134,13 @@ def _chat_template(path: str, tokenizer: Any) -> str:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
-        raise UserError("data.chat_template", path, f"give a readable Jinja file ({error})") from error
+        raise UserError("data.chat_template", path, f"expected a readable Jinja file ({error})") from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError("data.chat_template", f"{path}:{error.lineno}", f"give a Jinja template ({error})") from error
+        raise UserError(
+            "data.chat_template", f"{path}:{error.lineno}", f"expected a Jinja template ({error})"
+        ) from error
     except Exception:  # it may refuse this chat; those that are trained show it
         pass
     return text
@@ -146,7 +148,7 @@ def _chat_template(path: str, tokenizer: Any) -> str:
 
 @contextmanager
 def _refusing(
-    recipe: Recipe, *kinds: type[Exception], right: str = "give a model that transformers can load"
+    recipe: Recipe, *kinds: type[Exception], right: str = "expected a model that transformers can load"
 ) -> Iterator[None]:
     """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but the want of memory."""
     try:
@@ -158,17 +160,19 @@ def _refusing(
 
 
 def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
-    said, attention = first_line(error), recipe.model.attention
+    said, attention = first_line(error), recipe.model.attn_implementation
     if "trust_remote_code" in str(error):
-        right = "give true to run the Python code that comes with this model, or a model without any"
+        right = "expected true to run the Python code that comes with this model, or a model without any"
         return UserError("model.trust_remote_code", recipe.model.trust_remote_code, right)
     if attention is not None and (attention in said or "attn_implementation" in said):
-        return UserError("model.attention", attention, f"give a kernel that transformers has here, or null ({said})")
+        return UserError(
+            "model.attn_implementation", attention, f"expected a kernel that transformers has here, or null ({said})"
+        )
     return UserError("model.path", recipe.model.path, f"{right} ({said})")
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
     from transformers.utils import logging as transformers_logging
 

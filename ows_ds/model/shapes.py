@@ -92,7 +92,7 @@ def read_model(path: str, revision: str | None = None, trust_remote_code: bool =
     except UserError:
         raise
     except Exception as error:  # a config.json can be wrong in many ways
-        right = f"give a folder with a config.json, or one of {', '.join(SHAPES)} ({first_line(error)})"
+        right = f"expected a folder with a config.json, or one of {', '.join(SHAPES)} ({first_line(error)})"
         raise UserError("model.path", path, right) from error
 
 

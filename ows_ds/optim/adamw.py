@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds.distributed.weights import Piece, ReadPiece, Weights, pieces_of, read_weights
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, weight_shards
 from ows_ds.distributed.zero3 import Zero3AdamW
 from ows_ds.errors import UserError
-from ows_ds.optim.full_rank import FullRank, pieces_of_states, read_states, steps_of
+from ows_ds.optim.full_rank import FullRank, load_states, state_shards, steps_of
 from ows_ds.optim.sampling import LayerSet
-from ows_ds.optim.update import Accept, Hyper, always
+from ows_ds.optim.update import Accept, AdamWSettings, always
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AdamW(torch.optim.Optimizer):
     Interface: `ows_ds.methods.Method`.
     """
 
-    idle = False
+    nothing_to_train = False
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
         """AdamW's step with the gradients that the backward passes have brought; the next group enters. Collective."""
         group = self.param_groups[0]
         self._round_lr = self.lr
-        hyper = Hyper(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
+        hyper = AdamWSettings(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
         if isinstance(self.weights, Zero3AdamW):
             self.grad_norm = self.weights.step(hyper.full(), hyper.vectors())
             taken = self._accept(self.grad_norm)
@@ -120,7 +120,7 @@ class AdamW(torch.optim.Optimizer):
             self._full.leave(list(self._full.parameters), keep=True)
             self._enter()
 
-    def _step_on_shards(self, hyper: Hyper) -> bool:
+    def _step_on_shards(self, hyper: AdamWSettings) -> bool:
         """Whether the step was taken."""
         assert self._full is not None
         self.weights.after_step()
@@ -157,20 +157,20 @@ class AdamW(torch.optim.Optimizer):
     def _states(self) -> dict[str, dict[str, Tensor]]:
         return self.weights.states if isinstance(self.weights, Zero3AdamW) else self._full.states()  # type: ignore[union-attr]
 
-    def energies(self) -> dict[int, Tensor]:
+    def projector_energy(self) -> dict[int, Tensor]:
         """There are no projectors."""
         return {}
 
-    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
+    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
         """There are no coordinates."""
         return {}
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()
         names = [name for name in self._parameters if name in self._states]
         states = {name: self._states[name] for name in names}
-        return pieces_of_states(self.weights, self._parameters, states) + pieces_of(
+        return state_shards(self.weights, self._parameters, states) + weight_shards(
             self.weights, self._parameters, names
         )
 
@@ -186,17 +186,17 @@ class AdamW(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
         if numbers["groups"] != [list(group.names) for group in self.groups]:
             raise UserError("method.name", "other weights", "resume with the method and model of the checkpoint")
         self.weights.after_step()
         names = list(numbers["full_steps"])
-        read_weights(self.weights, self._parameters, names, read)
+        load_weights(self.weights, self._parameters, names, read)
         if self._full is not None:
             self._full.leave(list(self._full.parameters))
             self._full.enter({name: self._parameters[name] for name in names})
-        read_states(self.weights, self._parameters, self._states, numbers["full_steps"], read)
+        load_states(self.weights, self._parameters, self._states, numbers["full_steps"], read)
         self.steps, self.skipped = numbers["steps"], numbers["skipped"]
         self.param_groups[0]["lr"], self._round_lr = numbers["lr"], numbers["round_lr"]
         if self._full is not None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ows_ds.distributed.weights import Piece, ReadPiece, Weights
+from ows_ds.distributed.weights import ReadShard, Shard, Weights
 from ows_ds.optim.layout import pack
-from ows_ds.optim.update import STATE, Hyper
+from ows_ds.optim.update import STATE, AdamWSettings
 
 
 @dataclass
@@ -102,10 +102,10 @@ class FullRank:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             comm, master = self.weights.comm, self._states[name]["master"]
-            size = math.ceil(gradient.numel() / comm.world)
+            size = math.ceil(gradient.numel() / comm.world_size)
             flat = gradient.reshape(-1)
-            if size * comm.world != flat.numel():
-                flat = torch.nn.functional.pad(flat, (0, size * comm.world - flat.numel()))
+            if size * comm.world_size != flat.numel():
+                flat = torch.nn.functional.pad(flat, (0, size * comm.world_size - flat.numel()))
             mine = comm.reduce_scatter(flat, "full_rank_gradients")[: master.numel()].to(master.device)
             if name in self.grads:
                 self.grads[name] = self.grads[name].to(self.dtype).add_(mine)
@@ -120,7 +120,7 @@ class FullRank:
         found = [norm.square().to(self.weights.device) for norm in norms]
         return found or [torch.zeros((), dtype=self.dtype, device=self.weights.device)]
 
-    def update(self, hyper: Hyper, clip: Tensor) -> None:
+    def update(self, hyper: AdamWSettings, clip: Tensor) -> None:
         """One AdamW step with gradients times ``clip`` (scalar), which are spent; every process sees the new weights.
 
         Collective.
@@ -154,24 +154,24 @@ class FullRank:
         return {**self.parked, **self._states}
 
 
-def pieces_of_states(
+def state_shards(
     weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, dict[str, Tensor]]
-) -> list[Piece]:
+) -> list[Shard]:
     """``full/NAME/KIND``: what a checkpoint holds of the states that `FullRank.states` gives."""
     return [
-        Piece(f"full/{name}/{kind}", weights.shape(parameters[name]), weights.interval(parameters[name])[0], tensor)
+        Shard(f"full/{name}/{kind}", weights.shape(parameters[name]), weights.interval(parameters[name])[0], tensor)
         for name, state in states.items()
         for kind, tensor in state.items()
         if kind in STATE
     ]
 
 
-def read_states(
+def load_states(
     weights: Weights,
     parameters: Mapping[str, nn.Parameter],
     states: Mapping[str, dict[str, Tensor]],
     steps: Mapping[str, float],
-    read: ReadPiece,
+    read: ReadShard,
 ) -> None:
     """Set ``states`` in place to what `pieces_of_states` gave, and Adam's step counts to ``steps``."""
     for name, state in states.items():

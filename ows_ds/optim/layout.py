@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ows_ds.model.layers import Matrix, Unit
+from ows_ds.model.layers import Block, Matrix
 
 Rows = tuple[int, int]
 
@@ -29,14 +29,14 @@ CHUNK = 1 << 24  # entries that are handled at once: logits (see `ows_ds.train.l
 class Layout:
     """Where the coordinates of one unit lie. Build it with `lay_out`.
 
-    rank: r, the number of columns. world: processes. slots: name -> rows of each matrix's coordinates and vector's
+    rank: r, the number of columns. world_size: processes. slots: name -> rows of each matrix's coordinates and vector's
     entries. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
-    share their number of steps). rows: padded to a multiple of ``world``.
+    share their number of steps). rows: padded to a multiple of ``world_size``.
     """
 
-    unit: Unit
+    block: Block
     rank: int
-    world: int
+    world_size: int
     slots: dict[str, Rows]
     segments: dict[str, Rows]
     rows: int
@@ -44,7 +44,7 @@ class Layout:
     @property
     def stride(self) -> int:
         """Rows of one process's part."""
-        return self.rows // self.world
+        return self.rows // self.world_size
 
     @property
     def used(self) -> int:
@@ -62,14 +62,14 @@ class Layout:
         return slice(a - first, b - first) if a < b else None
 
 
-def lay_out(unit: Unit, rank: int, world: int) -> Layout:
-    """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world``."""
+def lay_out(block: Block, rank: int, world_size: int) -> Layout:
+    """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world_size``."""
     slots: dict[str, Rows] = {}
     segments: dict[str, Rows] = {}
     row = 0
     for kind, sizes in (
-        ("matrices", [(m.name, m.long) for m in unit.matrices]),
-        ("vectors", [(v.name, math.ceil(v.numel / rank)) for v in unit.vectors]),
+        ("matrices", [(m.name, m.long) for m in block.matrices]),
+        ("vectors", [(v.name, math.ceil(v.numel / rank)) for v in block.vectors]),
     ):
         start = row
         for name, size in sizes:
@@ -77,7 +77,7 @@ def lay_out(unit: Unit, rank: int, world: int) -> Layout:
             row += size
         if row > start:
             segments[kind] = (start, row)
-    return Layout(unit, rank, world, slots, segments, math.ceil(row / world) * world)
+    return Layout(block, rank, world_size, slots, segments, math.ceil(row / world_size) * world_size)
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Plan:
     """The layouts of all that trains in a period, in the model's order, and last what is always trained."""
 
     rank: int
-    world: int
+    world_size: int
     layouts: tuple[Layout, ...]
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """What the layouts are of."""
-        return tuple(layout.unit for layout in self.layouts)
+        return tuple(layout.block for layout in self.layouts)
 
     @property
     def rows(self) -> int:
@@ -106,7 +106,7 @@ class Plan:
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """The matrices by name, in row order."""
-        return {matrix.name: matrix for unit in self.units for matrix in unit.matrices}
+        return {matrix.name: matrix for block in self.blocks for matrix in block.matrices}
 
     def bytes_per_step(self, itemsize: int = 4, weight_itemsize: int = 4) -> dict[str, int]:
         """Bytes that each process sends in a step without refresh, by operation (ring).
@@ -114,21 +114,21 @@ class Plan:
         itemsize: bytes of a gradient of coordinates, 8 under float64 weights. weight_itemsize: of a weight's entry:
         coordinates travel as the forward pass uses them.
         """
-        part = self.stride * self.rank * (self.world - 1)
+        part = self.stride * self.rank * (self.world_size - 1)
         return {"gradients": part * itemsize, "coordinates": part * weight_itemsize}
 
     def describe(self) -> dict[str, Any]:
         """What all processes must have in common, JSON-able."""
-        slots = {layout.unit.name: {"rows": layout.rows, "slots": dict(layout.slots)} for layout in self.layouts}
-        return {"rank": self.rank, "world": self.world, "order": list(slots), "units": slots}
+        slots = {layout.block.name: {"rows": layout.rows, "slots": dict(layout.slots)} for layout in self.layouts}
+        return {"rank": self.rank, "world_size": self.world_size, "order": list(slots), "blocks": slots}
 
 
-def make_plan(units: Sequence[Unit], rank: int, world: int) -> Plan:
+def make_plan(blocks: Sequence[Block], rank: int, world_size: int) -> Plan:
     """Lay out ``units`` (sampled layers in ascending order, then what is always trained)."""
-    return Plan(rank, world, tuple(lay_out(unit, rank, world) for unit in units))
+    return Plan(rank, world_size, tuple(lay_out(block, rank, world_size) for block in blocks))
 
 
-def together(sizes: Sequence[int], limit: int = CHUNK) -> list[list[int]]:
+def group_in_order(sizes: Sequence[int], limit: int = CHUNK) -> list[list[int]]:
     """``sizes`` in order, in groups of at most ``limit`` in sum where none is larger."""
     groups: list[list[int]] = []
     for size in sizes:
@@ -174,19 +174,19 @@ class RefreshPlan:
         return {"owners": self.owners, "slots": self.slots}
 
     def bytes_of_pass(
-        self, world: int, width: int, rank: int | None = None, itemsize: int = 4, weight_itemsize: int = 2
+        self, world_size: int, width: int, rank: int | None = None, itemsize: int = 4, weight_itemsize: int = 2
     ) -> dict[str, int]:
         """Bytes that each process sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
 
         width: columns of the sketches. rank: r in the second pass, None in the first. itemsize: bytes of a coordinate.
         weight_itemsize: bytes of a weight's entry.
         """
-        sent = self.stride * (world - 1)
+        sent = self.stride * (world_size - 1)
         found = {"sketch_bases": width} if rank is None else {"projectors": rank}
         return {"sketches": sent * width * itemsize, **{n: sent * c * weight_itemsize for n, c in found.items()}}
 
 
-def plan_refresh(matrices: Sequence[Matrix], world: int, long: bool = False) -> RefreshPlan:
+def plan_refresh(matrices: Sequence[Matrix], world_size: int, long: bool = False) -> RefreshPlan:
     """Spread the projectors of ``matrices`` over the processes so that the busiest has as little as possible to do.
 
     Longest processing time first: the costliest matrix left goes to the process with least work; ties go to the lower
@@ -199,10 +199,10 @@ def plan_refresh(matrices: Sequence[Matrix], world: int, long: bool = False) -> 
     def rows(matrix: Matrix) -> int:
         return matrix.long if long else matrix.short
 
-    work = [0] * world
-    owned: list[list[Matrix]] = [[] for _ in range(world)]
+    work = [0] * world_size
+    owned: list[list[Matrix]] = [[] for _ in range(world_size)]
     for matrix in sorted(matrices, key=lambda m: (-_cost(m), m.name)):
-        owner = min(range(world), key=lambda i: (work[i], i))
+        owner = min(range(world_size), key=lambda i: (work[i], i))
         work[owner] += _cost(matrix)
         owned[owner].append(matrix)
     stride = max((sum(rows(m) for m in mine) for mine in owned), default=0)

@@ -162,7 +162,7 @@ def _sides(attached: list[Coordinates], inputs_first: bool, dtype: torch.dtype) 
     return (left, right) if inputs_first else (right, left)
 
 
-class Attachment:
+class LowRankHook:
     """Takes the place of a module's forward pass for as long as it is installed.
 
     With `coordinates` and `sketch` None and the weight frozen or trained at full rank, the module computes what it
@@ -219,6 +219,6 @@ def trained(module: nn.Module) -> list[Tensor]:
     """The leaves whose gradients the module's forward pass brings: its own weights that train, attached coordinates."""
     leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     attachment = getattr(module.__dict__.get("forward"), "__self__", None)
-    if isinstance(attachment, Attachment):
+    if isinstance(attachment, LowRankHook):
         leaves += [one.values for one in attachment.attached]
     return leaves

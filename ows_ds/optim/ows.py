@@ -1,11 +1,11 @@
-"""OWS as an optimizer: refresh -> communicate -> update -> fold.
+"""OWS as an optimizer: refresh -> communicate -> update -> merge.
 
     ows = OWS(model, scores="scores.json", gamma=5, rank=128)
     loss = model(**batch).loss
     ows.backward(loss); ows.step(); ows.zero_grad()
 
 Between two calls of `step` the following holds: the layer set of the coming step is drawn and agreed, its vectors
-listen for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is folded
+listen for gradients, and each of its matrices either has coordinates attached or, where a refresh is due, is merged
 and lets its full gradient through once. Under ``refresh="sketch"`` the latter never happens: for two steps a matrix has
 a sketch attached, beside its coordinates or, if it has just entered, alone.
 """
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.config import check_sketch
-from ows_ds.distributed.communicator import join
-from ows_ds.distributed.weights import Piece, ReadPiece, Replicated, Weights, interval, pieces_of, read_weights
+from ows_ds.distributed.adopt import as_weights
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, interval, load_weights, weight_shards
 from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import importance, probabilities
 from ows_ds.importance.scores import Scores
 from ows_ds.model.fingerprint import fingerprint
-from ows_ds.model.layers import Matrix, ModelLayers, Unit, find_layers
-from ows_ds.optim.full_rank import FullRank, pieces_of_states, read_states, steps_of
+from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
+from ows_ds.optim.full_rank import FullRank, load_states, state_shards, steps_of
 from ows_ds.optim.layout import COLUMNS, Plan, RefreshPlan, make_plan, plan_refresh
-from ows_ds.optim.low_rank import Attachment, collect
+from ows_ds.optim.low_rank import LowRankHook, collect
 from ows_ds.optim.projection import find_projector, rotation, sketch_width, start_basis
 from ows_ds.optim.refresh import Refresh, Sketch
 from ows_ds.optim.sampling import Cycle, LayerSet, Sampler
-from ows_ds.optim.update import Accept, CoordinateBuffer, Hyper, always
+from ows_ds.optim.update import Accept, AdamWSettings, CoordinateBuffer, always
 
 CHOICES = {
     "sampling.scheme": ("bernoulli", "fixed"),
@@ -44,7 +44,7 @@ CHOICES = {
     "optim.refresh": ("full", "sketch"),
     "optim.refresh_batch": ("full", "first"),
     "optim.moments_on_refresh": ("keep", "reset", "rotate"),
-    "optim.fold_rounding": ("nearest", "stochastic"),
+    "optim.merge_rounding": ("nearest", "stochastic"),
     "optim.always_on": ("full", "low_rank", "none"),
     "optim.side": ("std", "left", "right"),
 }
@@ -66,7 +66,7 @@ class OWS(torch.optim.Optimizer):
         period: int = 50,
         scheme: str = "bernoulli",
         rank: int | None = 128,
-        refresh_gap: int = 200,
+        update_proj_gap: int = 200,
         scale: float = 1.0,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -77,7 +77,7 @@ class OWS(torch.optim.Optimizer):
         refresh: str = "full",
         refresh_batch: str = "full",
         moments_on_refresh: str = "keep",
-        fold_rounding: str = "nearest",
+        merge_rounding: str = "nearest",
         always_on: str = "full",
         side: str = "std",
         accumulation: int = 1,
@@ -86,10 +86,10 @@ class OWS(torch.optim.Optimizer):
     ) -> None:
         """Collective. Freezes all weights of ``model`` but those that train; replaces its linear modules' forward.
 
-        model: a plain model on its device (process 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
+        model: a plain model on its device (rank 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
         and no optimizer, or a `Weights`. scores: a file (refused for another model), `Scores`, or the ratios D.
         gamma: expected layers a period. period: K, optimizer steps. rank: None trains the sampled layers at full rank.
-        sampler: draws the sets in place of scores, gamma and scheme. refresh_gap: T_p, steps of a layer's activity.
+        sampler: draws the sets in place of scores, gamma and scheme. update_proj_gap: T_p, steps of a layer's activity.
         accumulation: calls of `backward` a step. The other names are those of the recipe.
 
         Raises UserError for values that cannot work with this model.
@@ -100,34 +100,34 @@ class OWS(torch.optim.Optimizer):
             "optim.refresh": refresh,
             "optim.refresh_batch": refresh_batch,
             "optim.moments_on_refresh": moments_on_refresh,
-            "optim.fold_rounding": fold_rounding,
+            "optim.merge_rounding": merge_rounding,
             "optim.always_on": always_on,
             "optim.side": side,
         }
         for key, choice in given.items():
             if choice not in CHOICES[key]:
-                raise UserError(key, choice, f"give one of {', '.join(CHOICES[key])}")
+                raise UserError(key, choice, f"expected one of {', '.join(CHOICES[key])}")
         if refresh == "sketch":
-            check_sketch(projector, refresh_batch, refresh_gap)
-        least = {"sampling.period": period, "optim.refresh_gap": refresh_gap}
+            check_sketch(projector, refresh_batch, update_proj_gap)
+        least = {"sampling.period": period, "optim.update_proj_gap": update_proj_gap}
         if rank is not None:
             least["optim.rank"] = rank
         elif always_on == "low_rank":
-            raise UserError("optim.always_on", always_on, "give full or none where the layers train at full rank")
+            raise UserError("optim.always_on", always_on, "expected full or none where the layers train at full rank")
         for key, number in {**least, "accumulation": accumulation}.items():
             if number < 1:
-                raise UserError(key, number, "give an integer of at least 1")
+                raise UserError(key, number, "expected an integer of at least 1")
         self.weights: Weights = as_weights(model)
         self.comm = self.weights.comm
         self.module = self.weights.module
         self.layers: ModelLayers = find_layers(self.module, self.weights.shape).with_side(side)
         self.low_rank = rank is not None
         self.rank = COLUMNS if rank is None else rank
-        self.period, self.refresh_gap, self.accumulation = period, refresh_gap, accumulation
+        self.period, self.update_proj_gap, self.accumulation = period, update_proj_gap, accumulation
         self.max_grad_norm, self.projector, self.seed = max_grad_norm, projector, seed
         self.refresh_batch, self.moments_on_refresh, self.always_on = refresh_batch, moments_on_refresh, always_on
-        self.fold_rounding, self.refresh, self.side = fold_rounding, refresh, side
-        self._always = Unit(
+        self.merge_rounding, self.refresh, self.side = merge_rounding, refresh, side
+        self._always = Block(
             ALWAYS,
             self.layers.embeddings if always_on == "low_rank" else (),
             self.layers.final if always_on != "none" else (),
@@ -144,17 +144,17 @@ class OWS(torch.optim.Optimizer):
         self._weight_dtype = next(iter(self._parameters.values())).dtype
         self.dtype = torch.promote_types(self._weight_dtype, torch.float32)
         self._lookups = {matrix.name for matrix in self.layers.embeddings}
-        self._attachments: dict[str, list[Attachment]] = {}
-        units = (*self.layers.layers, self._always)
-        for matrix in (m for unit in units for m in unit.matrices):
+        self._hooks: dict[str, list[LowRankHook]] = {}
+        blocks = (*self.layers.layers, self._always)
+        for matrix in (m for block in blocks for m in block.matrices):
             modules = [self.module.get_submodule(name) for name in matrix.modules]
-            self._attachments[matrix.name] = [Attachment(m, self.weights.sharded) for m in modules]
+            self._hooks[matrix.name] = [LowRankHook(m, self.weights.sharded) for m in modules]
 
         self.steps = 0
         self.skipped = 0
         self.layer_set: LayerSet = ()
         self.grad_norm: Tensor | None = None
-        self.touched: set[str] = set()
+        self.trained_names: set[str] = set()
         self._micro = 0
         self._clocks: dict[str, int] = {}  # steps of each active unit since it entered
         self._projectors: dict[str, Tensor] = {}
@@ -163,11 +163,11 @@ class OWS(torch.optim.Optimizer):
         self._refresh: Refresh | None = None
         self._found: dict[str, Tensor] = {}  # projectors that the step's refresh has found, until the step is taken
         self._sketches: list[Sketch] = []
-        self._layer_of = {unit.name: index for index, unit in enumerate(self.layers.layers)}
+        self._layer_of = {block.name: index for index, block in enumerate(self.layers.layers)}
         self._energies: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
         self._reduced: list[Tensor] | None = None
-        nothing = make_plan((), self.rank, self.comm.world)
+        nothing = make_plan((), self.rank, self.comm.world_size)
         self._buffer = CoordinateBuffer(nothing, self.comm, self.dtype, self._weight_dtype, self.device)
         self._full = FullRank(self.weights, self.dtype)
         if always_on == "full":
@@ -192,17 +192,17 @@ class OWS(torch.optim.Optimizer):
         return self._buffer.plan
 
     @property
-    def idle(self) -> bool:
+    def nothing_to_train(self) -> bool:
         """Nothing trains in the coming step: the layer set is empty and nothing is always on."""
-        return not self.plan.units and not self._full.parameters
+        return not self.plan.blocks and not self._full.parameters
 
-    def expect(self, micro_batches: int) -> None:
+    def set_accumulation_steps(self, micro_batches: int) -> None:
         """From the coming step on, ``backward`` is called this often a step, the same on all processes.
 
         Between two steps. Of a step that was begun and not taken nothing stays: it counts as one that was skipped.
         """
         if micro_batches < 1:
-            raise UserError("accumulation", micro_batches, "give an integer of at least 1")
+            raise UserError("accumulation", micro_batches, "expected an integer of at least 1")
         if self._micro:
             self._cancel_refresh()
             self._micro = self.accumulation
@@ -210,13 +210,13 @@ class OWS(torch.optim.Optimizer):
             self.zero_grad()
         self.accumulation = micro_batches
         if self._refresh is not None and self.refresh_batch == "full":
-            self._refresh.expect(micro_batches)
+            self._refresh.set_accumulation_steps(micro_batches)
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate one micro-batch. Gradients of all processes and micro-batches are averaged and added, in this
         order: ``loss`` is this process's mean, divided by the number of micro-batches as in plain PyTorch.
         """
-        if self.idle:
+        if self.nothing_to_train:
             return
         if self._micro == self.accumulation:
             raise RuntimeError(f"backward was called more than accumulation = {self.accumulation} times a step")
@@ -236,7 +236,7 @@ class OWS(torch.optim.Optimizer):
         for those who want to look at the norm first.
         """
         self.weights.after_step()
-        if self.idle:
+        if self.nothing_to_train:
             self._reduced = []
             return torch.zeros((), dtype=self.dtype, device=self.device)
         if self._micro != self.accumulation:
@@ -261,7 +261,7 @@ class OWS(torch.optim.Optimizer):
             raise RuntimeError("OWS takes no closure: it evaluates the loss once a step")
         if self._reduced is None:
             self.reduce()
-        if self.idle:
+        if self.nothing_to_train:
             self.skipped += 1
         else:
             self._update()
@@ -283,7 +283,7 @@ class OWS(torch.optim.Optimizer):
         self._found = {}
         self._bases.update(self._sketch_bases())
         for name in (name for sketch in self._sketches for name in sketch.coordinates):
-            for attachment in self._attachments[name]:
+            for attachment in self._hooks[name]:
                 attachment.sketch = None
         self._sketches = []
         self.skipped += 1
@@ -303,48 +303,52 @@ class OWS(torch.optim.Optimizer):
         self._full.zero_grad()
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def merge(self) -> None:
         """Add all coordinates to the weights and set them to zero: the model alone then is what was trained.
 
         Training may go on. Not between `backward` and `step`. Collective.
         """
         self.weights.after_step()
-        for unit in self.plan.units:
-            self._fold(unit)
+        for block in self.plan.blocks:
+            self._merge(block)
 
     @contextmanager
-    def folded(self) -> Iterator[None]:
+    def merged(self) -> Iterator[None]:
         """Within it the model alone is what was trained, for saving; afterwards all is as before, to the bit.
 
-        Not between `backward` and `step`. What this process holds of the folded weights is kept on the host
+        Not between `backward` and `step`. What this process holds of the merged weights is kept on the host
         meanwhile. Collective.
         """
         self.weights.after_step()
-        attached = {name: self._attachments[name][0].coordinates for name in self.plan.matrices}
+        attached = {name: self._hooks[name][0].coordinates for name in self.plan.matrices}
         coordinates = {name: one for name, one in attached.items() if one is not None}
         decays = {name: one.decay for name, one in coordinates.items()}
-        runs = {name: self.weights.held(self._parameters[name])[1].to("cpu", copy=True) for name in coordinates}
+        runs = {
+            name: self.weights.resident_slice(self._parameters[name])[1].to("cpu", copy=True) for name in coordinates
+        }
         kept = [
-            (tensor, tensor.clone()) for unit in self._buffer.units.values() for tensor in (unit.values, unit.master)
+            (tensor, tensor.clone())
+            for block in self._buffer.blocks.values()
+            for tensor in (block.values, block.master)
         ]
-        self.fold()
+        self.merge()
         try:
             yield
         finally:
             with torch.no_grad():
                 self.weights.after_step()
                 for name, run in runs.items():
-                    self.weights.held(self._parameters[name])[1].copy_(run)
+                    self.weights.resident_slice(self._parameters[name])[1].copy_(run)
                     coordinates[name].decay = decays[name]
                 for tensor, before in kept:
                     tensor.copy_(before)
 
     def close(self) -> None:
-        """Fold, and give the model its own forward passes back, every weight frozen."""
-        self.fold()
+        """Merge, and give the model its own forward passes back, every weight frozen."""
+        self.merge()
         self._drop()
         self._full.leave(list(self._full.parameters))
-        for attachments in self._attachments.values():
+        for attachments in self._hooks.values():
             for attachment in attachments:
                 attachment.remove()
 
@@ -356,7 +360,7 @@ class OWS(torch.optim.Optimizer):
         on all processes. Returns the sum: float64, (). Collective.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for compute in () if self.idle else losses:
+        for compute in () if self.nothing_to_train else losses:
             loss = compute()
             self.backward(loss)
             total += loss.detach()
@@ -367,7 +371,7 @@ class OWS(torch.optim.Optimizer):
         self.zero_grad()
         return total
 
-    def energies(self) -> dict[int, Tensor]:
+    def projector_energy(self) -> dict[int, Tensor]:
         """Of each layer whose projectors the coming step finds anew, from `reduce` to `step`: (2,), float64, on the
         device, this process's part of ||G Q||^2 and ||G||^2, summed over its matrices.
 
@@ -377,18 +381,18 @@ class OWS(torch.optim.Optimizer):
         return self._energies
 
     @torch.no_grad()
-    def moved(self, all_layers: bool = False) -> dict[int, Tensor]:
-        """How far layers have moved by the last step since their last fold: of those that were folded after it, or of
+    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
+        """How far layers have moved by the last step since their last merge: of those that were merged after it, or of
         all that train.
 
         By layer ||C||, a scalar on the device, the same on all processes: the Frobenius norm of its matrices' change
         C Q^T together, weight decay aside, since Q has orthonormal columns. Does not wait for the device.
         """
         moved = dict(self._moved)
-        for unit in self.plan.units if all_layers else ():
-            layer = self._layer_of.get(unit.name)
-            if layer is not None and layer not in moved and self._trains(unit):
-                moved[layer] = self._length(unit, self._buffer.units[unit.name].values)
+        for block in self.plan.blocks if all_layers else ():
+            layer = self._layer_of.get(block.name)
+            if layer is not None and layer not in moved and self._trains(block):
+                moved[layer] = self._length(block, self._buffer.blocks[block.name].values)
         return moved
 
     # ------------------------------------------------------------------ update
@@ -400,7 +404,7 @@ class OWS(torch.optim.Optimizer):
         assert grads is not None
         assert norm is not None
         group = self.param_groups[0]
-        hyper = Hyper(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
+        hyper = AdamWSettings(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["scale"])
         clip = torch.ones_like(norm)
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -408,14 +412,14 @@ class OWS(torch.optim.Optimizer):
             torch._foreach_mul_(grads, clip)
         self._buffer.update(hyper)
         self._full.update(hyper, clip)
-        vectors = [vector for unit in self.plan.units for vector in unit.vectors]
+        vectors = [vector for block in self.plan.blocks for vector in block.vectors]
         self.weights.write(
             [self._parameters[vector.name] for vector in vectors],
             [self._buffer.value(vector.name).view(-1)[: vector.numel] for vector in vectors],
         )
         for matrix in self.plan.matrices.values() if hyper.weight_decay else ():
             # tied modules share one Coordinates
-            attached = self._attachments[matrix.name][0].coordinates
+            attached = self._hooks[matrix.name][0].coordinates
             if attached is not None:  # not yet, where only sketches of the matrix are taken
                 attached.decay *= 1.0 - hyper.lr * hyper.weight_decay
 
@@ -427,80 +431,82 @@ class OWS(torch.optim.Optimizer):
         changed = self.steps % self.period == 0
         plan = self.plan
         if changed:
-            drawn = self.comm.share(self._sampler.draw() if self.comm.index == 0 else None, "layer_set")
+            drawn = self.comm.broadcast_object(self._sampler.draw() if self.comm.rank == 0 else None, "layer_set")
             self.layer_set = tuple(drawn)
             plan = self._plan(self.layer_set)
         due = self._due(plan)
         passes = self._passes(plan)
         if changed or any(one.owners for one in passes):
             described = zip(("refresh", "second sketches"), (one.describe() for one in passes), strict=False)
-            self.comm.agree(
+            self.comm.assert_consistent(
                 f"the layers and the plan of step {self.steps + 1}",
                 {"layers": list(self.layer_set), "plan": plan.describe(), **dict(described)},
             )
         if changed:
             self._change(plan)
-        for unit in due if self.refresh == "full" else ():
-            self._fold(unit)
+        for block in due if self.refresh == "full" else ():
+            self._merge(block)
         self._arm(passes)
         self._await_gradients()
 
     def _await_gradients(self) -> None:
         """Let the gradients of layers whose every matrix has coordinates go as they come: the highest come first."""
-        whole = (u for u in self.plan.units if all(self._attachments[m.name][0].coordinates for m in u.matrices))
-        self._buffer.await_gradients([unit.name for unit in whole if unit.name != ALWAYS][::-1])
+        whole = (u for u in self.plan.blocks if all(self._hooks[m.name][0].coordinates for m in u.matrices))
+        self._buffer.await_gradients([block.name for block in whole if block.name != ALWAYS][::-1])
 
-    def _due(self, plan: Plan) -> list[Unit]:
+    def _due(self, plan: Plan) -> list[Block]:
         """The units for whose matrices new projectors, or the first ones, are to be found from the coming step on."""
-        return [u for u in plan.units if u.matrices and self._clocks.get(u.name, 0) % self.refresh_gap == 0]
+        return [u for u in plan.blocks if u.matrices and self._clocks.get(u.name, 0) % self.update_proj_gap == 0]
 
     def _passes(self, plan: Plan) -> list[RefreshPlan]:
         """What is refreshed in the coming step: a plan of full gradients, or two, of first and of second sketches."""
-        due = [m for unit in self._due(plan) for m in unit.matrices]
+        due = [m for block in self._due(plan) for m in block.matrices]
         if self.refresh == "full":
-            return [plan_refresh(due, self.comm.world)]
+            return [plan_refresh(due, self.comm.world_size)]
         second = [m for m in plan.matrices.values() if m.name in self._bases]
-        return [plan_refresh(due, self.comm.world, True), plan_refresh(second, self.comm.world)]
+        return [plan_refresh(due, self.comm.world_size, True), plan_refresh(second, self.comm.world_size)]
 
     def _plan(self, layer_set: Iterable[int]) -> Plan:
-        units = [self.layers.layers[i] for i in layer_set]
+        blocks = [self.layers.layers[i] for i in layer_set]
         if not self.low_rank:  # their matrices train elsewhere, in `FullRank`
-            units = [Unit(unit.name, (), unit.vectors) for unit in units]
+            blocks = [Block(block.name, (), block.vectors) for block in blocks]
         if self._always.matrices or self._always.vectors:
-            units.append(self._always)
-        return make_plan(units, self.rank, self.comm.world)
+            blocks.append(self._always)
+        return make_plan(blocks, self.rank, self.comm.world_size)
 
     def _change(self, plan: Plan) -> None:
-        """From the old set to ``plan``: fold and free what leaves, carry over what stays, start what enters."""
+        """From the old set to ``plan``: merge and free what leaves, carry over what stays, start what enters."""
         if plan == self.plan:
             return
-        stay = {unit.name for unit in plan.units}
-        for unit in self.plan.units:
-            if unit.name not in stay:
-                self._fold(unit)
-                self._release(unit)
-                self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
+        stay = {block.name for block in plan.blocks}
+        for block in self.plan.blocks:
+            if block.name not in stay:
+                self._merge(block)
+                self._release(block)
+                self._full.leave(matrix.name for matrix in self._full_rank_matrices(block))
         self._buffer.change(plan)
-        for unit in plan.units:
-            if unit.name not in self._clocks:
-                self._clocks[unit.name] = 0
-                for vector in unit.vectors:
-                    self._buffer.unit(vector.name).fill(vector.name, self.weights.whole(self._parameters[vector.name]))
-                self._listen(unit)
-                self._enter_full(self._full_rank_matrices(unit))
+        for block in plan.blocks:
+            if block.name not in self._clocks:
+                self._clocks[block.name] = 0
+                for vector in block.vectors:
+                    self._buffer.block(vector.name).fill(
+                        vector.name, self.weights.full_tensor(self._parameters[vector.name])
+                    )
+                self._listen(block)
+                self._enter_full(self._full_rank_matrices(block))
 
-    def _full_rank_matrices(self, unit: Unit) -> tuple[Matrix, ...]:
+    def _full_rank_matrices(self, block: Block) -> tuple[Matrix, ...]:
         """The matrices of a unit of the plan that train at full rank beside it."""
-        if self.low_rank or unit.name == ALWAYS:
+        if self.low_rank or block.name == ALWAYS:
             return ()
-        return next(layer.matrices for layer in self.layers.layers if layer.name == unit.name)
+        return next(layer.matrices for layer in self.layers.layers if layer.name == block.name)
 
     def _enter_full(self, matrices: Iterable[Matrix]) -> None:
         names = [matrix.name for matrix in matrices]
         self._full.enter({name: self._parameters[name] for name in names})
-        self.touched.update(names)
+        self.trained_names.update(names)
 
-    def _listen(self, unit: Unit) -> None:
+    def _listen(self, block: Block) -> None:
         """Let the unit's vectors train: their gradients go straight into the buffer."""
 
         def hook_of(name: str, numel: int) -> Any:
@@ -512,25 +518,25 @@ class OWS(torch.optim.Optimizer):
 
             return hook
 
-        for vector in unit.vectors:
+        for vector in block.vectors:
             parameter = self._parameters[vector.name]
             parameter.requires_grad_(True)
             self._vector_hooks[vector.name] = parameter.register_post_accumulate_grad_hook(
                 hook_of(vector.name, vector.numel)
             )
-            self.touched.add(vector.name)
-        self.touched.update(matrix.name for matrix in unit.matrices)
+            self.trained_names.add(vector.name)
+        self.trained_names.update(matrix.name for matrix in block.matrices)
 
-    def _release(self, unit: Unit) -> None:
+    def _release(self, block: Block) -> None:
         """Freeze a unit and drop all that was kept for it but its moments, which go with the buffer."""
-        for vector in unit.vectors:
+        for vector in block.vectors:
             self._vector_hooks.pop(vector.name).remove()
             self._parameters[vector.name].requires_grad_(False)
-        for matrix in unit.matrices:
+        for matrix in block.matrices:
             self._projectors.pop(matrix.name, None)
             self._bases.pop(matrix.name, None)
             self._detach(matrix)
-        del self._clocks[unit.name]
+        del self._clocks[block.name]
 
     def _attach(self, matrix: Matrix, projector: Tensor, decay: float = 1.0) -> None:
         name, buffer = matrix.name, self._buffer
@@ -541,46 +547,46 @@ class OWS(torch.optim.Optimizer):
         # called when all the leaf's uses have had their turn, though they bring autograd nothing
         coordinates.values.register_hook(lambda _: buffer.arrived(name))
         # tied modules share one object, and with it one decay
-        for attachment in self._attachments[matrix.name]:
+        for attachment in self._hooks[matrix.name]:
             attachment.coordinates = coordinates
 
     def _detach(self, matrix: Matrix) -> None:
-        for attachment in self._attachments[matrix.name]:
+        for attachment in self._hooks[matrix.name]:
             attachment.coordinates = attachment.sketch = None
 
     def _decay(self, matrix: Matrix) -> float:
-        attached = self._attachments[matrix.name][0].coordinates
+        attached = self._hooks[matrix.name][0].coordinates
         return 1.0 if attached is None else attached.decay
 
-    def _fold(self, unit: Unit) -> None:
+    def _merge(self, block: Block) -> None:
         """W <- decay * W + L R^T for the unit's matrices, on this process's part of W; coordinates become zero.
 
         Collective under bfloat16: the float32 coordinates come together.
         """
-        if not self._trains(unit):
+        if not self._trains(block):
             return
-        buffer = self._buffer.units[unit.name]
-        values = buffer.whole()
-        if unit.name in self._layer_of:
-            self._moved[self._layer_of[unit.name]] = self._length(unit, values)
-        for matrix in unit.matrices:
-            attached = self._attachments[matrix.name][0].coordinates
+        buffer = self._buffer.blocks[block.name]
+        values = buffer.full_tensor()
+        if block.name in self._layer_of:
+            self._moved[self._layer_of[block.name]] = self._length(block, values)
+        for matrix in block.matrices:
+            attached = self._hooks[matrix.name][0].coordinates
             if attached is None:
                 continue
             mine, projector = values[slice(*buffer.layout.slots[matrix.name])], attached.projector.to(self.dtype)
             left, right = (mine, projector) if attached.left else (projector, mine)
-            noise = f"{self.seed}/{self.steps}/{matrix.name}" if self.fold_rounding == "stochastic" else None
-            self.weights.fold(self._parameters[matrix.name], left, right, attached.decay, noise)
+            noise = f"{self.seed}/{self.steps}/{matrix.name}" if self.merge_rounding == "stochastic" else None
+            self.weights.merge(self._parameters[matrix.name], left, right, attached.decay, noise)
             buffer.fill(matrix.name, torch.zeros_like(mine))
             attached.decay = 1.0
 
-    def _trains(self, unit: Unit) -> bool:
+    def _trains(self, block: Block) -> bool:
         """Whether any of the unit's matrices has coordinates."""
-        return any(self._attachments[matrix.name][0].coordinates for matrix in unit.matrices)
+        return any(self._hooks[matrix.name][0].coordinates for matrix in block.matrices)
 
-    def _length(self, unit: Unit, values: Tensor) -> Tensor:
+    def _length(self, block: Block, values: Tensor) -> Tensor:
         """Frobenius norm, (), of the coordinates of all of a unit's matrices among the unit's ``values`` (rows, r)."""
-        rows = slice(*self._buffer.units[unit.name].layout.segments["matrices"])
+        rows = slice(*self._buffer.blocks[block.name].layout.segments["matrices"])
         return torch.linalg.vector_norm(values[rows], dtype=self.dtype)
 
     # ------------------------------------------------------------------ refresh
@@ -613,11 +619,11 @@ class OWS(torch.optim.Optimizer):
         sketch = Sketch(self.comm, plan, matrices, bases, self.dtype, second, self._lookups)
         self._sketches.append(sketch)
         for name, coordinates in sketch.coordinates.items():
-            for attachment in self._attachments[name]:
+            for attachment in self._hooks[name]:
                 attachment.sketch = coordinates
 
     def _let_through(self, plan: RefreshPlan) -> None:
-        """Detach the (folded) matrices of ``plan`` and let their full gradients through in the coming step."""
+        """Detach the (merged) matrices of ``plan`` and let their full gradients through in the coming step."""
         if not plan.owners:
             return
 
@@ -651,12 +657,12 @@ class OWS(torch.optim.Optimizer):
         refresh, self._refresh = self._refresh, None
         assert refresh is not None
         self._found = refresh.finish(self.rank)
-        for unit in self.plan.units:
-            names = [matrix.name for matrix in unit.matrices if matrix.name in refresh.plan.owners]
-            if names and unit.name in self._layer_of:
+        for block in self.plan.blocks:
+            names = [matrix.name for matrix in block.matrices if matrix.name in refresh.plan.owners]
+            if names and block.name in self._layer_of:
                 mine = [refresh.squares[name].to(self.device) for name in names if name in refresh.squares]
                 nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
-                self._energies[self._layer_of[unit.name]] = sum(mine, nothing)
+                self._energies[self._layer_of[block.name]] = sum(mine, nothing)
 
     @torch.no_grad()
     def _finish_sketches(self) -> None:
@@ -664,23 +670,23 @@ class OWS(torch.optim.Optimizer):
         sketches, self._sketches = self._sketches, []
         for sketch in sketches:
             found = sketch.finish(self.rank)
-            for attachment in (a for name in found for a in self._attachments[name]):
+            for attachment in (a for name in found for a in self._hooks[name]):
                 attachment.sketch = None
             if not sketch.second:
                 self._bases.update(found)
                 continue
-            for unit in self.plan.units:
-                if any(matrix.name in found for matrix in unit.matrices):
-                    self._fold(unit)
+            for block in self.plan.blocks:
+                if any(matrix.name in found for matrix in block.matrices):
+                    self._merge(block)
             self._take(found)
 
     def _take(self, projectors: dict[str, Tensor]) -> None:
-        """Attach coordinates of zero in new subspaces to the (folded) matrices."""
+        """Attach coordinates of zero in new subspaces to the (merged) matrices."""
         # Adam has counted the steps before a first projector, too, in which there was nothing to train
         anew = {
-            unit.name
-            for unit in self.plan.units
-            for m in unit.matrices
+            block.name
+            for block in self.plan.blocks
+            for m in block.matrices
             if m.name in projectors and (self.moments_on_refresh == "reset" or m.name not in self._projectors)
         }
         for name, projector in projectors.items():
@@ -689,7 +695,7 @@ class OWS(torch.optim.Optimizer):
                 self._carry_moments(name, old, projector)
             self._projectors[name] = projector
             self._attach(self.plan.matrices[name], projector)
-        self._buffer.set_steps({(unit, "matrices"): 0.0 for unit in anew})
+        self._buffer.set_steps({(block, "matrices"): 0.0 for block in anew})
 
     def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
         """What becomes of a matrix's moments when its subspace changes (``optim.moments_on_refresh``).
@@ -697,11 +703,11 @@ class OWS(torch.optim.Optimizer):
         keep: nothing, as GaLore. reset: zero. rotate: the mean turns with the subspace; the second moment as that of
         uncorrelated components would.
         """
-        unit = self._buffer.unit(name)
-        rows = unit.local_rows(name)
+        block = self._buffer.block(name)
+        rows = block.local_rows(name)
         if rows is None or self.moments_on_refresh == "keep":
             return
-        mean, square = unit.exp_avg[rows], unit.exp_avg_sq[rows]
+        mean, square = block.exp_avg[rows], block.exp_avg_sq[rows]
         if self.moments_on_refresh == "reset":
             mean.zero_()
             square.zero_()
@@ -713,24 +719,24 @@ class OWS(torch.optim.Optimizer):
     # ------------------------------------------------------------------ state
 
     def _drop(self) -> None:
-        """Forget the current set without folding."""
+        """Forget the current set without merging."""
         self._cancel_refresh()
         self._sketches, self._found, self._reduced = [], {}, None
-        for unit in self.plan.units:
-            self._release(unit)
-            self._full.leave(matrix.name for matrix in self._full_rank_matrices(unit))
-        self._buffer.change(make_plan((), self.rank, self.comm.world))
+        for block in self.plan.blocks:
+            self._release(block)
+            self._full.leave(matrix.name for matrix in self._full_rank_matrices(block))
+        self._buffer.change(make_plan((), self.rank, self.comm.world_size))
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()
         result = list(self._buffer.pieces())
         for kind, tensors in (("projector", self._projectors), ("sketch_basis", self._sketch_bases())):
             for name, tensor in tensors.items():
-                start, stop = interval(tensor.numel(), self.comm.index, self.comm.world)
-                result.append(Piece(f"{kind}/{name}", tuple(tensor.shape), start, tensor.reshape(-1)[start:stop]))
-        result += pieces_of_states(self.weights, self._parameters, self._full.states())
-        return result + pieces_of(self.weights, self._parameters, sorted(self.touched))
+                start, stop = interval(tensor.numel(), self.comm.rank, self.comm.world_size)
+                result.append(Shard(f"{kind}/{name}", tuple(tensor.shape), start, tensor.reshape(-1)[start:stop]))
+        result += state_shards(self.weights, self._parameters, self._full.states())
+        return result + weight_shards(self.weights, self._parameters, sorted(self.trained_names))
 
     def _sketch_bases(self) -> dict[str, Tensor]:
         """What the second sketches of the coming step are taken with, (long, w) by matrix name."""
@@ -738,7 +744,7 @@ class OWS(torch.optim.Optimizer):
         return {name: one.projector for sketch in second for name, one in sketch.coordinates.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of the state, JSON-able; process 0's is the one to keep (the sampler's stream is there)."""
+        """The rest of the state, JSON-able; rank 0's is the one to keep (the sampler's stream is there)."""
         return {
             "steps": self.steps,
             "skipped": self.skipped,
@@ -753,45 +759,45 @@ class OWS(torch.optim.Optimizer):
             "sketch_bases": sorted(self._sketch_bases()),
             "adam_steps": [[*key, count] for key, count in self._buffer.steps.items()],
             "full_steps": steps_of(self._full.states()),
-            "touched": sorted(self.touched),
+            "touched": sorted(self.trained_names),
             "lr": self.param_groups[0]["lr"],
         }
 
     @torch.no_grad()
-    def restore(self, numbers: dict[str, Any], read: ReadPiece) -> None:
+    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights.
 
         read: (name, first, last + 1) -> these entries of the flattened tensor. The model must be the same base model.
         """
         rank = self.rank if self.low_rank else None
         if numbers["rank"] != rank:
-            raise UserError("optim.rank", rank, f"give {numbers['rank']}, the rank of the checkpoint")
+            raise UserError("optim.rank", rank, f"expected {numbers['rank']}, the rank of the checkpoint")
         if numbers.get("side", "std") != self.side:
-            raise UserError("optim.side", self.side, f"give {numbers['side']}, the side of the checkpoint")
+            raise UserError("optim.side", self.side, f"expected {numbers['side']}, the side of the checkpoint")
         if numbers["probabilities"] != self.probabilities:
             raise UserError("sampling", "other probabilities", "resume with the scores and gamma of the checkpoint")
         self.weights.after_step()
         self._drop()
         self.steps, self.skipped = numbers["steps"], numbers["skipped"]
         self.layer_set = tuple(numbers["layer_set"])
-        self.touched = set(numbers["touched"])
+        self.trained_names = set(numbers["touched"])
         self._sampler.restore(numbers["sampler"])
         self.param_groups[0]["lr"] = numbers["lr"]
-        read_weights(self.weights, self._parameters, numbers["touched"], read)
+        load_weights(self.weights, self._parameters, numbers["touched"], read)
 
         plan = self._plan(self.layer_set)
         self._buffer.change(plan)
         self._buffer.read(read)
-        self._buffer.set_steps({(unit, kind): count for unit, kind, count in numbers["adam_steps"]})
-        for unit in plan.units:
-            self._enter_full(self._full_rank_matrices(unit))
-        read_states(self.weights, self._parameters, self._full.states(), numbers["full_steps"], read)
+        self._buffer.set_steps({(block, kind): count for block, kind, count in numbers["adam_steps"]})
+        for block in plan.blocks:
+            self._enter_full(self._full_rank_matrices(block))
+        load_states(self.weights, self._parameters, self._full.states(), numbers["full_steps"], read)
 
         self._clocks = dict(numbers["clocks"])
         dtype = next(iter(self._parameters.values())).dtype
-        for unit in plan.units:
-            self._listen(unit)
-            for matrix in unit.matrices:
+        for block in plan.blocks:
+            self._listen(block)
+            for matrix in block.matrices:
                 if matrix.name in numbers["projectors"]:
                     flat = read(f"projector/{matrix.name}", 0, matrix.short * self.rank)
                     self._projectors[matrix.name] = flat.view(matrix.short, self.rank).to(self.device, dtype)
@@ -821,7 +827,7 @@ class OWS(torch.optim.Optimizer):
             scores = importance(scores.metric, len(scores.layers), scores.layers)
         ratios = scores
         if len(ratios) != len(self.layers.layers):
-            right = f"give one ratio for each of the {len(self.layers.layers)} layers"
+            right = f"expected one ratio for each of the {len(self.layers.layers)} layers"
             raise UserError("sampling.scores", f"{len(ratios)} ratios", right)
         return ratios
 
@@ -829,29 +835,13 @@ class OWS(torch.optim.Optimizer):
 def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: str) -> None:
     """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
     if gamma > len(layers.layers):
-        right = f"give at most {len(layers.layers)}, the number of layers"
+        right = f"expected at most {len(layers.layers)}, the number of layers"
         raise UserError("sampling.gamma", gamma, right)
     if rank is None:
         return
-    low_rank = [matrix for unit in layers.layers for matrix in unit.matrices]
+    low_rank = [matrix for block in layers.layers for matrix in block.matrices]
     low_rank += layers.embeddings if always_on == "low_rank" else ()
     for matrix in low_rank:
         if rank > min(matrix.shape):
-            right = f"give at most {min(matrix.shape)}, the smaller side of {matrix.name} {matrix.shape}"
+            right = f"expected at most {min(matrix.shape)}, the smaller side of {matrix.name} {matrix.shape}"
             raise UserError("optim.rank", rank, right)
-
-
-def as_weights(model: Any) -> Weights:
-    """``model`` as `Weights`: it is one, or a DeepSpeed engine made with ZeRO-3, or a plain model. Collective."""
-    if hasattr(model, "held") and hasattr(model, "fold"):
-        weights: Weights = model
-        return weights
-    if hasattr(model, "zero_optimization_stage"):
-        from ows_ds.distributed.zero3 import Zero3
-
-        return Zero3.adopt(model, join(model.device))
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UserError("model", "DistributedDataParallel", "give the model inside it: OWS averages gradients itself")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError("model", "weights on the meta device", "load its weights first")
-    return Replicated(model, join(next(model.parameters()).device))

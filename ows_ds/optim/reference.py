@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import Unit, find_layers
+from ows_ds.model.layers import Block, find_layers
 from ows_ds.optim.projection import (
     find_projector,
     leading,
@@ -56,7 +56,7 @@ class Reference:
     period: int = 50
     scheme: str = "bernoulli"
     rank: int | None = 128
-    refresh_gap: int = 200
+    update_proj_gap: int = 200
     scale: float = 1.0
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -73,13 +73,13 @@ class Reference:
 
     step_number: int = 0
     layer_set: LayerSet = ()
-    units: list[Unit] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parts = find_layers(self.model).with_side(self.side)
-        units = (*self.parts.layers, Unit("always", self.parts.embeddings, ()))
-        self.matrices = {matrix.name: matrix for unit in units for matrix in unit.matrices}
+        blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
+        self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
         self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
 
@@ -107,22 +107,22 @@ class Reference:
     def draw(self) -> None:
         """The layers of the next period; what leaves loses its state."""
         self.layer_set = self.sampler.draw()
-        always = Unit(
+        always = Block(
             "always",
             self.parts.embeddings if self.always_on != "none" else (),
             self.parts.final if self.always_on != "none" else (),
         )
-        self.units = [*(self.parts.layers[i] for i in self.layer_set), always]
+        self.blocks = [*(self.parts.layers[i] for i in self.layer_set), always]
         names = self.trained()
         self.state = {name: state for name, state in self.state.items() if name in names}
 
     def trained(self) -> dict[str, bool]:
         """Names of all weights that train now, and whether in a subspace."""
         names = {}
-        for unit in self.units:
-            for matrix in unit.matrices:
-                names[matrix.name] = self.rank is not None and (unit.name != "always" or self.always_on == "low_rank")
-            for vector in unit.vectors:
+        for block in self.blocks:
+            for matrix in block.matrices:
+                names[matrix.name] = self.rank is not None and (block.name != "always" or self.always_on == "low_rank")
+            for vector in block.vectors:
                 names[vector.name] = False
         return names
 
@@ -165,7 +165,7 @@ class Reference:
                 self.turn(state, state.coming)
                 state.coming = None
             self.sketch(state, gradient if matrix.tall else gradient.T, seed)
-        elif state.age % self.refresh_gap == 0:
+        elif state.age % self.update_proj_gap == 0:
             new = find_projector(seen, self.rank, self.projector, seed, state.projector, matrix.across)
             self.turn(state, new.to(gradient.dtype))
         state.age += 1
@@ -186,7 +186,7 @@ class Reference:
         tall: G or G^T, with the side of the projector last.
         """
         assert self.rank is not None
-        if state.age % self.refresh_gap == 0:
+        if state.age % self.update_proj_gap == 0:
             width = sketch_width(self.rank, min(tall.shape))
             start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)

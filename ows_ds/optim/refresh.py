@@ -65,14 +65,14 @@ class Refresh:
         self.squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this process owns
         self._dtype, self._device = dtype, device
         self._find, self._take, self._across = find, take, across
-        self.expect(micro_batches)
+        self.set_accumulation_steps(micro_batches)
         self._sums: dict[str, Tensor] = {}
         self._handles = []
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
 
-    def expect(self, micro_batches: int) -> None:
+    def set_accumulation_steps(self, micro_batches: int) -> None:
         """Before the first backward pass: how many there will be."""
         self._streamed = micro_batches == 1
         self._left = dict.fromkeys(self.parameters, micro_batches)
@@ -85,7 +85,7 @@ class Refresh:
             assert gradient is not None
             self.comm.reduce(gradient, owner, "refresh_gradients")
             self._left[name] -= 1
-            if self.comm.index != owner:
+            if self.comm.rank != owner:
                 return
             if self._streamed:
                 self._project(name, gradient)
@@ -157,7 +157,7 @@ class Sketch:
         self.comm, self.plan, self.second = comm, plan, second
         self._device = next(iter(bases.values())).device
         width = max(basis.shape[1] for basis in bases.values())
-        self.grads = torch.zeros(comm.world * plan.stride, width, dtype=dtype, device=self._device)
+        self.grads = torch.zeros(comm.world_size * plan.stride, width, dtype=dtype, device=self._device)
         self.coordinates: dict[str, Coordinates] = {}
         for matrix in matrices:
             basis = bases[matrix.name]
@@ -173,10 +173,10 @@ class Sketch:
         """
         width = self.grads.shape[1]
         mine = self.comm.reduce_scatter(self.grads, "sketches")
-        first = self.comm.index * self.plan.stride
+        first = self.comm.rank * self.plan.stride
         found = {}
         for name, owner in self.plan.owners.items():
-            if owner == self.comm.index:
+            if owner == self.comm.rank:
                 start, stop = self.plan.slots[name]
                 sketch = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
                 found[name] = leading(sketch, rank) if self.second else orthonormal(sketch)[0]
@@ -199,7 +199,7 @@ def _gather(
 ) -> dict[str, Tensor]:
     """What each owner ``found``, (rows of its slot, <= columns), on every process, padded with zeros. Collective."""
     part = torch.zeros(plan.stride, columns, dtype=dtype, device=device)
-    first = comm.index * plan.stride
+    first = comm.rank * plan.stride
     for name, matrix in found.items():
         start, stop = plan.slots[name]
         part[start - first : stop - first, : matrix.shape[1]] = matrix

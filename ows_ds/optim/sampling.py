@@ -29,7 +29,7 @@ class Sampler:
         self._stream = np.random.Generator(np.random.PCG64(seed))
         gamma = sum(self.probabilities)
         if scheme == "fixed" and not math.isclose(gamma, round(gamma), abs_tol=1e-9):
-            raise UserError("sampling.gamma", gamma, "give a whole number with sampling.scheme: fixed")
+            raise UserError("sampling.gamma", gamma, "expected a whole number with sampling.scheme: fixed")
 
     def draw(self) -> LayerSet:
         """The next set; advances the stream."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.distributed.communicator import Communicator, Pending
-from ows_ds.distributed.weights import Piece, ReadPiece
-from ows_ds.optim.layout import Layout, Plan, together
+from ows_ds.distributed.weights import ReadShard, Shard
+from ows_ds.optim.layout import Layout, Plan, group_in_order
 
 STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
 
@@ -35,7 +35,7 @@ def always(loss: Tensor, norm: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Hyper:
+class AdamWSettings:
     """AdamW's numbers in one step; lr is the scheduled learning rate, scale multiplies low-rank updates only."""
 
     lr: float
@@ -58,7 +58,7 @@ class Hyper:
         return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
 
-class UnitBuffer:
+class BlockBuffer:
     """The coordinates of one unit.
 
     values: (rows, r), of the weights' dtype, the same on every process. grads: (rows, r), float32 (float64 where the
@@ -73,13 +73,13 @@ class UnitBuffer:
         self.layout, self.comm = layout, comm
         self.values = torch.zeros(layout.rows, layout.rank, dtype=weight_dtype, device=device)
         self.grads = torch.zeros(layout.rows, layout.rank, dtype=dtype, device=device)
-        own = self.values[slice(*layout.part(comm.index))]
+        own = self.values[slice(*layout.part(comm.rank))]
         self.master = own if weight_dtype == dtype else own.to(dtype)
-        self.reduced_grads = self.grads if comm.world == 1 else torch.zeros_like(self.master)
+        self.reduced_grads = self.grads if comm.world_size == 1 else torch.zeros_like(self.master)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
         # AdamW counts on the CPU
         self.steps = {kind: torch.zeros((), dtype=torch.float32) for kind in layout.segments}
-        local = {kind: layout.local(rows, comm.index) for kind, rows in layout.segments.items()}
+        local = {kind: layout.local(rows, comm.rank) for kind, rows in layout.segments.items()}
         self._local = {kind: rows for kind, rows in local.items() if rows is not None}
         self.parameters = {kind: nn.Parameter(self.master[rows]) for kind, rows in self._local.items()}
         self.awaited: set[str] = set()
@@ -110,16 +110,16 @@ class UnitBuffer:
 
     def start_publish(self) -> Pending:
         """Begin to bring every process's rows of master into all processes' values. Collective."""
-        own = self.values[slice(*self.layout.part(self.comm.index))]
+        own = self.values[slice(*self.layout.part(self.comm.rank))]
         if own.dtype != self.master.dtype:
             own.copy_(self.master)
         return self.comm.start_all_gather(own, self.values, "coordinates")
 
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         """(rows, r): all processes' master. Collective where it is not in `values`."""
         if self.values.dtype == self.master.dtype:
             return self.values
-        return self.comm.all_gather(self.master, "fold")
+        return self.comm.all_gather(self.master, "merge")
 
     def fill(self, name: str, value: Tensor) -> None:
         """Set a slot, on every process, to ``value``: its first entries in row order; the rest stays."""
@@ -127,12 +127,12 @@ class UnitBuffer:
         self.values[first:last].view(-1)[: value.numel()] = value.reshape(-1)
         rows = self.local_rows(name)
         if rows is not None and self.values.dtype != self.master.dtype:
-            start = self.layout.part(self.comm.index)[0]
+            start = self.layout.part(self.comm.rank)[0]
             self.master[rows] = self.values[start + rows.start : start + rows.stop].to(self.master)
 
     def local_rows(self, name: str) -> slice | None:
         """Where the slot's rows lie in this process's part, None if none do."""
-        return self.layout.local(self.layout.slots[name], self.comm.index)
+        return self.layout.local(self.layout.slots[name], self.comm.rank)
 
 
 class CoordinateBuffer:
@@ -144,55 +144,55 @@ class CoordinateBuffer:
         """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass."""
         self.comm = comm
         self._kind = (dtype, weight_dtype, device)
-        self.units: dict[str, UnitBuffer] = {}
-        self._queue: list[UnitBuffer] = []  # awaited, in the order of their reductions
-        self._order: list[UnitBuffer] = []  # of all reductions of a step
+        self.blocks: dict[str, BlockBuffer] = {}
+        self._queue: list[BlockBuffer] = []  # awaited, in the order of their reductions
+        self._order: list[BlockBuffer] = []  # of all reductions of a step
         self._overlap = False
         self.change(plan)
 
     def change(self, plan: Plan) -> None:
         """Units that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
-        old = self.units
+        old = self.blocks
         self.plan = plan
-        self.units = {
-            layout.unit.name: old.get(layout.unit.name) or UnitBuffer(layout, self.comm, *self._kind)
+        self.blocks = {
+            layout.block.name: old.get(layout.block.name) or BlockBuffer(layout, self.comm, *self._kind)
             for layout in plan.layouts
             if layout.rows
         }
-        self._queue, self._order = [], list(self.units.values())
-        self._unit_of = {name: unit for unit in self.units.values() for name in unit.layout.slots}
+        self._queue, self._order = [], list(self.blocks.values())
+        self._block_of = {name: block for block in self.blocks.values() for name in block.layout.slots}
         groups: list[dict[str, Any]] = []
         for kind in ("matrices", "vectors"):
-            parameters = iter([unit.parameters[kind] for unit in self.units.values() if kind in unit.parameters])
-            sizes = [unit.parameters[kind].numel() for unit in self.units.values() if kind in unit.parameters]
+            parameters = iter([block.parameters[kind] for block in self.blocks.values() if kind in block.parameters])
+            sizes = [block.parameters[kind].numel() for block in self.blocks.values() if kind in block.parameters]
             # AdamW's temporaries are as large as what it works on at once, a group
-            groups += [{"params": list(islice(parameters, len(some))), "kind": kind} for some in together(sizes)]
+            groups += [{"params": list(islice(parameters, len(some))), "kind": kind} for some in group_in_order(sizes)]
         self._adamw: torch.optim.AdamW | None = None
         if groups:
             self._adamw = torch.optim.AdamW(groups)
-            states = ((p, unit.state(kind)) for unit in self.units.values() for kind, p in unit.parameters.items())
+            states = ((p, block.state(kind)) for block in self.blocks.values() for kind, p in block.parameters.items())
             self._adamw.state.update(states)
 
-    def unit(self, name: str) -> UnitBuffer:
+    def block(self, name: str) -> BlockBuffer:
         """That of the slot ``name``."""
-        return self._unit_of[name]
+        return self._block_of[name]
 
     def value(self, name: str) -> Tensor:
         """(rows, r) view of a slot's values."""
-        return self.unit(name).values[slice(*self.unit(name).layout.slots[name])]
+        return self.block(name).values[slice(*self.block(name).layout.slots[name])]
 
     def grad(self, name: str) -> Tensor:
         """(rows, r) view of a slot's gradients."""
-        return self.unit(name).grads[slice(*self.unit(name).layout.slots[name])]
+        return self.block(name).grads[slice(*self.block(name).layout.slots[name])]
 
     # ------------------------------------------------------------------ a step
 
-    def await_gradients(self, units: Sequence[str]) -> None:
+    def await_gradients(self, blocks: Sequence[str]) -> None:
         """In the coming step, reduce these units in this order, each as soon as `arrived` was called for all of it."""
-        self._queue = [self.units[name] for name in units if self.comm.world > 1]
-        self._order = [*self._queue, *(unit for unit in self.units.values() if unit not in self._queue)]
-        for unit in self._queue:
-            unit.awaited = set(unit.layout.slots)
+        self._queue = [self.blocks[name] for name in blocks if self.comm.world_size > 1]
+        self._order = [*self._queue, *(block for block in self.blocks.values() if block not in self._queue)]
+        for block in self._queue:
+            block.awaited = set(block.layout.slots)
 
     def last_pass(self, last: bool) -> None:
         """Whether the coming backward pass is the step's last: only then does a unit's last gradient complete it."""
@@ -200,71 +200,71 @@ class CoordinateBuffer:
 
     def arrived(self, name: str) -> None:
         """A backward pass has added all it has to the slot's gradients. Collective where that completes a unit."""
-        unit = self.unit(name)
-        if unit.reducing:
+        block = self.block(name)
+        if block.reducing:
             raise RuntimeError(f"a gradient of {name} came after its unit's gradients were on their way")
         if self._overlap:
-            unit.awaited.discard(name)
+            block.awaited.discard(name)
             while self._queue and not self._queue[0].awaited:
                 self._queue.pop(0).start_reduce()
 
     def reduce(self) -> list[Tensor]:
         """(stride, r) of each unit: this process's rows of the sum of all processes' gradients. Collective."""
         self._queue = []
-        for unit in self._order:  # what was awaited in vain keeps its place: on another process it may have arrived
-            if not unit.reducing:
-                unit.start_reduce()
-        return [unit.reduce() for unit in self.units.values()]
+        for block in self._order:  # what was awaited in vain keeps its place: on another process it may have arrived
+            if not block.reducing:
+                block.start_reduce()
+        return [block.reduce() for block in self.blocks.values()]
 
-    def update(self, hyper: Hyper) -> None:
+    def update(self, hyper: AdamWSettings) -> None:
         """One AdamW step on this process's rows with what `reduce` gave, then all rows on every process. Collective."""
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group.update(hyper.matrices() if group["kind"] == "matrices" else hyper.vectors())
             self._adamw.step()
             self._adamw.zero_grad()
-        for unit in self.units.values():
-            for kind in unit.steps.keys() - unit.parameters.keys():
-                unit.steps[kind] += 1
+        for block in self.blocks.values():
+            for kind in block.steps.keys() - block.parameters.keys():
+                block.steps[kind] += 1
         self.publish()
 
     def publish(self) -> None:
         """Every process's masters into all processes' values. Collective."""
-        for pending in [unit.start_publish() for unit in self.units.values()]:
+        for pending in [block.start_publish() for block in self.blocks.values()]:
             pending.wait()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        if self.units:
-            torch._foreach_zero_([unit.grads for unit in self.units.values()])
+        if self.blocks:
+            torch._foreach_zero_([block.grads for block in self.blocks.values()])
 
     # ------------------------------------------------------------------ state
 
     @property
     def steps(self) -> dict[tuple[str, str], float]:
         """Adam's step counts, by unit and kind."""
-        return {(n, kind): float(count) for n, unit in self.units.items() for kind, count in unit.steps.items()}
+        return {(n, kind): float(count) for n, block in self.blocks.items() for kind, count in block.steps.items()}
 
     def set_steps(self, steps: Mapping[tuple[str, str], float]) -> None:
         """Set Adam's step counts of the named ones."""
         for (name, kind), count in steps.items():
-            self.units[name].steps[kind].fill_(count)
+            self.blocks[name].steps[kind].fill_(count)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Shard]:
         """This process's rows of what a checkpoint holds, padding left out."""
-        for name, unit in self.units.items():
-            layout = unit.layout
-            first = layout.part(self.comm.index)[0] * layout.rank
+        for name, block in self.blocks.items():
+            layout = block.layout
+            first = layout.part(self.comm.rank)[0] * layout.rank
             for kind in STATE:
-                run = getattr(unit, kind).reshape(-1)[: max(0, layout.used * layout.rank - first)]
-                yield Piece(f"{kind}/{name}", (layout.used, layout.rank), first, run)
+                run = getattr(block, kind).reshape(-1)[: max(0, layout.used * layout.rank - first)]
+                yield Shard(f"{kind}/{name}", (layout.used, layout.rank), first, run)
 
-    def read(self, read: ReadPiece) -> None:
+    def read(self, read: ReadShard) -> None:
         """Set everything but step counts to what `pieces` gave. Collective."""
-        for name, unit in self.units.items():
-            layout = unit.layout
-            first, last = (min(row, layout.used) * layout.rank for row in layout.part(self.comm.index))
+        for name, block in self.blocks.items():
+            layout = block.layout
+            first, last = (min(row, layout.used) * layout.rank for row in layout.part(self.comm.rank))
             for kind in STATE:
-                tensor = getattr(unit, kind)
+                tensor = getattr(block, kind)
                 tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)
         self.publish()

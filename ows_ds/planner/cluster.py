@@ -56,7 +56,7 @@ class Cluster:
     price: float | None = None
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Number of GPUs."""
         return self.nodes * self.gpus
 
@@ -65,13 +65,13 @@ class Cluster:
         """Bytes of a GPU's memory that training may take."""
         return (self.memory - self.reserve) * 1e9
 
-    def of_size(self, world: int) -> Cluster:
-        """The same kind of machines with ``world`` GPUs: part of one node, or whole nodes."""
-        if world <= self.gpus:
-            return replace(self, nodes=1, gpus=world)
-        if world % self.gpus:
-            raise ValueError(f"{world} GPUs are not whole nodes of {self.gpus}")
-        return replace(self, nodes=world // self.gpus)
+    def of_size(self, world_size: int) -> Cluster:
+        """The same kind of machines with ``world_size`` GPUs: part of one node, or whole nodes."""
+        if world_size <= self.gpus:
+            return replace(self, nodes=1, gpus=world_size)
+        if world_size % self.gpus:
+            raise ValueError(f"{world_size} GPUs are not whole nodes of {self.gpus}")
+        return replace(self, nodes=world_size // self.gpus)
 
 
 # Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
@@ -99,13 +99,15 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
     """
     start = _by_name(given)
     if start is None and not Path(given).suffix:
-        raise UserError("--cluster", given, f"give a file, or a number of GPUs such as 8xA100-80 ({', '.join(GPUS)})")
+        raise UserError(
+            "--cluster", given, f"expected a file, or a number of GPUs such as 8xA100-80 ({', '.join(GPUS)})"
+        )
     if start is None:
         tree = read_yaml(given, "--cluster")
         like = tree.pop("like", None)
         start = Cluster() if like is None else _by_name(str(like))
         if start is None:
-            raise UserError("like", like, "give nodes x GPUs of a node, such as 4x8xH100")
+            raise UserError("like", like, "expected nodes x GPUs of a node, such as 4x8xH100")
         start = replace(start, **convert_all(tree, Cluster))
     return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
 
@@ -117,7 +119,7 @@ def _by_name(given: str) -> Cluster | None:
         return None
     nodes, gpus, kind = found.groups()
     if kind not in GPUS:
-        raise UserError("--cluster", given, f"give a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
+        raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
     return Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
 
 
@@ -126,15 +128,15 @@ def check(cluster: Cluster) -> Cluster:
     for field in fields(cluster):
         value = getattr(cluster, field.name)
         if field.name in ("nodes", "gpus") and value < 1:
-            raise UserError(f"--{field.name}", value, "give an integer of at least 1")
+            raise UserError(f"--{field.name}", value, "expected an integer of at least 1")
         least = field.name in ("reserve", "nvlink_latency", "network_latency", "price")
         if value is not None and not (0 <= value < 1e12 and (least or value > 0)):
             name = f"--{field.name.replace('_', '-')}"
-            raise UserError(name, value, f"give a number {'of at least' if least else 'above'} 0")
+            raise UserError(name, value, f"expected a number {'of at least' if least else 'above'} 0")
     if cluster.reach > 1:
-        raise UserError("--reach", cluster.reach, "give a share of at most 1")
+        raise UserError("--reach", cluster.reach, "expected a share of at most 1")
     if cluster.reserve >= cluster.memory:
-        raise UserError("--reserve", cluster.reserve, f"give less than --memory, {cluster.memory:g} GB")
+        raise UserError("--reserve", cluster.reserve, f"expected less than --memory, {cluster.memory:g} GB")
     return cluster
 
 
@@ -151,7 +153,7 @@ def collective(
     rounds: passes around the ring: 1 of a reduce-scatter, an all-gather or a reduction to one, 2 of an all-reduce.
     algorithm: one of `ALGORITHMS`; None: the faster one.
     """
-    if cluster.world == 1 or not sent:
+    if cluster.world_size == 1 or not sent:
         return 0.0
     names = ALGORITHMS if algorithm is None else (algorithm,)
     return messages * LAUNCH + min(_ALGORITHMS[name](cluster, sent, messages * rounds) for name in names)
@@ -162,12 +164,12 @@ def _ring(cluster: Cluster, sent: float, passes: float) -> float:
     if cluster.nodes == 1:
         return passes * (cluster.gpus - 1) * cluster.nvlink_latency * 1e-6 + sent / _rate(cluster, cluster.nvlink)
     slowest = min(cluster.nvlink, cluster.network * cluster.gpus)
-    return passes * (cluster.world - 1) * cluster.network_latency * 1e-6 + sent / _rate(cluster, slowest)
+    return passes * (cluster.world_size - 1) * cluster.network_latency * 1e-6 + sent / _rate(cluster, slowest)
 
 
 def _hierarchical(cluster: Cluster, sent: float, passes: float) -> float:
     """A ring between the nodes for each place in a node, over the g-th part of the bytes, and a ring within each."""
-    n, g, w = cluster.nodes, cluster.gpus, cluster.world
+    n, g, w = cluster.nodes, cluster.gpus, cluster.world_size
     whole = sent * w / (w - 1)  # bytes that all GPUs together hold, for each pass
     between = passes * (n - 1) * cluster.network_latency * 1e-6
     between += whole * (n - 1) / w / _rate(cluster, cluster.network)

@@ -33,12 +33,12 @@ DAY = 86400.0
 class Choice:
     """What may be chosen without changing what is trained.
 
-    world: GPUs. home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy
+    world_size: GPUs. home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy
     in shards over the GPUs of each node (hpz). micro_batch: sequences of a GPU's forward pass. checkpointing: of
     gradients.
     """
 
-    world: int
+    world_size: int
     home: str
     micro_batch: int
     checkpointing: bool
@@ -88,12 +88,15 @@ class Forecast:
     def sent(self) -> dict[str, Messages]:
         """Collectives of a step by operation; refreshes spread over the steps."""
         job = self.usual
-        plain, whole = traffic(job), traffic(job, True, job.world - 1)  # the last process owns least, and sends most
+        plain, whole = (
+            traffic(job),
+            traffic(job, True, job.world_size - 1),
+        )  # the last process owns least, and sends most
         found = messages(job, plain, whole, self.refreshes)
         if job.gathered is not None and "weights" in found:
             found["weights"] = Messages(found["weights"].sent, job.gathered.gathers(job.accumulation))
         elif most := gathers(job)[1]:
-            modules = sum(len(unit.matrices) for unit in job.layers.layers)
+            modules = sum(len(block.matrices) for block in job.layers.layers)
             found["weights"] = Messages(most, 3 * modules * job.accumulation)
         return found
 
@@ -105,7 +108,7 @@ class Forecast:
     @property
     def tokens(self) -> int:
         """Of a step, over all GPUs, where every sequence is full."""
-        return self.usual.tokens * self.usual.accumulation * self.choice.world
+        return self.usual.tokens * self.usual.accumulation * self.choice.world_size
 
     @property
     def seconds(self) -> float:
@@ -120,7 +123,7 @@ class Forecast:
     @property
     def gpu_hours(self) -> float:
         """Of a GPU, for 1e9 tokens, at `seconds` a step."""
-        return 1e9 / self.tokens_per_day * 24 * self.choice.world
+        return 1e9 / self.tokens_per_day * 24 * self.choice.world_size
 
 
 def _second(job: Job, gpus: int) -> int:
@@ -163,7 +166,7 @@ def refreshes_per_step(recipe: Recipe, n_layers: int, ratios: Sequence[float] | 
         return 0.0
     drawn = _probabilities(recipe, n_layers, ratios) or [1.0]
     entering = sum(p * (1 - p) for p in drawn) / sum(drawn) / recipe.sampling.period
-    return entering + 1 / recipe.optim.refresh_gap
+    return entering + 1 / recipe.optim.update_proj_gap
 
 
 class Replays:
@@ -186,24 +189,27 @@ class Replays:
     def complete(self, job: Job) -> Job:
         """The job with what it gathers, where that is known: not for mezo, nor for hift, whose layers take turns."""
         job = replace(job, max_live=self.limits.live, bucket=self.bucket)
-        if not job.sharded or job.world == 1 or job.method in ("mezo", "hift"):
+        if not job.sharded or job.world_size == 1 or job.method in ("mezo", "hift"):
             return job
         adapted = job.method in ADAPTERS
-        beside, vectors = frozenset(job.plan.matrices), [v.name for unit in job.plan.units for v in unit.vectors]
+        atomic_write, vectors = (
+            frozenset(job.plan.matrices),
+            [v.name for block in job.plan.blocks for v in block.vectors],
+        )
         trained = frozenset() if adapted else frozenset({*job.full_rank, *vectors})
-        key = (job.method if adapted else trained, beside, job.checkpointing)
+        key = (job.method if adapted else trained, atomic_write, job.checkpointing)
         if key not in self._known:
-            trace = self._trace(job, trained, beside)
+            trace = self._trace(job, trained, atomic_write)
             frozen = trace.frozen if adapted else frozenset(trace.numel) - trained
             self._known[key] = replay(replace(trace, frozen=frozen), self.limits)
         return replace(job, gathered=self._known[key])
 
-    def _trace(self, job: Job, trained: frozenset[str], beside: frozenset[str]) -> Trace:
+    def _trace(self, job: Job, trained: frozenset[str], atomic_write: frozenset[str]) -> Trace:
         """The uses of modules, which are the same for all sets with the same lowest layer."""
         adapted = job.method in ADAPTERS
         outside = {one.name for one in job.layers.embeddings} | {one.name for one in job.layers.final}
         lowest = min(job.sampled, default=None)
-        key = (adapted and job.method, lowest, frozenset(outside & (trained | beside)), job.checkpointing)
+        key = (adapted and job.method, lowest, frozenset(outside & (trained | atomic_write)), job.checkpointing)
         if key not in self._traces:
             model = without_weights(self.config)
             model = self.adapt(model) if adapted and self.adapt is not None else model
@@ -211,19 +217,19 @@ class Replays:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 model.disable_input_require_grads()
             names = [name for name, p in model.named_parameters() if p.requires_grad] if adapted else trained
-            self._traces[key] = record(model, names, beside)
+            self._traces[key] = record(model, names, atomic_write)
         return self._traces[key]
 
 
 def job_of(recipe: Recipe, model: Model, choice: Choice, layer_set: LayerSet, replays: Replays | None = None) -> Job:
-    """One GPU's part of a step. Raises UserError (``train.batch_size``) for a batch that does not divide evenly.
+    """One GPU's part of a step. Raises UserError (``train.global_batch_size``) for a batch that does not divide evenly.
 
     replays: of what ZeRO-3 gathers; None: only bounds of it are known.
     """
-    optim, share = recipe.optim, choice.micro_batch * choice.world
-    if recipe.train.batch_size % share:
-        right = f"give a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world} GPUs"
-        raise UserError("train.batch_size", recipe.train.batch_size, right)
+    optim, share = recipe.optim, choice.micro_batch * choice.world_size
+    if recipe.train.global_batch_size % share:
+        right = f"expected a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
+        raise UserError("train.global_batch_size", recipe.train.global_batch_size, right)
     job = Job(
         model.layers.with_side(optim.side),
         recipe.method.name,
@@ -236,10 +242,10 @@ def job_of(recipe: Recipe, model: Model, choice: Choice, layer_set: LayerSet, re
         ITEMSIZE[recipe.model.dtype],
         choice.micro_batch,
         recipe.data.max_length,
-        accumulation=recipe.train.batch_size // share,
+        accumulation=recipe.train.global_batch_size // share,
         checkpointing=choice.checkpointing,
         whole_logits=model.whole_logits,
-        world=choice.world,
+        world_size=choice.world_size,
         sharded=choice.home != "replicated",
     )
     return job if replays is None else replays.complete(job)
@@ -258,30 +264,30 @@ def forecast(
     usual, largest = layer_sets(recipe, n_layers, ratios)
     return Forecast(
         choice,
-        cluster.of_size(choice.world),
+        cluster.of_size(choice.world_size),
         job_of(recipe, model, choice, largest, replays),
         job_of(recipe, model, choice, usual, replays),
         refreshes_per_step(recipe, n_layers, ratios),
     )
 
 
-def choice_of(recipe: Recipe, world: int, home: str | None = None) -> Choice:
+def choice_of(recipe: Recipe, world_size: int, home: str | None = None) -> Choice:
     """What the recipe says; home: in place of ``train.sharding``."""
     home = home or ("zero3" if recipe.train.sharding == "zero3" else "replicated")
-    return Choice(world, home, recipe.train.micro_batch_size, recipe.train.gradient_checkpointing)
+    return Choice(world_size, home, recipe.train.micro_batch_size, recipe.train.gradient_checkpointing)
 
 
 def choices(recipe: Recipe, cluster: Cluster) -> Iterator[Choice]:
     """All that can be chosen on the cluster or a part of it: GPUs, home, micro-batch, checkpointing."""
-    batch = recipe.train.batch_size
+    batch = recipe.train.global_batch_size
     sizes = [size for size in _powers(cluster.gpus)] + [n * cluster.gpus for n in _powers(cluster.nodes) if n > 1]
-    for world in sizes:
+    for world_size in sizes:
         for home in HOMES:
-            if (world == 1 and home != "replicated") or (home == "hpz" and world <= cluster.gpus):
+            if (world_size == 1 and home != "replicated") or (home == "hpz" and world_size <= cluster.gpus):
                 continue
             for micro in _powers(batch):
-                if batch % (micro * world) == 0:
-                    yield from (Choice(world, home, micro, checkpointing) for checkpointing in (False, True))
+                if batch % (micro * world_size) == 0:
+                    yield from (Choice(world_size, home, micro, checkpointing) for checkpointing in (False, True))
 
 
 def _powers(largest: int) -> list[int]:
@@ -307,17 +313,17 @@ def scaled(
     recipe: Recipe,
     model: Model,
     cluster: Cluster,
-    world: int,
+    world_size: int,
     home: str,
     ratios: Sequence[float] | None = None,
     replays: Replays | None = None,
 ) -> Forecast:
-    """The recipe on ``world`` GPUs, with as many sequences for each of them as on the whole cluster (weak scaling)."""
-    share = recipe.train.micro_batch_size * cluster.world
-    batches = max(1, recipe.train.batch_size // share)
-    batch = recipe.train.micro_batch_size * batches * world
-    grown = replace(recipe, train=replace(recipe.train, batch_size=batch))
-    return forecast(grown, model, cluster, choice_of(recipe, world, home), ratios, replays)
+    """The recipe on ``world_size`` GPUs, with as many sequences for each of them as on the whole cluster (weak scaling)."""
+    share = recipe.train.micro_batch_size * cluster.world_size
+    batches = max(1, recipe.train.global_batch_size // share)
+    batch = recipe.train.micro_batch_size * batches * world_size
+    grown = replace(recipe, train=replace(recipe.train, global_batch_size=batch))
+    return forecast(grown, model, cluster, choice_of(recipe, world_size, home), ratios, replays)
 
 
 # ------------------------------------------------------------------ for the trainer
@@ -334,7 +340,7 @@ def planned(recipe: Recipe, model: Model, choice: Choice, ratios: Sequence[float
 def check_memory(
     recipe: Recipe,
     model: Model,
-    world: int,
+    world_size: int,
     sharded: bool,
     free: int,
     ratios: Sequence[float] | None = None,
@@ -347,13 +353,13 @@ def check_memory(
     place: what has ``free`` bytes, one and several, for the message, which says what would fit of the settings that do
     not change what is trained.
     """
-    asked = choice_of(recipe, world, "zero3" if sharded else "replicated")
+    asked = choice_of(recipe, world_size, "zero3" if sharded else "replicated")
     needed = planned(recipe, model, asked, ratios)
     if needed <= free * margin:
         return
-    homes = HOMES[:2] if world > 1 else HOMES[:1]
+    homes = HOMES[:2] if world_size > 1 else HOMES[:1]
     others = [
-        Choice(world, home, micro, checkpointing)
+        Choice(world_size, home, micro, checkpointing)
         for home in homes
         for micro in dict.fromkeys((recipe.train.micro_batch_size, 1))
         for checkpointing in (False, True)

@@ -63,7 +63,7 @@ class _Note(torch.autograd.Function):
         return (*grads, None)
 
 
-def record(model: nn.Module, trained: Iterable[str], beside: Iterable[str] = (), tokens: int = 8) -> Trace:
+def record(model: nn.Module, trained: Iterable[str], atomic_write: Iterable[str] = (), tokens: int = 8) -> Trace:
     """One pass of a model on the meta device, forward and, where anything trains, backward. Changes ``requires_grad``.
 
     trained: names of the weights that train, in the model without adapters or in it. beside: of those that coordinates
@@ -73,7 +73,7 @@ def record(model: nn.Module, trained: Iterable[str], beside: Iterable[str] = (),
     backward = False
     names = {id(p): _plain(name) for name, p in model.named_parameters()}
     wanted, handles = {_plain(name) for name in trained}, list[Any]()
-    differentiated = wanted.union(beside)
+    differentiated = wanted.union(atomic_write)
     for parameter in model.parameters():
         parameter.requires_grad_(names[id(parameter)] in differentiated)
 
@@ -175,10 +175,10 @@ class Gathered:
         """Entries as a module or one inside it is entered, and while it runs; 0 where there are no uses."""
         return self.most.get((module, backward), (0, 0))
 
-    def shares(self, world: int, accumulation: int) -> int:
-        """Entries of its own shards that one of ``world`` processes gives to the gathers of a step."""
+    def shares(self, world_size: int, accumulation: int) -> int:
+        """Entries of its own shards that one of ``world_size`` processes gives to the gathers of a step."""
         return sum(
-            math.ceil(numel / world) * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
+            math.ceil(numel / world_size) * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
             for name, numel in self.numel.items()
         )
 
@@ -315,12 +315,12 @@ class _Coordinator:
             if not going or self.passed[step] - self.passed[self.step] >= self.limits.reuse:
                 break
             going.difference_update(self.own[self.order[step]])
-        touched = set(own)
+        trained_names = set(own)
         if not use.forward:
             going |= self.again[use.module]
-            touched |= self.again.pop(use.module)
+            trained_names |= self.again.pop(use.module)
             self.backward.pop(use.module, None)
-        for name in touched:
+        for name in trained_names:
             self.users[name].discard(use.module)
             if name in going:
                 self._drop(name)

@@ -25,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ows_ds.model.layers import Matrix, ModelLayers, Unit, Vector
-from ows_ds.optim.layout import CHUNK, COLUMNS, Plan, make_plan, pack, plan_refresh, together
+from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
+from ows_ds.optim.layout import CHUNK, COLUMNS, Plan, group_in_order, make_plan, pack, plan_refresh
 from ows_ds.optim.projection import BLOCK, OVERSAMPLING, sketch_width
 from ows_ds.planner.gathering import Gathered
 
@@ -61,7 +61,7 @@ class Job:
     accumulation: int = 1
     checkpointing: bool = False
     whole_logits: bool = False
-    world: int = 1
+    world_size: int = 1
     sharded: bool = False
     max_live: int = 500_000_000
     foreach: bool = True
@@ -96,14 +96,14 @@ class Job:
     def plan(self) -> Plan:
         """What lies in the coordinate buffer."""
         if self.method not in SAMPLED:
-            return make_plan((), COLUMNS, self.world)
+            return make_plan((), COLUMNS, self.world_size)
         low_rank = self.method in LOW_RANK
-        units = [self.layers.layers[i] for i in self.sampled]
-        units = units if low_rank else [Unit(unit.name, (), unit.vectors) for unit in units]
+        blocks = [self.layers.layers[i] for i in self.sampled]
+        blocks = blocks if low_rank else [Block(block.name, (), block.vectors) for block in blocks]
         if self.always_on != "none":
             matrices = self.layers.embeddings if self.always_on == "low_rank" else ()
-            units.append(Unit("always", matrices, self.layers.final))
-        return make_plan(units, self.rank if low_rank else COLUMNS, self.world)
+            blocks.append(Block("always", matrices, self.layers.final))
+        return make_plan(blocks, self.rank if low_rank else COLUMNS, self.world_size)
 
     @cached_property
     def full_rank(self) -> dict[str, int]:
@@ -122,10 +122,10 @@ class Job:
         found += self.layers.embeddings if self.always_on == "full" else ()
         return {matrix.name: _numel(matrix) for matrix in found}
 
-    def _adapters(self, unit: Unit) -> dict[str, int]:
-        sizes = {f"{m.name}.A": self.lora_rank * m.in_features for m in unit.matrices}
-        sizes |= {f"{m.name}.B": self.lora_rank * m.out_features for m in unit.matrices}
-        return sizes | ({f"{m.name}.m": m.out_features for m in unit.matrices} if self.method == "dora" else {})
+    def _adapters(self, block: Block) -> dict[str, int]:
+        sizes = {f"{m.name}.A": self.lora_rank * m.in_features for m in block.matrices}
+        sizes |= {f"{m.name}.B": self.lora_rank * m.out_features for m in block.matrices}
+        return sizes | ({f"{m.name}.m": m.out_features for m in block.matrices} if self.method == "dora" else {})
 
     @property
     def deepspeed_trains(self) -> bool:
@@ -137,13 +137,13 @@ def _numel(part: Matrix | Vector) -> int:
     return part.numel if isinstance(part, Vector) else part.shape[0] * part.shape[1]
 
 
-def _parts(unit: Unit) -> list[Matrix | Vector]:
-    return [*unit.matrices, *unit.vectors]
+def _parts(block: Block) -> list[Matrix | Vector]:
+    return [*block.matrices, *block.vectors]
 
 
 def sizes_of(layers: ModelLayers) -> list[int]:
     """Entries of each weight of a model."""
-    parts = [*layers.embeddings, *layers.final, *(part for unit in layers.layers for part in _parts(unit))]
+    parts = [*layers.embeddings, *layers.final, *(part for block in layers.layers for part in _parts(block))]
     return [_numel(part) for part in parts]
 
 
@@ -165,7 +165,7 @@ def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple
 
 def state(job: Job) -> dict[str, int]:
     """Bytes that a process holds between two steps, by component; the process with the largest parts."""
-    plan, b, e, w = job.plan, job.itemsize, job.wide, job.world
+    plan, b, e, w = job.plan, job.itemsize, job.wide, job.world_size
     sizes = sizes_of(job.layers)
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(job.full_rank.values()) if job.method in ADAPTERS else 0
@@ -209,7 +209,7 @@ class Memory:
 def memory(job: Job, refresh: bool = False) -> Memory:
     """What a step needs; refresh: one in which all projectors are found anew (from full gradients, or by sketches)."""
     kinds = kinds_of(job, refresh)
-    saved = [activations_of(job, unit, kind) for unit, kind in zip(job.layers.layers, kinds, strict=True)]
+    saved = [activations_of(job, block, kind) for block, kind in zip(job.layers.layers, kinds, strict=True)]
     hidden = job.tokens * job.head.shape[1]
     flows = any(kinds)
     # the last norm's input, in float32, and what it gives to the head
@@ -227,10 +227,10 @@ def memory(job: Job, refresh: bool = False) -> Memory:
     def larger(one: dict[str, int], other: dict[str, int], gathered: int) -> dict[str, int]:
         return max(one, other | {"gathered": gathered}, key=_total)
 
-    for index, unit in enumerate(job.layers.layers):
+    for index, block in enumerate(job.layers.layers):
         # what a layer keeps is part of what its forward pass makes
         making = 0 if kinds[index] and not job.checkpointing else _forward(job)
-        entering, running = _gathered(job, unit.name, False)
+        entering, running = _gathered(job, block.name, False)
         now = {"activations": sum(alive[: index + 1]), "gradients": before}
         arrival = larger(arrival, now, entering)
         forward = larger(forward, now | {"one layer": making}, running)
@@ -241,8 +241,8 @@ def memory(job: Job, refresh: bool = False) -> Memory:
             shared = job.itemsize == 4 and (index != lowest or _outside_trains(job))
             below += saved[index] - (inputs[index] if shared else 0)
         now = {"activations": below, "gradients": kept[index], "new projectors": found[index]}
-        arrival = larger(arrival, now | {"one layer": 2 * hidden * job.itemsize}, _gathered(job, unit.name, True)[0])
-        for module, working, gradients in _moments(job, unit, kinds[index], refresh):
+        arrival = larger(arrival, now | {"one layer": 2 * hidden * job.itemsize}, _gathered(job, block.name, True)[0])
+        for module, working, gradients in _moments(job, block, kinds[index], refresh):
             moment = {"one layer": working, "gradients": kept[index] + gradients}
             backward = larger(backward, now | moment, _gathered(job, module, True)[1])
     entering, running = _gathered(job, job.head.modules[-1], False)
@@ -287,7 +287,7 @@ def _embedding(job: Job, kept: Sequence[int]) -> dict[str, int]:
     tied = len(embedding.modules) > 1
     gradients = whole * (1 + tied) + kept[-1]
     if job.accumulation == 1 and not job.deepspeed_trains:  # its part comes of it
-        gradients -= math.ceil(_numel(embedding) / job.world) * job.itemsize
+        gradients -= math.ceil(_numel(embedding) / job.world_size) * job.itemsize
     return {
         "gradients": gradients, "their sum": whole * tied, "gathered": _gathered(job, embedding.modules[0], True)[1],
     }  # fmt: skip
@@ -301,15 +301,15 @@ def _found(job: Job, refresh: bool) -> list[int]:
     streamed = job.accumulation == 1 or job.refresh_batch == "first"
     if not (refresh and job.method in LOW_RANK and job.refresh == "full" and streamed):
         return [0] * (len(job.layers.layers) + 1)
-    owners = plan_refresh(matrices, job.world).owners
+    owners = plan_refresh(matrices, job.world_size).owners
 
     def owned(names: set[str]) -> int:
-        sizes = [0] * job.world
+        sizes = [0] * job.world_size
         for m in matrices:
             sizes[owners[m.name]] += m.short * job.itemsize * job.rank * (m.name in names)
         return max(sizes)
 
-    inside = [{m.name for m in unit.matrices} for unit in job.layers.layers]
+    inside = [{m.name for m in block.matrices} for block in job.layers.layers]
     head = {job.head.name}
     above = [owned(head.union(*inside[index + 1 :])) for index in range(len(inside))]
     return [*above, owned(set(owners))]
@@ -320,12 +320,12 @@ def _everywhere(job: Job, refresh: bool) -> dict[str, int]:
     found = {}
     matrices = list(job.plan.matrices.values())
     if refresh and job.method in LOW_RANK and job.refresh == "sketch":
-        plans = (plan_refresh(matrices, job.world, True), plan_refresh(matrices, job.world))
-        sums = max(plan.stride for plan in plans) * job.world * _width(job) * job.wide
+        plans = (plan_refresh(matrices, job.world_size, True), plan_refresh(matrices, job.world_size))
+        sums = max(plan.stride for plan in plans) * job.world_size * _width(job) * job.wide
         found["sketches"] = sums + sum(m.long for m in matrices) * _width(job) * job.itemsize
     elif refresh and job.method in LOW_RANK and job.refresh_batch == "full" and job.accumulation > 1:
-        owners = plan_refresh(matrices, job.world).owners
-        owned = [sum(_numel(m) for m in matrices if owners[m.name] == i) for i in range(job.world)]
+        owners = plan_refresh(matrices, job.world_size).owners
+        owned = [sum(_numel(m) for m in matrices if owners[m.name] == i) for i in range(job.world_size)]
         found["sums of gradients"] = max(owned) * job.wide
     return found
 
@@ -376,29 +376,31 @@ class _Parts:
         return up + (self.between if up > self.between else 0)  # gated: the activation's output, too
 
 
-def parts_of(unit: Unit, hidden: int) -> _Parts:
+def parts_of(block: Block, hidden: int) -> _Parts:
     """Raises ValueError for a layer that does not look like attention and an MLP."""
-    outputs = [m for m in unit.matrices if m.out_features == hidden]
+    outputs = [m for m in block.matrices if m.out_features == hidden]
     down = outputs[-1] if outputs else None
     if down is None:
-        raise ValueError(f"{unit.name} has no matrix that gives {hidden} features")
-    up = tuple(m for m in unit.matrices if m is not down and m.out_features in (down.in_features, 2 * down.in_features))
-    rest = [m for m in unit.matrices if m is not down and m not in up]
+        raise ValueError(f"{block.name} has no matrix that gives {hidden} features")
+    up = tuple(
+        m for m in block.matrices if m is not down and m.out_features in (down.in_features, 2 * down.in_features)
+    )
+    rest = [m for m in block.matrices if m is not down and m not in up]
     if not up or not rest:
-        raise ValueError(f"{unit.name} does not look like attention and an MLP")
+        raise ValueError(f"{block.name} does not look like attention and an MLP")
     output = next(m for m in reversed(rest) if m.out_features == hidden)
     return _Parts(tuple(m for m in rest if m is not output), output, up, down)
 
 
-def activations_of(job: Job, unit: Unit, kind: str) -> int:
+def activations_of(job: Job, block: Block, kind: str) -> int:
     """Bytes that a layer keeps from its forward pass for its backward pass."""
     if not kind:
         return 0
     tokens, b, hidden = job.tokens, job.itemsize, job.head.shape[1]
-    parts = parts_of(unit, hidden)
+    parts = parts_of(block, hidden)
     through = sum(m.out_features for m in parts.attention) + parts.output.in_features + parts.made
     total = tokens * (through * b + 2 * hidden * 4)  # norms work in float32
-    if kind in ("low", "full") and unit.vectors:
+    if kind in ("low", "full") and block.vectors:
         total += tokens * 2 * hidden * b  # what the norms' weights are multiplied with
     # inputs that are not kept anyway: one for all matrices that share it
     groups = ((parts.attention, hidden), (parts.up, hidden), ((parts.down,), parts.between))
@@ -409,43 +411,43 @@ def activations_of(job: Job, unit: Unit, kind: str) -> int:
         elif kind == "full" or any(not m.saves_low_rank for m in matrices):
             total += tokens * width * b * (kind != "frozen")
     if kind == "adapters":
-        total += tokens * job.lora_rank * job.wide * len(unit.matrices)
+        total += tokens * job.lora_rank * job.wide * len(block.matrices)
         total += 0 if b == job.wide else tokens * parts.output.in_features * job.wide
     if job.method == "dora" and kind == "adapters":  # both products, which the magnitude scales
-        total += 2 * tokens * b * sum(m.out_features for m in unit.matrices)
+        total += 2 * tokens * b * sum(m.out_features for m in block.matrices)
     if kind == "low":
-        total += tokens * job.rank * b * sum(m.saves_low_rank for m in unit.matrices)
+        total += tokens * job.rank * b * sum(m.saves_low_rank for m in block.matrices)
     return total
 
 
-def _moments(job: Job, unit: Unit, kind: str, refresh: bool) -> Iterator[tuple[str, int, int]]:
+def _moments(job: Job, block: Block, kind: str, refresh: bool) -> Iterator[tuple[str, int, int]]:
     """Moments of a layer's backward pass: the module that runs, bytes beside what was kept (gradients of activations,
     and what is made of a weight's), bytes of gradients of weights.
     """
-    parts = parts_of(unit, job.head.shape[1])
+    parts = parts_of(block, job.head.shape[1])
     inner = job.tokens * parts.between * job.itemsize
     hidden = job.tokens * job.head.shape[1] * job.itemsize
     kept = kind in ("full", "adapters") or (kind == "low" and not parts.down.saves_low_rank)
-    yield unit.name, 2 * hidden + (3 - kept) * inner, 0
+    yield block.name, 2 * hidden + (3 - kept) * inner, 0
     if job.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
-        yield unit.name, 2 * hidden + max(3 * _numel(m) + m.in_features**2 for m in unit.matrices) * job.wide, 0
+        yield block.name, 2 * hidden + max(3 * _numel(m) + m.in_features**2 for m in block.matrices) * job.wide, 0
     searched = refresh and job.method in LOW_RANK
     if kind != "full" or (searched and job.refresh == "sketch"):
         return
     streamed = searched and (job.accumulation == 1 or job.refresh_batch == "first")
     came = 0  # this process's parts of the layer's gradients
     widths = 1  # of the MLP, beside what was kept: its activations go one after the other
-    for matrix in reversed(unit.matrices):
-        beside = 2 * hidden - job.tokens * parts.made * job.itemsize  # the MLP's have gone
+    for matrix in reversed(block.matrices):
+        atomic_write = 2 * hidden - job.tokens * parts.made * job.itemsize  # the MLP's have gone
         if matrix is parts.down or matrix in parts.up:
-            beside, widths = 2 * hidden + widths * inner, widths - 2
-        part = 0 if searched or job.world == 1 else math.ceil(_numel(matrix) / job.world) * job.itemsize
+            atomic_write, widths = 2 * hidden + widths * inner, widths - 2
+        part = 0 if searched or job.world_size == 1 else math.ceil(_numel(matrix) / job.world_size) * job.itemsize
         whole = came + _numel(matrix) * job.itemsize + part
-        yield matrix.modules[0], max(0, beside), whole
+        yield matrix.modules[0], max(0, atomic_write), whole
         if streamed:  # when the module's own input has gone
-            yield matrix.modules[0], max(0, beside - inner) + _finder(job, matrix), whole
+            yield matrix.modules[0], max(0, atomic_write - inner) + _finder(job, matrix), whole
         if not searched and job.accumulation == 1 and not job.deepspeed_trains:
-            came += math.ceil(_numel(matrix) / job.world) * job.itemsize
+            came += math.ceil(_numel(matrix) / job.world_size) * job.itemsize
 
 
 def _finder(job: Job, matrix: Matrix) -> int:
@@ -487,13 +489,13 @@ def _gradients(job: Job) -> list[int]:
     when all are there. In the weights' format, or in float32 where micro-batches add up.
     """
     itemsize = job.itemsize if job.accumulation == 1 else job.wide
-    sizes = {name: math.ceil(size / job.world) * itemsize for name, size in job.full_rank.items()}
+    sizes = {name: math.ceil(size / job.world_size) * itemsize for name, size in job.full_rank.items()}
     if job.deepspeed_trains:  # among the state
         sizes = {}
     total = sum(sizes.values())
     if job.accumulation > 1:
         return [total] * (len(job.layers.layers) + 1)
-    inside = [sum(sizes.get(part.name, 0) for part in _parts(unit)) for unit in job.layers.layers]
+    inside = [sum(sizes.get(part.name, 0) for part in _parts(block)) for block in job.layers.layers]
     head = sizes.get(job.head.name, 0)
     return [head + sum(inside[index + 1 :]) for index in range(len(inside))] + [total]
 
@@ -507,9 +509,9 @@ def _update(job: Job) -> int:
     for kind in ("matrices", "vectors"):
         local = [layout.local(layout.segments.get(kind, (0, 0)), 0) for layout in plan.layouts]
         sizes = [(rows.stop - rows.start) * plan.rank for rows in local if rows is not None]
-        found += [_roots(job, some) for some in together(sizes)]
-    shares = {name: math.ceil(size / job.world) for name, size in job.full_rank.items()}
-    parts = [*job.layers.final, *(part for unit in job.layers.layers for part in unit.vectors)]
+        found += [_roots(job, some) for some in group_in_order(sizes)]
+    shares = {name: math.ceil(size / job.world_size) for name, size in job.full_rank.items()}
+    parts = [*job.layers.final, *(part for block in job.layers.layers for part in block.vectors)]
     vectors = {part.name for part in parts if isinstance(part, Vector)}
     limit = sum(shares.values()) if job.deepspeed_trains else CHUNK
     for run in pack(shares, max(1, limit)):
@@ -528,9 +530,9 @@ def _roots(job: Job, sizes: Sequence[int]) -> int:
 
 def _gather(job: Job) -> int:
     """Bytes of the all-gather of projectors, and of the old ones that are still there."""
-    plan = plan_refresh(list(job.plan.matrices.values()), job.world)
+    plan = plan_refresh(list(job.plan.matrices.values()), job.world_size)
     kept = sum(m.short for m in job.plan.matrices.values())
-    return ((job.world + 1) * plan.stride + kept) * job.plan.rank * job.itemsize
+    return ((job.world_size + 1) * plan.stride + kept) * job.plan.rank * job.itemsize
 
 
 # ------------------------------------------------------------------ traffic
@@ -539,13 +541,13 @@ def _gather(job: Job) -> int:
 def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
     """Bytes that process ``index`` sends in a step, by operation as in ``metrics.jsonl``. 0 for one process.
 
-    Left out: evaluations, draws, folds at a change of the set, and messages of some bytes (agreement, ``metrics``).
+    Left out: evaluations, draws, merges at a change of the set, and messages of some bytes (agreement, ``metrics``).
 
     refresh: with full gradients, or (sketch) both of its two steps' products, beside the rest. Gathers of ZeRO-3 are
     here where ``job.gathered`` is known, else see `gathers`. Under ZeRO-3 with DeepSpeed's own optimizer, gradients
     are its buckets', of the same size up to padding.
     """
-    w, b, e, plan = job.world, job.itemsize, job.wide, job.plan
+    w, b, e, plan = job.world_size, job.itemsize, job.wide, job.plan
     sent = dict.fromkeys(("gradients", "coordinates", "full_rank_gradients"), 0) | plan.bytes_per_step(e, b)
     part = sum(math.ceil(size / w) for size in job.full_rank.values()) * b * (w - 1)
     sent["full_rank_gradients"] = part * job.accumulation
@@ -555,8 +557,8 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
         matrices = list(plan.matrices.values())
         last = plan_refresh(matrices, w)
         sent["projectors"] = last.stride * job.rank * b * (w - 1)
-        folded = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
-        sent["fold"] = folded * plan.rank * e * (w - 1) if b < e else 0
+        merged = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
+        sent["merge"] = merged * plan.rank * e * (w - 1) if b < e else 0
         if job.refresh == "sketch":
             first = plan_refresh(matrices, w, True)
             sent["sketches"] = (first.stride + last.stride) * _width(job) * e * (w - 1)
@@ -577,20 +579,20 @@ def gathers(job: Job) -> tuple[int, int]:
     that gradients run through, under checkpointing forward once more. At most, DeepSpeed gathers each anew each time;
     at least (as many weights stay as ``max_live`` lets), what a forward pass needs.
     """
-    if not job.sharded or job.world == 1:
+    if not job.sharded or job.world_size == 1:
         return 0, 0
-    part = (job.world - 1) * job.itemsize * job.accumulation
+    part = (job.world_size - 1) * job.itemsize * job.accumulation
 
-    def shares(units: Sequence[Unit], more: Sequence[Matrix | Vector]) -> int:
-        sizes = [_numel(p) for unit in units for p in _parts(unit)] + [_numel(p) for p in more]
-        return sum(math.ceil(size / job.world) for size in sizes)
+    def shares(blocks: Sequence[Block], more: Sequence[Matrix | Vector]) -> int:
+        sizes = [_numel(p) for block in blocks for p in _parts(block)] + [_numel(p) for p in more]
+        return sum(math.ceil(size / job.world_size) for size in sizes)
 
     layers = job.layers.layers
     outside: list[Matrix | Vector] = [*job.layers.embeddings, *job.layers.final]
-    touched = [unit for unit, kind in zip(layers, kinds_of(job, False), strict=True) if kind]
+    trained_names = [block for block, kind in zip(layers, kinds_of(job, False), strict=True) if kind]
     # a tied head is a second use
     forward = shares(layers, outside)
-    again = shares(touched, ()) * (2 if job.checkpointing else 1) + shares((), outside)
+    again = shares(trained_names, ()) * (2 if job.checkpointing else 1) + shares((), outside)
     tied = shares((), [job.head]) if len(job.head.modules) > 1 else 0
     return forward * part, (forward + again + 2 * tied) * part
 

@@ -16,7 +16,7 @@ from ows_ds.config import Recipe
 from ows_ds.distributed.launch import quieten
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, check_config, read_config
 from ows_ds.errors import UserError
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import Model, read_model
@@ -92,14 +92,14 @@ class _Planner:
     @functools.cached_property
     def homes(self) -> list[str]:
         """Homes of the weights that the whole cluster offers."""
-        return list(HOMES[: 1 if self.cluster.world == 1 else 2 if self.cluster.nodes == 1 else 3])
+        return list(HOMES[: 1 if self.cluster.world_size == 1 else 2 if self.cluster.nodes == 1 else 3])
 
     @functools.cached_property
     def columns(self) -> dict[bool, list[Column]]:
         """(name, forecast) on the whole cluster with the recipe's micro-batch, by checkpointing."""
         return {
             checkpointing: [
-                (HOME_NAMES[home], self.forecast(replace(choice_of(self.recipe, self.cluster.world, home),
+                (HOME_NAMES[home], self.forecast(replace(choice_of(self.recipe, self.cluster.world_size, home),
                                                          checkpointing=checkpointing)))
                 for home in self.homes
             ]
@@ -141,10 +141,10 @@ class _Planner:
         homes = HOMES if max(scaling_sizes(self.cluster)) > self.cluster.gpus else HOMES[:2]
         found: dict[str, dict[int, Forecast]] = {}
         for home in homes:
-            for world in scaling_sizes(self.cluster):
-                if home == "replicated" or world > (self.cluster.gpus if home == "hpz" else 1):
-                    one = scaled(self.recipe, self.model, self.cluster, world, home, self.ratios, self.replays)
-                    found.setdefault(home, {})[world] = one
+            for world_size in scaling_sizes(self.cluster):
+                if home == "replicated" or world_size > (self.cluster.gpus if home == "hpz" else 1):
+                    one = scaled(self.recipe, self.model, self.cluster, world_size, home, self.ratios, self.replays)
+                    found.setdefault(home, {})[world_size] = one
         return found
 
     # ---- shown
@@ -193,15 +193,15 @@ class _Planner:
         if self.cluster.price is not None:
             head[-2] = "price/Gtok"
         rows = []
-        for world, home in dict.fromkeys((one.choice.world, one.choice.home) for one in self.all):
-            some = [one for one in self.all if (one.choice.world, one.choice.home) == (world, home)]
+        for world_size, home in dict.fromkeys((one.choice.world_size, one.choice.home) for one in self.all):
+            some = [one for one in self.all if (one.choice.world_size, one.choice.home) == (world_size, home)]
             best = next(iter(ranked(some)), None)
             shown = best or min(some, key=lambda one: one.peak)
             mark = "too big" if best is None else ""
             mark = "cheapest" if best is self.cheapest and best else mark
             mark = "fastest" if best is self.fastest and best and best is not self.cheapest else mark
             cost = shown.gpu_hours * (self.cluster.price or 1)
-            rows.append([str(world), HOME_NAMES[home], str(shown.choice.micro_batch),
+            rows.append([str(world_size), HOME_NAMES[home], str(shown.choice.micro_batch),
                          "yes" if shown.choice.checkpointing else "no", number(shown.peak / 1e9, 1, fixed=True),
                          number(1e3 * shown.seconds, 3), number(shown.tokens_per_day / 1e6, 3),
                          number(cost, 3), mark])  # fmt: skip
@@ -215,7 +215,7 @@ class _Planner:
         for name, recipe in recipes.items():
             cells = []
             for home in homes:
-                one = self.forecast(choice_of(recipe, self.cluster.world, home), recipe)
+                one = self.forecast(choice_of(recipe, self.cluster.world_size, home), recipe)
                 sent = sum(message.sent for message in one.sent.values()) / 1e6
                 cells += [one.peak / 1e9, sent, 1e3 * one.seconds]
             rows.append([name, *(number(cell, 3) for cell in cells)])
@@ -226,7 +226,7 @@ class _Planner:
         c = self.cluster
         found = [
             f"{self.model.name}, {self.recipe.method.name}, {self.recipe.model.dtype}, length "
-            f"{self.recipe.data.max_length}, batch {self.recipe.train.batch_size}; {c.nodes} x {c.gpus} GPUs of "
+            f"{self.recipe.data.max_length}, batch {self.recipe.train.global_batch_size}; {c.nodes} x {c.gpus} GPUs of "
             f"{c.memory:g} GB, of which {c.reserve:g} GB are not ours.",
             f"Times are rooflines at {100 * c.reach:.0f} % (--reach) of the data sheets' numbers, no measurements. "
             "Formulas and their sources: docs/plan.md.",
@@ -240,9 +240,9 @@ class _Planner:
 
     def command(self, choice: Choice, recipe: str = "RECIPE.yaml") -> str:
         """How to start it."""
-        gpus, nodes = min(choice.world, self.cluster.gpus), max(1, choice.world // self.cluster.gpus)
+        gpus, nodes = min(choice.world_size, self.cluster.gpus), max(1, choice.world_size // self.cluster.gpus)
         words = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(gpus)]
-        words = [*words, "-m", "ows_ds"] if choice.world > 1 else ["ows-ds"]
+        words = [*words, "-m", "ows_ds"] if choice.world_size > 1 else ["ows-ds"]
         words += ["train", "--config", recipe]
         if recipe == "RECIPE.yaml":
             words += ["--train.sharding", "replicated" if choice.home == "replicated" else "zero3",
@@ -264,13 +264,14 @@ class _Planner:
             "cheapest": None if self.cheapest is None else asdict(self.cheapest.choice),
             "fastest": None if self.fastest is None else asdict(self.fastest.choice),
             "scaling": {
-                home: {world: one.tokens_per_day for world, one in some.items()} for home, some in self.scaling.items()
+                home: {world_size: one.tokens_per_day for world_size, one in some.items()}
+                for home, some in self.scaling.items()
             },
         }
         if others:
             found["methods"] = {
                 name: [
-                    _described(self.forecast(choice_of(recipe, self.cluster.world, home), recipe))
+                    _described(self.forecast(choice_of(recipe, self.cluster.world_size, home), recipe))
                     for home in self.homes
                 ]
                 for name, recipe in under(self.recipe, others).items()
@@ -345,11 +346,11 @@ def _ds_config(recipe: Recipe) -> dict[str, Any]:
 def _check_output(output: Path) -> None:
     if not files.can_be_made(output):
         raise UserError(
-            "--output", str(output), "give a folder that can be written to, or a name at which one can be made"
+            "--output", str(output), "expected a folder that can be written to, or a name at which one can be made"
         )
     for name in (*FILES, "ds_config.json"):
         if (output / name).exists():
-            raise UserError("--output", str(output), f"give a folder without {name}: nothing is written over")
+            raise UserError("--output", str(output), f"expected a folder without {name}: nothing is written over")
 
 
 def _write(output: Path, planner: _Planner, choose: str, summary: dict[str, Any]) -> None:
@@ -371,10 +372,10 @@ def _write(output: Path, planner: _Planner, choose: str, summary: dict[str, Any]
         if sharded:
             texts["ds_config.json"] = json.dumps(planner.ds_config(choice), indent=2) + "\n"
     for name, text in texts.items():
-        with beside(output / name) as partial:
+        with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     series = {
-        HOME_NAMES[home]: {world: one.tokens_per_day / 1e6 for world, one in some.items()}
+        HOME_NAMES[home]: {world_size: one.tokens_per_day / 1e6 for world_size, one in some.items()}
         for home, some in planner.scaling.items()
     }
     lines(series, "GPUs", "million tokens a day, roofline", output / "scaling.png", log=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ows_ds.model.layers import Unit
+from ows_ds.model.layers import Block
 from ows_ds.optim.layout import plan_refresh
 from ows_ds.optim.projection import OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
@@ -38,14 +38,14 @@ def work(job: Job, refreshes: float = 0.0) -> dict[str, Work]:
     """What a GPU does in a step, by phase. refreshes: of all projectors, in a step (1 / T_p where no layer changes)."""
     kinds = kinds_of(job, False)
     forward = recompute = backward = refresh = Work()
-    for unit, kind in zip(job.layers.layers, kinds, strict=True):
-        one = _forward(job, unit, kind)
+    for block, kind in zip(job.layers.layers, kinds, strict=True):
+        one = _forward(job, block, kind)
         forward += one
         if kind:
-            backward += _backward(job, unit, kind)
+            backward += _backward(job, block, kind)
             recompute += one if job.checkpointing else Work()
         if kind == "low" and refreshes:
-            refresh += _refresh(job, unit)
+            refresh += _refresh(job, block)
     passes = 2 if job.method == "mezo" else 1
     found = {
         "forward": forward * (passes * job.accumulation),
@@ -58,39 +58,39 @@ def work(job: Job, refreshes: float = 0.0) -> dict[str, Work]:
     return {phase: one for phase, one in found.items() if one.flops or one.bytes}
 
 
-def _sizes(unit: Unit) -> tuple[int, int]:
+def _sizes(block: Block) -> tuple[int, int]:
     """Entries of a layer's matrices, and the sum of their sides."""
-    return sum(m.shape[0] * m.shape[1] for m in unit.matrices), sum(sum(m.shape) for m in unit.matrices)
+    return sum(m.shape[0] * m.shape[1] for m in block.matrices), sum(sum(m.shape) for m in block.matrices)
 
 
-def _attention(job: Job, unit: Unit) -> float:
+def _attention(job: Job, block: Block) -> float:
     """Flops of Q K^T and of its product with V, of which a causal mask needs half: 2 T s q (Dao et al. 2022)."""
-    return 2 * job.tokens * job.length * parts_of(unit, job.head.shape[1]).output.in_features
+    return 2 * job.tokens * job.length * parts_of(block, job.head.shape[1]).output.in_features
 
 
-def _forward(job: Job, unit: Unit, kind: str) -> Work:
+def _forward(job: Job, block: Block, kind: str) -> Work:
     """2 T per entry, attention, and X Q C^T beside the products: 2 T r (m + n)."""
-    entries, sides = _sizes(unit)
-    beside = {"low": job.rank, "adapters": job.lora_rank}.get(kind, 0)
-    flops = 2 * job.tokens * (entries + beside * sides) + _attention(job, unit)
-    return Work(flops, entries * job.itemsize + 2 * activations_of(job, unit, "frozen"))
+    entries, sides = _sizes(block)
+    atomic_write = {"low": job.rank, "adapters": job.lora_rank}.get(kind, 0)
+    flops = 2 * job.tokens * (entries + atomic_write * sides) + _attention(job, block)
+    return Work(flops, entries * job.itemsize + 2 * activations_of(job, block, "frozen"))
 
 
-def _backward(job: Job, unit: Unit, kind: str) -> Work:
+def _backward(job: Job, block: Block, kind: str) -> Work:
     """Gradients of activations cost what the forward pass did, attention twice that; those of what trains come on top.
 
     The latter are 2 T m n of a whole weight, 2 T r times the longer side of coordinates.
     """
-    entries, sides = _sizes(unit)
-    forward = _forward(job, unit, kind)
+    entries, sides = _sizes(block)
+    forward = _forward(job, block, kind)
     trains = {
         "full": 2 * job.tokens * entries,
-        "low": 2 * job.tokens * job.rank * sum(m.long for m in unit.matrices),
+        "low": 2 * job.tokens * job.rank * sum(m.long for m in block.matrices),
         "adapters": 2 * job.tokens * job.lora_rank * sides,
     }.get(kind, 0)
     written = entries * job.itemsize if kind == "full" else 0
-    moved = entries * job.itemsize + 4 * activations_of(job, unit, "frozen") + written
-    return Work(forward.flops + _attention(job, unit) + trains, moved)
+    moved = entries * job.itemsize + 4 * activations_of(job, block, "frozen") + written
+    return Work(forward.flops + _attention(job, block) + trains, moved)
 
 
 def _loss(job: Job, flows: bool) -> Work:
@@ -111,19 +111,19 @@ def _update(job: Job) -> Work:
     return Work(0, own * (8 * job.wide + job.itemsize))
 
 
-def _refresh(job: Job, unit: Unit) -> Work:
+def _refresh(job: Job, block: Block) -> Work:
     """New projectors of a layer: its full gradients, and the range finder's products with them (project.py).
 
     With several micro-batches the owners of matrices work at the same time, else one after the other.
     """
-    entries, sides = _sizes(unit)
+    entries, sides = _sizes(block)
     if job.refresh == "sketch":
-        width = max(sketch_width(job.rank, min(m.shape)) for m in unit.matrices)
+        width = max(sketch_width(job.rank, min(m.shape)) for m in block.matrices)
         return Work(2 * 2 * 2 * job.tokens * job.accumulation * width * sides, 0)
-    finder = [4 * ROUNDS * m.shape[0] * m.shape[1] * (job.rank + OVERSAMPLING) for m in unit.matrices]
+    finder = [4 * ROUNDS * m.shape[0] * m.shape[1] * (job.rank + OVERSAMPLING) for m in block.matrices]
     share = 1.0
     if job.accumulation > 1 and job.refresh_batch == "full":
-        owners = plan_refresh(list(job.plan.matrices.values()), job.world).owners
+        owners = plan_refresh(list(job.plan.matrices.values()), job.world_size).owners
         load: dict[int, int] = {}
         for m in job.plan.matrices.values():
             load[owners[m.name]] = load.get(owners[m.name], 0) + m.shape[0] * m.shape[1]
@@ -147,11 +147,11 @@ def messages(
     whole = len(job.full_rank)
     matrices = len(job.plan.matrices)
     batches = job.accumulation if job.refresh_batch == "full" else 1
-    units = len(job.plan.layouts)
+    blocks = len(job.plan.layouts)
     counts = {
-        "gradients": units,
-        "coordinates": units,
-        "fold": units,
+        "gradients": blocks,
+        "coordinates": blocks,
+        "merge": blocks,
         "full_rank_gradients": whole * job.accumulation,
         "full_rank_weights": whole,
         "refresh_gradients": matrices * batches,
@@ -190,7 +190,7 @@ def times(
 ) -> Times:  # fmt: skip
     """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`."""
     flops, moved = cluster.tflops * 1e12 * cluster.reach, cluster.memory_bandwidth * 1e9 * cluster.reach
-    node = cluster.of_size(min(cluster.gpus, cluster.world))
+    node = cluster.of_size(min(cluster.gpus, cluster.world_size))
     links = {}
     for name, one in sent.items():
         where = node if inside and name == "weights" else cluster

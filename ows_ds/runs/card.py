@@ -21,7 +21,7 @@ from ows_ds.runs.records import Run
 from ows_ds.runs.results import Result
 from ows_ds.config import MAY_CHANGE
 from ows_ds.importance.probabilities import METRIC_OF
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.tables import markdown
 
 FILE = "README.md"
@@ -69,7 +69,7 @@ def add_results(folder: Path, found: Sequence[Result]) -> None:
     except ValueError as error:  # metadata that somebody changed
         print(one_line(f"{folder / FILE} stays as it is: {first_line(error)}"))
         return
-    with beside(folder / FILE) as partial:
+    with atomic_write(folder / FILE) as partial:
         partial.write_text(changed, encoding="utf-8")
 
 
@@ -156,7 +156,7 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
     done = records[-1]["step"] if records else 0
     # a run that went on from another one's checkpoint has records of its own steps alone
     part = "" if len(records) == done else f" in the last {len(records):,} steps"
-    facts.append(f"* Optimizer steps: {done:,}, of {recipe.train.batch_size:,} rows each")
+    facts.append(f"* Optimizer steps: {done:,}, of {recipe.train.global_batch_size:,} rows each")
     facts.append(f"* Tokens seen{part}: {sum(int(results.number(r.get('tokens')) or 0) for r in records):,}")
     losses = [(step, value) for step, value in run.series("eval_loss") if steps is None or step <= steps]
     if losses:

@@ -15,7 +15,7 @@ from ows_ds.errors import UserError, one_line
 from ows_ds.runs import charts
 from ows_ds.runs.records import Run, read
 from ows_ds.runs.results import Score
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.tables import number, size_in
 
 MARK = b'name="generator" content="ows_ds report"'  # in the head of every report
@@ -70,11 +70,11 @@ def report(folders: Sequence[Path], output: Path | None) -> Path:
     runs = [read(folder) for folder in dict.fromkeys(folders)]
     path = output or runs[0].folder / "report.html"
     if path.is_dir() or (path.exists() and MARK not in path.read_bytes()[:4096]):
-        raise UserError("--output", str(path), "give a file that does not exist yet, or an earlier report")
+        raise UserError("--output", str(path), "expected a file that does not exist yet, or an earlier report")
     if not path.parent.is_dir():
-        raise UserError("--output", str(path), f"give a file in a folder that exists: {path.parent} does not")
+        raise UserError("--output", str(path), f"expected a file in a folder that exists: {path.parent} does not")
     text = page(runs)
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 
@@ -135,7 +135,7 @@ def _summary(runs: Sequence[Run]) -> Grid:
         row("state", lambda run: run.state),
         row("method", lambda run: run.recipe.method.name),
         row("model", lambda run: run.recipe.model.path),
-        row("processes", lambda run: run.world or "n/a"),
+        row("processes", lambda run: run.world_size or "n/a"),
         row("tokens", lambda run: f"{sum(record.get('tokens', 0) for record in run.steps):,}"),
         row("held-out loss", held_out),
         row("training loss, last 10 steps", loss),
@@ -200,7 +200,7 @@ def _layers(runs: Sequence[Run]) -> Section | None:
             first, last, layer, most = max(run.update_norms, key=lambda one: one[3])
             title = "update norms"
             text = (
-                "How far the matrices of a layer had moved when they were folded, over the steps that moved them: the "
+                "How far the matrices of a layer had moved when they were merged, over the steps that moved them: the "
                 f"Frobenius norm of their change, the darker the farther. The largest is {most:.3g}: layer {layer}, "
                 f"steps {first:,} to {last:,}. Right: the mean."
             )
@@ -250,7 +250,7 @@ def _traffic(runs: Sequence[Run]) -> Section | None:
     sent = {run.name: run.sent for run in runs if run.sent}
     if not sent:
         return None
-    text = "What process 0 sends in a step, on average, by operation; evaluations are among them."
+    text = "What rank 0 sends in a step, on average, by operation; evaluations are among them."
     return Section("Traffic", charts=[Chart("sent in a step", charts.bars(sent, "bytes by operation"), text)])
 
 

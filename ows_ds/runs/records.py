@@ -35,7 +35,7 @@ class Run:
 
     name: as given on the command line. recipe: the resolved one. records: lines of metrics.jsonl in order; that of
     step 0 is an evaluation. damaged: lines of it that cannot be read. scores: what layers are sampled by, where the
-    method needs that. checkpoints: steps of the complete ones, newest first. world: processes, and home, of frozen
+    method needs that. checkpoints: steps of the complete ones, newest first. world_size: processes, and home, of frozen
     weights (`ows_ds.planner.forecast.HOMES`): None where no checkpoint tells.
     """
 
@@ -46,7 +46,7 @@ class Run:
     damaged: int
     scores: Scores | None
     checkpoints: tuple[int, ...]
-    world: int | None
+    world_size: int | None
     home: str | None
 
     @cached_property
@@ -177,12 +177,12 @@ class Run:
     @cached_property
     def planned(self) -> Memory | None:
         """Memory of a step with new projectors, by component, where the model's shapes and the world are known."""
-        if self.model is None or self.world is None:
+        if self.model is None or self.world_size is None:
             return None
         ratios = None if self.scores is None else self.scores.layers
         try:
             drawn, _ = layer_sets(self.recipe, self.n_layers, ratios)
-            job = job_of(self.recipe, self.model, choice_of(self.recipe, self.world, self.home), drawn)
+            job = job_of(self.recipe, self.model, choice_of(self.recipe, self.world_size, self.home), drawn)
             return memory(job, bool(refreshes_per_step(self.recipe, self.n_layers, ratios)))
         except UserError:
             return None
@@ -208,7 +208,7 @@ class Run:
 def read(folder: Path) -> Run:
     """Raises UserError (``RUN_DIR``) for a folder that is no run, and for files in it that are not a run's."""
     if not (folder / "config.yaml").is_file():
-        raise UserError("RUN_DIR", str(folder), "give the folder of a run, with its config.yaml")
+        raise UserError("RUN_DIR", str(folder), "expected the folder of a run, with its config.yaml")
     recipe = config.from_dict(files.read_yaml(folder / "config.yaml", "RUN_DIR"))
     records, damaged = _records(folder / "metrics.jsonl")
     scores = Scores.read(folder / "scores.json") if (folder / "scores.json").is_file() else None
@@ -241,11 +241,11 @@ def _spread(checkpoints: list[Path]) -> tuple[int | None, str | None]:
     for folder in checkpoints:
         try:
             manifest = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))
-            world, home = manifest["world"], manifest.get("facts", {}).get("sharding")
+            world_size, home = manifest["world_size"], manifest.get("facts", {}).get("sharding")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        if isinstance(world, int) and world > 0:
-            return world, home if home in HOMES else None
+        if isinstance(world_size, int) and world_size > 0:
+            return world_size, home if home in HOMES else None
     return None, None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ows_ds.files import parse_json, read_text
 from ows_ds.errors import UserError, one_line
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.tables import Table
 
 FORMAT = 1
@@ -118,7 +118,7 @@ def write(path: Path, text: str) -> Path:
 
 def rewrite(path: Path, text: str) -> None:
     """The same over a file of one's own, at once or not at all."""
-    with beside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -132,7 +132,7 @@ def read(path: Path, key: str = "--compare") -> Result:
     try:
         return _result(parse_json(read_text(path)))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        right = f"give a result file of `ows-ds eval` ({type(error).__name__}: {error})"
+        right = f"expected a result file of `ows-ds eval` ({type(error).__name__}: {error})"
         raise UserError(key, str(path), right) from error
 
 

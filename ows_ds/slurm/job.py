@@ -77,7 +77,7 @@ class Allocation:
         return self.processes_per_node if self.gpus_per_node is None else self.gpus_per_node
 
     @property
-    def world(self) -> int:
+    def world_size(self) -> int:
         """Processes of the job."""
         return self.nodes * self.processes_per_node
 
@@ -94,33 +94,33 @@ def _wrong(job: Allocation) -> Iterator[tuple[str, str]]:
     """Yield (key, what would be right) of every value that is wrong."""
     for key, least in {"nodes": 1, "processes_per_node": 1, "lead": 0, "retries": 0}.items():
         if not least <= getattr(job, key) <= config.MOST:
-            yield key, f"give an integer of at least {least}"
+            yield key, f"expected an integer of at least {least}"
     if job.gpus not in (0, job.processes_per_node):
-        yield "gpus_per_node", f"give cluster.processes_per_node, {job.processes_per_node}, or 0 for the CPU"
+        yield "gpus_per_node", f"expected cluster.processes_per_node, {job.processes_per_node}, or 0 for the CPU"
     if job.gpu_memory is not None and not 0 < job.gpu_memory < config.MOST:
-        yield "gpu_memory", "give a number above 0"
+        yield "gpu_memory", "expected a number above 0"
     if not re.fullmatch(TIME, job.time):
-        yield "time", "give a time such as 24:00:00 or 2-00:00:00, in quotes"
+        yield "time", "expected a time such as 24:00:00 or 2-00:00:00, in quotes"
     for key in ("name", "partition", "account", "qos"):
         value = getattr(job, key)
         if value is not None and not re.fullmatch(PLAIN, value):
-            yield key, "give a name without spaces and quotes"
+            yield key, "expected a name without spaces and quotes"
     if not all(re.fullmatch(rf"--[a-z][a-z-]*(={PLAIN})?", option) for option in job.sbatch):
-        yield "sbatch", "give a list of options such as --constraint=a100, each without spaces and quotes"
+        yield "sbatch", "expected a list of options such as --constraint=a100, each without spaces and quotes"
     if not all(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", variable) for variable in job.environment):
-        yield "environment", "give a list of NAME=VALUE"
+        yield "environment", "expected a list of NAME=VALUE"
     if any("\0" in text for text in (*job.environment, *job.inside, *job.modules)):
-        yield "environment, inside, modules", "give text"
+        yield "environment, inside, modules", "expected text"
     if job.activate is not None and not os.path.isfile(job.activate):
-        yield "activate", "give a file that exists"
+        yield "activate", "expected a file that exists"
     if job.inside and not shutil.which(job.inside[0]) and "/" in job.inside[0]:
-        yield "inside", f"give a program that exists: there is no {job.inside[0]}"
+        yield "inside", f"expected a program that exists: there is no {job.inside[0]}"
     if job.port is not None:
         low, high = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32768, 60999)
         if not 1024 <= job.port <= 65535:
-            yield "port", "give a port from 1024 to 65535"
+            yield "port", "expected a port from 1024 to 65535"
         if low <= job.port <= high:
-            yield "port", f"give a port outside of {low} to {high}, which Linux hands out to anybody"
+            yield "port", f"expected a port outside of {low} to {high}, which Linux hands out to anybody"
 
 
 def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[str]:
@@ -129,24 +129,24 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
     planned: bytes that a GPU will hold at most; None: not known. ``config.check`` must have passed.
     Raises UserError for the first thing that is wrong.
     """
-    steps = accumulation(recipe, job.world)
+    steps = accumulation(recipe, job.world_size)
     run_dir = Path(recipe.train.output_dir)
     if recipe.train.resume not in ("never", "auto"):
-        right = "give auto, or never for a new run: a job that is requeued goes on with its own run"
+        right = "expected auto, or never for a new run: a job that is requeued goes on with its own run"
         raise UserError("train.resume", recipe.train.resume, right)
     used = config.used(run_dir)
     if used and recipe.train.resume == "never":
-        right = f"give a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
+        right = f"expected a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
         raise UserError("train.output_dir", str(run_dir), right)
     local = Path(recipe.model.path).is_dir()
     memory = "not planned" if planned is None else f"{planned / 1e9:.1f} GB"
     if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
-        right = f"give GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
+        right = f"expected GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
         raise UserError("cluster.gpu_memory", job.gpu_memory, right)
     where = f"{job.gpus} GPUs" if job.gpus else "the CPU"
     return [
-        f"{job.world} processes: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
-        f"{recipe.train.batch_size} sequences a step: {job.world} processes x {recipe.train.micro_batch_size} x "
+        f"{job.world_size} processes: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
+        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} processes x {recipe.train.micro_batch_size} x "
         f"{steps} micro-batches",
         f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
         f"output {run_dir.resolve()} ({'goes on' if used else 'new'})",

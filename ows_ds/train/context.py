@@ -18,7 +18,7 @@ from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.pack import Sequences
 from ows_ds.data.rows import fetch
 from ows_ds.data.stream import Stream
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
@@ -68,10 +68,10 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[st
     """
     held_out = Sequences([])
     steps: Batches | Stream | None = None
-    with together(runtime.comm):
-        if runtime.comm.index == 0:  # one process downloads, the others find the data sets in the cache
+    with fail_together(runtime.comm):
+        if runtime.comm.rank == 0:  # one process downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
-    with together(runtime.comm):
+    with fail_together(runtime.comm):
         tokenizer = load_tokenizer(recipe)
         if recipe.data.streaming:
             steps = stream = _stream(recipe, tokenizer, runtime, state)
@@ -109,11 +109,13 @@ def _check_rows(job: Job) -> None:
     def refuse(found: Sequences) -> None:
         largest = max((part.largest for part in found.parts), default=0)
         if largest >= vocabulary:
-            right = f"give a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {vocabulary}"
+            right = (
+                f"expected a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {vocabulary}"
+            )
             raise UserError("model.path", job.recipe.model.path, right)
         longest = max((length for part in found.parts for length in part.lengths), default=0)
         if positions is not None and -(-longest // MULTIPLE) * MULTIPLE > positions:  # others are computed
-            right = f"give at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
+            right = f"expected at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
             raise UserError("data.max_length", job.recipe.data.max_length, right)
 
     refuse(job.rows)
@@ -121,13 +123,13 @@ def _check_rows(job: Job) -> None:
     if isinstance(job.steps, Stream):
         job.steps.check = refuse
     if job.recipe.data.packing and not attention.keeps_apart(job.weights, vocabulary):
-        right = "give false: the attention of this model does not keep the rows of a sequence apart"
+        right = "expected false: the attention of this model does not keep the rows of a sequence apart"
         raise UserError("data.packing", True, right)
 
 
 def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runtime: Runtime) -> Sequences:
     found, counts = prepare.prepare(recipe.data, tokenizer, given, key)
-    if runtime.comm.index == 0:
+    if runtime.comm.rank == 0:
         packed = f"; packed into {len(found):,} sequences" if found.packed else ""
         print(f"{key}: {counts.line(recipe.data.max_length)}{packed}")
     return found
@@ -136,9 +138,9 @@ def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runti
 def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None) -> Stream:
     data, train, given = recipe.data, recipe.train, sources(recipe.data, "data.train")
     encode = functools.partial(prepare.block, data, tokenizer, given)
-    place = (train.batch_size, train.micro_batch_size, runtime.comm.world, runtime.comm.index, train.seed)
+    place = (train.global_batch_size, train.micro_batch_size, runtime.comm.world_size, runtime.comm.rank, train.seed)
     found = Stream(given, data.buffer_size, encode, *place, state)
-    if runtime.comm.index == 0:
+    if runtime.comm.rank == 0:
         print(f"data.train: {found.counts.line(data.max_length)}; more while training")
     return found
 
@@ -146,7 +148,7 @@ def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, A
 def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
     train, weights = recipe.train, prepare.weights(sources(recipe.data, "data.train"))
     parts = None if weights is None else (rows.sizes, weights)
-    place = (train.batch_size, train.micro_batch_size, runtime.comm.world, runtime.comm.index, train.seed)
+    place = (train.global_batch_size, train.micro_batch_size, runtime.comm.world_size, runtime.comm.rank, train.seed)
     return Batches(rows, *place, parts)
 
 
@@ -157,7 +159,7 @@ def calibration(job: Job) -> Iterator[dict[str, Tensor]]:
     shares = mix.shares(min(sampling.calibration_samples, sum(sizes)), sizes)
     rows = [row for part, share in zip(job.rows.parts, shares, strict=True) for row in part[:share]]
     lengths = [len(row["input_ids"]) for row in rows]
-    for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world, comm.index, lengths):
+    for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world_size, comm.rank, lengths):
         yield job.batch([[rows[i]] for i in share])
 
 
@@ -170,8 +172,8 @@ def evaluate(job: Job) -> float:
     shares = held_out_batches(
         len(job.held_out),
         job.recipe.train.eval_batch_size,
-        comm.world,
-        comm.index,
+        comm.world_size,
+        comm.rank,
         job.held_out.lengths,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
@@ -193,7 +195,7 @@ def mean_loss(
     Raises UserError naming ``key`` for rows that cannot be read or encoded.
     """
     data = recipe.data
-    with together(runtime.comm):
+    with fail_together(runtime.comm):
         rows = _encode(
             recipe, tokenizer, [Source(path, None, data.eval_subset, data.eval_split, data.format)], key, runtime
         )

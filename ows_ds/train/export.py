@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
-from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.errors import UserError, one_line
 from ows_ds.model.fingerprint import fingerprint
@@ -34,22 +34,22 @@ def save_model(
 ) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
-    Coordinates must be folded. Process 0 writes; what the others hold is sent to it in runs of entries, so that no
+    Coordinates must be merged. Rank 0 writes; what the others hold is sent to it in runs of entries, so that no
     process holds more than its part and a run. Only of a model that has other tensors than its family's files does it
     hold everything. file_size: of a file, at most; a larger tensor has one to itself. card_of: fingerprint of the
-    weights -> text of the model card, which process 0 asks for. Collective. ``folder`` must not exist.
+    weights -> text of the model card, which rank 0 asks for. Collective. ``folder`` must not exist.
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
-    with together(comm):
-        if comm.index == 0:
+    with fail_together(comm):
+        if comm.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             module.save_pretrained(partial, state_dict={})  # all but the weights
             tokenizer.save_pretrained(partial)
     save_weights(weights, partial, file_size)
     name = None if card_of is None else fingerprint(weights)
-    with together(comm):
-        if comm.index == 0:
+    with fail_together(comm):
+        if comm.rank == 0:
             text = None if card_of is None else card_of(str(name))
             if text is not None:
                 (partial / card.FILE).write_text(text, encoding="utf-8")
@@ -73,7 +73,7 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
         for name, tensor in tensors.items()
     }  # fmt: skip
     names: dict[str, str | None] = {}  # in the files, and here; None: made of several
-    with together(comm):
+    with fail_together(comm):
         ours = {id(tensor): name for name, tensor in empty.items()}
         names = {name: ours.get(id(tensor)) for name, tensor in revert_weight_conversion(module, empty).items()}
     if None not in names.values():
@@ -82,11 +82,11 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
         return
     state = {}
     for name, tensor in tensors.items():
-        whole = weights.whole(tensor) if isinstance(tensor, nn.Parameter) else tensor
-        if comm.index == 0:
+        whole = weights.full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
+        if comm.rank == 0:
             state[name] = whole.to("cpu", copy=True)
-    with together(comm):
-        if comm.index == 0:
+    with fail_together(comm):
+        if comm.rank == 0:
             module.save_pretrained(folder, state_dict=state, max_shard_size=file_size)
 
 
@@ -103,8 +103,8 @@ def _stream(
     )
     for file, names in plan.filename_to_tensors.items():
         writer = None
-        with together(comm):
-            if comm.index == 0:
+        with fail_together(comm):
+            if comm.rank == 0:
                 writer = Writer(folder / file, {name: empty[name] for name in names})
         for name in names:
             error = None
@@ -115,12 +115,12 @@ def _stream(
                 except OSError as caught:  # the other processes have to gather the rest of this tensor
                     error = caught
                 del run  # before the next is there
-            comm.all_good(error)
-        with together(comm):
+            comm.raise_if_any_failed(error)
+        with fail_together(comm):
             if writer is not None:
                 writer.close()
-    with together(comm):
-        if comm.index == 0 and plan.is_sharded:
+    with fail_together(comm):
+        if comm.rank == 0 and plan.is_sharded:
             entries = sum(tensor.numel() for tensor in empty.values())
             metadata = {"total_parameters": entries, **plan.metadata}
             index = {"metadata": metadata, "weight_map": plan.tensor_to_filename}
@@ -145,13 +145,13 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     from ows_ds.train import resume
 
     if name is not None and not checkpoint.NAME.fullmatch(name):
-        raise UserError("--checkpoint", name, "give the name of one of the run's checkpoints, such as step-20")
+        raise UserError("--checkpoint", name, "expected the name of one of the run's checkpoints, such as step-20")
     if os.path.lexists(out_dir) or not files.can_be_made(out_dir):
-        raise UserError("out_dir", str(out_dir), "give a folder that does not exist yet and can be made")
+        raise UserError("out_dir", str(out_dir), "expected a folder that does not exist yet and can be made")
     quieten()
     comm = Communicator()
     if not os.path.isfile(run_dir / "config.yaml"):
-        raise UserError("run_dir", str(run_dir), "give the folder of a run, with its config.yaml")
+        raise UserError("run_dir", str(run_dir), "expected the folder of a run, with its config.yaml")
     recipe = config.from_dict(files.read_yaml(run_dir / "config.yaml"))
     if name is not None:
         opened = checkpoint.open_checkpoint(run_dir / "checkpoints" / name, comm, key="checkpoint")
@@ -160,7 +160,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
         for line in passed:
             print(one_line(f"passed over a checkpoint: {line}"))
         if newest is None:
-            raise UserError("run_dir", str(run_dir), "give a run with a complete checkpoint")
+            raise UserError("run_dir", str(run_dir), "expected a run with a complete checkpoint")
         opened = newest
 
     model = pretrained(recipe, comm, torch.device("cpu"))

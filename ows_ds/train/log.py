@@ -79,12 +79,12 @@ def keep_until(path: Path, step: int) -> list[Record]:
             kept.append(record)
     new = "".join(json.dumps(record) + "\n" for record in kept)
     if new != old:
-        beside = path.with_name(path.name + ".new")
-        with open(beside, "w", encoding="utf-8") as file:
+        atomic_write = path.with_name(path.name + ".new")
+        with open(atomic_write, "w", encoding="utf-8") as file:
             file.write(new)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(atomic_write, path)
     return kept
 
 

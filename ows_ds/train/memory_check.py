@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.communicator import together
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.model.shapes import read_model
 from ows_ds.planner import forecast
@@ -23,10 +23,10 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
     longest: tokens of the longest row. What cannot be planned is not refused.
     """
     config, comm, device = runtime.ds_config, runtime.comm, runtime.device
-    hosts = comm.collect(socket.gethostname())
+    hosts = comm.all_gather_object(socket.gethostname())
     if config is not None and (config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu":
         return
-    with together(comm):
+    with fail_together(comm):
         try:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         except Exception:  # whatever code comes with a model; loading it says what is wrong
@@ -36,7 +36,7 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
             free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from those that are planned
             free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
-        forecast.check_memory(recipe, model, comm.world, config is not None, free, margin=margin, place=place)
+        forecast.check_memory(recipe, model, comm.world_size, config is not None, free, margin=margin, place=place)
 
 
 def available() -> int:

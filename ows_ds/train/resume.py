@@ -10,7 +10,7 @@ import torch
 from ows_ds import config, files
 from ows_ds.checkpoint import Checkpoint, checkpoints
 from ows_ds.config import Recipe
-from ows_ds.distributed.weights import Piece, Weights, pieces_of, read_weights
+from ows_ds.distributed.weights import Shard, Weights, load_weights, weight_shards
 from ows_ds.errors import UserError
 from ows_ds.methods import Method
 
@@ -27,16 +27,14 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
     if not own and not (restarted and (run_dir / "config.yaml").exists()):
         used = config.used(run_dir)
         if used:
-            right = f"give a folder without {used[0]}"
+            right = f"expected a folder without {used[0]}"
             if recipe.train.resume == "never":
                 right += ", or --train.resume auto to go on with the run that is there"
             raise UserError("train.output_dir", str(run_dir), right)
     if own and opened is not None and (run_dir / "model").exists():
         newest = checkpoints(run_dir)[0]
         if opened.folder.resolve() != newest.resolve():
-            right = (
-                f"give auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
-            )
+            right = f"expected auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
             raise UserError("train.resume", recipe.train.resume, right)
     if opened is None and not (restarted and (run_dir / "config.yaml").exists()):
         return
@@ -44,16 +42,16 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         tree = files.read_yaml(run_dir / "config.yaml") if opened is None else opened.facts["recipe"]
         old = config.to_dict(config.from_dict(tree))
     except UserError as error:
-        right = f"give never and another train.output_dir: the recipe of the run is none of this version ({error})"
+        right = f"expected never and another train.output_dir: the recipe of the run is none of this version ({error})"
         raise UserError("train.resume", recipe.train.resume, right) from error
     for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
             if old[section][key] != value and key not in config.MAY_CHANGE.get(section, ()):
-                right = f"give {old[section][key]!r}, as the run that is resumed"
+                right = f"expected {old[section][key]!r}, as the run that is resumed"
                 raise UserError(f"{section}.{key}", value, right)
 
 
-def contents(method: Method, everything: bool) -> tuple[list[Piece], dict[str, Any]]:
+def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, Any]]:
     """This process's pieces of a checkpoint, and its numbers. Between two steps only.
 
     everything: also the weights that have never trained, which otherwise are those of the base model.
@@ -62,7 +60,7 @@ def contents(method: Method, everything: bool) -> tuple[list[Piece], dict[str, A
     if everything:
         parameters, there = dict(method.weights.module.named_parameters()), {piece.name for piece in pieces}
         rest = [name for name in parameters if f"weight/{name}" not in there]
-        pieces += pieces_of(method.weights, parameters, rest)
+        pieces += weight_shards(method.weights, parameters, rest)
     return pieces, {"method": method.numbers(), "never_trained": rest}
 
 
@@ -76,10 +74,12 @@ def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, ever
     if model == began:
         return model
     parameters = weights.module.named_parameters()
-    held = all(opened.shapes.get(f"weight/{name}") == weights.shape(parameter) for name, parameter in parameters)
-    if not (held and everything):
-        right = f"give the model that {opened.folder.name} began with ({began[:12]}): this one is {model[:12]}"
-        raise UserError("model.path", path, right + (", or train.checkpoint full" if held else ""))
+    resident_slice = all(
+        opened.shapes.get(f"weight/{name}") == weights.shape(parameter) for name, parameter in parameters
+    )
+    if not (resident_slice and everything):
+        right = f"expected the model that {opened.folder.name} began with ({began[:12]}): this one is {model[:12]}"
+        raise UserError("model.path", path, right + (", or train.checkpoint full" if resident_slice else ""))
     return began
 
 
@@ -88,5 +88,5 @@ def restore(method: Method, opened: Checkpoint) -> None:
     """Set the method and its weights to what `contents` gave. Collective."""
     method.weights.after_step()
     parameters = dict(method.weights.module.named_parameters())
-    read_weights(method.weights, parameters, opened.numbers["never_trained"], opened.read)
+    load_weights(method.weights, parameters, opened.numbers["never_trained"], opened.read)
     method.restore(opened.numbers["method"], opened.read)

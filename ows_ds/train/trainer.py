@@ -22,10 +22,10 @@ from ows_ds.data.batches import Batches
 from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.stream import Stream
 from ows_ds.distributed import signals, watchdog
-from ows_ds.distributed.communicator import Communicator, together
+from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import Failed, UserError
-from ows_ds.files import beside
+from ows_ds.files import atomic_write
 from ows_ds.importance import scoring
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
@@ -45,7 +45,7 @@ def train(recipe: Recipe) -> None:
     came, after the step that was in hand (or the first one) and a checkpoint; Failed where any process ends too early,
     or step after step is not finite.
     """
-    with signals.heeded() as told:
+    with signals.stop_on_signal() as told:
         runtime = start(recipe)
         with watchdog.armed(runtime.comm, recipe.train.timeout_seconds):
             _train(recipe, runtime, told)
@@ -53,11 +53,11 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     run_dir = Path(recipe.train.output_dir)
-    comm, main = runtime.comm, runtime.comm.index == 0
-    with together(comm):
-        _check_settings(recipe, comm.world)
+    comm, main = runtime.comm, runtime.comm.rank == 0
+    with fail_together(comm):
+        _check_settings(recipe, comm.world_size)
     opened, passed = checkpoint.find(run_dir, recipe.train.resume, comm)
-    with together(comm):
+    with fail_together(comm):
         if opened is None and passed:
             right = f"remove {run_dir / 'checkpoints'} to begin anew: none in it can be gone on from ({passed[0]})"
             raise UserError("train.resume", recipe.train.resume, right)
@@ -71,9 +71,11 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     methods.check(recipe, job.layers)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * rows.steps_per_epoch))
     if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
-        raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, f"give at most the number of steps, {total}")
+        raise UserError(
+            "optim.warmup_steps", recipe.optim.warmup_steps, f"expected at most the number of steps, {total}"
+        )
     method = methods.build(
-        recipe, job.weights, job.layers, _importance(job, run_dir, opened), accumulation(recipe, comm.world)
+        recipe, job.weights, job.layers, _importance(job, run_dir, opened), accumulation(recipe, comm.world_size)
     )
     scheduler = _scheduler(recipe, method, total)
     begin = 0
@@ -82,9 +84,9 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
         scheduler.load_state_dict(opened.numbers["scheduler"])
         begin = method.steps
 
-    with together(comm):
+    with fail_together(comm):
         if main:  # before there are records, without which a run that is started again has not begun
-            with beside(run_dir / "config.yaml") as file:
+            with atomic_write(run_dir / "config.yaml") as file:
                 file.write_text(config.to_yaml(recipe))
         log = RunLog(run_dir, total, len(job.layers.layers), main, recipe, runtime.accelerator, begin)
     facts = {
@@ -95,7 +97,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     go_on = recipe.train.on_save_error == "continue"
     with (
         log,
-        checkpoint.Saver(run_dir, recipe.train.keep_last, comm, facts, go_on, log.event) as saver,
+        checkpoint.Saver(run_dir, recipe.train.save_total_limit, comm, facts, go_on, log.event) as saver,
     ):
         for line in passed:
             log.event(f"passed over a checkpoint: {line}")
@@ -109,7 +111,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             record = steps.take(step, last)
             scheduler.step()
             # asked to stop, an evaluation could take longer than there is time
-            if job.held_out and (last or (not steps.stop and _due(step + 1, recipe.train.eval_every))):
+            if job.held_out and (last or (not steps.stop and _due(step + 1, recipe.train.eval_steps))):
                 record["eval_loss"] = evaluate(job)
             record["comm_bytes"] = steps.sent()
             if steps.saved:
@@ -120,16 +122,16 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
                 if steps.in_a_row == recipe.train.max_nonfinite_steps:
                     saver.complete()  # it may be the last good one
                     raise Failed(_given_up(run_dir, step + 1, steps, comm))
-            if last or steps.stop or _due(step + 1, recipe.train.save_every):
+            if last or steps.stop or _due(step + 1, recipe.train.save_steps):
                 save = saver.save if last or steps.stop else saver.start
                 pieces, numbers = resume.contents(method, everything)
                 save(step + 1, pieces, {**numbers, "scheduler": scheduler.state_dict(), "data": rows.state()})
             if steps.stop:
                 log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto goes on")
-                comm.barrier()  # not before process 0 is done, or a launcher could end it
+                comm.barrier()  # not before rank 0 is done, or a launcher could end it
                 raise signals.Stopped
         method.close()
-        if not comm.share((run_dir / "model").exists()):  # a run that was complete is resumed
+        if not comm.broadcast_object((run_dir / "model").exists()):  # a run that was complete is resumed
             module: Any = job.weights.module
             module.config.use_cache = True  # off in training; who loads the model wants to generate with it
             card_of = functools.partial(card.of_run, run_dir, None)
@@ -155,9 +157,9 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
         scoring.report(recipe, job.weights, job.layers, functools.partial(calibration, job), kinds, path)
 
 
-def _check_settings(recipe: Recipe, world: int) -> None:
+def _check_settings(recipe: Recipe, world_size: int) -> None:
     """Refuse (UserError) what shows before the model is loaded, which may take long."""
-    accumulation(recipe, world)
+    accumulation(recipe, world_size)
     check_trackers(recipe.log)
     if recipe.sampling.scores is not None and importance_of(recipe) in METRIC_OF:
         Scores.read(Path(recipe.sampling.scores))
@@ -198,14 +200,14 @@ class _Steps:
         started = time.perf_counter()
         self.before = Counter(self.comm.sent)
         # set anew for each step, so that dropout is the same after a resume and differs between processes
-        name = f"{job.recipe.train.seed}/{step}/{self.comm.index}".encode()
+        name = f"{job.recipe.train.seed}/{step}/{self.comm.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little"))
         sequences, own = self.rows.take(step)
         everyone = [row for sequence in sequences for row in sequence]
         targets = sum(label != IGNORE for row in everyone for label in row["labels"][1:])
-        sampled, idle, lr = list(method.layer_set), method.idle, method.lr
+        sampled, idle, lr = list(method.layer_set), method.nothing_to_train, method.lr
         # processes are averaged: the sum over all of them, divided by all targets of the step
-        share = self.comm.world / targets
+        share = self.comm.world_size / targets
         job.weights.module.train()
         everyones: list[list[float]] = []
         refreshed: list[int] = []  # layers
@@ -213,7 +215,7 @@ class _Steps:
         def accept(loss: Tensor, norm: Tensor) -> bool:
             # whether a signal came, or a file is written, travels along: all processes heed it after the same step
             more = torch.tensor([_peak_memory(device), self.told.is_set(), self.saver.done], dtype=loss.dtype)
-            energies = method.energies()
+            energies = method.projector_energy()
             refreshed.extend(energies)
             mine = torch.cat([torch.stack([loss, norm.to(loss)]), more.to(device), *energies.values()])
             # the step's only wait for the device
@@ -229,8 +231,8 @@ class _Steps:
         tokens = sum(len(row["input_ids"]) for row in everyone)
         sums = list(map(sum, squares))
         kept = {str(n): part / whole for n, part, whole in zip(refreshed, sums[::2], sums[1::2], strict=True) if whole}
-        moved = method.moved(last)
-        # in the few steps that end with a fold, one more wait for the device
+        moved = method.update_norm(last)
+        # in the few steps that end with a merge, one more wait for the device
         lengths = dict(zip(map(str, moved), torch.stack(list(moved.values())).tolist(), strict=True)) if moved else {}
         return {
             "step": step + 1,
@@ -273,7 +275,7 @@ class _Steps:
         }
 
     def sent(self) -> dict[str, int]:
-        """Bytes that process 0 has sent since the step began, its evaluation included, by operation."""
+        """Bytes that rank 0 has sent since the step began, its evaluation included, by operation."""
         return dict(sorted((self.comm.sent - self.before).items()))
 
 
@@ -289,7 +291,7 @@ def _trouble(losses: Sequence[float], norm: float) -> str | None:
 
 def _given_up(run_dir: Path, step: int, steps: _Steps, comm: Communicator) -> str:
     """Why the run ends, and what is left of it. Collective."""
-    newest = comm.share([str(folder) for folder in checkpoint.checkpoints(run_dir)][:1])
+    newest = comm.broadcast_object([str(folder) for folder in checkpoint.checkpoints(run_dir)][:1])
     last = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
     return f"step {step}: {steps.trouble}, for {steps.in_a_row} steps in a row (train.max_nonfinite_steps); {last}"
 

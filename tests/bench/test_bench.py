@@ -65,16 +65,16 @@ def test_what_is_left_out_is_filled_in(given: Setting, cuda: bool, expected: tup
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (Setting(tokens=0), "--tokens: 0 is not right: give an integer of at least 1"),
-        (Setting(layers="few"), "--layers: 'few' is not right: give an integer of at least 1, or all"),
-        (Setting(shape="gpt"), "--shape: 'gpt' is not right: give one of llama2-7b, llama2-13b, llama2-70b"),
-        (Setting(shape="llama2-7b", hidden=8), "--hidden: 8 is not right: give --shape or --hidden, not both"),
-        (Setting(gamma=2), "--gamma: 2 is not right: give at most 1, the number of layers"),
-        (Setting(hidden=64), "--rank: 128 is not right: give at most 64, the smallest side of a matrix"),
-        (Setting(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is not right: give --heads that share 64"),
-        (Setting(device="cuda"), "--device: 'cuda' is not right: give cpu: no GPU is to be seen"),
-        (Setting(model="nowhere"), "--model: 'nowhere' is not right: give the folder of a model of the LLaMA kind"),
-        (Setting(model="m", vocab=7), "--vocab: 7 is not right: leave it out where --model is given"),
+        (Setting(tokens=0), "--tokens: 0 is invalid: expected an integer of at least 1"),
+        (Setting(layers="few"), "--layers: 'few' is invalid: expected an integer of at least 1, or all"),
+        (Setting(shape="gpt"), "--shape: 'gpt' is invalid: expected one of llama2-7b, llama2-13b, llama2-70b"),
+        (Setting(shape="llama2-7b", hidden=8), "--hidden: 8 is invalid: expected --shape or --hidden, not both"),
+        (Setting(gamma=2), "--gamma: 2 is invalid: expected at most 1, the number of layers"),
+        (Setting(hidden=64), "--rank: 128 is invalid: expected at most 64, the smallest side of a matrix"),
+        (Setting(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is invalid: expected --heads that share 64"),
+        (Setting(device="cuda"), "--device: 'cuda' is invalid: expected cpu: no GPU is to be seen"),
+        (Setting(model="nowhere"), "--model: 'nowhere' is invalid: expected the folder of a model of the LLaMA kind"),
+        (Setting(model="m", vocab=7), "--vocab: 7 is invalid: leave it out where --model is given"),
     ],
 )
 def test_settings_that_cannot_be(given: Setting, line: str) -> None:
@@ -108,7 +108,9 @@ def test_lists_and_sweeps() -> None:
         settings.points(Setting(layers="4"), ("gamma", [1, 5]), False)
 
 
-@pytest.mark.parametrize("given", [How(rounds=0), How(steps=0), How(warm_up=-1), How(world=1), How(output=__file__)])
+@pytest.mark.parametrize(
+    "given", [How(rounds=0), How(steps=0), How(warm_up=-1), How(world_size=1), How(output=__file__)]
+)
 def test_how_that_cannot_be(given: How) -> None:
     with pytest.raises(UserError):
         settings.check(given)
@@ -381,7 +383,7 @@ def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str
     }  # fmt: skip
     swept = summary | {"sweep": "gamma", "points": [{"value": value, "results": results} for value in (1, 2)]}
     for name, one in (("one", summary), ("sweep", swept)):
-        shown, notes = run.tables(one), run._notes(one)
+        shown, notes = run.make_tables(one), run._notes(one)
         run.write(one, shown, notes, tmp_path / name)
         assert json.loads((tmp_path / name / f"{what}.json").read_text()) == json.loads(json.dumps(one))
         text = (tmp_path / name / f"{what}.md").read_text()
@@ -392,7 +394,7 @@ def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str
         printed = tables.terminal(shown, notes)
         assert "out of memory" in printed
         assert max(map(len, printed.splitlines())) <= 80
-    assert run.tables(swept)[0].head == ["method", "gamma 1", "gamma 2"]
+    assert run.make_tables(swept)[0].head == ["method", "gamma 1", "gamma 2"]
 
 
 def test_a_row_may_span_the_columns() -> None:

@@ -176,7 +176,7 @@ def test_rows_that_cannot_be_marked_are_refused() -> None:
     pytest.importorskip("reasoning_gym")
     answers.check_row({"answer": "1"}, "x")
     for row in ({}, {"answer": 1}, {"answer": "1", "task": "nope"}):
-        with pytest.raises(UserError, match="test: 'x' is not right"):
+        with pytest.raises(UserError, match="test: 'x' is invalid"):
             answers.check_row(row, "x")
 
 

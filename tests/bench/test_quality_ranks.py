@@ -34,7 +34,7 @@ def a_study(inputs: Path, folder: Path, sharding: str = "replicated", **changes:
         for i in range(30, 35)
     )
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = config.to_dict(recipe(inputs, folder, steps=5, save_every=2, sharding=sharding, keep_last=2))
+    tree = config.to_dict(recipe(inputs, folder, steps=5, save_steps=2, sharding=sharding, save_total_limit=2))
     tree["log"]["trackers"] = []
     whole = {
         "recipe": tree,
@@ -47,7 +47,7 @@ def a_study(inputs: Path, folder: Path, sharding: str = "replicated", **changes:
     return study.from_dict(whole | changes)
 
 
-def run(rank: int, world: int, plan: study.Study, output: Path, stop: tuple[str, int] | None = None) -> Any:
+def run(rank: int, world_size: int, plan: study.Study, output: Path, stop: tuple[str, int] | None = None) -> Any:
     """The result that is printed, or what was refused; None where all died after a step of a run, as a machine would.
 
     stop: (a part of the run's folder, step).
@@ -139,7 +139,7 @@ def test_a_study_is_extended_but_never_another_one(pools: Pools, inputs: Path, t
     ):
         [answer] = pools(1).run(run, a_study(inputs, tmp_path, **(small | changes)), output)
         assert answer.startswith("output: ")
-        assert answer.endswith(f"is not right: give another folder: it holds a study that differs in {what}")
+        assert answer.endswith(f"is invalid: expected another folder: it holds a study that differs in {what}")
     assert (output / "study.yaml").read_text() == before
     more = a_study(inputs, tmp_path, variants={**small["variants"], "b": {"method.name": "badam"}}, keep_models=True)
     [result] = pools(1).run(run, more, output)
@@ -153,7 +153,7 @@ def test_a_study_is_extended_but_never_another_one(pools: Pools, inputs: Path, t
 
 @pytest.mark.parametrize(
     ("rows", "right"),
-    [("train", "give rows that are not in data.train"), ("plain", "give rows with answer and task")],
+    [("train", "expected rows that are not in data.train"), ("plain", "expected rows with answer and task")],
 )
 def test_rows_are_checked_before_anything_is_written(
     pools: Pools, inputs: Path, tmp_path: Path, rows: str, right: str
@@ -170,5 +170,5 @@ def test_rows_are_checked_before_anything_is_written(
 def test_a_mistake_that_only_the_model_shows_names_the_variant(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     plan = a_study(inputs, tmp_path, variants={"big": {"optim.rank": 4000}, "lisa": {"method.name": "lisa"}})
     for answer in pools(2).run(run, plan, tmp_path / "out"):
-        assert answer.startswith("variants.big: optim.rank: 4000 is not right: give at most ")
+        assert answer.startswith("variants.big: optim.rank: 4000 is invalid: expected at most ")
     assert not (tmp_path / "out" / "runs").exists()

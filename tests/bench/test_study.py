@@ -50,28 +50,28 @@ def test_a_recipe_may_be_a_file(files: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"variant": {}}, "variant: {} is not right: there is no such key; is variants meant?"),
-        ({"test": None}, "test: None is not right: give text"),
-        ({"seeds": []}, "seeds: [] is not right: give a list of different"),
-        ({"seeds": [0, 0]}, "seeds: [0, 0] is not right"),
-        ({"seeds": ["a"]}, "seeds: 'a' is not right: give a list of integers"),
-        ({"lrs": [1e-3, "x"]}, "lrs: 'x' is not right: give a list of numbers"),
-        ({"lrs": 1e-3}, "lrs: 0.001 is not right: give a list of numbers"),
-        ({"lrs": [-1.0]}, "lrs: [-1.0] is not right"),
-        ({"baseline": "lora"}, "baseline: 'lora' is not right: give one of ows, lisa"),
-        ({"variants": {}}, "variants: {} is not right"),
-        ({"variants": {"a/b": {}}}, "variants.a/b: 'a/b' is not right: give a name of letters"),
-        ({"variants": {"a": {"optim.lrr": 1}}}, "variants.a.optim.lrr: 1 is not right: there is no such key; is"),
-        ({"variants": {"a": {"train": {"steps": 5}}}}, "variants.a.train.steps: 5 is not right: leave it out"),
-        ({"variants": {"a": {"data.train": "x"}}}, "variants.a.data.train: 'x' is not right: leave it out"),
-        ({"variants": {"a": {"train.seed": 5}}}, "variants.a.train.seed: 5 is not right: leave it out"),
-        ({"variants": {"a": {"lrs": [1], "optim.lr": 1}}}, "variants.a.lrs: [1] is not right: give lrs or optim.lr"),
-        ({"accuracy": {"rows": 0}}, "accuracy.rows: 0 is not right: give an integer of at least 1"),
-        ({"accuracy": {"row": 1}}, "accuracy.row: 1 is not right: there is no such key; is accuracy.rows meant?"),
-        ({"accuracy": True}, "accuracy: True is not right: give rows"),
-        ({"recipe": 5}, "recipe: 5 is not right"),
-        ({"recipe": {"model": {"pth": "m"}}}, "model.pth: 'm' is not right: there is no such key"),
-        ({"recipe": {"model": {"path": "m"}, "sampling": {"seed": 1}}}, "recipe: sampling.seed: 1 is not right"),
+        ({"variant": {}}, "variant: {} is invalid: there is no such key; is variants meant?"),
+        ({"test": None}, "test: None is invalid: expected text"),
+        ({"seeds": []}, "seeds: [] is invalid: expected a list of different"),
+        ({"seeds": [0, 0]}, "seeds: [0, 0] is invalid"),
+        ({"seeds": ["a"]}, "seeds: 'a' is invalid: expected a list of integers"),
+        ({"lrs": [1e-3, "x"]}, "lrs: 'x' is invalid: expected a list of numbers"),
+        ({"lrs": 1e-3}, "lrs: 0.001 is invalid: expected a list of numbers"),
+        ({"lrs": [-1.0]}, "lrs: [-1.0] is invalid"),
+        ({"baseline": "lora"}, "baseline: 'lora' is invalid: expected one of ows, lisa"),
+        ({"variants": {}}, "variants: {} is invalid"),
+        ({"variants": {"a/b": {}}}, "variants.a/b: 'a/b' is invalid: expected a name of letters"),
+        ({"variants": {"a": {"optim.lrr": 1}}}, "variants.a.optim.lrr: 1 is invalid: there is no such key; is"),
+        ({"variants": {"a": {"train": {"steps": 5}}}}, "variants.a.train.steps: 5 is invalid: leave it out"),
+        ({"variants": {"a": {"data.train": "x"}}}, "variants.a.data.train: 'x' is invalid: leave it out"),
+        ({"variants": {"a": {"train.seed": 5}}}, "variants.a.train.seed: 5 is invalid: leave it out"),
+        ({"variants": {"a": {"lrs": [1], "optim.lr": 1}}}, "variants.a.lrs: [1] is invalid: expected lrs or optim.lr"),
+        ({"accuracy": {"rows": 0}}, "accuracy.rows: 0 is invalid: expected an integer of at least 1"),
+        ({"accuracy": {"row": 1}}, "accuracy.row: 1 is invalid: there is no such key; is accuracy.rows meant?"),
+        ({"accuracy": True}, "accuracy: True is invalid: expected rows"),
+        ({"recipe": 5}, "recipe: 5 is invalid"),
+        ({"recipe": {"model": {"pth": "m"}}}, "model.pth: 'm' is invalid: there is no such key"),
+        ({"recipe": {"model": {"path": "m"}, "sampling": {"seed": 1}}}, "recipe: sampling.seed: 1 is invalid"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], expected: str) -> None:
@@ -83,9 +83,9 @@ def test_mistakes_are_named(changes: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"test": "none.jsonl"}, "test: 'none.jsonl' is not right: give a file that exists"),
-        ({"variants": {"a": {"method.name": "lsa"}}}, "variants.a: method.name: 'lsa' is not right: give one of"),
-        ({"variants": {"a": {"sampling.gamma": 0}}}, "variants.a: sampling.gamma: 0.0 is not right: give a number"),
+        ({"test": "none.jsonl"}, "test: 'none.jsonl' is invalid: expected a file that exists"),
+        ({"variants": {"a": {"method.name": "lsa"}}}, "variants.a: method.name: 'lsa' is invalid: expected one of"),
+        ({"variants": {"a": {"sampling.gamma": 0}}}, "variants.a: sampling.gamma: 0.0 is invalid: expected a number"),
         ({"lrs": [1, 2], "recipe": {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}}, "recipe: data.eval: None"),
     ],
 )
@@ -102,7 +102,7 @@ def test_the_recipe_of_a_run(files: Path) -> None:
     recipe = study.recipe_of(plan, Run("lisa", 1e-4, 5), files / "out")
     assert (recipe.method.name, recipe.sampling.gamma, recipe.optim.lr, recipe.train.seed) == ("lisa", 2.0, 1e-4, 5)
     assert recipe.train.output_dir == str(files / "out" / "runs" / "lisa" / "lr-0.0001-seed-5")
-    assert (recipe.train.resume, recipe.train.keep_last, recipe.data.eval) == ("auto", 1, "e.jsonl")
+    assert (recipe.train.resume, recipe.train.save_total_limit, recipe.data.eval) == ("auto", 1, "e.jsonl")
 
 
 def plan_of(lrs: dict[str, list[float]], seeds: list[int]) -> Study:

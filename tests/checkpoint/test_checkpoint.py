@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ows_ds import checkpoint, config, methods
 from ows_ds.distributed.communicator import Communicator, join
-from ows_ds.distributed.weights import Piece
+from ows_ds.distributed.weights import Shard
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.layers import find_layers
@@ -35,12 +35,12 @@ SLOW = pytest.mark.slow
 # ------------------------------------------------------------------ beside the steps
 
 
-def slow_disk(rank: int, world: int, recipe: config.Recipe, until: int) -> tuple[list[list[str]], int]:
+def slow_disk(rank: int, world_size: int, recipe: config.Recipe, until: int) -> tuple[list[list[str]], int]:
     """Train on a disk that takes its first file when step ``until`` is recorded, and is fast from then on.
 
     Returns the checkpoints that were there at each record, and how many files were written at once at most.
     """
-    step, write, go = log.RunLog.step, checkpoint._write_pieces, threading.Event()
+    step, write, go = log.RunLog.step, checkpoint._write_shards, threading.Event()
     there: list[list[str]] = []
     now, most = 0, 0
 
@@ -65,26 +65,26 @@ def slow_disk(rank: int, world: int, recipe: config.Recipe, until: int) -> tuple
 
 
 def test_steps_do_not_wait_for_the_disk(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    ranks = pools(2).run(slow_disk, recipe(inputs, tmp_path / "run", sharding="zero3", steps=12, save_every=5), 8)
+    ranks = pools(2).run(slow_disk, recipe(inputs, tmp_path / "run", sharding="zero3", steps=12, save_steps=5), 8)
     for there, most in ranks:
         assert there[:9] == [[]] * 9  # three steps were taken with the state of step 5 on its way
         assert there[11][-1] == "step-5"
         assert most == 1
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3", steps=12, save_every=5), None)
+    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3", steps=12, save_steps=5), None)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
 def test_one_at_a_time(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     """A checkpoint that is due while one is under way waits for it: none is left out."""
-    made = recipe(inputs, tmp_path / "run", sharding="zero3", steps=6, save_every=1, keep_last=6)
+    made = recipe(inputs, tmp_path / "run", sharding="zero3", steps=6, save_steps=1, save_total_limit=6)
     assert {most for _, most in pools(2).run(slow_disk, made, 2)} == {1}
     assert len(checkpoint.checkpoints(tmp_path / "run")) == 6
 
 
-def fails(rank: int, world: int, folder: Path) -> list[str]:
+def fails(rank: int, world_size: int, folder: Path) -> list[str]:
     """Save; then let one process's disk fail; the errors."""
     comm = join("cpu")
-    piece = Piece("weight/a", (4,), 2 * rank, torch.full((2,), float(rank)))
+    piece = Shard("weight/a", (4,), 2 * rank, torch.full((2,), float(rank)))
     checkpoint.save(folder / "step-1", [piece], {}, comm)
 
     def broken(*args: Any) -> None:
@@ -113,7 +113,7 @@ def test_a_failure_of_one_process_is_all_processes_and_changes_nothing(pools: Po
     assert ranks[0] == ranks[1]
     assert [error.partition(" could not be written ")[2] for error in ranks[0][:2]] == [
         "on process 1 (OSError: [Errno 5] Input/output error)",
-        "on process 0 (OSError: [Errno 5] Input/output error)",
+        "on rank 0 (OSError: [Errno 5] Input/output error)",
     ]
     assert "does not hold what was written to it" in ranks[0][2]
 
@@ -158,7 +158,9 @@ def test_another_base_model_is_refused(pools: Pools, inputs: Path, other: Path, 
     pools(2).run(run, recipe(inputs, run_dir, method=method, sharding="zero3"), 4)
     before = contents_of(run_dir)
     for answer in pools(2).run(refused, recipe(other, run_dir, method=method, sharding="zero3", resume="auto")):
-        assert answer.startswith(f"model.path: '{other / 'model'}' is not right: give the model that step-3 began with")
+        assert answer.startswith(
+            f"model.path: '{other / 'model'}' is invalid: expected the model that step-3 began with"
+        )
     assert contents_of(run_dir) == before
     (run_dir / "config.yaml").write_text(config.to_yaml(recipe(other, run_dir, method=method, sharding="zero3")))
     with pytest.raises(UserError, match=r"model\.path"):
@@ -179,7 +181,12 @@ def test_full_needs_nothing_of_the_base_model(
     pools: Pools, inputs: Path, other: Path, tmp_path: Path, method: str, sharding: str
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings: dict[str, Any] = {"method": method, "sharding": sharding, "sampling": {"gamma": 0.5}, "keep_last": 3}
+    settings: dict[str, Any] = {
+        "method": method,
+        "sharding": sharding,
+        "sampling": {"gamma": 0.5},
+        "save_total_limit": 3,
+    }
     settings["optim"] = {"always_on": "none"}
     pools(2).run(run, recipe(inputs, whole, **settings), None)
     pools(2).run(run, recipe(inputs, parts, checkpoint="full", **settings), 4)
@@ -210,43 +217,45 @@ def test_full_needs_nothing_of_the_base_model(
 STEPS, MORE = 7, 5
 
 
-def build(name: str, sharding: str, world: int) -> methods.Method:
+def build(name: str, sharding: str, world_size: int) -> methods.Method:
     settings = config.from_dict(
         {
             "model": {"path": "none", "dtype": "float32"},
             "data": {"train": "none"},
             "method": {"name": name},
             "sampling": {"gamma": 1.5, "period": 3},
-            "optim": {"rank": 4, "refresh_gap": 2, "lr": 5e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
-            "train": {"output_dir": "none", "batch_size": 24, "seed": 3},
+            "optim": {"rank": 4, "update_proj_gap": 2, "lr": 5e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
+            "train": {"output_dir": "none", "global_batch_size": 24, "seed": 3},
         }
     )
     model = tiny("llama", True)
     layers = find_layers(model)
-    return methods.build(settings, place(model, sharding, world, settings), layers, RATIOS, 2)
+    return methods.build(settings, place(model, sharding, world_size, settings), layers, RATIOS, 2)
 
 
-def take(method: methods.Method, rank: int, world: int, steps: int) -> None:
+def take(method: methods.Method, rank: int, world_size: int, steps: int) -> None:
     for _ in range(steps):
-        losses = micro_batches(method.steps, rank, world, 2)
+        losses = micro_batches(method.steps, rank, world_size, 2)
         method.train_step([functools.partial(lambda ids: mean_loss(method.weights, ids) / 2, ids) for ids in losses])
 
 
-def save_and_go_on(rank: int, world: int, name: str, sharding: str, folder: Path) -> dict[str, Tensor]:
+def save_and_go_on(rank: int, world_size: int, name: str, sharding: str, folder: Path) -> dict[str, Tensor]:
     """The weights at the end."""
-    method = build(name, sharding, world)
-    take(method, rank, world, STEPS)
+    method = build(name, sharding, world_size)
+    take(method, rank, world_size, STEPS)
     checkpoint.save(folder, *resume.contents(method, True), method.comm)
-    take(method, rank, world, MORE)
+    take(method, rank, world_size, MORE)
     method.close()
     return whole_weights(method.weights)
 
 
-def load_save_and_go_on(rank: int, world: int, name: str, sharding: str, folder: Path, copy: Path) -> dict[str, Tensor]:
-    method = build(name, sharding, world)
+def load_save_and_go_on(
+    rank: int, world_size: int, name: str, sharding: str, folder: Path, copy: Path
+) -> dict[str, Tensor]:
+    method = build(name, sharding, world_size)
     resume.restore(method, checkpoint.open_checkpoint(folder, method.comm))
     checkpoint.save(copy, *resume.contents(method, True), method.comm)
-    take(method, rank, world, MORE)
+    take(method, rank, world_size, MORE)
     method.close()
     return whole_weights(method.weights)
 
@@ -265,16 +274,16 @@ def saved(
     return make
 
 
-@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("source", ["zero3", "replicated"])
 @pytest.mark.parametrize("target", ["zero3", "replicated"])
 @pytest.mark.parametrize("name", ["ows", pytest.param("full", marks=SLOW), pytest.param("hift", marks=SLOW)])
 def test_other_worlds_hold_the_same_and_go_on(
-    pools: Pools, tmp_path: Path, saved: Any, name: str, source: str, target: str, world: int
+    pools: Pools, tmp_path: Path, saved: Any, name: str, source: str, target: str, world_size: int
 ) -> None:
     folder, expected = saved(name, source)
     copy = tmp_path / "step-7"
-    for weights in pools(world).run(load_save_and_go_on, name, target, folder, copy):
+    for weights in pools(world_size).run(load_save_and_go_on, name, target, folder, copy):
         assert distance(weights, expected) < 1e-4  # float32, sums in another order
     alone = Communicator()
     ours, theirs = checkpoint.open_checkpoint(copy, alone), checkpoint.open_checkpoint(folder, alone)

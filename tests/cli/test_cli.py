@@ -87,49 +87,55 @@ def test_print_config_prints_what_would_run(
 
 
 MISTAKES = [
-    ([], "VERB: None is not right: give one of train, score, export"),
-    (["trian"], "VERB: 'trian' is not right: give one of train, score, export"),
-    (["train"], "model.path: None is not right: it is required: give text"),
-    (["train", "--config", "no.yaml"], "config: 'no.yaml' is not right: give a readable YAML file"),
-    (["train", "--config", "r.yaml", "--optim.rank", "0"], "optim.rank: 0 is not right: give an integer of at least 1"),
-    (["train", "--config", "r.yaml", "--optim.rank", "x"], "optim.rank: 'x' is not right: give an integer"),
-    (["train", "--config", "r.yaml", "--optim.lr"], "optim.lr: '' is not right: give a number"),
-    (["train", "--config", "r.yaml", "--optim.lr", "nan"], "optim.lr: 'nan' is not right: give a number"),
+    ([], "VERB: None is invalid: expected one of train, score, export"),
+    (["trian"], "VERB: 'trian' is invalid: expected one of train, score, export"),
+    (["train"], "model.path: None is invalid: it is required: expected text"),
+    (["train", "--config", "no.yaml"], "config: 'no.yaml' is invalid: expected a readable YAML file"),
+    (
+        ["train", "--config", "r.yaml", "--optim.rank", "0"],
+        "optim.rank: 0 is invalid: expected an integer of at least 1",
+    ),
+    (["train", "--config", "r.yaml", "--optim.rank", "x"], "optim.rank: 'x' is invalid: expected an integer"),
+    (["train", "--config", "r.yaml", "--optim.lr"], "optim.lr: '' is invalid: expected a number"),
+    (["train", "--config", "r.yaml", "--optim.lr", "nan"], "optim.lr: 'nan' is invalid: expected a number"),
     (
         ["train", "--config", "r.yaml", "--optim.max_grad_norm", "x"],
-        "optim.max_grad_norm: 'x' is not right: give a number",
+        "optim.max_grad_norm: 'x' is invalid: expected a number",
     ),
-    (["train", "--config", "r.yaml", "--optim.betas", "3"], "optim.betas: '3' is not right: give a list of 2 numbers"),
+    (
+        ["train", "--config", "r.yaml", "--optim.betas", "3"],
+        "optim.betas: '3' is invalid: expected a list of 2 numbers",
+    ),
     (
         ["train", "--config", "r.yaml", "--optim.always_on", "no"],
-        "optim.always_on: 'no' is not right: give one of full",
+        "optim.always_on: 'no' is invalid: expected one of full",
     ),
     (
         ["train", "--config", "r.yaml", "--optim.rnk", "3"],
-        "optim.rnk: '3' is not right: there is no such key; is optim.rank",
+        "optim.rnk: '3' is invalid: there is no such key; is optim.rank",
     ),
     (
         ["train", "--config", "r.yaml", "--optim.rnk=3"],
-        "optim.rnk: '3' is not right: there is no such key; is optim.rank",
+        "optim.rnk: '3' is invalid: there is no such key; is optim.rank",
     ),
     (
         ["train", "--config", "r.yaml", "--optim.ran", "3"],
-        "optim.ran: '3' is not right: there is no such key; is optim.rank",
+        "optim.ran: '3' is invalid: there is no such key; is optim.rank",
     ),
-    (["train", "--config", "r.yaml", "stray"], "arguments: 'stray' is not right: settings are given as"),
-    (["train", "--config"], "config: '' is not right: give a value after it"),
-    (["export"], "RUN_DIR: None is not right: it is required: give a folder"),
-    (["export", "run"], "OUT_DIR: None is not right: it is required: give a folder"),
+    (["train", "--config", "r.yaml", "stray"], "arguments: 'stray' is invalid: settings are given as"),
+    (["train", "--config"], "config: '' is invalid: expected a value after it"),
+    (["export"], "RUN_DIR: None is invalid: it is required: expected a folder"),
+    (["export", "run"], "OUT_DIR: None is invalid: it is required: expected a folder"),
     (
         ["score", "--config", "r.yaml", "--metric", "rm,magnitude"],
-        "--metric: 'rm,magnitude' is not right: give one or more of outlier, reverse, uniform, decreasing, rm, bi, al",
+        "--metric: 'rm,magnitude' is invalid: expected one or more of outlier, reverse, uniform, decreasing, rm, bi, al",
     ),
-    (["score", "--config", "r.yaml", "--metric", ""], "--metric: '' is not right: give one or more of outlier"),
-    (["score", "--config", "r.yaml", "--metric"], "metric: '' is not right: give a value after it"),
-    (["score", "--config", "r.yaml", "--output", "s.png"], "--output: 's.png' is not right: give a file whose name"),
-    (["train", "--config", "broken.yaml"], "config: 'broken.yaml:3' is not right: give valid YAML"),
-    (["train", "--config", "typo.yaml"], "optim.rnk: 3 is not right: there is no such key; is optim.rank meant?"),
-    (["train", "--config", "type.yaml"], "optim.rank: 'many' is not right: give an integer"),
+    (["score", "--config", "r.yaml", "--metric", ""], "--metric: '' is invalid: expected one or more of outlier"),
+    (["score", "--config", "r.yaml", "--metric"], "metric: '' is invalid: expected a value after it"),
+    (["score", "--config", "r.yaml", "--output", "s.png"], "--output: 's.png' is invalid: expected a file whose name"),
+    (["train", "--config", "broken.yaml"], "config: 'broken.yaml:3' is invalid: expected valid YAML"),
+    (["train", "--config", "typo.yaml"], "optim.rnk: 3 is invalid: there is no such key; is optim.rank meant?"),
+    (["train", "--config", "type.yaml"], "optim.rank: 'many' is invalid: expected an integer"),
 ]
 
 
@@ -160,9 +166,9 @@ def test_errors_of_a_verb(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: 
         module.train = train  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "ows_ds.train.trainer", module)
 
-    fail(UserError("data.train", "rows.jsonl:7", "give valid JSON"))
+    fail(UserError("data.train", "rows.jsonl:7", "expected valid JSON"))
     assert main(["train", "--config", recipe]) == 2
-    assert capsys.readouterr().err == "ows-ds: error: data.train: 'rows.jsonl:7' is not right: give valid JSON\n"
+    assert capsys.readouterr().err == "ows-ds: error: data.train: 'rows.jsonl:7' is invalid: expected valid JSON\n"
     fail(ZeroDivisionError("deep inside"))
     assert main(["train", "--config", recipe]) == 1
     err = capsys.readouterr().err
@@ -190,7 +196,9 @@ def test_help_reads_at_80_columns(
         assert "(an integer; default: 128)" in flat
         assert "(a list of 2 numbers, such as [0.9, 0.999]; default: [0.9, 0.999])" in flat
     if verb == ["bench", "time"]:
-        assert all(f"--{name.replace('_', '-')} " in out for name in ("kv_heads", "refresh_gap", "warm_up", "sweep"))
+        assert all(
+            f"--{name.replace('_', '-')} " in out for name in ("kv_heads", "update_proj_gap", "warm_up", "sweep")
+        )
 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
@@ -240,19 +248,22 @@ def test_the_other_benches_get_what_was_typed(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["time", "--rounds", "x"], "rounds: 'x' is not right: give an integer"),
-        (["time", "--rounds", "0"], "--rounds: 0 is not right: give an integer of at least 1"),
-        (["memory", "--kv-heads", "x"], "kv-heads: 'x' is not right: give an integer or null"),
-        (["memory", "--kv-heads"], "kv-heads: '' is not right: give an integer or null"),
-        (["traffic", "--wrld", "3"], "wrld: '3' is not right: there is no such key; is world meant?"),
-        (["time", "--dtype", "int8"], "dtype: 'int8' is not right: give one of auto, float32, bfloat16"),
-        ([], "bench WHAT: None is not right: give one of quality"),
-        (["speed"], "bench WHAT: 'speed' is not right: give one of quality"),
-        (["quality"], "--config: None is not right: it is required: give the file of a study"),
-        (["quality", "--config", "none.yaml"], "--output: None is not right: it is required: give a folder"),
-        (["quality", "--config", "none.yaml", "--output", "o"], "config: 'none.yaml' is not right: give a readable"),
-        (["quality", "--cnfig", "s.yaml"], "cnfig: 's.yaml' is not right: there is no such key; is config meant?"),
-        (["quality", "--config", "s", "--output", "o", "--seeds", "0-2"], "--seeds: '0-2' is not right: give integers"),
+        (["time", "--rounds", "x"], "rounds: 'x' is invalid: expected an integer"),
+        (["time", "--rounds", "0"], "--rounds: 0 is invalid: expected an integer of at least 1"),
+        (["memory", "--kv-heads", "x"], "kv-heads: 'x' is invalid: expected an integer or null"),
+        (["memory", "--kv-heads"], "kv-heads: '' is invalid: expected an integer or null"),
+        (["traffic", "--wrld", "3"], "wrld: '3' is invalid: there is no such key; is world meant?"),
+        (["time", "--dtype", "int8"], "dtype: 'int8' is invalid: expected one of auto, float32, bfloat16"),
+        ([], "bench WHAT: None is invalid: expected one of quality"),
+        (["speed"], "bench WHAT: 'speed' is invalid: expected one of quality"),
+        (["quality"], "--config: None is invalid: it is required: expected the file of a study"),
+        (["quality", "--config", "none.yaml"], "--output: None is invalid: it is required: expected a folder"),
+        (["quality", "--config", "none.yaml", "--output", "o"], "config: 'none.yaml' is invalid: expected a readable"),
+        (["quality", "--cnfig", "s.yaml"], "cnfig: 's.yaml' is invalid: there is no such key; is config meant?"),
+        (
+            ["quality", "--config", "s", "--output", "o", "--seeds", "0-2"],
+            "--seeds: '0-2' is invalid: expected integers",
+        ),
     ],
 )
 def test_mistakes_in_bench_are_one_line(

@@ -30,8 +30,8 @@ def changed(tree: dict[str, Any], key: str, value: object) -> Recipe:
 
 
 def test_a_user_error_is_one_short_line() -> None:
-    error = UserError("optim.rank", 0, "give an integer\nof at least 1")
-    assert str(error) == "optim.rank: 0 is not right: give an integer of at least 1"
+    error = UserError("optim.rank", 0, "expected an integer\nof at least 1")
+    assert str(error) == "optim.rank: 0 is invalid: expected an integer of at least 1"
     assert len(shorten("x\n" * 1000)) <= 120
     assert one_line(" a\x1b[31m\n\u202e\ud800é ") == "a\\x1b[31m \\u202e\\ud800é"
     assert shorten([10**5000]) == "<list too long to be shown>"
@@ -46,10 +46,10 @@ def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     config.check(r)
     assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, 50, 13, "bernoulli")
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
-    assert (r.optim.rank, r.optim.refresh_gap, r.optim.scale) == (128, 200, 1.0)
+    assert (r.optim.rank, r.optim.update_proj_gap, r.optim.scale) == (128, 200, 1.0)
     assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("keep", "full", "full")
     assert r.optim.refresh == "full"
-    assert (r.train.batch_size, r.data.max_length, r.train.epochs, r.model.dtype) == (16, 512, 1, "bfloat16")
+    assert (r.train.global_batch_size, r.data.max_length, r.train.epochs, r.model.dtype) == (16, 512, 1, "bfloat16")
 
 
 def test_every_setting_is_documented() -> None:
@@ -62,7 +62,7 @@ def test_every_setting_is_documented() -> None:
 def test_yaml_gives_the_recipe_back(tree: dict[str, Any]) -> None:
     r = changed(tree, "optim.betas", [0.8, 0.99])
     assert config.from_dict(yaml.safe_load(config.to_yaml(r))) == r
-    assert "refresh_gap: 200" in config.to_yaml(r)
+    assert "update_proj_gap: 200" in config.to_yaml(r)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tree: dict[str, Any]) -> None:
@@ -73,19 +73,19 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tree: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("key", "value", "right"),
     [
-        ("optim.rank", "x", "give an integer"),
-        ("optim.rank", 1.5, "give an integer"),
-        ("optim.rank", True, "give an integer"),
-        ("optim.rank", None, "give an integer"),
-        ("optim.lr", "fast", "give a number"),
-        ("optim.lr", True, "give a number"),
-        ("optim.max_grad_norm", "x", "give a number or null"),
-        ("optim.betas", [0.9], "give a list of 2 numbers"),
-        ("optim.betas", 0.9, "give a list of 2 numbers"),
-        ("optim.projector", "qr", "give one of randomized, svd"),
-        ("train.gradient_checkpointing", "yes", "give true or false"),
-        ("log.trackers", "tensorboard", "give a list of texts"),
-        ("model.path", None, "it is required: give text"),
+        ("optim.rank", "x", "expected an integer"),
+        ("optim.rank", 1.5, "expected an integer"),
+        ("optim.rank", True, "expected an integer"),
+        ("optim.rank", None, "expected an integer"),
+        ("optim.lr", "fast", "expected a number"),
+        ("optim.lr", True, "expected a number"),
+        ("optim.max_grad_norm", "x", "expected a number or null"),
+        ("optim.betas", [0.9], "expected a list of 2 numbers"),
+        ("optim.betas", 0.9, "expected a list of 2 numbers"),
+        ("optim.projector", "qr", "expected one of randomized, svd"),
+        ("train.gradient_checkpointing", "yes", "expected true or false"),
+        ("log.trackers", "tensorboard", "expected a list of texts"),
+        ("model.path", None, "it is required: expected text"),
         ("optim.rnk", 3, "there is no such key; is optim.rank meant?"),
     ],
 )
@@ -93,46 +93,46 @@ def test_wrong_types_and_unknown_keys_are_refused(tree: dict[str, Any], key: str
     with pytest.raises(UserError) as error:
         changed(tree, key, value)
     assert error.value.key == key
-    assert str(error.value).startswith(f"{key}: {value!r} is not right: {right}")
+    assert str(error.value).startswith(f"{key}: {value!r} is invalid: {right}")
 
 
 def test_sections_are_checked() -> None:
     with pytest.raises(UserError, match=r"optimm: .* is optim meant"):
         config.from_dict({"optimm": {}})
-    with pytest.raises(UserError, match="optim: 3 is not right: give a section"):
+    with pytest.raises(UserError, match="optim: 3 is invalid: expected a section"):
         config.from_dict({"optim": 3})
-    with pytest.raises(UserError, match=r"train\.output_dir: None is not right: it is required"):
+    with pytest.raises(UserError, match=r"train\.output_dir: None is invalid: it is required"):
         config.from_dict({"model": {"path": "m"}, "train": None})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "right"),
     [
-        ("sampling.gamma", 0, "give a number above 0"),
-        ("sampling.gamma", float("nan"), "give a finite number"),
-        ("sampling.tau", -1, "give a number above 0"),
-        ("sampling.period", 0, "give an integer of at least 1"),
-        ("sampling.seed", -1, "give an integer of at least 0"),
-        ("sampling.scores", "no/such.json", "give a file that exists"),
+        ("sampling.gamma", 0, "expected a number above 0"),
+        ("sampling.gamma", float("nan"), "expected a finite number"),
+        ("sampling.tau", -1, "expected a number above 0"),
+        ("sampling.period", 0, "expected an integer of at least 1"),
+        ("sampling.seed", -1, "expected an integer of at least 0"),
+        ("sampling.scores", "no/such.json", "expected a file that exists"),
         ("data.train", None, "it is required"),
-        ("data.eval", "no/such.jsonl", "give a file that exists"),
-        ("data.train", "no/such.parquet", "give a file that exists"),
-        ("data.train", "/no/such", "give a file or folder that exists, or the name of a data set on the hub"),
-        ("data.eval", "a/b/c", "give a file or folder that exists, or the name of a data set on the hub"),
-        ("data.train_split", "train[:1%", "give a split, such as train, or a part of one"),
-        ("data.eval_split", "", "give a split, such as train, or a part of one"),
-        ("data.max_length", 1, "give an integer of at least 2"),
-        ("optim.rank", 0, "give an integer of at least 1"),
-        ("optim.lr", -1, "give a number of at least 0"),
-        ("optim.lr", float("inf"), "give a finite number"),
-        ("optim.betas", [0.9, 1.0], "give two numbers, each at least 0 and below 1"),
-        ("optim.betas", [0.9, float("nan")], "give a finite number"),
-        ("optim.max_grad_norm", 0, "give a number above 0"),
-        ("train.epochs", 0, "give a number above 0"),
-        ("train.steps", 0, "give an integer of at least 1"),
-        ("train.batch_size", 0, "give an integer of at least 1"),
-        ("train.resume", "no/such/folder", "give never, auto, or the folder of a checkpoint"),
-        ("log.trackers", ["tensorbord"], "give a list of some of"),
+        ("data.eval", "no/such.jsonl", "expected a file that exists"),
+        ("data.train", "no/such.parquet", "expected a file that exists"),
+        ("data.train", "/no/such", "expected a file or folder that exists, or the name of a data set on the hub"),
+        ("data.eval", "a/b/c", "expected a file or folder that exists, or the name of a data set on the hub"),
+        ("data.train_split", "train[:1%", "expected a split, such as train, or a part of one"),
+        ("data.eval_split", "", "expected a split, such as train, or a part of one"),
+        ("data.max_length", 1, "expected an integer of at least 2"),
+        ("optim.rank", 0, "expected an integer of at least 1"),
+        ("optim.lr", -1, "expected a number of at least 0"),
+        ("optim.lr", float("inf"), "expected a finite number"),
+        ("optim.betas", [0.9, 1.0], "expected two numbers, each at least 0 and below 1"),
+        ("optim.betas", [0.9, float("nan")], "expected a finite number"),
+        ("optim.max_grad_norm", 0, "expected a number above 0"),
+        ("train.epochs", 0, "expected a number above 0"),
+        ("train.steps", 0, "expected an integer of at least 1"),
+        ("train.global_batch_size", 0, "expected an integer of at least 1"),
+        ("train.resume", "no/such/folder", "expected never, auto, or the folder of a checkpoint"),
+        ("log.trackers", ["tensorbord"], "expected a list of some of"),
     ],
 )
 def test_values_out_of_range_are_refused(tree: dict[str, Any], key: str, value: object, right: str) -> None:
@@ -154,8 +154,8 @@ def test_data_sets_are_not_looked_up(tree: dict[str, Any], source: str) -> None:
     ("settings", "key"),
     [
         ({"sampling": {"scheme": "fixed", "gamma": 2.5}}, "sampling.gamma"),
-        ({"train": {"batch_size": 2, "micro_batch_size": 4}}, "train.batch_size"),
-        ({"train": {"batch_size": 6, "micro_batch_size": 4}}, "train.batch_size"),
+        ({"train": {"global_batch_size": 2, "micro_batch_size": 4}}, "train.global_batch_size"),
+        ({"train": {"global_batch_size": 6, "micro_batch_size": 4}}, "train.global_batch_size"),
         ({"train": {"steps": 5}, "optim": {"warmup_steps": 6}}, "optim.warmup_steps"),
     ],
 )
@@ -167,22 +167,22 @@ def test_contradictions_are_refused(tree: dict[str, Any], settings: dict[str, An
 
 
 def test_accumulation(tree: dict[str, Any]) -> None:
-    r = config.from_dict({**tree, "train": {"output_dir": "o", "batch_size": 16, "micro_batch_size": 2}})
-    assert [config.accumulation(r, world) for world in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(UserError, match=r"train\.batch_size: 16 is not right: give a multiple of 6"):
+    r = config.from_dict({**tree, "train": {"output_dir": "o", "global_batch_size": 16, "micro_batch_size": 2}})
+    assert [config.accumulation(r, world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 16 is invalid: expected a multiple of 6"):
         config.accumulation(r, 3)
 
 
 def test_yaml_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("optim:\n  rank: 3\n  betas: {\n")
-    with pytest.raises(UserError, match=r"r\.yaml:4' is not right: give valid YAML"):
+    with pytest.raises(UserError, match=r"r\.yaml:4' is invalid: expected valid YAML"):
         files.read_yaml(path)
     path.write_text("[1, 2]")
-    with pytest.raises(UserError, match="give a YAML file of sections"):
+    with pytest.raises(UserError, match="expected a YAML file of sections"):
         files.read_yaml(path)
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="give a readable YAML file"):
+    with pytest.raises(UserError, match="expected a readable YAML file"):
         files.read_yaml(path)
     path.write_text("# nothing\n")
     assert files.read_yaml(path) == {}

@@ -41,5 +41,5 @@ def test_recipes_have_the_papers_settings(path: object, capsys: pytest.CaptureFi
     assert (d.max_length, d.loss_on) == (512, "assistant")
     assert (s.gamma, s.tau, s.scheme, s.period, s.importance) == (5, 13, "bernoulli", 50, "outlier")
     assert (o.lr, o.schedule, o.warmup_steps) == (3e-5 if model == "mistral_7b" else 3e-4, "linear", 0)
-    assert (o.rank, o.refresh_gap, o.always_on) == (128, 200, "full")
-    assert (t.batch_size, t.epochs, t.steps, t.output_dir) == (16, 1, None, f"runs/{model}_{data}")
+    assert (o.rank, o.update_proj_gap, o.always_on) == (128, 200, "full")
+    assert (t.global_batch_size, t.epochs, t.steps, t.output_dir) == (16, 1, None, f"runs/{model}_{data}")

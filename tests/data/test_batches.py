@@ -40,9 +40,9 @@ def test_a_step_has_the_same_rows_at_any_world_size(
     rows = range(size + extra)
     one = [row for batch in Batches(rows, size, size, 1, 0, seed).take(k)[1] for row in batch]
     assert len(set(one)) == size
-    for world in (1, 2, 4):
-        parts = [Batches(rows, size, micro, world, rank, seed).take(k)[1] for rank in range(world)]
-        assert {len(p) for p in parts} == {size // (micro * world)}
+    for world_size in (1, 2, 4):
+        parts = [Batches(rows, size, micro, world_size, rank, seed).take(k)[1] for rank in range(world_size)]
+        assert {len(p) for p in parts} == {size // (micro * world_size)}
         assert {len(batch) for p in parts for batch in p} == {micro}
         # Micro-batch after micro-batch, rank after rank, it is even the same order.
         assert [row for at in zip(*parts, strict=True) for batch in at for row in batch] == one
@@ -55,21 +55,23 @@ def test_an_epoch_visits_every_row_at_most_once() -> None:
 
 
 def test_batches_that_cannot_be_made() -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give at most the number of rows, 3"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 4 is invalid: expected at most the number of rows, 3"):
         Batches(range(3), 4, 1, 1, 0, seed=0)
-    with pytest.raises(UserError, match=r"train\.batch_size: 4 is not right: give a multiple of 3"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 4 is invalid: expected a multiple of 3"):
         Batches(range(9), 4, 1, 3, 0, seed=0)
 
 
 @given(
     lengths=st.lists(st.integers(1, 99), max_size=40),
     size=st.integers(1, 5),
-    world=st.integers(1, 5),
+    world_size=st.integers(1, 5),
     sort=st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_held_out_rows_come_exactly_once(lengths: list[int], size: int, world: int, sort: bool) -> None:
-    parts = [held_out_batches(len(lengths), size, world, rank, lengths if sort else None) for rank in range(world)]
+def test_held_out_rows_come_exactly_once(lengths: list[int], size: int, world_size: int, sort: bool) -> None:
+    parts = [
+        held_out_batches(len(lengths), size, world_size, rank, lengths if sort else None) for rank in range(world_size)
+    ]
     assert len({len(p) for p in parts}) == 1
     assert sorted(row for p in parts for batch in p for row in batch) == list(range(len(lengths)))
     assert all(len(batch) <= size for p in parts for batch in p)

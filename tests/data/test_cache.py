@@ -63,10 +63,10 @@ def test_one_makes_it_and_the_others_wait(tmp_path: Path) -> None:
 
 def test_mistakes_are_kept_too(tmp_path: Path) -> None:
     def fail() -> Any:
-        raise UserError("data.train", "r.jsonl:3", "give text as text")
+        raise UserError("data.train", "r.jsonl:3", "expected text as text")
 
     for make in (fail, lambda: pytest.fail("it is known")):
-        with pytest.raises(UserError, match=r"data\.train: 'r\.jsonl:3' is not right: give text as text"):
+        with pytest.raises(UserError, match=r"data\.train: 'r\.jsonl:3' is invalid: expected text as text"):
             cache.entry(tmp_path, "x", make)
 
     def broken() -> Any:

@@ -101,10 +101,10 @@ def test_what_the_template_gets_of_a_turn() -> None:
 
 def test_masks_that_cannot_be_heeded_are_refused() -> None:
     row = {"messages": [*MESSAGES[:2], MESSAGES[2] | {"train": False}, *MESSAGES[3:]]}
-    with pytest.raises(UserError, match=r"data\.loss_on: 'all' is not right: give assistant: a row says which"):
+    with pytest.raises(UserError, match=r"data\.loss_on: 'all' is invalid: expected assistant: a row says which"):
         encode(row, byte_tokenizer(), 1000, loss_on="all")
     hides = byte_tokenizer("{% for m in messages if m['role'] != 'user' %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is not right: give all: .* turn 1 "):
+    with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is invalid: expected all: .* turn 1 "):
         encode({"messages": [{"role": "user", "content": "a", "train": True}]}, hides, 1000)
     # a turn that is not trained need not be found
     assert encode({"messages": [{"role": "user", "content": "a"}]}, hides, 1000) == {"input_ids": [], "labels": []}

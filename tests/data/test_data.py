@@ -197,7 +197,7 @@ def test_questions_become_a_conversation(row: dict[str, Any], said: str, answer:
 
 
 def test_templates_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.template: 'chat' is not right: give plain or alpaca"):
+    with pytest.raises(UserError, match=r"data\.template: 'chat' is invalid: expected plain or alpaca"):
         encode(GSM8K, byte_tokenizer(None), 1000, template="chat")
     for template in ("plain", "alpaca"):
         with pytest.raises(UserError, match=r"data\.template: .* give auto or chat for messages"):
@@ -211,7 +211,7 @@ def test_a_template_that_rewrites_turns_is_trained_as_it_writes_them() -> None:
 
 def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
     hiding = byte_tokenizer("{{ messages[-1]['content'] }}{% if add_generation_prompt %}?{% endif %}")
-    with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is not right: give all: .* turn 2"):
+    with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is invalid: expected all: .* turn 2"):
         encode({"messages": TALK}, hiding, 1000)
     assert encode({"messages": TALK}, hiding, 1000, loss_on="all")["labels"]
     strict = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
@@ -245,7 +245,7 @@ def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     """Those that are none of a format, and those that the chat template refuses."""
     tokenizer = byte_tokenizer("{{ raise_exception('never') if messages[0]['content'] == 'x' else 'Y' }}")
     good, refused = {"text": "abc"}, {"messages": [{"role": "user", "content": "x"}]}
-    broken = UserError("data.train", "r.jsonl:2", "give text as text")
+    broken = UserError("data.train", "r.jsonl:2", "expected text as text")
     silent = {"messages": [{"role": "user", "content": "y"}]}
     rows = [("r.jsonl:1", good), ("r.jsonl:2", broken), ("r.jsonl:3", refused), ("r.jsonl:4", silent)]
     with pytest.raises(UserError) as error:
@@ -254,7 +254,7 @@ def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     with pytest.raises(UserError) as error:
         encode_rows([rows[0], rows[2]], tokenizer, 9)
     assert str(error.value) == (
-        "data.train: 'r.jsonl:3' is not right: give messages that the model's chat template takes (never)"
+        "data.train: 'r.jsonl:3' is invalid: expected messages that the model's chat template takes (never)"
     )
     kept, counts = encode_rows(rows, tokenizer, 9, on_bad_row="skip")
     assert (len(kept), counts.bad, counts.dropped, counts.rows) == (1, 2, 1, 4)
@@ -277,30 +277,30 @@ def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "right"),
     [
-        ('{"text": ', "give one JSON object a line"),
-        ("[1]", "give a JSON object"),
+        ('{"text": ', "expected one JSON object a line"),
+        ("[1]", "expected a JSON object"),
         (
             {"question": "a"},
-            "give the columns messages or conversations or instruction, output or prompt, completion or question, "
+            "expected the columns messages or conversations or instruction, output or prompt, completion or question, "
             "choices, answer or question, answer or text",
         ),
-        ({"text": 3}, "give text as text"),
-        ({"messages": []}, "give messages as a list of at least one message"),
-        ({"messages": [{"role": "user"}]}, "give every message a role and a value"),
-        ({"messages": ["hi"]}, "give every message a role and a content"),
-        ({"conversations": [{"from": "me", "value": "a"}]}, "give from as one of human, user, gpt"),
-        ({"conversations": [{"from": "gpt", "value": 3}]}, "give every message a from and a value, both text"),
-        ({"conversations": [{"from": "gpt", "value": "a", "train": "no"}]}, "give train as true or false"),
-        ({"conversations": [{"from": "gpt", "value": "a", "weight": 0.5}]}, "give weight as 0 or 1"),
-        ({"conversations": [], "system": "a"}, "give conversations as a list of at least one message"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "give prompt and completion as a list"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "give system as text and history as a list"),
-        ({"instruction": "a", "output": None}, "give output as text"),
-        ({"instruction": "a", "input": 3, "output": "b"}, "give input as text"),
-        ({"question": "a", "answer": 3}, "give answer as text"),
-        ({"question": "a", "choices": ["b"], "answer": 0}, "give choices as a list of 2 to 26 texts"),
-        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "give answer as the number of the right choice"),
-        ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "give answer as the number of the right choice"),
+        ({"text": 3}, "expected text as text"),
+        ({"messages": []}, "expected messages as a list of at least one message"),
+        ({"messages": [{"role": "user"}]}, "expected every message a role and a value"),
+        ({"messages": ["hi"]}, "expected every message a role and a content"),
+        ({"conversations": [{"from": "me", "value": "a"}]}, "expected from as one of human, user, gpt"),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "expected every message a from and a value, both text"),
+        ({"conversations": [{"from": "gpt", "value": "a", "train": "no"}]}, "expected train as true or false"),
+        ({"conversations": [{"from": "gpt", "value": "a", "weight": 0.5}]}, "expected weight as 0 or 1"),
+        ({"conversations": [], "system": "a"}, "expected conversations as a list of at least one message"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "expected prompt and completion as a list"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "expected system as text and history as a list"),
+        ({"instruction": "a", "output": None}, "expected output as text"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "expected input as text"),
+        ({"question": "a", "answer": 3}, "expected answer as text"),
+        ({"question": "a", "choices": ["b"], "answer": 0}, "expected choices as a list of 2 to 26 texts"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "expected answer as the number of the right choice"),
+        ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "expected answer as the number of the right choice"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, bad: object, right: str) -> None:
@@ -312,9 +312,9 @@ def test_bad_lines_are_named(tmp_path: Path, bad: object, right: str) -> None:
 
 
 def test_files_that_cannot_serve_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give a readable JSON Lines file"):
+    with pytest.raises(UserError, match="expected a readable JSON Lines file"):
         load_rows(tmp_path / "missing.jsonl")
     with pytest.raises(UserError, match="at least one row"):
         load_rows(write(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(UserError, match="give prompt as text"):
+    with pytest.raises(UserError, match="expected prompt as text"):
         load_rows(write(tmp_path / "r.jsonl", {"text": "a"}), format="prompt_completion")

@@ -64,7 +64,7 @@ def test_packed_rows_train_as_rows_alone(
 def test_a_streamed_run_goes_on_with_the_same_rows(pools: Pools, calm: Path, tmp_path: Path) -> None:
     """Blocks of 13 rows make two steps of 6 each; the run is stopped in the third block, and goes on from the second
     one, on three processes."""
-    more = {"sharding": "replicated", "batch_size": 6, "micro_batch_size": 1}
+    more = {"sharding": "replicated", "global_batch_size": 6, "micro_batch_size": 1}
     data = {"streaming": True, "buffer_size": 13, "packing": False}
     whole = in_data(recipe(calm, tmp_path / "whole", **more), **data)
     pools(2).run(run, whole, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import ows_ds.loss
 import pytest
 import torch
 import transformers
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import modeling_flash_attention_utils
 
+import ows_ds.train.loss
 from ows_ds.data import attention
 from ows_ds.data.batches import collate
 from ows_ds.data.encoded import Builder, Encoded

@@ -82,7 +82,7 @@ def test_folders_that_were_saved(tmp_path: Path) -> None:
     assert load_rows(tmp_path / "one") == load_rows(tmp_path / "one", split="test") == rows
     assert load_rows(tmp_path / "one", split="train[1:]") == rows[1:]
     assert load_rows(tmp_path / "two", split="dev") == rows[1:]
-    with pytest.raises(UserError, match=r"data\.train_split: 'test' is not right: give one of train, dev"):
+    with pytest.raises(UserError, match=r"data\.train_split: 'test' is invalid: expected one of train, dev"):
         load_rows(tmp_path / "two", split="test")
 
 

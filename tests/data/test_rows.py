@@ -78,13 +78,13 @@ def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "value", "right"),
     [
-        ("r.json", "[{", "r.json", "give a readable JSON file"),
-        ("r.json", "[1]", "r.json: row 1", "give a JSON object"),
-        ("r.json", '[{"text": "a"}, {"text": 3}]', "r.json: row 2", "give text as text"),
-        ("r.json", '{"text": "a"}\n{"text": 3}', "r.json:2", "give text as text"),
-        ("r.parquet", "x", "r.parquet", "give a readable Parquet file"),
-        ("r.csv", "", "r.csv", "give a readable CSV file"),
-        ("r.csv", "question,anwser\na,b\n", "r.csv: row 1", "give the columns messages or"),
+        ("r.json", "[{", "r.json", "expected a readable JSON file"),
+        ("r.json", "[1]", "r.json: row 1", "expected a JSON object"),
+        ("r.json", '[{"text": "a"}, {"text": 3}]', "r.json: row 2", "expected text as text"),
+        ("r.json", '{"text": "a"}\n{"text": 3}', "r.json:2", "expected text as text"),
+        ("r.parquet", "x", "r.parquet", "expected a readable Parquet file"),
+        ("r.csv", "", "r.csv", "expected a readable CSV file"),
+        ("r.csv", "question,anwser\na,b\n", "r.csv: row 1", "expected the columns messages or"),
     ],
 )
 def test_files_that_cannot_serve_are_named(tmp_path: Path, name: str, content: str, value: str, right: str) -> None:
@@ -104,11 +104,23 @@ def test_a_folder_is_a_data_set(folder: str) -> None:
 @pytest.mark.parametrize(
     ("subset", "split", "key", "value", "right"),
     [
-        (None, "test", "data.eval_subset", None, "give one that the data set has (Config name is missing. Please pick"),
-        ("man", "test", "data.eval_subset", "man", "give one that the data set has (BuilderConfig 'man' not found."),
-        ("main", "dev", "data.eval_split", "dev", "give one of train, test, or a part such as train[:1%]"),
-        ("main", "test[:300%]", "data.eval_split", "test[:300%]", "give a split or a part of one"),
-        ("main", "test[5:]", "data.eval_split", "test[5:]", "give a part with at least one of the 3 rows"),
+        (
+            None,
+            "test",
+            "data.eval_subset",
+            None,
+            "expected one that the data set has (Config name is missing. Please pick",
+        ),
+        (
+            "man",
+            "test",
+            "data.eval_subset",
+            "man",
+            "expected one that the data set has (BuilderConfig 'man' not found.",
+        ),
+        ("main", "dev", "data.eval_split", "dev", "expected one of train, test, or a part such as train[:1%]"),
+        ("main", "test[:300%]", "data.eval_split", "test[:300%]", "expected a split or a part of one"),
+        ("main", "test[5:]", "data.eval_split", "test[5:]", "expected a part with at least one of the 3 rows"),
     ],
 )
 def test_subsets_and_splits_that_do_not_exist(
@@ -123,7 +135,7 @@ def test_subsets_and_splits_that_do_not_exist(
 def test_wrong_columns_of_a_data_set_are_named(folder: str) -> None:
     with pytest.raises(UserError) as error:
         load_rows(folder, "alpaca", subset="main", split="test[1:]")
-    assert (error.value.value, error.value.right) == (f"{folder} test: row 2", "give instruction as text")
+    assert (error.value.value, error.value.right) == (f"{folder} test: row 2", "expected instruction as text")
 
 
 def test_the_hub_is_asked_for_name_and_subset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +160,7 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
     with pytest.raises(UserError) as error:
         load_rows("openai/gsm8k", subset="main")
     assert str(error.value).startswith(
-        "data.train: 'openai/gsm8k' is not right: give a file that exists, or a data set on the hub that can be "
+        "data.train: 'openai/gsm8k' is invalid: expected a file that exists, or a data set on the hub that can be "
         "reached or is in the cache (Couldn't reach 'openai/gsm8k' on the Hub"
     )
 

@@ -27,11 +27,25 @@ def write(folder: Path, name: str, count: int) -> Source:
 
 
 def opened(
-    sources: list[Source], buffer: int, data: Data = DATA, batch: int = 2, world: int = 1, rank: int = 0, **more: Any
+    sources: list[Source],
+    buffer: int,
+    data: Data = DATA,
+    batch: int = 2,
+    world_size: int = 1,
+    rank: int = 0,
+    **more: Any,
 ) -> Stream:
     tokenizer = byte_tokenizer(None)
     return Stream(
-        sources, buffer, lambda rows: prepare.block(data, tokenizer, sources, rows), batch, 1, world, rank, 0, **more
+        sources,
+        buffer,
+        lambda rows: prepare.block(data, tokenizer, sources, rows),
+        batch,
+        1,
+        world_size,
+        rank,
+        0,
+        **more,
     )
 
 
@@ -67,7 +81,7 @@ def test_a_run_goes_on_with_the_same_rows_at_any_world_size(tmp_path: Path, pack
         again.take(k)
         states[k + 1] = again.state()
     for done in (3, 6, 7):
-        parts = [opened(sources, 12, data, world=2, rank=rank, state=states[done]) for rank in (0, 1)]
+        parts = [opened(sources, 12, data, world_size=2, rank=rank, state=states[done]) for rank in (0, 1)]
         for k in range(done, 12):
             taken = [part.take(k) for part in parts]
             assert texts(taken[0][0]) == texts(taken[1][0]) == all_of_it[k]
@@ -93,7 +107,7 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     assert steps.counts.first_bad.startswith(f"{path}:2: give the columns")
     with pytest.raises(UserError, match=r"data\.train: .*r\.jsonl:2"):
         opened([Source(str(path))], 4)
-    with pytest.raises(UserError, match=r"train\.batch_size: 3 is not right: give at most 2, as many as a block"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size: 3 is invalid: expected at most 2, as many as a block"):
         opened([Source(str(path))], 4, data, batch=3)
 
 

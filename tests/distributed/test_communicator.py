@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from ows_ds.distributed.communicator import Communicator, Disagreement, _first_difference, join
+from ows_ds.distributed.communicator import Communicator, RankMismatchError, _first_difference, join
 from ows_ds.errors import UserError
 
 
 def test_every_operation_is_the_identity() -> None:
     comm = Communicator()
-    assert (comm.index, comm.world) == (0, 1)
+    assert (comm.rank, comm.world_size) == (0, 1)
     tensor = torch.arange(6.0).view(3, 2)
     expected = tensor.clone()
     assert comm.broadcast(tensor) is tensor
@@ -23,11 +23,11 @@ def test_every_operation_is_the_identity() -> None:
     assert comm.all_reduce(tensor) is tensor
     assert torch.equal(tensor, expected)
     value = {"layers": [1, 3], "text": "ä"}
-    assert comm.share(value) is value
-    assert comm.collect(value) == [value]
+    assert comm.broadcast_object(value) is value
+    assert comm.all_gather_object(value) == [value]
     comm.barrier()
-    comm.agree("anything", value)
-    comm.all_good(None)
+    comm.assert_consistent("anything", value)
+    comm.raise_if_any_failed(None)
     assert not comm.sent
 
 
@@ -44,9 +44,9 @@ def test_alone_what_is_begun_is_done() -> None:
 
 
 def test_errors_come_out_as_they_are() -> None:
-    for error in (ValueError("bad"), UserError("optim.rank", 0, "give 1")):
+    for error in (ValueError("bad"), UserError("optim.rank", 0, "expected 1")):
         with pytest.raises(type(error)) as caught:
-            Communicator().all_good(error)
+            Communicator().raise_if_any_failed(error)
         assert caught.value is error
 
 
@@ -71,9 +71,9 @@ def test_first_difference(other: Any, value: Any, says: str) -> None:
 
 
 class Two(Communicator):
-    """Process 0 of two whose other process always says ``other``."""
+    """Rank 0 of two whose other process always says ``other``."""
 
-    world = 2
+    world_size = 2
 
     def __init__(self, other: Any) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class Two(Communicator):
 
 def test_disagreement_says_what_differs() -> None:
     comm = Two({"layers": [1, 4], "rank": 8})
-    with pytest.raises(Disagreement) as caught:
-        comm.agree("the layers of step 7", {"layers": [1, 3], "rank": 8})
+    with pytest.raises(RankMismatchError) as caught:
+        comm.assert_consistent("the layers of step 7", {"layers": [1, 3], "rank": 8})
     assert str(caught.value) == (
         "the processes do not agree on the layers of step 7: "
-        "process 1 has layers: [1, 4] where process 0 has layers: [1, 3]"
+        "process 1 has layers: [1, 4] where rank 0 has layers: [1, 3]"
     )

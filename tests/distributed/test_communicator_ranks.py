@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_ds.distributed.communicator import Communicator, Disagreement, Distributed, join
+from ows_ds.distributed.communicator import Communicator, Distributed, RankMismatchError, join
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
 from ows_ds.optim.ows import OWS
@@ -29,18 +29,18 @@ def contribution(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> 
     return numbers.to(dtype)
 
 
-def everyones(world: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.stack([contribution(rank, *shape, dtype=dtype) for rank in range(world)])
+def everyones(world_size: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.stack([contribution(rank, *shape, dtype=dtype) for rank in range(world_size)])
 
 
 def operate(
-    rank: int, world: int, calls: list[tuple[str, int]], shape: tuple[int, ...], dtype: torch.dtype
+    rank: int, world_size: int, calls: list[tuple[str, int]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> list[tuple[Tensor, int, int]]:
     """Operations (name, owner): the result of each, what was counted under its name, and all that was counted."""
     results = []
     for what, owner in calls:
         comm = Distributed("cpu")
-        assert (comm.index, comm.world) == (rank, world)
+        assert (comm.rank, comm.world_size) == (rank, world_size)
         tensor = contribution(rank, *shape, dtype=dtype)
         if what == "broadcast":
             result = comm.broadcast(tensor, "name")
@@ -53,13 +53,13 @@ def operate(
         elif what == "all_gather":
             result = comm.all_gather(tensor, "name")
         elif what == "start_reduce_scatter":
-            result = tensor.new_zeros(shape[0] // world, *shape[1:])
+            result = tensor.new_zeros(shape[0] // world_size, *shape[1:])
             comm.start_reduce_scatter(tensor, result, "name").wait()
         elif what == "start_all_gather":
-            result = tensor.new_zeros(world * shape[0], *shape[1:])
+            result = tensor.new_zeros(world_size * shape[0], *shape[1:])
             comm.start_all_gather(tensor, result, "name").wait()
         elif what == "start_all_gather in place":
-            result = tensor.new_zeros(world * shape[0], *shape[1:])
+            result = tensor.new_zeros(world_size * shape[0], *shape[1:])
             part = result[rank * shape[0] : (rank + 1) * shape[0]]
             part.copy_(tensor)
             comm.start_all_gather(part, result, "name").wait()
@@ -71,29 +71,29 @@ def operate(
     return results
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_operations(pools: Pools, world: int) -> None:
-    shape = (2 * world, 5)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_operations(pools: Pools, world_size: int) -> None:
+    shape = (2 * world_size, 5)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        size = 2 * world * 5 * dtype.itemsize  # N: bytes of the tensor
-        every = everyones(world, *shape, dtype=dtype)
+        size = 2 * world_size * 5 * dtype.itemsize  # N: bytes of the tensor
+        every = everyones(world_size, *shape, dtype=dtype)
         total = every.sum(0)
         # by (operation, owner): result by rank (None: not defined), bytes by rank
         expected: dict[tuple[str, int], tuple[list[Tensor | None], list[int]]] = {
-            ("broadcast", 0): ([every[0]] * world, [size] + [0] * (world - 1)),
+            ("broadcast", 0): ([every[0]] * world_size, [size] + [0] * (world_size - 1)),
             **{
-                (how, 0): (list(total.chunk(world)), [size // world * (world - 1)] * world)
+                (how, 0): (list(total.chunk(world_size)), [size // world_size * (world_size - 1)] * world_size)
                 for how in ("reduce_scatter", "start_reduce_scatter")
             },
-            ("all_reduce", 0): ([total] * world, [2 * size // world * (world - 1)] * world),
+            ("all_reduce", 0): ([total] * world_size, [2 * size // world_size * (world_size - 1)] * world_size),
         }
         for how in ("all_gather", "start_all_gather", "start_all_gather in place"):
-            expected[how, 0] = ([every.flatten(0, 1)] * world, [size * (world - 1)] * world)
-        for owner in range(world):
-            mine = [rank == owner for rank in range(world)]
+            expected[how, 0] = ([every.flatten(0, 1)] * world_size, [size * (world_size - 1)] * world_size)
+        for owner in range(world_size):
+            mine = [rank == owner for rank in range(world_size)]
             expected["reduce", owner] = ([total if own else None for own in mine], [0 if own else size for own in mine])
 
-        by_rank = pools(world).run(operate, list(expected), shape, dtype)
+        by_rank = pools(world_size).run(operate, list(expected), shape, dtype)
         for rank, results in enumerate(by_rank):
             for (call, (values, sent)), (result, named, counted) in zip(expected.items(), results, strict=True):
                 wanted = values[rank]
@@ -101,10 +101,10 @@ def test_operations(pools: Pools, world: int) -> None:
                 assert named == counted == sent[rank], (call, rank)
 
 
-def several_at_once(rank: int, world: int) -> list[Tensor]:
+def several_at_once(rank: int, world_size: int) -> list[Tensor]:
     """Three reductions under way while others come and go, waited for in another order."""
     comm = Distributed("cpu")
-    tensors = [contribution(rank, world * rows, 3) for rows in (1, 4, 2)]
+    tensors = [contribution(rank, world_size * rows, 3) for rows in (1, 4, 2)]
     parts = [torch.zeros(rows, 3) for rows in (1, 4, 2)]
     pending = []
     for tensor, part in zip(tensors, parts, strict=True):
@@ -115,14 +115,14 @@ def several_at_once(rank: int, world: int) -> list[Tensor]:
     return parts
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_several_at_once(pools: Pools, world: int) -> None:
-    for rank, parts in enumerate(pools(world).run(several_at_once)):
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_several_at_once(pools: Pools, world_size: int) -> None:
+    for rank, parts in enumerate(pools(world_size).run(several_at_once)):
         for rows, part in zip((1, 4, 2), parts, strict=True):
-            assert torch.equal(part, everyones(world, world * rows, 3).sum(0).chunk(world)[rank])
+            assert torch.equal(part, everyones(world_size, world_size * rows, 3).sum(0).chunk(world_size)[rank])
 
 
-def bytes_of_the_legend(rank: int, world: int) -> dict[str, int]:
+def bytes_of_the_legend(rank: int, world_size: int) -> dict[str, int]:
     """60 bytes (float32, 15 entries) through every operation, under its default name."""
     comm = Distributed("cpu")
     tensor = torch.zeros(15)
@@ -152,26 +152,26 @@ VALUES: list[Any] = [
 ]
 
 
-def exchange(rank: int, world: int) -> tuple[list[Any], list[Any], dict[str, int]]:
+def exchange(rank: int, world_size: int) -> tuple[list[Any], list[Any], dict[str, int]]:
     comm = Distributed("cpu")
-    shared = [comm.share(VALUES[i] if rank == 0 else object(), "s") for i in range(3)]
-    collected = [comm.collect(VALUES[(rank + shift) % 3], "c") for shift in range(3)]
+    shared = [comm.broadcast_object(VALUES[i] if rank == 0 else object(), "s") for i in range(3)]
+    collected = [comm.all_gather_object(VALUES[(rank + shift) % 3], "c") for shift in range(3)]
     return shared, collected, dict(comm.sent)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_share_and_collect_of_uneven_lengths(pools: Pools, world: int) -> None:
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_share_and_collect_of_uneven_lengths(pools: Pools, world_size: int) -> None:
     longest = [len(b'{"layers": [3, 17], "text": "gr\\u00f6\\u00dfer \\u2713"}'), 4, 3000 + 46]
-    lengths = 3 * 8 * (world - 1)  # one int64 each time
-    # process 0 has value s the shift s, process 1 the next one; in a world of two one of the three stays away
-    taken = [max(longest[(rank + shift) % 3] for rank in range(world)) for shift in range(3)]
-    for shared, collected, sent in pools(world).run(exchange):
+    lengths = 3 * 8 * (world_size - 1)  # one int64 each time
+    # rank 0 has value s the shift s, process 1 the next one; in a world of two one of the three stays away
+    taken = [max(longest[(rank + shift) % 3] for rank in range(world_size)) for shift in range(3)]
+    for shared, collected, sent in pools(world_size).run(exchange):
         assert shared == VALUES
-        assert collected == [[VALUES[(rank + shift) % 3] for rank in range(world)] for shift in range(3)]
-        # the others contribute null, 4 bytes, to what process 0 shares
+        assert collected == [[VALUES[(rank + shift) % 3] for rank in range(world_size)] for shift in range(3)]
+        # the others contribute null, 4 bytes, to what rank 0 shares
         assert sent == {
-            "s": lengths + sum(longest) * (world - 1),
-            "c": lengths + sum(taken) * (world - 1),
+            "s": lengths + sum(longest) * (world_size - 1),
+            "c": lengths + sum(taken) * (world_size - 1),
         }
 
 
@@ -181,34 +181,34 @@ AGREED: dict[str, Any] = {"layers": [1, 3], "plan": {"rank": 8, "slots": {"a": [
 OTHER: dict[str, Any] = {"layers": [1, 3], "plan": {"rank": 8, "slots": {"a": [0, 4], "b": [4, 8]}}}
 
 
-def agree(rank: int, world: int, cases: list[tuple[int, ...]]) -> list[tuple[str, float]]:
+def agree(rank: int, world_size: int, cases: list[tuple[int, ...]]) -> list[tuple[str, float]]:
     """For each case (processes that differ): what was said, and after how many seconds."""
     comm = Distributed("cpu")
-    comm.agree("the beginning", AGREED)
-    assert comm.sent["agree"] == (8 + 66) * (world - 1)  # a length, and a digest in quotes
+    comm.assert_consistent("the beginning", AGREED)
+    assert comm.sent["agree"] == (8 + 66) * (world_size - 1)  # a length, and a digest in quotes
     results = []
     for different in cases:
         start = time.monotonic()
         said = ""
         try:
-            comm.agree("the plan of step 4", OTHER if rank in different else AGREED)
-        except Disagreement as error:
+            comm.assert_consistent("the plan of step 4", OTHER if rank in different else AGREED)
+        except RankMismatchError as error:
             said = str(error)
         results.append((said, time.monotonic() - start))
     return results
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_agree(pools: Pools, world: int) -> None:
-    others = range(1, world)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_agree(pools: Pools, world_size: int) -> None:
+    others = range(1, world_size)
     cases: dict[tuple[int, ...], list[str]] = {
         (): [],
-        (0,): [f"process {i} has plan: slots: b: [4, 9] where process 0 has plan: slots: b: [4, 8]" for i in others],
-        tuple(range(world)): [],
+        (0,): [f"process {i} has plan: slots: b: [4, 9] where rank 0 has plan: slots: b: [4, 8]" for i in others],
+        tuple(range(world_size)): [],
     }
     for i in others:
-        cases[(i,)] = [f"process {i} has plan: slots: b: [4, 8] where process 0 has plan: slots: b: [4, 9]"]
-    for results in pools(world).run(agree, list(cases)):
+        cases[(i,)] = [f"process {i} has plan: slots: b: [4, 8] where rank 0 has plan: slots: b: [4, 9]"]
+    for results in pools(world_size).run(agree, list(cases)):
         for says, (said, seconds) in zip(cases.values(), results, strict=True):
             if says:
                 assert said == f"the processes do not agree on the plan of step 4: {'; '.join(says)}"
@@ -221,19 +221,19 @@ class OwnMind(Distributed):
     """A process that takes another layer set than the one it is sent."""
 
     def share(self, value: Any, name: str = "share") -> Any:
-        shared = super().share(value, name)
+        shared = super().broadcast_object(value, name)
         return [0, 1, 2] if name == "layer_set" and self.index == 1 else shared
 
 
 MISTAKES = {
     "none": "",
-    "layers": "process 1 has layers: [0, 1, 2] where process 0 has layers: [",
-    "rank": "process 1 has plan: rank: 5 where process 0 has plan: rank: 6",
+    "layers": "process 1 has layers: [0, 1, 2] where rank 0 has layers: [",
+    "rank": "process 1 has plan: rank: 5 where rank 0 has plan: rank: 6",
     "always_on": 'process 1 has plan: order: ["model.layers.0", "model.layers.',
 }
 
 
-def train(rank: int, world: int) -> dict[str, tuple[str, float]]:
+def train(rank: int, world_size: int) -> dict[str, tuple[str, float]]:
     """For each mistake of process 1: what OWS said, and after how many seconds."""
     results = {}
     for mistake in MISTAKES:
@@ -246,7 +246,7 @@ def train(rank: int, world: int) -> dict[str, tuple[str, float]]:
         said = ""
         try:
             OWS(weights, scores=RATIOS, **settings)
-        except Disagreement as error:
+        except RankMismatchError as error:
             said = str(error)
         results[mistake] = (said, time.monotonic() - start)
     return results
@@ -263,14 +263,14 @@ def test_a_process_with_a_mind_of_its_own_stops_all(pools: Pools) -> None:
                 assert seconds < SOON
 
 
-def waits_for_the_other(rank: int, world: int) -> tuple[str, float]:
+def waits_for_the_other(rank: int, world_size: int) -> tuple[str, float]:
     group = dist.new_group(timeout=timedelta(seconds=1))
     comm = Distributed("cpu", group)
     start = time.monotonic()
     said = ""
     if rank == 0:
         try:
-            comm.agree("what the other never says", AGREED)
+            comm.assert_consistent("what the other never says", AGREED)
         except RuntimeError as error:
             said = str(error)
     seconds = time.monotonic() - start
@@ -290,7 +290,7 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(pools: Pools) -> 
 Said = tuple[str, str, Any]
 
 
-def fail(rank: int, world: int, cases: list[dict[int, BaseException]]) -> list[Said]:
+def fail(rank: int, world_size: int, cases: list[dict[int, BaseException]]) -> list[Said]:
     """For each case (errors by process): type, text, and the fields of a UserError, or "own" for the process's own."""
     comm = Distributed("cpu")
     results = []
@@ -298,7 +298,7 @@ def fail(rank: int, world: int, cases: list[dict[int, BaseException]]) -> list[S
         mine = errors.get(rank)
         said: Said = ("", "", None)
         try:
-            comm.all_good(mine)
+            comm.raise_if_any_failed(mine)
         except UserError as error:
             said = ("UserError", str(error), "own" if error is mine else fields(error))
         except Exception as error:
@@ -319,7 +319,7 @@ class Portable(UserError):
 
 
 def test_all_good(pools: Pools) -> None:
-    mistake = Portable("data.train", "rows.jsonl", "give a file that exists")
+    mistake = Portable("data.train", "rows.jsonl", "expected a file that exists")
     told: Said = ("UserError", str(mistake), fields(mistake))
     own: Said = ("UserError", str(mistake), "own")
     luck: Said = ("ValueError", "bad luck", "own")
@@ -332,7 +332,7 @@ def test_all_good(pools: Pools) -> None:
         # other errors name the process
         ({1: ValueError("bad luck")}, [stopped, luck, stopped]),
         ({0: ValueError("bad luck"), 2: OSError("disk")},
-         [luck, ("Disagreement", "process 0: ValueError: bad luck; process 2: OSError: disk", None),
+         [luck, ("Disagreement", "rank 0: ValueError: bad luck; process 2: OSError: disk", None),
           ("OSError", "disk", "own")]),
         # who has no error of its own hears of what can be put right
         ({0: ValueError("bad luck"), 2: mistake}, [luck, told, own]),
@@ -345,9 +345,9 @@ def test_all_good(pools: Pools) -> None:
 # ---- joining
 
 
-def joined(rank: int, world: int) -> tuple[bool, int, int]:
+def joined(rank: int, world_size: int) -> tuple[bool, int, int]:
     comm = join("cpu")
-    return isinstance(comm, Distributed), comm.index, comm.world
+    return isinstance(comm, Distributed), comm.rank, comm.world_size
 
 
 def test_join(pools: Pools) -> None:

@@ -1,4 +1,4 @@
-"""ds_configs/: each file trains the same bits as plain ZeRO-3, over periods with folds; what cannot is refused."""
+"""ds_configs/: each file trains the same bits as plain ZeRO-3, over periods with merges; what cannot is refused."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 FILES = {path.stem: path for path in FOLDER.glob("*.json")}
 
 
-def run_alone(rank: int, world: int, recipe: config.Recipe) -> None:
+def run_alone(rank: int, world_size: int, recipe: config.Recipe) -> None:
     """Train; what DeepSpeed keeps for the rest of a process goes with the run."""
     try:
-        run(rank, world, recipe, None)
+        run(rank, world_size, recipe, None)
     finally:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def trained(
-    pools: Pools, world: int, inputs: Path, output: Path, file: Path | None, method: str = "ows"
+    pools: Pools, world_size: int, inputs: Path, output: Path, file: Path | None, method: str = "ows"
 ) -> tuple[list[dict[str, Any]], dict[str, str], int]:
     """Records, files and DeepSpeed's gathers in bytes of a run with the settings of ``file``, None: the default."""
     ds_config = None if file is None else str(file)
     optim = {"lr": 1e-2 if method == "ows" else 1e-3}
     one = recipe(inputs, output, method=method, optim=optim, sharding="zero3", ds_config=ds_config, micro_batch_size=1)
-    pools(world).run(run_alone, one)
+    pools(world_size).run(run_alone, one)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return *contents(output), sum(line["comm_bytes"]["weights"] for line in lines)
 
@@ -53,7 +53,7 @@ def test_each_file_trains_the_same_bits(pools: Pools, inputs: Path, tmp_path: Pa
     expected = trained(pools, 2, inputs, tmp_path / "plain", None)
     assert trained(pools, 2, inputs, tmp_path / name, FILES[name]) == expected
     sets = [record["sampled_layers"] for record in expected[0][1:]]
-    assert len({tuple(one) for one in sets}) > 1  # units have left: folds
+    assert len({tuple(one) for one in sets}) > 1  # units have left: merges
 
 
 @pytest.mark.parametrize("method", ["ows", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mezo", "lora"))])
@@ -68,39 +68,42 @@ def test_hpz_sees_every_fold_and_gathers_within_its_group(
     assert hpz[2] < plain[2]
 
 
-def refused(changes: dict[str, Any], world: int = 4) -> str:
+def refused(changes: dict[str, Any], world_size: int = 4) -> str:
     settings = json.loads(json.dumps(DEFAULT_CONFIG))
     settings["zero_optimization"] |= changes.pop("zero", {})
     with pytest.raises(UserError) as caught:
-        resolve_config(settings | changes, "bfloat16", 2, 3, world)
+        resolve_config(settings | changes, "bfloat16", 2, 3, world_size)
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"zero": {"stage": 2}}, "zero_optimization.stage: 2 is not right: give 3"),
-        ({"optimizer": {"type": "AdamW"}}, "optimizer: {'type': 'AdamW'} is not right: leave it out"),
-        ({"scheduler": {}}, "scheduler: {} is not right: leave it out"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0 is not right: leave it out"),
-        ({"fp16": {"enabled": True}}, 'fp16.enabled: True is not right: give "auto"'),
-        ({"bf16": {"enabled": False}}, 'bf16.enabled: False is not right: give "auto"'),
-        ({"train_batch_size": 23}, 'train_batch_size: 23 is not right: give "auto"; the recipe makes it 24'),
-        ({"train_micro_batch_size_per_gpu": 1}, 'train_micro_batch_size_per_gpu: 1 is not right: give "auto"'),
-        ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps: 2 is not right: give "auto"'),
+        ({"zero": {"stage": 2}}, "zero_optimization.stage: 2 is invalid: expected 3"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer: {'type': 'AdamW'} is invalid: leave it out"),
+        ({"scheduler": {}}, "scheduler: {} is invalid: leave it out"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0 is invalid: leave it out"),
+        ({"fp16": {"enabled": True}}, 'fp16.enabled: True is invalid: expected "auto"'),
+        ({"bf16": {"enabled": False}}, 'bf16.enabled: False is invalid: expected "auto"'),
+        ({"train_batch_size": 23}, 'train_batch_size: 23 is invalid: expected "auto"; the recipe makes it 24'),
+        ({"train_micro_batch_size_per_gpu": 1}, 'train_micro_batch_size_per_gpu: 1 is invalid: expected "auto"'),
+        ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps: 2 is invalid: expected "auto"'),
         (
             {"zero": {"offload_param": {"device": "nvme"}}},
-            "offload_param.device: 'nvme' is not right: give none",
+            "offload_param.device: 'nvme' is invalid: expected none",
         ),
-        ({"zero": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device: 'cpu' is not right: give none"),
-        ({"zero": {"zero_quantized_weights": True}}, "zero_quantized_weights: True is not right: give false"),
+        (
+            {"zero": {"offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer.device: 'cpu' is invalid: expected none",
+        ),
+        ({"zero": {"zero_quantized_weights": True}}, "zero_quantized_weights: True is invalid: expected false"),
         (
             {"zero": {"zero_quantized_nontrainable_weights": True}},
-            "nontrainable_weights: True is not right: give",
+            "nontrainable_weights: True is invalid: expected",
         ),
         (
             {"zero": {"zero_hpz_partition_size": 3}},
-            'zero_hpz_partition_size: 3 is not right: give "auto"',
+            'zero_hpz_partition_size: 3 is invalid: expected "auto"',
         ),
     ],
 )

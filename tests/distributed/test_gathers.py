@@ -15,33 +15,40 @@ from tests.support.training import RATIOS, mean_loss, micro_batches
 STEPS = 6
 
 
-def sharded(world: int) -> Zero3:
-    return Zero3(tiny("llama"), resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world), join("cpu"))
+def sharded(world_size: int) -> Zero3:
+    return Zero3(tiny("llama"), resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world_size), join("cpu"))
 
 
-def evaluate(weights: Zero3, rank: int, world: int) -> None:
+def evaluate(weights: Zero3, rank: int, world_size: int) -> None:
     with torch.no_grad():
-        mean_loss(weights, micro_batches(0, rank, world, 1)[0])
+        mean_loss(weights, micro_batches(0, rank, world_size, 1)[0])
     weights.after_step()
 
 
-def gathered(rank: int, world: int, evaluations: int, every: int | None) -> list[int]:
+def gathered(rank: int, world_size: int, evaluations: int, every: int | None) -> list[int]:
     """Bytes of gathers of each training step, after ``evaluations`` forward passes and with one ``every`` few steps."""
     ows = OWS(
-        sharded(world), scores=RATIOS, gamma=1, scheme="fixed", refresh_gap=100, period=100, rank=4, always_on="none"
+        sharded(world_size),
+        scores=RATIOS,
+        gamma=1,
+        scheme="fixed",
+        update_proj_gap=100,
+        period=100,
+        rank=4,
+        always_on="none",
     )
     for _ in range(evaluations):
-        evaluate(ows.weights, rank, world)
+        evaluate(ows.weights, rank, world_size)
     sent = []
     for step in range(STEPS):
         before = ows.comm.sent["weights"]
-        for ids in micro_batches(step, rank, world, 1):
+        for ids in micro_batches(step, rank, world_size, 1):
             ows.backward(mean_loss(ows.weights, ids))
         ows.step()
         ows.zero_grad()
         sent.append(ows.comm.sent["weights"] - before)
         if every is not None and step % every == 0:
-            evaluate(ows.weights, rank, world)
+            evaluate(ows.weights, rank, world_size)
     ows.close()
     return sent
 
@@ -56,15 +63,15 @@ def test_evaluations_cost_training_no_gathers(pools: Pools) -> None:
             assert pools(2).run(gathered, evaluations, every) == [expected] * 2
 
 
-def course(rank: int, world: int, lowest: list[int]) -> list[int]:
+def course(rank: int, world_size: int, lowest: list[int]) -> list[int]:
     """Bytes of gathers of passes in which the layers from each ``lowest`` on train."""
-    weights = sharded(world)
+    weights = sharded(world_size)
     sent = []
     for step, first in enumerate(lowest):
         for name, parameter in weights.module.named_parameters():
             parameter.requires_grad_(any(f"layers.{i}.input_layernorm" in name for i in range(first, 3)))
         before = weights.comm.sent["weights"]
-        weights.backward(mean_loss(weights, micro_batches(step, rank, world, 1)[0]))
+        weights.backward(mean_loss(weights, micro_batches(step, rank, world_size, 1)[0]))
         weights.after_step()
         weights.module.zero_grad()
         sent.append(weights.comm.sent["weights"] - before)

@@ -88,7 +88,7 @@ def test_what_cannot_fit_is_refused_with_the_figure(
     monkeypatch.setattr(memory_check, "available", lambda: int(needed / 1.3))
     with pytest.raises(UserError) as caught:
         check_memory(asked, alone(), 64)
-    words = f"train.sharding: 'replicated' is not right: a step needs {needed / 1e9:.1f} GB of a process that has "
+    words = f"train.sharding: 'replicated' is invalid: a step needs {needed / 1e9:.1f} GB of a process that has "
     assert str(caught.value).startswith(words)
     check_memory(asked, alone(), 8)  # shorter rows than data.max_length
 

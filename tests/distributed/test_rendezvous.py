@@ -100,9 +100,7 @@ def test_hosts_that_can_meet(names: dict[str, str]) -> None:
 
 def test_an_own_name_that_leads_home(names: dict[str, str]) -> None:
     names["n1"] = "127.0.1.1"
-    message = (
-        "GLOO_SOCKET_IFNAME: None is not right: n1 resolves to 127.0.1.1, where other hosts cannot reach it: set it"
-    )
+    message = "GLOO_SOCKET_IFNAME: None is invalid: n1 resolves to 127.0.1.1, where other hosts cannot reach it: set it"
     with pytest.raises(UserError, match=message):
         rendezvous.check(SECOND, "gloo")
     rendezvous.check(SECOND, "nccl")  # which looks at interfaces
@@ -118,7 +116,7 @@ def test_a_meeting_point_that_leads_home(names: dict[str, str]) -> None:
     for backend in ("gloo", "nccl"):
         with pytest.raises(UserError, match=r"MASTER_ADDR: 'localhost' .* reach it .localhost resolves to 127.0.0.1"):
             rendezvous.check(SECOND | {"MASTER_ADDR": "localhost"}, backend)
-    first = SECOND | {"RANK": "0", "MASTER_ADDR": "localhost"}  # process 0 is at home there
+    first = SECOND | {"RANK": "0", "MASTER_ADDR": "localhost"}  # rank 0 is at home there
     rendezvous.check(first, "gloo")
     with pytest.raises(UserError, match="NCCL_SOCKET_IFNAME: 'lo'"):
         rendezvous.check(SECOND | {"NCCL_SOCKET_IFNAME": "lo"}, "nccl")
@@ -126,12 +124,10 @@ def test_a_meeting_point_that_leads_home(names: dict[str, str]) -> None:
 
 def test_own_address(names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert rendezvous.own_address({"GLOO_SOCKET_IFNAME": "lo"}) == "127.0.0.1"
-    with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME: 'nosuch0' is not right: give one of .*lo"):
+    with pytest.raises(UserError, match=r"NCCL_SOCKET_IFNAME: 'nosuch0' is invalid: expected one of .*lo"):
         rendezvous.own_address({"NCCL_SOCKET_IFNAME": "nosuch0"})
     monkeypatch.setattr(socket, "gethostbyname", names.__getitem__)
     assert rendezvous.own_address({}) == "10.0.0.2"
     names["n1"] = "127.0.1.1"
-    with pytest.raises(
-        UserError, match=r"MASTER_ADDR: None .* n1 resolves to 127.0.1.1: set it to process 0's address"
-    ):
+    with pytest.raises(UserError, match=r"MASTER_ADDR: None .* n1 resolves to 127.0.1.1: set it to rank 0's address"):
         rendezvous.own_address({})

@@ -53,7 +53,7 @@ def test_the_same_order_passed_on_by_a_launcher_is_one() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    with signals.heeded() as told:
+    with signals.stop_on_signal() as told:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert told.wait(20)
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
@@ -65,7 +65,7 @@ def test_other_threads_leave_signals_alone() -> None:
     seen = []
 
     def work() -> None:
-        with signals.heeded() as told:
+        with signals.stop_on_signal() as told:
             seen.append((told.is_set(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)

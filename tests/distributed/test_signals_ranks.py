@@ -21,7 +21,7 @@ from tests.train.test_trainer import contents, run
 
 
 def signalled(
-    rank: int, world: int, recipe: config.Recipe, at: int, order: Sequence[int], within: bool = False
+    rank: int, world_size: int, recipe: config.Recipe, at: int, order: Sequence[int], within: bool = False
 ) -> bool:
     """Train; process r gets ``order[r]`` (0: nothing) once step ``at`` is logged. Whether it stopped.
 
@@ -56,7 +56,7 @@ def signalled(
 def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run that nothing stops leaves behind."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3", eval_every=5, keep_last=1), None)
+    pools(2).run(run, recipe(inputs, folder, sharding="zero3", eval_steps=5, save_total_limit=1), None)
     return contents(folder)
 
 
@@ -68,7 +68,7 @@ def test_all_stop_after_the_same_step_and_go_on(
     pools: Pools, inputs: Path, tmp_path: Path, whole: Any, order: Sequence[int], within: bool
 ) -> None:
     """The signals come when step 4 is logged, the last of a period, or within step 5, after which one is due."""
-    settings: dict[str, Any] = {"sharding": "zero3", "eval_every": 5, "keep_last": 1}
+    settings: dict[str, Any] = {"sharding": "zero3", "eval_steps": 5, "save_total_limit": 1}
     assert pools(2).run(signalled, recipe(inputs, tmp_path / "run", **settings), 4, order, within) == [True, True]
     [newest] = (tmp_path / "run" / "checkpoints").iterdir()
     assert newest.name in ("step-5", "step-6")  # the second where the signal reached the thread late

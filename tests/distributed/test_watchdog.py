@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ows_ds.distributed import signals, watchdog
-from ows_ds.distributed.communicator import Communicator, Disagreement
+from ows_ds.distributed.communicator import Communicator, RankMismatchError
 from ows_ds.distributed.watchdog import Watch, _who, exists
 from ows_ds.errors import Failed, UserError
 
@@ -29,10 +29,10 @@ class World:
         self.watches: list[Watch] = []
         self.left: list[tuple[int, str, int]] = []
 
-    def start(self, world: int, limit: float = 100.0, missing: int | None = None, **odd: Any) -> list[Watch]:
+    def start(self, world_size: int, limit: float = 100.0, missing: int | None = None, **odd: Any) -> list[Watch]:
         """odd: of ``p1``, what process 1 says of itself."""
-        who = [{**_who(), "host": f"n{i}", "pid": os.getpid(), **odd.get(f"p{i}", {})} for i in range(world)]
-        for index in range(world):
+        who = [{**_who(), "host": f"n{i}", "pid": os.getpid(), **odd.get(f"p{i}", {})} for i in range(world_size)]
+        for index in range(world_size):
             if index != missing:
                 self.watches.append(Watch(self.store, index, who, "run", limit, self._leaver(index)))
         return self.watches
@@ -53,9 +53,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(watchdog, "BEAT", 0.02)
     monkeypatch.setattr(watchdog, "GRACE", 0.3)
     monkeypatch.setattr(watchdog, "DOUBT", 0.5)
-    world = World()
-    yield world
-    for one in world.watches:
+    world_size = World()
+    yield world_size
+    for one in world_size.watches:
         one.close()
 
 
@@ -91,7 +91,7 @@ def test_the_first_of_two_errors_is_the_cause(run: World) -> None:
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
-        (UserError("data.train", "x", "give a file"), "data.train: 'x' is not right: give a file", 2),
+        (UserError("data.train", "x", "expected a file"), "data.train: 'x' is invalid: expected a file", 2),
         (KeyboardInterrupt(), f"{ME}: KeyboardInterrupt", 1),
     ],
 )
@@ -111,7 +111,7 @@ def test_what_ends_all_at_once_is_told_to_none(run: World, error: Exception) -> 
 
 
 def test_a_disagreement_names_the_process_itself(run: World) -> None:
-    failed = run.start(2)[0].fail(Disagreement("process 1: OSError: disk full"))
+    failed = run.start(2)[0].fail(RankMismatchError("process 1: OSError: disk full"))
     assert str(failed) == "process 1: OSError: disk full"
 
 
@@ -193,7 +193,7 @@ def test_a_store_that_is_gone_ends_the_process(run: World, hangs: threading.Even
     [(index, line, code)] = run.wait(1)
     assert (index, code) == (1, 1)
     words = "was not heard of for " if hangs else "is gone, or what started it: the store where processes meet does not"
-    assert line.startswith(f"process 0 (host n0, pid {os.getpid()}) {words}")
+    assert line.startswith(f"rank 0 (host n0, pid {os.getpid()}) {words}")
     if hangs:
         hangs.set()
 

@@ -1,4 +1,4 @@
-"""weights.py: folding into bfloat16, to the nearest value and stochastically, in one piece and in any pieces."""
+"""weights.py: merging into bfloat16, to the nearest value and stochastically, in one piece and in any pieces."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def folded(world: int, dtype: torch.dtype, noise: str | None) -> Tensor:
-    """A matrix of ``dtype`` after a fold, each process's interval by itself, put together."""
+def merged(world_size: int, dtype: torch.dtype, noise: str | None) -> Tensor:
+    """A matrix of ``dtype`` after a merge, each process's interval by itself, put together."""
     matrix = random(ROWS, COLUMNS).to(dtype).flatten()
     left, right = 0.1 * random(ROWS, RANK, seed=1), random(COLUMNS, RANK, seed=2)
-    for index in range(world):
-        start, stop = interval(ROWS * COLUMNS, index, world)
+    for index in range(world_size):
+        start, stop = interval(ROWS * COLUMNS, index, world_size)
         add_low_rank(matrix[start:stop], start, COLUMNS, left, right, 0.99, noise)
     return matrix.view(ROWS, COLUMNS)
 
@@ -36,21 +36,21 @@ def exact() -> Tensor:
 
 
 def test_nearest_by_default() -> None:
-    assert torch.equal(folded(1, torch.bfloat16, None), exact().float().to(torch.bfloat16))
+    assert torch.equal(merged(1, torch.bfloat16, None), exact().float().to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("entries", [1, 4 * COLUMNS, 1 << 20])
 @pytest.mark.parametrize("noise", [None, "0/1/a"])
 def test_all_shardings_fold_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, entries: int, noise: str | None) -> None:
     monkeypatch.setattr(weights, "FOLD", entries)
-    whole = folded(1, torch.bfloat16, noise)
-    for world in (2, 3, 5, 36, 500):
-        assert torch.equal(folded(world, torch.bfloat16, noise), whole)
+    whole = merged(1, torch.bfloat16, noise)
+    for world_size in (2, 3, 5, 36, 500):
+        assert torch.equal(merged(world_size, torch.bfloat16, noise), whole)
 
 
 def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> None:
     draws = 2000
-    samples = torch.stack([folded(1, torch.bfloat16, f"0/{step}/a") for step in range(draws)]).double()
+    samples = torch.stack([merged(1, torch.bfloat16, f"0/{step}/a") for step in range(draws)]).double()
     value = exact()
     low, high = samples.amin(0), samples.amax(0)
     assert (low <= value).all()
@@ -64,11 +64,11 @@ def test_stochastic_rounding_gives_a_neighbour_and_the_value_on_average() -> Non
     assert (error.abs() <= 5 * (share * (1 - share) / draws).sqrt() + 1e-4).all()
     assert abs(float(error.mean())) <= 5 * 0.5 / math.sqrt(draws * error.numel())
     # nearest rounding is wrong by up to half a gap each time
-    assert float(((folded(1, torch.bfloat16, None).double() - value) / gap).abs().max()) > 0.4
+    assert float(((merged(1, torch.bfloat16, None).double() - value) / gap).abs().max()) > 0.4
 
 
 def test_noise_depends_on_the_key_and_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [folded(1, torch.bfloat16, noise) for noise in ("0/1/a", "0/2/a", "1/1/a", "0/1/b", "0/1/a")]
+    runs = [merged(1, torch.bfloat16, noise) for noise in ("0/1/a", "0/2/a", "1/1/a", "0/1/b", "0/1/a")]
     assert torch.equal(runs[0], runs[4])
     assert len({tuple(run.flatten().tolist()) for run in runs}) == 4
     monkeypatch.setattr(weights, "FOLD", COLUMNS)
@@ -91,4 +91,4 @@ def test_what_bfloat16_holds_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wider_weights_are_not_rounded(dtype: torch.dtype) -> None:
-    assert torch.equal(folded(1, dtype, "0/1/a"), folded(1, dtype, None))
+    assert torch.equal(merged(1, dtype, "0/1/a"), merged(1, dtype, None))

@@ -61,7 +61,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_result_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     path = results.write(tmp_path / "r.json", json.dumps(RESULT.to_json() | change))
-    with pytest.raises(UserError, match="give a result file"):
+    with pytest.raises(UserError, match="expected a result file"):
         results.read(path)
 
 
@@ -169,11 +169,11 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"question_id": 1}, "give it turns"),
-        ({"question_id": 1, "turns": []}, "give it turns"),
-        ({"question_id": 1, "turns": ["a", "b", "c"]}, "give it turns"),
-        ({"question_id": 1, "turns": [3]}, "give it turns"),
-        ({"question_id": 1, "turns": ["a"]}, "give it a category"),
+        ({"question_id": 1}, "expected it turns"),
+        ({"question_id": 1, "turns": []}, "expected it turns"),
+        ({"question_id": 1, "turns": ["a", "b", "c"]}, "expected it turns"),
+        ({"question_id": 1, "turns": [3]}, "expected it turns"),
+        ({"question_id": 1, "turns": ["a"]}, "expected it a category"),
         ({"question_id": True, "turns": ["a"]}, "question_id of its own"),
         ({"question_id": 81, "turns": ["a"], "category": "x"}, "question_id of its own"),
         ([], "a JSON object on each line"),
@@ -353,7 +353,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="for turn 2 with a reference answer"):
         judge.prompts(str(write_lines(tmp_path / "p.jsonl", rows[:-1])))
     rows[1]["prompt_template"] = "{question.__class__}"
-    with pytest.raises(UserError, match="give it the fields"):
+    with pytest.raises(UserError, match="expected it the fields"):
         judge.prompts(str(write_lines(tmp_path / "p.jsonl", rows)))
 
 

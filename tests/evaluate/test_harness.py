@@ -100,7 +100,7 @@ def test_agrees_with_the_harness_itself_on_a_real_model(smollm2: Path, tasks: Pa
     assert max(value for value in values if value is not None) > 0  # it can add
 
 
-def evaluating(rank: int, world: int, words: list[str], folder: Path) -> int:
+def evaluating(rank: int, world_size: int, words: list[str], folder: Path) -> int:
     with within(folder):
         return main(words)
 
@@ -120,8 +120,8 @@ def test_processes_share_the_questions(pools: Pools, inputs: Path, tasks: Path, 
     assert not list(tmp_path.glob("both.*.json"))  # process 1 wrote none
 
 
-def train_tiny(rank: int, world: int, inputs: Path, output: Path) -> None:
-    train(recipe(inputs, output, keep_last=3))
+def train_tiny(rank: int, world_size: int, inputs: Path, output: Path) -> None:
+    train(recipe(inputs, output, save_total_limit=3))
 
 
 def test_a_run_beside_its_base(
@@ -176,11 +176,11 @@ def test_what_cannot_be_evaluated(
         assert error.endswith(f"{line}\n")
         return line
 
-    assert "--tasks: 'ows_test_nowhere' is not right: give tasks whose data sets can be had" in told(
+    assert "--tasks: 'ows_test_nowhere' is invalid: expected tasks whose data sets can be had" in told(
         "--tasks", "ows_test_nowhere"
     )
-    assert "give each task once" in told("--tasks", "ows_test,ows_test_sums")
-    assert "give a result of the same questions: samples of ows_test_sums are 3" in told(
+    assert "expected each task once" in told("--tasks", "ows_test,ows_test_sums")
+    assert "expected a result of the same questions: samples of ows_test_sums are 3" in told(
         "--tasks", "ows_test_sums", "--limit", "4", "--compare", str(other), "--output", str(other)
     )
     monkeypatch.setitem(sys.modules, "lm_eval", None)
@@ -193,7 +193,7 @@ def test_an_unknown_task(inputs: Path, tasks: Path, capsys: pytest.CaptureFixtur
     """All of the harness's tasks are looked through."""
     assert main(["eval", str(inputs / "model"), "--include-path", str(tasks), "--tasks", "ows_test_sum"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("ows-ds: error: --tasks: 'ows_test_sum' is not right")
+    assert line.startswith("ows-ds: error: --tasks: 'ows_test_sum' is invalid")
     assert "ows_test_sums" in line
 
 

@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "in a backward pass": (OWS, "backward", 20),
     "in an update": (CoordinateBuffer, "update", 7),
     "in an update at full rank": (FullRank, "update", 7),
-    "in a fold": (OWS, "_fold", 8),
+    "in a merge": (OWS, "_merge", 8),
     "in a refresh": (OWS, "_finish_refresh", 3),
     "in a change of the set": (OWS, "_change", 2),
     "recording a step": (log.RunLog, "step", 7),
@@ -174,7 +174,7 @@ def kill(inputs: Path, folder: Path, kills: int, sharding: str, seed: int) -> Ou
     no checkpoint ever there that is not whole."""
 
     def job(name: str) -> config.Recipe:
-        more = {"steps": 10, "save_every": 2, "sharding": sharding, "resume": "auto"}
+        more = {"steps": 10, "save_steps": 2, "sharding": sharding, "resume": "auto"}
         made = config.to_dict(recipe(inputs, folder / name, **more))
         made["log"]["trackers"] = []
         made["data"]["eval"] = None

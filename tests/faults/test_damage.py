@@ -14,7 +14,7 @@ import torch
 
 from ows_ds import checkpoint
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import Piece
+from ows_ds.distributed.weights import Shard
 from ows_ds.errors import UserError
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
@@ -109,7 +109,7 @@ def test_nothing_begins_anew_over_damaged_checkpoints(pools: Pools, inputs: Path
         (run_dir / "checkpoints" / name / "manifest.json").unlink()
     records = (run_dir / "metrics.jsonl").read_bytes()
     for answer in pools(2).run(refused, recipe(inputs, run_dir, sharding="zero3", resume="auto")):
-        assert answer.startswith(f"train.resume: 'auto' is not right: remove {run_dir / 'checkpoints'} to begin anew")
+        assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to begin anew")
         assert "step-6" in answer
     assert (run_dir / "metrics.jsonl").read_bytes() == records
 
@@ -138,7 +138,7 @@ def test_a_forged_manifest_is_refused(run_dir: Path, change: Callable[[dict[str,
 
 def test_what_goes_and_what_stays(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
-        piece = Piece("weight/a", (4,), 0, torch.full((4,), float(step)))
+        piece = Shard("weight/a", (4,), 0, torch.full((4,), float(step)))
         checkpoint.save(checkpoint.folder_of(tmp_path, step), [piece], {"step": step}, ALONE)
     (tmp_path / "checkpoints" / "step-11.partial").mkdir()
     checkpoint.prune(tmp_path, keep=2, newest=6)  # a run that went on after 4: what is later was damaged, or is left
@@ -151,14 +151,14 @@ def test_what_goes_and_what_stays(tmp_path: Path) -> None:
 
 
 def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(pieces: list[Piece]) -> list[Piece]:
+    def no_memory(pieces: list[Shard]) -> list[Shard]:
         raise MemoryError
 
     monkeypatch.setattr(checkpoint, "_copies", no_memory)
     entries = torch.arange(4.0)
     with checkpoint.Saver(tmp_path, 1, ALONE, {}) as saver:
         assert not saver.done
-        saver.start(1, [Piece("weight/a", (4,), 0, entries)], {})
+        saver.start(1, [Shard("weight/a", (4,), 0, entries)], {})
         assert saver.done
         entries += 1  # too late
         saver.complete()
@@ -168,9 +168,9 @@ def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: p
 
 
 def test_the_last_good_one_stays_beside_a_damaged_newer_one(pools: Pools, inputs: Path, run_dir: Path) -> None:
-    """Of the checkpoints after 3 and 6 the second is damaged; the run goes on with keep_last 1 and dies after 5."""
+    """Of the checkpoints after 3 and 6 the second is damaged; the run goes on with save_total_limit 1 and dies after 5."""
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
-    going_on = recipe(inputs, run_dir, sharding="zero3", resume="auto", save_every=1, keep_last=1)
+    going_on = recipe(inputs, run_dir, sharding="zero3", resume="auto", save_steps=1, save_total_limit=1)
     pools(2).run(run, going_on, 5)
     opened, passed = checkpoint.find(run_dir, "auto", ALONE)
     assert opened is not None

@@ -49,7 +49,7 @@ def fill(disk: Path, saved: Path) -> None:
     (disk / "ballast").write_bytes(b"\0" * (free.f_bavail * free.f_frsize - room))
 
 
-def run_out(rank: int, world: int, recipe: config.Recipe, disk: Path, room_again: bool) -> tuple[str, list[str]]:
+def run_out(rank: int, world_size: int, recipe: config.Recipe, disk: Path, room_again: bool) -> tuple[str, list[str]]:
     """Train; the disk is full from step 4 on, until a checkpoint has failed if there is to be ``room_again``.
 
     Returns how the run ended, and the lines told.
@@ -70,7 +70,7 @@ def run_out(rank: int, world: int, recipe: config.Recipe, disk: Path, room_again
 
     with patch.object(log.RunLog, "event", noting), patch.object(log.RunLog, "step", filling):
         try:
-            run(rank, world, recipe, None)
+            run(rank, world_size, recipe, None)
         except Exception as error:
             return f"{type(error).__name__}: {error}", told
     return "done", told

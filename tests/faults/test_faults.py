@@ -25,23 +25,28 @@ MORE = 10  # seconds beyond it, on a machine that has much to do
 START = 240  # seconds until the fault
 
 
-def meeting(world: int, rank: int, local: int, address: str, port: int) -> dict[str, str]:
+def meeting(world_size: int, rank: int, local: int, address: str, port: int) -> dict[str, str]:
     """What a launcher tells a process."""
-    numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0 if local == 1 else rank, "LOCAL_WORLD_SIZE": local}
+    numbers = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": 0 if local == 1 else rank,
+        "LOCAL_WORLD_SIZE": local,
+    }
     return {name: str(number) for name, number in numbers.items()} | {
         "MASTER_ADDR": address, "MASTER_PORT": str(port),
     }  # fmt: skip
 
 
 @contextlib.contextmanager
-def started(folder: Path, file: Path, world: int, fault: str, at: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(folder: Path, file: Path, world_size: int, fault: str, at: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many processes without a launcher, that nothing but themselves would end; stderr in ``folder``/RANK.log."""
     processes = []
     port = free_port()
     try:
-        for rank in range(world):
+        for rank in range(world_size):
             words = [sys.executable, "-m", "tests.faults.worker", fault, str(at), "3", "train", "--config", str(file)]
-            environment = ENVIRONMENT | meeting(world, rank, world, "127.0.0.1", port)
+            environment = ENVIRONMENT | meeting(world_size, rank, world_size, "127.0.0.1", port)
             with (folder / f"{rank}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=log)
@@ -72,7 +77,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("world", "sharding", "fault", "at", "words"),
+    ("world_size", "sharding", "fault", "at", "words"),
     [
         (2, "replicated", "memory", 1, MEMORY),
         (2, "replicated", "kill", 0, " is gone"),  # the one in whose store they met
@@ -90,11 +95,11 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_all_end_with_the_first_cause(
-    inputs: Path, tmp_path: Path, world: int, sharding: str, fault: str, at: int, words: str
+    inputs: Path, tmp_path: Path, world_size: int, sharding: str, fault: str, at: int, words: str
 ) -> None:
     file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
     file.write_text(config.to_yaml(recipe(inputs, run_dir, sharding=sharding, timeout_seconds=LIMIT)))
-    with started(tmp_path, file, world, fault, at) as processes:
+    with started(tmp_path, file, world_size, fault, at) as processes:
         await_fault(run_dir / "fault", processes)
         end = time.monotonic() + LIMIT + MORE
         cause = f"ows-ds: failed: process {at} (host {socket.gethostname()}, pid {processes[at].pid}){words}"
@@ -118,7 +123,7 @@ def test_a_process_that_hangs_is_ended_by_the_others(inputs: Path, tmp_path: Pat
         for rank, process in enumerate(processes):
             assert process.wait(max(1.0, end - time.monotonic())) == 1
             line = last_line(tmp_path / f"{rank}.log")
-            assert line.startswith(f"ows-ds: failed: process 0 (host {socket.gethostname()}, pid {processes[0].pid}): ")
+            assert line.startswith(f"ows-ds: failed: rank 0 (host {socket.gethostname()}, pid {processes[0].pid}): ")
             assert "imed out" in line
 
 
@@ -127,7 +132,7 @@ def test_a_process_that_hangs_is_ended_by_the_others(inputs: Path, tmp_path: Pat
 def test_a_host_that_is_cut_off(inputs: Path, tmp_path: Path, end_of: str) -> None:
     need("ip")
     file, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
-    long = recipe(inputs, run_dir, sharding="zero3", timeout_seconds=LIMIT, steps=100000, save_every=None)
+    long = recipe(inputs, run_dir, sharding="zero3", timeout_seconds=LIMIT, steps=100000, save_steps=None)
     file.write_text(config.to_yaml(long))
     with Hosts(tmp_path) as hosts:
         processes = {

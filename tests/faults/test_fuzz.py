@@ -26,7 +26,7 @@ from ows_ds.cli.main import main
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import Piece
+from ows_ds.distributed.weights import Shard
 from ows_ds.distributed.zero3 import read_config, resolve_config
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench
@@ -65,7 +65,7 @@ RECIPE = {
     "data": {"train": [{"path": "rows.jsonl", "weight": 2}, "rows.jsonl"], "max_length": 8},
     "optim": {"rank": 4, "betas": [0.9, 0.99]},
     "sampling": {"gamma": 2},
-    "train": {"output_dir": "run", "batch_size": 4},
+    "train": {"output_dir": "run", "global_batch_size": 4},
     "log": {"trackers": ["tensorboard"]},
 }
 SCORES = {"metric": "outlier", "tau": 2.0, "model": "f" * 64, "layers": [0.1, 0.2], "tokens": 9, "format": 1}
@@ -167,7 +167,7 @@ def read_scores(folder: Path, content: bytes) -> None:
 def save(folder: Path) -> Path:
     """A checkpoint's manifest."""
     place = checkpoint.folder_of(folder, 3)
-    pieces = [Piece("a", (2, 2), 0, torch.ones(4))]
+    pieces = [Shard("a", (2, 2), 0, torch.ones(4))]
     checkpoint.save(place, pieces, {"method": {"steps": 3}}, Communicator())
     return place / checkpoint.MANIFEST
 

@@ -15,7 +15,7 @@ from ows_ds.errors import UserError
 from ows_ds.importance import metrics
 from ows_ds.importance.metrics import hill, magnitude_and_influence, measure, tail_exponents
 from ows_ds.importance.scores import Scores
-from ows_ds.model.layers import Matrix, ModelLayers, Unit, find_layers
+from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
 from ows_ds.optim.ows import OWS
 from tests.importance.test_scores import LENGTHS, padded, sequences
 from tests.support.families import FAMILIES, tiny
@@ -137,7 +137,7 @@ class Toy(nn.Module):
 
     def layers(self) -> ModelLayers:
         names = (f"stack.{index}" for index in range(len(self.stack)))
-        units = (Unit(n, (Matrix(f"{n}.linear.weight", (2, 2), (f"{n}.linear",)),), ()) for n in names)
+        units = (Block(n, (Matrix(f"{n}.linear.weight", (2, 2), (f"{n}.linear",)),), ()) for n in names)
         return ModelLayers(tuple(units), (), ())
 
 
@@ -225,7 +225,7 @@ def test_hill_of_entries_that_are_not_finite() -> None:
 def test_matrices_without_a_tail_are_left_out() -> None:
     toy = Toy(DIAGONAL, DIAGONAL)
     matrices = tuple(unit.matrices[0] for unit in toy.layers().layers)
-    both = ModelLayers((Unit("both", matrices, ()),), (), ())
+    both = ModelLayers((Block("both", matrices, ()),), (), ())
     toy.stack[1].get_parameter("linear.weight").data.zero_()  # as in a layer that block expansion has added
     weights = Replicated(toy, Communicator())
     assert tail_exponents(weights, both).layers == pytest.approx((1 + 1 / math.log(9),), rel=1e-14)

@@ -32,26 +32,26 @@ METRICS = ["outlier", "rm", "bi", "alpha"]
 BATCHES = [[0, 3], [1], [4, 2]]  # dealt in turn: in a world of 2, rank 1 has none in the second round
 
 
-def batches(rank: int, world: int) -> list[dict[str, Tensor] | None]:
+def batches(rank: int, world_size: int) -> list[dict[str, Tensor] | None]:
     rows = sequences()
-    mine = [padded([rows[i] for i in indices]) for indices in BATCHES[rank::world]]
-    return [*mine, *[None] * (-(-len(BATCHES) // world) - len(mine))]
+    mine = [padded([rows[i] for i in indices]) for indices in BATCHES[rank::world_size]]
+    return [*mine, *[None] * (-(-len(BATCHES) // world_size) - len(mine))]
 
 
-def measured(rank: int, world: int, sharding: str) -> tuple[dict[str, Scores], dict[str, int]]:
-    weights = home(tiny("llama", True, torch.float64), sharding, world)
+def measured(rank: int, world_size: int, sharding: str) -> tuple[dict[str, Scores], dict[str, int]]:
+    weights = home(tiny("llama", True, torch.float64), sharding, world_size)
     weights.comm.sent.clear()
     layers = find_layers(weights.module, weights.shape)
-    found = measure(weights, layers, METRICS, lambda: batches(rank, world), tau=3.0)
+    found = measure(weights, layers, METRICS, lambda: batches(rank, world_size), tau=3.0)
     return found, dict(weights.comm.sent)
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_metrics_are_those_of_one_process(pools: Pools, world: int, sharding: str) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_metrics_are_those_of_one_process(pools: Pools, world_size: int, sharding: str) -> None:
     model = tiny("llama", True, torch.float64)
     alone = measure(Replicated(model, Communicator()), find_layers(model), METRICS, lambda: batches(0, 1), tau=3.0)
-    ranks = pools(world).run(measured, sharding)
+    ranks = pools(world_size).run(measured, sharding)
     for found, sent in ranks:
         assert found == ranks[0][0]
         for metric in METRICS:
@@ -61,16 +61,16 @@ def test_metrics_are_those_of_one_process(pools: Pools, world: int, sharding: st
         assert found["rm"].tokens == sum(LENGTHS)
         features = 3 * (6 * 32 + 48)  # outlier; rm, bi and tokens; alpha of seven matrices a layer
         sizes = [2 * features * 8, (3 + 1) * 8, (2 * 3 + 1) * 8, 3 * 7 * 8]
-        expected = sum(2 * -(-size // world) * (world - 1) for size in sizes)
+        expected = sum(2 * -(-size // world_size) * (world_size - 1) for size in sizes)
         assert sent.get("score", 0) == expected
-        assert ("export" in sent) == (sharding == "zero3" and world > 1)  # alpha's gathers
+        assert ("export" in sent) == (sharding == "zero3" and world_size > 1)  # alpha's gathers
 
 
-def broken(rank: int, world: int, sharding: str, value: float) -> str:
+def broken(rank: int, world_size: int, sharding: str, value: float) -> str:
     model = tiny("llama", True)
     for matrix in find_layers(model).layers[1].matrices:
         model.get_parameter(matrix.name).data.fill_(value)
-    weights = home(model, sharding, world)
+    weights = home(model, sharding, world_size)
     try:
         measure(weights, find_layers(weights.module, weights.shape), ["alpha"], list, tau=3.0)
     except (UserError, RuntimeError) as error:
@@ -89,7 +89,7 @@ def test_all_processes_fail_together(pools: Pools, sharding: str) -> None:
 # ---- the verb
 
 
-def verb(rank: int, world: int, file: Path, argv: list[str]) -> tuple[int, str, str]:
+def verb(rank: int, world_size: int, file: Path, argv: list[str]) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(["score", "--config", str(file), *argv])
@@ -166,17 +166,17 @@ def test_score_where_the_recipes_metric_is_not_asked_for(pools: Pools, file: Pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "world", "sharding"), [("rm", 2, "zero3"), ("bi", 3, "replicated"), ("alpha", 2, "zero3")]
+    ("kind", "world_size", "sharding"), [("rm", 2, "zero3"), ("bi", 3, "replicated"), ("alpha", 2, "zero3")]
 )
 def test_a_run_samples_by_them_and_resumes(
-    pools: Pools, inputs: Path, tmp_path: Path, kind: str, world: int, sharding: str
+    pools: Pools, inputs: Path, tmp_path: Path, kind: str, world_size: int, sharding: str
 ) -> None:
     def of(name: str, **more: Any) -> config.Recipe:
         return recipe(inputs, tmp_path / name, {"importance": kind}, steps=5, sharding=sharding, **more)
 
-    pools(world).run(run, of("whole"), None)
-    pools(world).run(run, of("parts"), 4)
-    pools(world).run(run, of("parts", resume="auto"), None)
+    pools(world_size).run(run, of("whole"), None)
+    pools(world_size).run(run, of("parts"), 4)
+    pools(world_size).run(run, of("parts", resume="auto"), None)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert Scores.read(tmp_path / "whole" / "scores.json").metric == kind
     assert (tmp_path / "whole" / "scores.png").exists()
@@ -189,7 +189,7 @@ def test_scores_of_another_metric_are_refused(pools: Pools, inputs: Path, tmp_pa
     given = {"importance": "alpha", "scores": str(tmp_path / "a" / "scores.json")}
     [answer] = pools(1).run(refused, recipe(inputs, tmp_path / "b", given))
     assert answer.startswith(
-        "sampling.scores: 'scores of metric rm' is not right: sampling.importance is alpha, which needs scores of "
+        "sampling.scores: 'scores of metric rm' is invalid: sampling.importance is alpha, which needs scores of "
         "metric alpha; compute the scores again with `ows-ds score`"
     )
     assert not (tmp_path / "b").exists()

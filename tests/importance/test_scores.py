@@ -16,7 +16,7 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, interval
 from ows_ds.errors import UserError
 from ows_ds.importance.scores import Scores, _blocks, score
-from ows_ds.model.layers import Matrix, ModelLayers, Unit, find_layers
+from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
 from tests.support.families import FAMILIES, tiny
 
 LENGTHS = [9, 4, 12, 1, 7]
@@ -105,7 +105,7 @@ class Toy(nn.Module):
             shape = tuple(self.stack[index].weight.shape)
             return Matrix(f"stack.{index}.weight", shape, (f"stack.{index}",))
 
-        return ModelLayers((Unit("0", (matrix(0),), ()), Unit("1", (matrix(1),), ())), (), ())
+        return ModelLayers((Block("0", (matrix(0),), ()), Block("1", (matrix(1),), ())), (), ())
 
 
 def test_by_hand() -> None:
@@ -150,17 +150,17 @@ def test_hooks_and_mode_are_put_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("inputs_first", [False, True])
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 7, 40])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 40])
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
-def test_blocks_cover_every_entry_once(inputs_first: bool, world: int, chunk: int, monkeypatch: Any) -> None:
+def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chunk: int, monkeypatch: Any) -> None:
     monkeypatch.setattr("ows_ds.importance.scores._BLOCK", chunk)
     shape = (5, 7)
     parameter = nn.Parameter(torch.arange(35.0).view(shape))
     seen = torch.zeros(shape)
     sums = torch.zeros(shape[0 if inputs_first else 1])
-    for index in range(world):
+    for index in range(world_size):
         comm = Communicator()
-        comm.index, comm.world = index, world
+        comm.rank, comm.world_size = index, world_size
         weights = Replicated(nn.Linear(1, 1), Communicator())
         weights.comm = comm
         for features, block in _blocks(weights, Matrix("w", shape, ("w",), inputs_first), parameter):
@@ -229,7 +229,7 @@ def changed(**values: Any) -> str:
         (changed(tau=None), "tau"),
         (changed(tokens=1.5), "tokens"),
         (changed(model=7), "model"),
-        (changed(metric="reverse"), "give scores of one of outlier, rm, bi, alpha"),
+        (changed(metric="reverse"), "expected scores of one of outlier, rm, bi, alpha"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, text: str | None, says: str) -> None:

@@ -83,15 +83,15 @@ def reference(smollm2: Path) -> list[float]:
     return ratios
 
 
-def batches(rank: int, world: int, folder: Path) -> list[dict[str, Tensor] | None]:
+def batches(rank: int, world_size: int, folder: Path) -> list[dict[str, Tensor] | None]:
     tokens = rows(folder)
     mine = []
-    for indices in BATCHES[rank::world]:
+    for indices in BATCHES[rank::world_size]:
         chosen = [tokens[i] for i in indices]
         ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=2)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in chosen], batch_first=True)
         mine.append({"input_ids": ids, "attention_mask": mask, "labels": ids})
-    rounds = -(-len(BATCHES) // world)
+    rounds = -(-len(BATCHES) // world_size)
     return [*mine, *[None] * (rounds - len(mine))]
 
 
@@ -109,15 +109,15 @@ class Listening:
         return self._all_reduce(tensor, name)
 
 
-def measure(rank: int, world: int, folder: Path) -> dict[str, Any]:
+def measure(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     def one(weights: Weights) -> dict[str, Any]:
         weights.comm.sent.clear()
         listening = Listening(weights.comm)
-        scores = score(weights, find_layers(weights.module, weights.shape), batches(rank, world, folder), TAU)
+        scores = score(weights, find_layers(weights.module, weights.shape), batches(rank, world_size, folder), TAU)
         return {"scores": scores, "calls": list(listening.calls), "sent": dict(weights.comm.sent)}
 
     def zero3(model: nn.Module, dtype: str) -> Zero3:
-        return Zero3(model, resolve_config({"zero_optimization": {"stage": 3}}, dtype, 1, 1, world), join("cpu"))
+        return Zero3(model, resolve_config({"zero_optimization": {"stage": 3}}, dtype, 1, 1, world_size), join("cpu"))
 
     model = load(folder, torch.float32)
     result = {"replicated": one(Replicated(model, join("cpu")))}
@@ -133,7 +133,7 @@ def measure(rank: int, world: int, folder: Path) -> dict[str, Any]:
         sharded.local(parameter)[middle - start] *= 1 + 2**-7
     result["changed"] = fingerprint(sharded)
 
-    if world < 3:  # each is tried with more than one process, which is enough for the time it takes
+    if world_size < 3:  # each is tried with more than one process, which is enough for the time it takes
         model = load(folder, torch.bfloat16)
         prints["replicated bfloat16"] = fingerprint(Replicated(model, join("cpu")))
         prints["zero3 bfloat16"] = fingerprint(zero3(model, "bfloat16"))
@@ -146,46 +146,48 @@ def measured(pools: Pools, smollm2: Path) -> Any:
     """By world size, every rank's measurements; each world runs once."""
 
     @functools.cache
-    def get(world: int) -> list[dict[str, Any]]:
-        return pools(world).run(measure, smollm2, timeout=300)
+    def get(world_size: int) -> list[dict[str, Any]]:
+        return pools(world_size).run(measure, smollm2, timeout=300)
 
     return get
 
 
 @pytest.mark.parametrize("home", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_scores_equal_equation_2(measured: Any, reference: list[float], world: int, home: str) -> None:
-    for rank in measured(world):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_scores_equal_equation_2(measured: Any, reference: list[float], world_size: int, home: str) -> None:
+    for rank in measured(world_size):
         scores = rank[home]["scores"]
-        assert scores == measured(world)[0][home]["scores"]
+        assert scores == measured(world_size)[0][home]["scores"]
         assert scores.layers == pytest.approx(reference, rel=1e-6)
         assert (len(scores.layers), scores.tau, scores.tokens) == (30, TAU, TOKENS)
     assert min(reference) > 0
 
 
 @pytest.mark.parametrize("home", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_what_a_score_sends(measured: Any, world: int, home: str) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_a_score_sends(measured: Any, world_size: int, home: str) -> None:
     features = 30 * (6 * 576 + 1536)  # six matrices of a layer read the hidden state, one the inner state
     sizes = {"score": [2 * features * 8, (30 + 1) * 8], "fingerprint": [272 * 8]}
-    for rank in measured(world):
+    for rank in measured(world_size):
         assert rank[home]["calls"] == [
             ("score", "torch.float64", sizes["score"][0]),
             ("score", "torch.int64", sizes["score"][1]),
             ("fingerprint", "torch.int64", sizes["fingerprint"][0]),
         ]
-        expected = {name: sum(2 * -(-n // world) * (world - 1) for n in all_n) for name, all_n in sizes.items()}
+        expected = {
+            name: sum(2 * -(-n // world_size) * (world_size - 1) for n in all_n) for name, all_n in sizes.items()
+        }
         sent = dict(rank[home]["sent"])
         gathered = sent.pop("weights", 0)
-        assert sent == (expected if world > 1 else {})
+        assert sent == (expected if world_size > 1 else {})
         # No weight beyond what the forward passes gather: each once, the tied embedding again for the head, unless
         # DeepSpeed kept it. 1e-4: shards are padded.
-        once = 4 * -(-len(BATCHES) // world) * (world - 1) / world if home == "zero3" else 0
+        once = 4 * -(-len(BATCHES) // world_size) * (world_size - 1) / world_size if home == "zero3" else 0
         assert once * PARAMETERS <= gathered <= once * (PARAMETERS + EMBEDDING) * (1 + 1e-4)
 
 
 def test_fingerprint_is_that_of_the_content(measured: Any) -> None:
-    ranks = [rank for world in (1, 2, 3) for rank in measured(world)]
+    ranks = [rank for world_size in (1, 2, 3) for rank in measured(world_size)]
     fingerprints = {value for rank in ranks for value in rank["fingerprints"].values()}
     fingerprints |= {rank[home]["scores"].model for rank in ranks for home in ("replicated", "zero3")}
     assert len(fingerprints) == 1

@@ -81,7 +81,7 @@ def collated(rows: list[Any]) -> dict[str, Any]:
 
 def fit(
     rank: int,
-    world: int,
+    world_size: int,
     inputs: Path,
     output: Path,
     arguments: dict[str, Any],
@@ -144,7 +144,7 @@ def fit(
             rows, held_out = Dataset.from_list(rows), Dataset.from_list(held_out)
             made = {"processing_class": tokenizer}
         trainer = trainer_class(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **made)
-        use_ows(trainer, **({"gamma": 1.5, "period": 4, "rank": 4, "refresh_gap": 3, "tau": 2.0} | settings))
+        use_ows(trainer, **({"gamma": 1.5, "period": 4, "rank": 4, "update_proj_gap": 3, "tau": 2.0} | settings))
 
         class Stop(tf.TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -159,14 +159,14 @@ def fit(
         return history
 
 
-def ours(rank: int, world: int, recipe: config.Recipe) -> list[int]:
+def ours(rank: int, world_size: int, recipe: config.Recipe) -> list[int]:
     """Train with our trainer. Returns the order of the rows over all steps."""
     from transformers import AutoTokenizer
 
     train(recipe)
     inputs = Path(recipe.data.train).parent
     rows = rows_of(inputs, AutoTokenizer.from_pretrained(recipe.model.path), "train")
-    batches = Batches(rows, recipe.train.batch_size, 1, 1, 0, recipe.train.seed)
+    batches = Batches(rows, recipe.train.global_batch_size, 1, 1, 0, recipe.train.seed)
     return [row for step in range(9) for row in batches.global_step(step)]
 
 

@@ -19,7 +19,13 @@ PERIOD = 8  # a stop after a few steps falls within the first
 
 def launched(inputs: Path, run_dir: Path, **train: Any) -> config.Recipe:
     """Two processes accumulate two micro-batches each; one checkpoint is kept, the last."""
-    all_of_them = {"sharding": "zero3", "steps": 12, "batch_size": 4, "micro_batch_size": 1, "keep_last": 1}
+    all_of_them = {
+        "sharding": "zero3",
+        "steps": 12,
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "save_total_limit": 1,
+    }
     return recipe(inputs, run_dir, {"period": PERIOD}, **all_of_them | train)
 
 

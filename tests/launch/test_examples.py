@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(rank: int, world: int, path: Path, model: Path, out: Path) -> None:
+def run(rank: int, world_size: int, path: Path, model: Path, out: Path) -> None:
     # Accelerate's end_training would leave later tests of this process without their groups
     keep = patch.object(torch.distributed, "destroy_process_group")
     with keep, patch.object(sys, "argv", [str(path), str(model), str(out)]):

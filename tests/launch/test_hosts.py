@@ -132,7 +132,7 @@ def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path,
 
     try:
         until_step(run_dir, 4, check)
-        with hosts.held() as [_, second]:
+        with hosts.resident_slice() as [_, second]:
             os.kill(second, signal.SIGKILL)
             time.sleep(5)
         codes = [agent.wait(LIMIT) for agent in agents.values()]
@@ -157,7 +157,7 @@ def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: An
         codes = both.run(commands, tmp_path / "told")
         assert 0 not in codes.values()
         assert (
-            "ows-ds: error: GLOO_SOCKET_IFNAME: None is not right: n1 resolves to 127.0.1.1, where other hosts cannot "
+            "ows-ds: error: GLOO_SOCKET_IFNAME: None is invalid: n1 resolves to 127.0.1.1, where other hosts cannot "
             "reach it: set it to the network interface, such as eth0\n"
         ) in (tmp_path / "told" / "n1.log").read_text()
         assert not (tmp_path / "told" / "run").exists()

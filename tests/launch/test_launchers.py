@@ -63,7 +63,7 @@ def test_same_weights_under_every_launcher(inputs: Path, tmp_path: Path) -> None
         models[name] = load_file(run_dir / "model" / "model.safetensors")
     first = models["accelerate"]
     assert all(bool((models["torchrun"][n] == first[n]).all()) for n in first)
-    # replicated: sums in another order where whole matrices are folded at once
+    # replicated: sums in another order where whole matrices are merged at once
     assert all(bool(((models["torchrun replicated"][n] - first[n]).abs() <= 0.05).all()) for n in first)
 
 
@@ -98,5 +98,5 @@ def test_a_mistake_is_one_line_and_exit_code_2(inputs: Path, tmp_path: Path) -> 
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line]
     assert len(lines) == 1
-    assert lines[0].startswith("ows-ds: error: optim.rank: 4000 is not right: give at most ")
+    assert lines[0].startswith("ows-ds: error: optim.rank: 4000 is invalid: expected at most ")
     assert not (tmp_path / "run").exists()

@@ -50,7 +50,7 @@ def tell(cluster: Slurm, job: int, run_dir: Path, *words: str) -> None:
     """
     cluster.wait(job, "RUNNING")
     until_step(run_dir, 2, lambda: cluster.runs(job))
-    with cluster.hosts.held() as ranks:
+    with cluster.hosts.resident_slice() as ranks:
         assert len(ranks) == 2
         cluster.client(*words)
         end = time.monotonic() + LIMIT
@@ -172,7 +172,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
         cluster.wait(job, "RUNNING")
         until_step(tmp_path / "run", 4, lambda: cluster.runs(job))
-        with hosts.held() as [first, _]:
+        with hosts.resident_slice() as [first, _]:
             subprocess.run([*cable, "down"], check=True)
         end = time.monotonic() + LIMIT
         # if the cable came back while both live, they would go on, and save

@@ -71,39 +71,39 @@ def lisa(kind: str, dtype: torch.dtype, always: bool) -> tuple[dict[str, Tensor]
     return {name: p.detach().clone() for name, p in parameters.items()}, tuple(sets)
 
 
-def run_lisa(rank: int, world: int, sharding: str, kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+def run_lisa(rank: int, world_size: int, sharding: str, kind: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     model = tiny("llama", False, dtype)
-    weights = home(model, sharding, world)
+    weights = home(model, sharding, world_size)
     ows = OWS(weights, scores=importance(kind, 3), **settings)
     sets = []
     for _ in range(STEPS):
         sets.append(ows.layer_set)
-        one_step(ows, rank, world)
+        one_step(ows, rank, world_size)
     ows.close()
     return whole_weights(weights), tuple(sets)
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("kind", "always_on"), [("uniform", "full"), ("decreasing", "none")])
 def test_lisa_equals_torch_adamw(
-    pools: Pools, world: int, sharding: str, dtype: torch.dtype, kind: str, always_on: str
+    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, kind: str, always_on: str
 ) -> None:
     settings = {**LISA, "always_on": always_on, "accumulation": 2}
     expected, sets = lisa(kind, dtype, always_on == "full")
     assert len(set(sets)) > 2
-    for weights, drawn in pools(world).run(run_lisa, sharding, kind, dtype, settings):
+    for weights, drawn in pools(world_size).run(run_lisa, sharding, kind, dtype, settings):
         assert drawn == sets
         assert distance(weights, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_galore_equals_galore_torch(pools: Pools, world: int, sharding: str, dtype: torch.dtype) -> None:
+def test_galore_equals_galore_torch(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype) -> None:
     settings = {**BASE, "eps": 1e-8, "accumulation": 2, "gamma": 3, "scheme": "fixed"}
-    result = pools(world).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
+    result = pools(world_size).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
     assert set(result["sets"]) == {(0, 1, 2)}
     expected, _ = galore(dtype, STEPS, 3.0)
     assert distance(result["weights"], expected) < TOLERANCE[dtype]
@@ -125,22 +125,22 @@ def badam(dtype: torch.dtype, order: str) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def run_badam(rank: int, world: int, sharding: str, order: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    weights = home(tiny("llama", False, dtype), sharding, world)
+def run_badam(rank: int, world_size: int, sharding: str, order: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights = home(tiny("llama", False, dtype), sharding, world_size)
     settings = {"period": 3, "rank": None, "lr": LISA["lr"], "always_on": "none", "accumulation": 2, "gamma": 1}
     ows = OWS(weights, scores=[1.0] * 3, sampler=Cycle(3, order, 0), **settings)
     for _ in range(STEPS):
-        one_step(ows, rank, world)
+        one_step(ows, rank, world_size)
     ows.close()
     return whole_weights(weights)
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("order", ["ascending", "descending"])
-def test_badam_equals_plain_torch(pools: Pools, world: int, sharding: str, dtype: torch.dtype, order: str) -> None:
-    for weights in pools(world).run(run_badam, sharding, order, dtype):
+def test_badam_equals_plain_torch(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, order: str) -> None:
+    for weights in pools(world_size).run(run_badam, sharding, order, dtype):
         assert distance(weights, badam(dtype, order)) < TOLERANCE[dtype]
 
 
@@ -157,20 +157,20 @@ def test_cycles_visit_every_layer_once_a_round() -> None:
     assert len({tuple(one) for one in rounds}) > 1
 
 
-def freed(rank: int, world: int, sharding: str) -> list[tuple[int, int, bool]]:
+def freed(rank: int, world_size: int, sharding: str) -> list[tuple[int, int, bool]]:
     """After each change of the set: state tensors that left, how many are alive, and whether frozen weights moved."""
     model = tiny("llama", False, torch.bfloat16)
-    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on="none", **{**SETTINGS, "rank": None})
+    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on="none", **{**SETTINGS, "rank": None})
     found = []
     for _ in range(5):
         before, active = whole_weights(ows.weights), set(ows._full.parameters)
-        units = [ows.layers.layers[i] for i in ows.layer_set]
-        trained = {part.name for unit in units for part in (*unit.matrices, *unit.vectors)}
+        blocks = [ows.layers.layers[i] for i in ows.layer_set]
+        trained = {part.name for block in blocks for part in (*block.matrices, *block.vectors)}
         state = {
             name: [StorageWeakRef(t.untyped_storage()) for t in tensors] for name, tensors in _state_of(ows).items()
         }
         for _ in range(SETTINGS["period"]):
-            one_step(ows, rank, world)
+            one_step(ows, rank, world_size)
         left = active - set(ows._full.parameters)
         alive = sum(not reference.expired() for name in left for reference in state[name])
         after = whole_weights(ows.weights)

@@ -28,7 +28,7 @@ from tests.train.test_trainer import contents, run
 STEPS, ACCUMULATION = 11, 2
 LR, DECAY, NORM = 5e-3, 0.1, 0.5
 SHARDINGS = pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-WORLDS = pytest.mark.parametrize("world", [1, 2, 3])
+WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
@@ -40,7 +40,7 @@ def settings(method: str, dtype: torch.dtype, **sampling: Any) -> config.Recipe:
             "method": {"name": method, "lora_alpha": 4.0, "epsilon": 1e-2},
             "sampling": sampling,
             "optim": {"lr": LR, "weight_decay": DECAY, "max_grad_norm": NORM},
-            "train": {"output_dir": "none", "batch_size": 24, "seed": 3},
+            "train": {"output_dir": "none", "global_batch_size": 24, "seed": 3},
         }
     )
 
@@ -56,11 +56,13 @@ def start(method: str, dtype: torch.dtype, family: str = "llama", tied: bool = F
     return model
 
 
-def place(model: Any, sharding: str, world: int, recipe: config.Recipe) -> Weights:
+def place(model: Any, sharding: str, world_size: int, recipe: config.Recipe) -> Weights:
     comm = join("cpu")
     if sharding == "replicated":
         return Replicated(model, comm)
-    ds_config = resolve_config(DEFAULT_CONFIG, recipe.model.dtype, 24 // world // ACCUMULATION, ACCUMULATION, world)
+    ds_config = resolve_config(
+        DEFAULT_CONFIG, recipe.model.dtype, 24 // world_size // ACCUMULATION, ACCUMULATION, world_size
+    )
     if methods.deepspeed_trains(recipe):
         return Zero3AdamW(model, ds_config, comm, recipe.optim.max_grad_norm)
     return Zero3(model, ds_config, comm)
@@ -72,12 +74,12 @@ def rate(step: int) -> float:
 
 
 def run_method(
-    rank: int, world: int, method: str, sharding: str, dtype: torch.dtype, family: str, tied: bool, sampling: Any
+    rank: int, world_size: int, method: str, sharding: str, dtype: torch.dtype, family: str, tied: bool, sampling: Any
 ) -> Any:
     """Train; weights before the end, the merged model's after it, learning rates and layers of every step."""
     one = settings(method, dtype, **sampling)
     layers = find_layers(tiny(family, tied, dtype))
-    weights = place(start(method, dtype, family, tied), sharding, world, one)
+    weights = place(start(method, dtype, family, tied), sharding, world_size, one)
     trained = methods.build(one, weights, layers, [1.0] * len(layers.layers), ACCUMULATION)
     course = []
     for step in range(STEPS):
@@ -86,7 +88,7 @@ def run_method(
         weights.module.train()
         losses = [
             functools.partial(lambda ids: mean_loss(weights, ids) / ACCUMULATION, ids)
-            for ids in micro_batches(step, rank, world, ACCUMULATION)
+            for ids in micro_batches(step, rank, world_size, ACCUMULATION)
         ]
         trained.train_step(losses)
     before = whole_weights(weights)
@@ -125,11 +127,11 @@ def adamw(method: str, dtype: torch.dtype, family: str, tied: bool) -> tuple[dic
 @DTYPES
 @pytest.mark.parametrize(("method", "tied"), [("full", True), ("full", False), ("lora", False), ("dora", False)])
 def test_equals_torch_adamw_and_peft(
-    pools: Pools, world: int, sharding: str, dtype: torch.dtype, method: str, tied: bool
+    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, method: str, tied: bool
 ) -> None:
     expected, merged = adamw(method, dtype, "llama", tied)
     first = dict(start(method, dtype, "llama", tied).named_parameters())
-    for weights, final, course, _ in pools(world).run(run_method, method, sharding, dtype, "llama", tied, {}):
+    for weights, final, course, _ in pools(world_size).run(run_method, method, sharding, dtype, "llama", tied, {}):
         assert distance(weights, expected) < TOLERANCE[dtype]
         assert distance(final, merged) < TOLERANCE[dtype]
         assert [rate for rate, _ in course] == [rate(step) for step in range(STEPS)]
@@ -176,12 +178,14 @@ def hift(dtype: torch.dtype, order: str, tied: bool) -> tuple[dict[str, Tensor],
 @DTYPES
 @pytest.mark.parametrize(("order", "tied"), [("ascending", True), ("descending", False), ("random", False)])
 def test_hift_equals_its_algorithm(
-    pools: Pools, world: int, sharding: str, dtype: torch.dtype, order: str, tied: bool
+    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, order: str, tied: bool
 ) -> None:
     expected, names, rates = hift(dtype, order, tied)
     assert len(names) == 5
     assert 2 * len(names) < STEPS  # the third round has begun, with the moments of the second
-    for weights, _, course, _ in pools(world).run(run_method, "hift", sharding, dtype, "llama", tied, {"order": order}):
+    for weights, _, course, _ in pools(world_size).run(
+        run_method, "hift", sharding, dtype, "llama", tied, {"order": order}
+    ):
         assert distance(weights, expected) < TOLERANCE[dtype]
         assert [rate for rate, _ in course] == rates
         for (_, layers), step in zip(course, range(STEPS), strict=True):
@@ -218,22 +222,22 @@ def mezo(dtype: torch.dtype) -> dict[str, Tensor]:
 @SHARDINGS
 @WORLDS
 @DTYPES
-def test_mezo_equals_the_two_point_formula(pools: Pools, world: int, sharding: str, dtype: torch.dtype) -> None:
-    results = pools(world).run(run_method, "mezo", sharding, dtype, "llama", False, {})
+def test_mezo_equals_the_two_point_formula(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype) -> None:
+    results = pools(world_size).run(run_method, "mezo", sharding, dtype, "llama", False, {})
     for weights, _, _, norm in results:
         assert distance(weights, mezo(dtype)) < TOLERANCE[dtype]
         assert norm > 0
         assert all(torch.equal(weights[name], results[0][0][name]) for name in weights)
 
 
-def moved(rank: int, world: int, sharding: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def moved(rank: int, world_size: int, sharding: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What MeZO's first move does to weights of zero, put together: epsilon times the noise."""
     model: Any = tiny("llama", False, dtype)
     model.resize_token_embeddings(2 * BLOCK // 32 + 77)  # more than one block, and shards that begin within one
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    weights = place(model, sharding, world, settings("mezo", dtype))
+    weights = place(model, sharding, world_size, settings("mezo", dtype))
     method = methods.build(settings("mezo", dtype), weights, find_layers(tiny("llama")), [], 1)
     method._move(1.0, 1.0)  # type: ignore[attr-defined]
     return whole_weights(weights)
@@ -241,9 +245,9 @@ def moved(rank: int, world: int, sharding: str, dtype: torch.dtype) -> dict[str,
 
 @SHARDINGS
 @WORLDS
-def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world: int, sharding: str) -> None:
+def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world_size: int, sharding: str) -> None:
     device = torch.device("cpu")
-    for weights in pools(world).run(moved, sharding, torch.float32):
+    for weights in pools(world_size).run(moved, sharding, torch.float32):
         for name, z in weights.items():
             whole = torch.cat([run for _, run in noise(3, 0, name, 0, z.numel(), device)])
             assert torch.equal(z.flatten(), whole)

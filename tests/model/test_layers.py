@@ -53,7 +53,7 @@ EMBEDDINGS = {"gpt_neox": "gpt_neox.embed_in", "gpt2": "transformer.wte"}
 
 
 def every_name(layers: ModelLayers) -> list[str]:
-    names = [part.name for unit in layers.layers for part in (*unit.matrices, *unit.vectors)]
+    names = [part.name for block in layers.layers for part in (*block.matrices, *block.vectors)]
     return names + [part.name for part in (*layers.embeddings, *layers.final)]
 
 
@@ -63,10 +63,10 @@ def test_families(family: str, tied: bool) -> None:
     model = tiny(family, tied)
     layers = find_layers(model)
     stack = STACKS.get(family, "model.layers")
-    assert [unit.name for unit in layers.layers] == [f"{stack}.{index}" for index in range(3)]
-    for unit in layers.layers:
-        assert unit.matrices == tuple(
-            Matrix(f"{unit.name}.{name}.weight", shape, (f"{unit.name}.{name}",), inputs_first=family == "gpt2")
+    assert [block.name for block in layers.layers] == [f"{stack}.{index}" for index in range(3)]
+    for block in layers.layers:
+        assert block.matrices == tuple(
+            Matrix(f"{block.name}.{name}.weight", shape, (f"{block.name}.{name}",), inputs_first=family == "gpt2")
             for name, shape in SHAPES[family]
         )
 
@@ -74,7 +74,7 @@ def test_families(family: str, tied: bool) -> None:
     assert len(names) == len(set(names))
     assert set(names) == {name for name, _ in model.named_parameters()}
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    for vector in (*layers.final, *(v for unit in layers.layers for v in unit.vectors)):
+    for vector in (*layers.final, *(v for block in layers.layers for v in block.vectors)):
         assert vector.numel == sizes[vector.name]
 
     embedding = EMBEDDINGS.get(family, "model.embed_tokens")

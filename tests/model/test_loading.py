@@ -121,7 +121,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, how: Any, text: str) 
     with pytest.raises(UserError) as caught:
         loaded(tmp_path)
     assert str(caught.value).startswith("model.path: ")
-    assert str(caught.value).endswith(f"is not right: give a checkpoint that fits its config.json ({text})")
+    assert str(caught.value).endswith(f"is invalid: expected a checkpoint that fits its config.json ({text})")
 
 
 def test_left_overs_of_old_files_are_passed_over(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="give a model with safetensors files"):
+    with pytest.raises(UserError, match="expected a model with safetensors files"):
         pretrained(recipe(tmp_path), Communicator(), CPU)
 
 
@@ -176,7 +176,7 @@ def test_damaged_files_are_told_in_one_line(tmp_path: Path, damage: str) -> None
     else:
         shutil.rmtree(folder)
     right = "with safetensors files; .+" if damage == "no file" else r"that transformers can load \(.+\)"
-    with pytest.raises(UserError, match=rf"^model.path: .* is not right: give a model {right}$"):
+    with pytest.raises(UserError, match=rf"^model.path: .* is invalid: expected a model {right}$"):
         pretrained(recipe(folder), Communicator(), CPU)
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from ows_ds import config
 from ows_ds.distributed import weights, zero3
-from ows_ds.distributed.communicator import Disagreement, join
+from ows_ds.distributed.communicator import RankMismatchError, join
 from ows_ds.distributed.weights import CHUNK, Replicated, Weights
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, join_deepspeed, resolve_config
 from ows_ds.errors import UserError
@@ -82,7 +82,7 @@ def patched(chunk: int) -> Iterator[None]:
 
 def load_and_export(
     rank: int,
-    world: int,
+    world_size: int,
     folder: Path,
     output: Path,
     sharding: str,
@@ -101,12 +101,12 @@ def load_and_export(
     ds_config = None
     if sharding == "zero3":
         join_deepspeed()
-        ds_config = resolve_config(DEFAULT_CONFIG, NAMES[dtype], 1, 1, world)
+        ds_config = resolve_config(DEFAULT_CONFIG, NAMES[dtype], 1, 1, world_size)
     with patched(chunk), Alive() as loading:
-        model = pretrained(made, comm, comm.device if world > 1 else torch.device("cpu"), ds_config)
+        model = pretrained(made, comm, comm.device if world_size > 1 else torch.device("cpu"), ds_config)
     home: Weights = Replicated(model, comm) if ds_config is None else Zero3(model, ds_config, comm)
     named = dict(home.module.named_parameters())
-    entries = {name: (home.held(p)[0], home.held(p)[1].clone()) for name, p in named.items()}
+    entries = {name: (home.resident_slice(p)[0], home.resident_slice(p)[1].clone()) for name, p in named.items()}
     shapes = [torch.Size(home.shape(p)) for p in named.values()]
     with patched(chunk), Alive() as saving:
         save_model(home, SimpleNamespace(save_pretrained=lambda folder: None), output, file_size)
@@ -120,18 +120,20 @@ def load_and_export(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("world", "sharding"), [(1, "zero3"), (2, "zero3"), (3, "zero3"), (1, "none"), (2, "none")])
+@pytest.mark.parametrize(
+    ("world_size", "sharding"), [(1, "zero3"), (2, "zero3"), (3, "zero3"), (1, "none"), (2, "none")]
+)
 def test_a_process_holds_its_part_and_a_tensor(
-    pools: Pools, tmp_path: Path, world: int, sharding: str, dtype: torch.dtype
+    pools: Pools, tmp_path: Path, world_size: int, sharding: str, dtype: torch.dtype
 ) -> None:
     file_size, chunk = ("5GB", CHUNK) if dtype == torch.float32 else ("100KB", 999)
     write_model(tmp_path / "model", file_size)
     expected: Any = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
     paths = tmp_path / "model", tmp_path / "out"
-    found = pools(world).run(load_and_export, *paths, sharding, dtype, file_size, chunk)
+    found = pools(world_size).run(load_and_export, *paths, sharding, dtype, file_size, chunk)
     whole = sum(parameter.nbytes for parameter in expected.parameters())
     for one in found:
-        assert one["held"] <= whole / (world if sharding == "zero3" else 1) + 1000
+        assert one["held"] <= whole / (world_size if sharding == "zero3" else 1) + 1000
         assert one["held"] <= one["load"] <= 1.1 * (one["held"] + one["largest"])
         # a run or two; of short ones more, for gloo's threads let go of them only a moment later
         assert one["export"] <= one["largest"] * (2.1 if chunk == CHUNK else 0.5)
@@ -162,8 +164,8 @@ def test_what_transformers_has_to_load(pools: Pools, tmp_path: Path, sharding: s
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def cannot_write(rank: int, world: int, folder: Path, output: Path) -> str:
-    """What a process raises where the disk of process 0 is full in the middle of an export."""
+def cannot_write(rank: int, world_size: int, folder: Path, output: Path) -> str:
+    """What a process raises where the disk of rank 0 is full in the middle of an export."""
     write, calls = tensor_files.Writer.write, []
 
     def full(self: Any, *run: Any) -> None:
@@ -174,8 +176,8 @@ def cannot_write(rank: int, world: int, folder: Path, output: Path) -> str:
 
     tensor_files.Writer.write = full  # type: ignore[method-assign]
     try:
-        load_and_export(rank, world, folder, output, "zero3", torch.float32, "100KB")
-    except (OSError, Disagreement) as error:
+        load_and_export(rank, world_size, folder, output, "zero3", torch.float32, "100KB")
+    except (OSError, RankMismatchError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         tensor_files.Writer.write = write  # type: ignore[method-assign]
@@ -186,14 +188,14 @@ def test_a_full_disk_stops_all_processes_and_leaves_no_model(pools: Pools, tmp_p
     write_model(tmp_path / "model", "5GB")
     first, second = pools(2).run(cannot_write, tmp_path / "model", tmp_path / "out")
     assert first == "OSError: No space left on device"
-    assert second == "Disagreement: process 0: OSError: No space left on device"
+    assert second == "Disagreement: rank 0: OSError: No space left on device"
     assert not (tmp_path / "out").exists()
 
 
-def refused(rank: int, world: int, folder: Path) -> str:
+def refused(rank: int, world_size: int, folder: Path) -> str:
     join_deepspeed()
     made = config.from_dict({"model": {"path": str(folder)}, "train": {"output_dir": "none"}})
-    ds_config = resolve_config(DEFAULT_CONFIG, "bfloat16", 1, 1, world)
+    ds_config = resolve_config(DEFAULT_CONFIG, "bfloat16", 1, 1, world_size)
     try:
         pretrained(made, join("cpu"), torch.device("cpu"), ds_config)
     except UserError as error:
@@ -222,7 +224,7 @@ def test_a_model_of_a_gigabyte(tmp_path: Path) -> None:
         for rank in one["ranks"]:
             assert rank["load"] <= 1.1 * (rank["held"] + rank["largest"])
             assert rank["held"] + rank["export"] <= 1.1 * (rank["held"] + rank["largest"])
-        peaks[round(one["bytes"], -8), one["world"]] = max(rank["load"] for rank in one["ranks"])
+        peaks[round(one["bytes"], -8), one["world_size"]] = max(rank["load"] for rank in one["ranks"])
     (small, half), (_, quarter), (large, _), _ = peaks
     assert (half, quarter, small < large) == (2, 4, True)
     assert peaks[large, 4] < 0.7 * peaks[large, 2]

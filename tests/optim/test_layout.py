@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ows_ds.model.layers import Matrix, Unit, Vector
+from ows_ds.model.layers import Block, Matrix, Vector
 from ows_ds.optim.layout import lay_out, make_plan, pack, plan_refresh
 
 
@@ -21,8 +21,8 @@ def matrix(name: str, rows: int, columns: int) -> Matrix:
 
 
 # At rank 2: 6 and 3 rows of matrices, ceil(5 / 2) = 3 and 1 rows of vectors. The other: ceil(3 / 2) = 2 rows.
-LAYER = Unit("layer", (matrix("q", 4, 6), matrix("v", 3, 2)), (Vector("bias", 5), Vector("norm", 2)))
-ALWAYS = Unit("always", (), (Vector("final", 3),))
+LAYER = Block("layer", (matrix("q", 4, 6), matrix("v", 3, 2)), (Vector("bias", 5), Vector("norm", 2)))
+ALWAYS = Block("always", (), (Vector("final", 3),))
 SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
 
 
@@ -30,7 +30,7 @@ SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
 
 
 @pytest.mark.parametrize(
-    ("world", "rows", "parts", "local"),
+    ("world_size", "rows", "parts", "local"),
     [
         (1, 13, [(0, 13)], [(slice(0, 9), slice(9, 13))]),
         (2, 14, [(0, 7), (7, 14)], [(slice(0, 7), None), (slice(0, 2), slice(2, 6))]),
@@ -49,21 +49,21 @@ SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
     ],
 )  # fmt: skip
 def test_layout_by_hand(
-    world: int, rows: int, parts: list[tuple[int, int]], local: list[tuple[slice | None, slice | None]]
+    world_size: int, rows: int, parts: list[tuple[int, int]], local: list[tuple[slice | None, slice | None]]
 ) -> None:
-    layout = lay_out(LAYER, rank=2, world=world)
+    layout = lay_out(LAYER, rank=2, world_size=world_size)
     assert layout.slots == SLOTS
     assert layout.segments == {"matrices": (0, 9), "vectors": (9, 13)}
-    assert (layout.rows, layout.stride, layout.used) == (rows, rows // world, 13)
-    assert [layout.part(index) for index in range(world)] == parts
-    found = [tuple(layout.local(segment, index) for segment in layout.segments.values()) for index in range(world)]
+    assert (layout.rows, layout.stride, layout.used) == (rows, rows // world_size, 13)
+    assert [layout.part(index) for index in range(world_size)] == parts
+    found = [tuple(layout.local(segment, index) for segment in layout.segments.values()) for index in range(world_size)]
     assert found == local
 
 
 def test_plan_by_hand() -> None:
     plan = make_plan([LAYER, ALWAYS], 2, 3)
     assert plan.layouts == (lay_out(LAYER, 2, 3), lay_out(ALWAYS, 2, 3))
-    assert plan.units == (LAYER, ALWAYS)
+    assert plan.blocks == (LAYER, ALWAYS)
     assert (plan.rows, plan.stride) == (15 + 3, 5 + 1)
     assert list(plan.matrices) == ["q", "v"]
     assert plan.matrices["q"] is LAYER.matrices[0]
@@ -74,26 +74,26 @@ def test_a_layout_does_not_depend_on_the_other_units() -> None:
     assert make_plan([ALWAYS, LAYER], 2, 3).layouts[1] == make_plan([LAYER], 2, 3).layouts[0]
 
 
-@pytest.mark.parametrize(("world", "elements"), [(1, 0), (2, 8 * 2 * 1), (3, 6 * 2 * 2), (18, 2 * 2 * 17)])
-def test_bytes_by_hand(world: int, elements: int) -> None:
-    plan = make_plan([LAYER, ALWAYS], 2, world)
+@pytest.mark.parametrize(("world_size", "elements"), [(1, 0), (2, 8 * 2 * 1), (3, 6 * 2 * 2), (18, 2 * 2 * 17)])
+def test_bytes_by_hand(world_size: int, elements: int) -> None:
+    plan = make_plan([LAYER, ALWAYS], 2, world_size)
     assert plan.bytes_per_step() == {"gradients": 4 * elements, "coordinates": 4 * elements}
     assert plan.bytes_per_step(8, 2) == {"gradients": 8 * elements, "coordinates": 2 * elements}
 
 
 def test_bytes_are_within_the_budget() -> None:
     """At most r * sum(max(m, n)) elements each way, where the padding is negligible."""
-    unit = Unit("0", (matrix("a", 4096, 4096), matrix("b", 1024, 4096), matrix("c", 4096, 11008)), ())
-    for world in (1, 2, 3, 8):
-        for sent in make_plan([unit], 128, world).bytes_per_step().values():
+    block = Block("0", (matrix("a", 4096, 4096), matrix("b", 1024, 4096), matrix("c", 4096, 11008)), ())
+    for world_size in (1, 2, 3, 8):
+        for sent in make_plan([block], 128, world_size).bytes_per_step().values():
             assert sent <= 128 * (4096 + 4096 + 11008) * 4
 
 
-@pytest.mark.parametrize("units", [[], [Unit("bare", (), ())]])
-def test_empty_set(units: list[Unit]) -> None:
-    plan = make_plan(units, rank=4, world=3)
+@pytest.mark.parametrize("blocks", [[], [Block("bare", (), ())]])
+def test_empty_set(blocks: list[Block]) -> None:
+    plan = make_plan(blocks, rank=4, world_size=3)
     assert (plan.rows, plan.stride, plan.matrices) == (0, 0, {})
-    assert [(layout.slots, layout.segments, layout.used) for layout in plan.layouts] == [({}, {}, 0)] * len(units)
+    assert [(layout.slots, layout.segments, layout.used) for layout in plan.layouts] == [({}, {}, 0)] * len(blocks)
     assert plan.bytes_per_step() == {"gradients": 0, "coordinates": 0}
 
 
@@ -116,13 +116,13 @@ sides = st.integers(1, 20)
 
 
 @st.composite
-def units(draw: st.DrawFn) -> list[Unit]:
+def blocks(draw: st.DrawFn) -> list[Block]:
     result = []
     for index in range(draw(st.integers(0, 4))):
         shapes = draw(st.lists(st.tuples(sides, sides), max_size=4))
         sizes = draw(st.lists(sides, max_size=3))
         result.append(
-            Unit(
+            Block(
                 f"{index}",
                 tuple(matrix(f"{index}.m{i}", *shape) for i, shape in enumerate(shapes)),
                 tuple(Vector(f"{index}.v{i}", size) for i, size in enumerate(sizes)),
@@ -132,17 +132,17 @@ def units(draw: st.DrawFn) -> list[Unit]:
 
 
 @settings(deadline=None)
-@given(units(), st.integers(1, 6), st.integers(1, 7))
-def test_every_row_of_a_slot_has_one_owner(units: list[Unit], rank: int, world: int) -> None:
-    for layout in make_plan(units, rank, world).layouts:
-        sizes = {m.name: max(m.shape) for m in layout.unit.matrices}
+@given(blocks(), st.integers(1, 6), st.integers(1, 7))
+def test_every_row_of_a_slot_has_one_owner(blocks: list[Block], rank: int, world_size: int) -> None:
+    for layout in make_plan(blocks, rank, world_size).layouts:
+        sizes = {m.name: max(m.shape) for m in layout.block.matrices}
         kinds = dict.fromkeys(sizes, "matrices")
-        sizes |= {v.name: math.ceil(v.numel / rank) for v in layout.unit.vectors}
+        sizes |= {v.name: math.ceil(v.numel / rank) for v in layout.block.vectors}
         kinds = dict.fromkeys(sizes, "vectors") | kinds
         assert {name: last - first for name, (first, last) in layout.slots.items()} == sizes
 
         owners: list[list[tuple[int, str]]] = [[] for _ in range(layout.rows)]
-        for index in range(world):
+        for index in range(world_size):
             first, last = layout.part(index)
             for kind, segment in layout.segments.items():
                 own = layout.local(segment, index)
@@ -158,15 +158,15 @@ def test_every_row_of_a_slot_has_one_owner(units: list[Unit], rank: int, world: 
         assert sorted(rows_seen) == list(range(used))  # no two slots overlap, and no hole is between them
         assert layout.used == used
         assert all(not owners[row] for row in range(used, layout.rows))
-        assert layout.rows == layout.stride * world
-        assert 0 <= layout.rows - used < world
+        assert layout.rows == layout.stride * world_size
+        assert 0 <= layout.rows - used < world_size
 
 
 def test_describe() -> None:
     said = make_plan([LAYER, ALWAYS], 2, 3).describe()
     assert json.loads(json.dumps(said)) == {
-        "rank": 2, "world": 3, "order": ["layer", "always"],
-        "units": {
+        "rank": 2, "world_size": 3, "order": ["layer", "always"],
+        "blocks": {
             "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
             "always": {"rows": 3, "slots": {"final": [0, 2]}},
         },
@@ -184,7 +184,7 @@ REFRESHED = [matrix("a", 4, 4), matrix("b", 2, 8), matrix("d", 8, 4), matrix("e"
 
 
 @pytest.mark.parametrize(
-    ("world", "owners", "slots", "stride"),
+    ("world_size", "owners", "slots", "stride"),
     [
         (
             1,
@@ -215,8 +215,10 @@ REFRESHED = [matrix("a", 4, 4), matrix("b", 2, 8), matrix("d", 8, 4), matrix("e"
         ),
     ],
 )
-def test_owners_by_hand(world: int, owners: dict[str, int], slots: dict[str, tuple[int, int]], stride: int) -> None:
-    plan = plan_refresh(REFRESHED, world)
+def test_owners_by_hand(
+    world_size: int, owners: dict[str, int], slots: dict[str, tuple[int, int]], stride: int
+) -> None:
+    plan = plan_refresh(REFRESHED, world_size)
     assert plan.owners == owners
     assert plan.slots == slots
     assert plan.stride == stride
@@ -229,15 +231,15 @@ def test_first_sketches_take_as_many_rows_as_the_longer_side() -> None:
     assert plan.stride == 26
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_bytes_of_sketches_by_hand(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_bytes_of_sketches_by_hand(world_size: int) -> None:
     """Two matrices at rank 2: 4 columns of 4 bytes reduced, 4 or 2 columns of 2 bytes gathered."""
     matrices = [matrix("d", 8, 4), matrix("e", 4, 6)]
-    stride = {1: (14, 8), 2: (8, 4), 3: (8, 4)}[world]
-    rows = [(world - 1) * one for one in stride]
-    first = plan_refresh(matrices, world, long=True).bytes_of_pass(world, 4)
+    stride = {1: (14, 8), 2: (8, 4), 3: (8, 4)}[world_size]
+    rows = [(world_size - 1) * one for one in stride]
+    first = plan_refresh(matrices, world_size, long=True).bytes_of_pass(world_size, 4)
     assert first == {"sketches": rows[0] * 16, "sketch_bases": rows[0] * 8}
-    second = plan_refresh(matrices, world).bytes_of_pass(world, 4, 2)
+    second = plan_refresh(matrices, world_size).bytes_of_pass(world_size, 4, 2)
     assert second == {"sketches": rows[1] * 16, "projectors": rows[1] * 4}
 
 
@@ -254,8 +256,8 @@ def test_equal_matrices_take_turns() -> None:
 shapes = st.lists(st.tuples(sides, sides), min_size=1, max_size=12)
 
 
-def loads(shapes: Sequence[tuple[int, int]], owners: Sequence[int], world: int) -> list[int]:
-    work = [0] * world
+def loads(shapes: Sequence[tuple[int, int]], owners: Sequence[int], world_size: int) -> list[int]:
+    work = [0] * world_size
     for shape, owner in zip(shapes, owners, strict=True):
         work[owner] += shape[0] * shape[1] * min(shape)
     return work
@@ -264,10 +266,10 @@ def loads(shapes: Sequence[tuple[int, int]], owners: Sequence[int], world: int) 
 @settings(deadline=None)
 @given(shapes, st.integers(1, 5), st.randoms())
 def test_every_projector_has_one_owner_and_its_own_rows(
-    shapes: list[tuple[int, int]], world: int, shuffle: random.Random
+    shapes: list[tuple[int, int]], world_size: int, shuffle: random.Random
 ) -> None:
     matrices = [matrix(f"{i:02}", *shape) for i, shape in enumerate(shapes)]
-    plan = plan_refresh(matrices, world)
+    plan = plan_refresh(matrices, world_size)
     assert set(plan.owners) == set(plan.slots) == {m.name for m in matrices}
     taken: list[int] = []
     for m in matrices:
@@ -279,23 +281,25 @@ def test_every_projector_has_one_owner_and_its_own_rows(
         taken += range(first, last)
     assert len(taken) == len(set(taken))
 
-    work = loads(shapes, [plan.owners[m.name] for m in matrices], world)
+    work = loads(shapes, [plan.owners[m.name] for m in matrices], world_size)
     assert max(work) - min(work) <= max(loads([shape], [0], 1)[0] for shape in shapes)
 
     shuffled = list(matrices)
     shuffle.shuffle(shuffled)
-    again = plan_refresh(shuffled, world)
+    again = plan_refresh(shuffled, world_size)
     assert again == plan
     assert json.dumps(again.describe()) == json.dumps(plan.describe())
 
 
 @settings(max_examples=40, deadline=None)
 @given(shapes.filter(lambda s: len(s) <= 6), st.integers(2, 3))
-def test_busiest_is_within_grahams_bound(shapes: list[tuple[int, int]], world: int) -> None:
-    owners = plan_refresh([matrix(f"{i}", *shape) for i, shape in enumerate(shapes)], world).owners
-    work = loads(shapes, [owners[f"{i}"] for i in range(len(shapes))], world)
-    best = min(max(loads(shapes, choice, world)) for choice in itertools.product(range(world), repeat=len(shapes)))
-    assert max(work) * 3 * world <= best * (4 * world - 1)
+def test_busiest_is_within_grahams_bound(shapes: list[tuple[int, int]], world_size: int) -> None:
+    owners = plan_refresh([matrix(f"{i}", *shape) for i, shape in enumerate(shapes)], world_size).owners
+    work = loads(shapes, [owners[f"{i}"] for i in range(len(shapes))], world_size)
+    best = min(
+        max(loads(shapes, choice, world_size)) for choice in itertools.product(range(world_size), repeat=len(shapes))
+    )
+    assert max(work) * 3 * world_size <= best * (4 * world_size - 1)
 
 
 def test_describe_of_a_refresh() -> None:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.model.layers import Matrix, find_layers
-from ows_ds.optim.low_rank import Attachment, Coordinates, FrozenLinear, collect
+from ows_ds.optim.low_rank import Coordinates, FrozenLinear, LowRankHook, collect
 from ows_ds.optim.projection import is_tall, low_rank_gradient
 from tests.support.families import FAMILIES, tiny
 
@@ -119,7 +119,7 @@ def test_gradients_go_straight_into_their_place(tall: bool) -> None:
     direct.decay = alone.decay
     before, calls = place.clone(), []
     direct.values.register_hook(lambda gradient: calls.append((gradient, float((place - before).norm()))))
-    attachment = Attachment(module, False)
+    attachment = LowRankHook(module, False)
     x, head = random(11, 5 if tall else 7), random(11, 7 if tall else 5, seed=1)
     for times in (1, 2):
         for attached in (alone, direct):
@@ -136,7 +136,7 @@ def test_gradients_of_bfloat16_add_up_in_float32() -> None:
     module = module_of("Linear", 7, 5, dtype=torch.bfloat16)
     attached = coordinates_of(module.weight, 1.0, torch.bfloat16)
     place = torch.full((7, RANK), 1000.0)
-    Attachment(module, False).coordinates = collect(
+    LowRankHook(module, False).coordinates = collect(
         attached.shape, attached.values.detach(), attached.projector, place, True
     )
     for _ in range(4):
@@ -178,7 +178,7 @@ def test_no_more_is_kept_than_needed(which: tuple[str, int, int], sharded: bool)
     kind, outputs, inputs = which
     tokens = 11
     module = module_of(kind, outputs, inputs)
-    attachment = Attachment(module, sharded)
+    attachment = LowRankHook(module, sharded)
     attachment.coordinates = coordinates_of(module.weight, 0.9)
     x = random(tokens, inputs).requires_grad_()
     with kept() as tensors:
@@ -200,7 +200,7 @@ def test_no_more_is_kept_than_needed(which: tuple[str, int, int], sharded: bool)
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 def test_without_coordinates_only_the_weight_is_kept(kind: str) -> None:
     module = module_of(kind, 7, 5)
-    Attachment(module, sharded=True)
+    LowRankHook(module, sharded=True)
     x = random(11, 5).requires_grad_()
     with kept() as tensors:
         y = module(x)
@@ -232,7 +232,7 @@ def test_linear(
     if bias:
         module.bias.requires_grad_(True)
         plain.bias.requires_grad_(True)
-    Attachment(module, sharded).coordinates = attached
+    LowRankHook(module, sharded).coordinates = attached
     xs = [random(*tokens, sides[1]).requires_grad_() for _ in range(2)]
     head = random(*tokens, sides[0], seed=1)
     for x, each in zip(xs, (module, plain), strict=True):
@@ -272,7 +272,7 @@ def test_without_coordinates_nothing_changes(kind: str, trained: bool, sharded: 
         return [y.detach(), *(torch.autograd.grad(y.square().sum(), leaves) if leaves else ())]
 
     changed = make()
-    attachment = Attachment(changed, sharded)
+    attachment = LowRankHook(changed, sharded)
     result, expected = run(changed), run(make())
     assert len(result) == len(expected) == 1 + (kind != "Embedding") + trained
     for ours, theirs in zip(result, expected, strict=True):
@@ -290,7 +290,7 @@ def test_remove_gives_the_forward_pass_back(kind: str) -> None:
     module.weight.requires_grad_(False)
     x = torch.tensor([1, 2]) if kind == "Embedding" else random(4, 5)
     before, names = module(x), set(vars(module))
-    attachment = Attachment(module, False)
+    attachment = LowRankHook(module, False)
     assert module.forward.__self__ is attachment
     attachment.coordinates = coordinates_of(module.weight)
     assert not torch.equal(module(x), before)
@@ -308,7 +308,7 @@ def test_remove_gives_the_forward_pass_back(kind: str) -> None:
 def test_a_weight_that_requires_its_gradient_gets_it() -> None:
     """In a refresh the weight requires its gradient, and the module's own forward pass gives it."""
     module = module_of("Linear", 7, 5)
-    Attachment(module, sharded=True)
+    LowRankHook(module, sharded=True)
     module.weight.requires_grad_(True)
     x = random(4, 5)
     module(x).sum().backward()
@@ -333,7 +333,7 @@ def test_lookup_in_models(family: str, decay: float) -> None:
     head = random(*expected.shape)
     (expected * head).sum().backward()
 
-    Attachment(module, False).coordinates = attached
+    LowRankHook(module, False).coordinates = attached
     y = module(ids)
     torch.testing.assert_close(y, expected, **CLOSE)
     (y * head).sum().backward()
@@ -349,7 +349,7 @@ def test_lookup_in_a_wide_table() -> None:
     ids = torch.tensor([3, 0, 3])
     head = random(3, 10, seed=4)
     (whole[ids] * head).sum().backward()
-    Attachment(module, False).coordinates = attached
+    LowRankHook(module, False).coordinates = attached
     y = module(ids)
     torch.testing.assert_close(y, whole[ids], **CLOSE)
     (y * head).sum().backward()
@@ -364,7 +364,9 @@ def test_lookup_in_a_wide_table() -> None:
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
-def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int], across: bool, beside: bool) -> None:
+def test_a_sketch_is_a_product_of_the_gradient(
+    kind: str, sides: tuple[int, int], across: bool, beside: bool
+) -> None:
     """G Omega or G^T basis arrives at zeros, the coordinates beside it get what they would get, the output stays."""
     if kind == "Embedding":
         module: nn.Module = nn.Embedding(*sides, _weight=random(*sides)).requires_grad_(False)
@@ -386,7 +388,7 @@ def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int]
     zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if across else max(shape), 4)
     sums = random(*zeros.shape)  # added to, as a later micro-batch does
     product = sums + (tall.T if across else tall) @ basis
-    attachment = Attachment(module, False)
+    attachment = LowRankHook(module, False)
     sketch = collect(shape, zeros, basis, sums, kind != "Embedding", across)
     attachment.coordinates, attachment.sketch = attached, sketch
     y = module(x)
@@ -406,12 +408,12 @@ def test_a_sketch_is_a_product_of_the_gradient(kind: str, sides: tuple[int, int]
 def attach_all(model: nn.Module, decay: float) -> dict[str, Coordinates]:
     """Coordinates on all matrices of the layers and on embedding and head; tied ones share one."""
     parts = find_layers(model)
-    matrices: list[Matrix] = [m for unit in parts.layers for m in unit.matrices]
+    matrices: list[Matrix] = [m for block in parts.layers for m in block.matrices]
     result = {}
     for matrix in (*matrices, *parts.embeddings):
         result[matrix.name] = coordinates_of(model.get_parameter(matrix.name), decay)
         for name in matrix.modules:
-            Attachment(model.get_submodule(name), False).coordinates = result[matrix.name]
+            LowRankHook(model.get_submodule(name), False).coordinates = result[matrix.name]
     return result
 
 
@@ -453,7 +455,7 @@ def test_tied_embedding_and_head_share_their_gradient() -> None:
     head = nn.Linear(5, 9, bias=False).requires_grad_(False)
     head.weight = table.weight
     attached = coordinates_of(table.weight)
-    attachments = [Attachment(module, False) for module in (table, head)]
+    attachments = [LowRankHook(module, False) for module in (table, head)]
     ids = torch.tensor([2, 7])
     gradients = []
     for which in ([0], [1], [0, 1]):
@@ -487,7 +489,7 @@ def test_bfloat16(kind: str, sides: tuple[int, int]) -> None:
             x = random(40, sides[1], dtype=torch.bfloat16).to(dtype).requires_grad_()
         attached = coordinates_of(module.weight, 0.9, torch.float32, rank=8)
         attached.projector = attached.projector.to(torch.bfloat16).to(dtype)
-        Attachment(module, False).coordinates = attached
+        LowRankHook(module, False).coordinates = attached
         y = module(x)
         assert y.dtype == dtype
         (y * random(*y.shape, dtype=torch.bfloat16).to(dtype)).sum().backward()

@@ -18,24 +18,24 @@ STEPS, PERIOD, GAP = 8, 3, 4
 
 def lengths(ows: OWS, change: dict[str, Tensor]) -> dict[int, float]:
     """Frobenius norm of the change of each layer's matrices."""
-    squares = ([change[m.name].square().sum() for m in unit.matrices] for unit in ows.layers.layers)
+    squares = ([change[m.name].square().sum() for m in block.matrices] for block in ows.layers.layers)
     return {layer: float(torch.stack(some).sum().sqrt()) for layer, some in enumerate(squares)}
 
 
-def watch(rank: int, world: int, sharding: str, refresh: str, always_on: str) -> dict[str, Any]:
+def watch(rank: int, world_size: int, sharding: str, refresh: str, always_on: str) -> dict[str, Any]:
     """Of every step: its layers, the energies, how far layers moved, and how far their weights did."""
     model = tiny("llama", False, torch.float64)
     ows = OWS(
-        home(model, sharding, world), scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=PERIOD, refresh_gap=GAP,
+        home(model, sharding, world_size), scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=PERIOD, update_proj_gap=GAP,
         always_on=always_on, lr=1e-2, accumulation=2, refresh=refresh,
     )  # fmt: skip
     before, seen, first = whole_weights(ows.weights), [], {}
     for step in range(STEPS):
         layers = ows.layer_set
-        for ids in micro_batches(step, rank, world, 2):
+        for ids in micro_batches(step, rank, world_size, 2):
             ows.backward(mean_loss(ows.weights, ids) / 2)
         ows.reduce()
-        sums = {layer: ows.comm.all_reduce(part.clone()) for layer, part in ows.energies().items()}
+        sums = {layer: ows.comm.all_reduce(part.clone()) for layer, part in ows.projector_energy().items()}
         ows.step()
         ows.zero_grad()
         if step == 0:
@@ -43,9 +43,9 @@ def watch(rank: int, world: int, sharding: str, refresh: str, always_on: str) ->
         after = whole_weights(ows.weights)
         change = lengths(ows, {name: after[name] - before[name] for name in after})
         energies = {layer: float(kept / whole) for layer, (kept, whole) in sums.items()}
-        seen.append((layers, energies, {n: float(norm) for n, norm in ows.moved().items()}, change))
+        seen.append((layers, energies, {n: float(norm) for n, norm in ows.update_norm().items()}, change))
         before = after
-    everything = {n: float(norm) for n, norm in ows.moved(all_layers=True).items()}
+    everything = {n: float(norm) for n, norm in ows.update_norm(all_layers=True).items()}
     shown = dict(seen[-1][2])
     ows.close()
     after = whole_weights(ows.weights)
@@ -73,7 +73,7 @@ def test_norms_and_energies(pools: Pools, sharding: str, refresh: str, always_on
         assert all(0 < share < 1 for share in energies.values())
     assert folds >= 3
     assert one["seen"][1][1:3] == ({}, {})  # a plain step
-    # what has not been folded after the last step shows when it is
+    # what has not been merged after the last step shows when it is
     left = {n: length for n, length in one["rest"].items() if length}
     assert {n: length for n, length in one["all"].items() if length} == pytest.approx({**left, **one["shown"]})
     if refresh == "sketch":

@@ -22,7 +22,7 @@ from tests.support.training import RATIOS, batch, distance, home, mean_loss, mic
 
 STEPS = 9
 BASE: dict[str, Any] = {
-    "gamma": 1.5, "period": 4, "rank": 6, "refresh_gap": 3, "lr": 5e-3, "scale": 0.5, "seed": 3, "projector": "svd",
+    "gamma": 1.5, "period": 4, "rank": 6, "update_proj_gap": 3, "lr": 5e-3, "scale": 0.5, "seed": 3, "projector": "svd",
 }  # fmt: skip
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "plain": ("llama", False, {}),
@@ -68,13 +68,13 @@ def reference(case: str, accumulation: int, refresh_batch: str = "full") -> tupl
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference(pools: Pools, world: int, sharding: str, case: str) -> None:
+def test_equals_reference(pools: Pools, world_size: int, sharding: str, case: str) -> None:
     family, tied, more = CASES[case]
-    accumulation = 1 if world == 3 else 2
+    accumulation = 1 if world_size == 3 else 2
     settings = {**BASE, **BIASED, **more, "accumulation": accumulation}
-    results = pools(world).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings)
+    results = pools(world_size).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings)
     expected, sets = reference(case, accumulation)
     assert len(set(sets)) > 1
     for result in results:
@@ -111,7 +111,7 @@ def galore(dtype: torch.dtype, steps: int, gamma: float = BASE["gamma"]) -> tupl
             layers = sampler.draw()
             names = [n for n in parameters if n in always or any(f"layers.{i}." in n for i in layers)]
             states = {name: states.get(name, {}) for name in names}
-            low_rank = {"rank": BASE["rank"], "update_proj_gap": BASE["refresh_gap"], "scale": BASE["scale"],
+            low_rank = {"rank": BASE["rank"], "update_proj_gap": BASE["update_proj_gap"], "scale": BASE["scale"],
                         "proj_type": "std"}  # fmt: skip
             groups = [
                 {"params": [parameters[n]], **({} if n in always or parameters[n].dim() == 1 else low_rank)}
@@ -138,13 +138,13 @@ def galore(dtype: torch.dtype, steps: int, gamma: float = BASE["gamma"]) -> tupl
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 def test_equals_galore_torch(
-    pools: Pools, world: int, sharding: str, accumulation: int, dtype: torch.dtype, tolerance: float
+    pools: Pools, world_size: int, sharding: str, accumulation: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     settings = {**BASE, "eps": 1e-8, "accumulation": accumulation}
-    result = pools(world).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
+    result = pools(world_size).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
     expected, sets = galore(dtype, STEPS)
     assert tuple(result["sets"]) == sets
     assert len({sets[0], sets[4], sets[8]}) > 1
@@ -162,7 +162,7 @@ def test_equals_galore_torch(
         ("optim.refresh", {"refresh": "stream"}),
         ("optim.projector", {"refresh": "sketch", "projector": "svd"}),
         ("optim.refresh_batch", {"refresh": "sketch", "refresh_batch": "first"}),
-        ("optim.refresh_gap", {"refresh": "sketch", "refresh_gap": 1}),
+        ("optim.update_proj_gap", {"refresh": "sketch", "update_proj_gap": 1}),
         ("optim.rank", {"rank": 17}),
         ("optim.rank", {"rank": 0}),
         ("sampling.gamma", {"gamma": 4}),
@@ -209,18 +209,18 @@ def test_closing_gives_the_model_back() -> None:
     assert torch.equal(plain(input_ids=batch(9)).logits, model(input_ids=batch(9)).logits)
 
 
-def stepped(rank: int, world: int, sharding: str, refresh: str, sizes: list[int | None]) -> dict[str, Any]:
+def stepped(rank: int, world_size: int, sharding: str, refresh: str, sizes: list[int | None]) -> dict[str, Any]:
     """Train with so many micro-batches in each step; None: begin a step with one of two, and give it up.
 
-    Weights inside and after `OWS.folded` after the steps, and those that further steps come to.
+    Weights inside and after `OWS.merged` after the steps, and those that further steps come to.
     """
-    weights = home(tiny("llama", dtype=torch.float64), sharding, world)
+    weights = home(tiny("llama", dtype=torch.float64), sharding, world_size)
     settings = {**BASE, **BIASED, "weight_decay": 0.1, "refresh": refresh, "projector": "randomized"}
     ows = OWS(weights, scores=RATIOS, **settings)
 
     def take(size: int | None) -> None:
-        ows.expect(size or 2)
-        parts = micro_batches(ows.steps - ows.skipped, rank, world, size or 2)
+        ows.set_accumulation_steps(size or 2)
+        parts = micro_batches(ows.steps - ows.skipped, rank, world_size, size or 2)
         for ids in parts[: 1 if size is None else size]:
             ows.backward(mean_loss(weights, ids) / len(parts))
         if size is not None:
@@ -230,11 +230,11 @@ def stepped(rank: int, world: int, sharding: str, refresh: str, sizes: list[int 
     for size in sizes:
         take(size)
     before = whole_weights(weights)
-    with ows.folded():
+    with ows.merged():
         inside = whole_weights(weights)
     after = whole_weights(weights)
-    ows.fold()
-    result = {"before": before, "inside": inside, "after": after, "folded": whole_weights(weights)}
+    ows.merge()
+    result = {"before": before, "inside": inside, "after": after, "merged": whole_weights(weights)}
     return {**result, "skipped": ows.skipped}
 
 
@@ -245,7 +245,7 @@ def test_micro_batches_may_change_and_weights_be_folded_for_a_while(pools: Pools
     [others, _] = pools(2).run(stepped, sharding, refresh, [3, 1, 2, 1, 3, 2])
     assert distance(others["inside"], same["inside"]) < 1e-10
     for run in (same, others):
-        assert distance(run["inside"], run["folded"]) == 0
+        assert distance(run["inside"], run["merged"]) == 0
         assert distance(run["before"], run["after"]) == 0
         if refresh == "full":  # under sketch the last set has no coordinates yet
             assert distance(run["inside"], run["before"]) > 0

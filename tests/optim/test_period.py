@@ -8,42 +8,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ows_ds.optimizer
 import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ows_ds.optim.ows
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.optim.layout import RefreshPlan, plan_refresh
 from ows_ds.optim.ows import OWS
-from ows_ds.optim.update import UnitBuffer
+from ows_ds.optim.update import BlockBuffer
 from ows_ds.train.loss import token_losses
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, home, mean_loss, micro_batches, one_step, whole_weights
 
 RANK = 5  # no weight or activation has this many columns
-SETTINGS: dict[str, Any] = {"gamma": 1.2, "period": 3, "rank": RANK, "refresh_gap": 2, "lr": 1e-2, "seed": 4}
+SETTINGS: dict[str, Any] = {"gamma": 1.2, "period": 3, "rank": RANK, "update_proj_gap": 2, "lr": 1e-2, "seed": 4}
 
 
 # ------------------------------------------------------------------ what does not train does not move
 
 
-def bits_over_periods(rank: int, world: int, sharding: str, dtype: torch.dtype) -> list[tuple[set[str], set[str]]]:
+def bits_over_periods(rank: int, world_size: int, sharding: str, dtype: torch.dtype) -> list[tuple[set[str], set[str]]]:
     """For each period: the weights that changed, and those that trained."""
     ows = OWS(
-        home(tiny("llama with biases", False, dtype), sharding, world), scores=RATIOS, always_on="none", **SETTINGS
+        home(tiny("llama with biases", False, dtype), sharding, world_size), scores=RATIOS, always_on="none", **SETTINGS
     )
     periods = []
     for _ in range(4):
         before = whole_weights(ows.weights)
-        units = [ows.layers.layers[i] for i in ows.layer_set]
-        trained = {part.name for unit in units for part in (*unit.matrices, *unit.vectors)}
+        blocks = [ows.layers.layers[i] for i in ows.layer_set]
+        trained = {part.name for block in blocks for part in (*block.matrices, *block.vectors)}
         for _ in range(SETTINGS["period"]):
-            one_step(ows, rank, world)
-        ows.fold()
+            one_step(ows, rank, world_size)
+        ows.merge()
         after = whole_weights(ows.weights)
         periods.append(({name for name in before if not torch.equal(before[name], after[name])}, trained))
     ows.close()
@@ -81,18 +81,20 @@ def state_elements(planned: int) -> int:
     return sum(storages.values())
 
 
-def elements_over_steps(rank: int, world: int, sharding: str, always_on: str) -> list[tuple[int, int, tuple[int, ...]]]:
+def elements_over_steps(
+    rank: int, world_size: int, sharding: str, always_on: str
+) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
     model = tiny("llama", True, torch.float32)
-    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on=always_on, **SETTINGS)
+    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
-        one_step(ows, rank, world)
+        one_step(ows, rank, world_size)
         plan = ows.plan
         # values, gradients; of this process's rows: the gradients' sums over processes, two moments
         buffers = (2 * plan.rows + 3 * plan.stride) * RANK
-        entered = {unit.name for unit in plan.units if ows.numbers()["clocks"][unit.name] == 0}
-        projectors = sum(m.short for u in plan.units if u.name not in entered for m in u.matrices) * RANK
+        entered = {block.name for block in plan.blocks if ows.numbers()["clocks"][block.name] == 0}
+        projectors = sum(m.short for u in plan.blocks if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
         counted.append((state_elements(planned), planned, ows.layer_set))
     ows.close()
@@ -147,31 +149,31 @@ class FullGradients(TorchDispatchMode):
 
 @contextmanager
 def watching(ows: OWS, exact: bool) -> Iterator[FullGradients]:
-    units = [ows.layers.layers[i] for i in ows.layer_set]
-    with FullGradients({m.shape for unit in units for m in unit.matrices}, exact) as mode:
+    blocks = [ows.layers.layers[i] for i in ows.layer_set]
+    with FullGradients({m.shape for block in blocks for m in block.matrices}, exact) as mode:
         yield mode
 
 
 def full_gradients(
-    rank: int, world: int, sharding: str, accumulation: int, refresh_batch: str
+    rank: int, world_size: int, sharding: str, accumulation: int, refresh_batch: str
 ) -> list[tuple[bool, list[tuple[int, int, int]], int, int]]:
     """For each step: whether it refreshes; after each backward (made, most at once, left); owned; matrices."""
     # weights of 48 x 32, 32 x 48, 32 x 32 and 16 x 32; no activation has one of these shapes or as many entries
     model = tiny("llama", False, torch.float32)
     settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "refresh_batch": refresh_batch}
-    ows = OWS(home(model, sharding, world), scores=RATIOS, always_on="none", **settings)
+    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on="none", **settings)
     seen = []
     for _ in range(6):
         refresh = ows._refresh
         owned = [] if refresh is None else [n for n, owner in refresh.plan.owners.items() if owner == rank]
         counts = []
-        for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+        for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
             with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
             counts.append((mode.made, mode.most, mode.alive()))
             assert all(p.grad is None for p in ows.module.parameters())
-        if not ows.idle:
+        if not ows.nothing_to_train:
             seen.append((refresh is not None, counts, len(owned), len(refresh.plan.owners) if refresh else 0))
         with watching(ows, sharding == "zero3") as mode:
             ows.step()
@@ -205,17 +207,17 @@ def test_full_gradients(pools: Pools, sharding: str, accumulation: int, refresh_
         assert len(set(owners)) > 1 or owners[0] > 0
 
 
-def order_of_work(rank: int, world: int, accumulation: int) -> tuple[list[str], int]:
+def order_of_work(rank: int, world_size: int, accumulation: int) -> tuple[list[str], int]:
     """What a step with a refresh does on this process: reductions of gradients, and projectors it finds."""
     events = []
-    weights = home(tiny("llama", False, torch.float32), "replicated", world)
+    weights = home(tiny("llama", False, torch.float32), "replicated", world_size)
     ows = OWS(weights, scores=RATIOS, always_on="none", accumulation=accumulation, **{**SETTINGS, "gamma": 3})
     refresh = ows._refresh
     assert refresh is not None
     reduce, find = ows.comm.reduce, refresh._find
     ows.comm.reduce = lambda *a: (events.append("reduce"), reduce(*a))[1]  # type: ignore[method-assign,func-returns-value]
     refresh._find = lambda *a: (events.append("find"), find(*a))[1]
-    one_step(ows, rank, world)
+    one_step(ows, rank, world_size)
     ows.close()
     return events, list(refresh.plan.owners.values()).count(rank)
 
@@ -233,19 +235,19 @@ def test_owners_of_sums_find_projectors_at_the_same_time(pools: Pools) -> None:
 # ------------------------------------------------------------------ reductions beside the backward pass
 
 
-def order_of_reductions(rank: int, world: int, sharding: str, accumulation: int) -> list[tuple[bool, list[str]]]:
+def order_of_reductions(rank: int, world_size: int, sharding: str, accumulation: int) -> list[tuple[bool, list[str]]]:
     """For each step: whether it refreshes; which units' reductions begin, and when backward passes end."""
     always = "low_rank" if accumulation == 1 else "none"
     settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "always_on": always}
-    ows = OWS(home(tiny("llama"), sharding, world), scores=RATIOS, **settings)
-    begun = UnitBuffer.start_reduce
+    ows = OWS(home(tiny("llama"), sharding, world_size), scores=RATIOS, **settings)
+    begun = BlockBuffer.start_reduce
     events: list[str] = []
     seen = []
     try:
-        UnitBuffer.start_reduce = lambda unit: (events.append(unit.layout.unit.name), begun(unit))[1]  # type: ignore
+        BlockBuffer.start_reduce = lambda block: (events.append(block.layout.block.name), begun(block))[1]  # type: ignore
         for _ in range(12):
             refreshes = ows._refresh is not None
-            for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+            for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
                 ows.backward(mean_loss(ows.weights, ids) / accumulation)
                 events.append("backward")
             ows.step()
@@ -253,7 +255,7 @@ def order_of_reductions(rank: int, world: int, sharding: str, accumulation: int)
             seen.append((refreshes, events.copy()))
             events.clear()
     finally:
-        UnitBuffer.start_reduce = begun  # type: ignore[method-assign]
+        BlockBuffer.start_reduce = begun  # type: ignore[method-assign]
     ows.close()
     return seen
 
@@ -300,22 +302,22 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(rank: int, world: int, sharding: str, always_on: str) -> list[tuple[bool, list[Any]]]:
+def waits(rank: int, world_size: int, sharding: str, always_on: str) -> list[tuple[bool, list[Any]]]:
     """For each step: whether anything is found anew after it, or in it; what waits for the device."""
-    settings = {**SETTINGS, "gamma": 2.0, "max_grad_norm": 0.1, "weight_decay": 0.1, "period": 4, "refresh_gap": 4}
+    settings = {**SETTINGS, "gamma": 2.0, "max_grad_norm": 0.1, "weight_decay": 0.1, "period": 4, "update_proj_gap": 4}
     ows = OWS(
-        home(tiny("llama", dtype=torch.bfloat16), sharding, world), scores=RATIOS, always_on=always_on, **settings
+        home(tiny("llama", dtype=torch.bfloat16), sharding, world_size), scores=RATIOS, always_on=always_on, **settings
     )
     seen = []
     for step in range(9):
-        [ids] = micro_batches(step, rank, world, 1)
+        [ids] = micro_batches(step, rank, world_size, 1)
         batch = {"input_ids": ids, "labels": ids.clone()}
-        steps = [count for unit in ows._buffer.units.values() for count in unit.steps.values()]
+        steps = [count for block in ows._buffer.blocks.values() for count in block.steps.values()]
         steps += [p["step"] for state in (a.state for a, _ in ows._full._runs) for p in state.values()]
         refreshes = ows._refresh is not None
         with Waits({count.data_ptr() for count in steps}) as mode:
             ows.train_step([lambda b=batch: token_losses(ows.weights, b)])
-        seen.append((refreshes or ows.steps % 4 == 0 or ows.idle, mode.found))
+        seen.append((refreshes or ows.steps % 4 == 0 or ows.nothing_to_train, mode.found))
     ows.close()
     return seen
 
@@ -337,21 +339,21 @@ def test_nothing_waits_for_the_device(pools: Pools, sharding: str, always_on: st
 # ------------------------------------------------------------------ processes that disagree
 
 
-def draws_other_layers(rank: int, world: int) -> None:
+def draws_other_layers(rank: int, world_size: int) -> None:
     share = Communicator.share
 
-    class Odd(type(_weights(world).comm)):  # type: ignore[misc]
+    class Odd(type(_weights(world_size).comm)):  # type: ignore[misc]
         def share(self, value: Any, name: str = "share") -> Any:
-            drawn = super().share(value, name)
+            drawn = super().broadcast_object(value, name)
             return [0, 2] if rank == 1 else drawn
 
-    weights = _weights(world)
+    weights = _weights(world_size)
     weights.comm.__class__ = Odd
     assert share is Communicator.share
     OWS(weights, scores=RATIOS, scheme="fixed", **{**SETTINGS, "gamma": 1})
 
 
-def has_other_plan(rank: int, world: int) -> None:
+def has_other_plan(rank: int, world_size: int) -> None:
     def odd(matrices: Any, processes: int) -> RefreshPlan:
         plan = plan_refresh(matrices, processes)
         if rank == 1:
@@ -360,13 +362,13 @@ def has_other_plan(rank: int, world: int) -> None:
 
     ows_ds.optim.ows.plan_refresh = odd
     try:
-        OWS(_weights(world), scores=[1.0, 0.0, 0.0], **{**SETTINGS, "gamma": 1})
+        OWS(_weights(world_size), scores=[1.0, 0.0, 0.0], **{**SETTINGS, "gamma": 1})
     finally:
         ows_ds.optim.ows.plan_refresh = plan_refresh
 
 
-def _weights(world: int) -> Any:
-    return home(tiny("llama"), "replicated", world)
+def _weights(world_size: int) -> Any:
+    return home(tiny("llama"), "replicated", world_size)
 
 
 def test_other_layers_stop_all_processes(pools: Pools) -> None:

@@ -174,7 +174,7 @@ def test_fixed_pairs_are_mixed() -> None:
 
 
 def test_fixed_needs_a_whole_number() -> None:
-    with pytest.raises(UserError, match="give a whole number") as caught:
+    with pytest.raises(UserError, match="expected a whole number") as caught:
         Sampler(probabilities(LLAMA2, 2.5), "fixed", 0)
     assert caught.value.key == "sampling.gamma"
     assert len(Sampler(probabilities(LLAMA2, 2.5), "bernoulli", 0).draw()) <= 32

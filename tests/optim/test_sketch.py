@@ -21,18 +21,18 @@ from tests.support.tiny_run import recipe
 from tests.support.training import RATIOS, batch, home, mean_loss, micro_batches, one_step
 from tests.train.test_trainer import contents, run
 
-WORLDS = pytest.mark.parametrize("world", [1, 2, 3])
+WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
 SHARDINGS = pytest.mark.parametrize("sharding", ["replicated", "zero3"])
 # rank 3: sketches have 14 columns, of as many entries as no weight
-SKETCH: dict[str, Any] = {**SETTINGS, "gamma": 2.0, "refresh": "sketch", "refresh_gap": 4, "rank": 3}
+SKETCH: dict[str, Any] = {**SETTINGS, "gamma": 2.0, "refresh": "sketch", "update_proj_gap": 4, "rank": 3}
 
 
 def course(
-    rank: int, world: int, sharding: str, accumulation: int
+    rank: int, world_size: int, sharding: str, accumulation: int
 ) -> list[tuple[list[bool], int, dict[str, int], dict[str, int], dict[str, Tensor]]]:
     """For each step: the passes it takes, full gradients made, bytes sent and foreseen, projectors after it."""
     ows = OWS(
-        home(tiny("llama", False, torch.float32), sharding, world),
+        home(tiny("llama", False, torch.float32), sharding, world_size),
         scores=RATIOS, always_on="none", accumulation=accumulation, **SKETCH,
     )  # fmt: skip
     seen = []
@@ -41,9 +41,9 @@ def course(
         for sketch in ows._sketches:
             passes.append(sketch.second)
             rank_of_pass = ows.rank if sketch.second else None
-            foreseen.update(sketch.plan.bytes_of_pass(world, 2 * ows.rank + 8, rank_of_pass, weight_itemsize=4))
+            foreseen.update(sketch.plan.bytes_of_pass(world_size, 2 * ows.rank + 8, rank_of_pass, weight_itemsize=4))
         made = 0
-        for ids in [] if ows.idle else micro_batches(ows.steps, rank, world, accumulation):
+        for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
             with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
@@ -60,9 +60,9 @@ def course(
 
 @WORLDS
 @SHARDINGS
-def test_no_full_gradient_ever(pools: Pools, sharding: str, world: int) -> None:
+def test_no_full_gradient_ever(pools: Pools, sharding: str, world_size: int) -> None:
     """Nor other bytes than the plan tells, nor other projectors than on the other processes."""
-    results = pools(world).run(course, sharding, 1 if world == 3 else 2)
+    results = pools(world_size).run(course, sharding, 1 if world_size == 3 else 2)
     passes = [one for one, *_ in results[0]]
     assert {second for one in passes for second in one} == {False, True}
     assert [] in passes
@@ -72,20 +72,20 @@ def test_no_full_gradient_ever(pools: Pools, sharding: str, world: int) -> None:
             assert sent == foreseen
             assert projectors.keys() == theirs.keys()
             assert all(torch.equal(projectors[name], theirs[name]) for name in theirs)
-    if world > 1:
+    if world_size > 1:
         assert any(foreseen for _, _, _, foreseen, _ in results[0])
 
 
-def projectors_of_one_batch(rank: int, world: int, sharding: str, family: str) -> list[dict[str, Tensor]]:
+def projectors_of_one_batch(rank: int, world_size: int, sharding: str, family: str) -> list[dict[str, Tensor]]:
     """After a first and a second refresh that see the same batch under weights that stay."""
     ows = OWS(
-        home(tiny(family, False, torch.float32), sharding, world),
-        scores=RATIOS, gamma=3, rank=8, period=100, refresh_gap=3, lr=0.0, refresh="sketch", always_on="low_rank",
+        home(tiny(family, False, torch.float32), sharding, world_size),
+        scores=RATIOS, gamma=3, rank=8, period=100, update_proj_gap=3, lr=0.0, refresh="sketch", always_on="low_rank",
     )  # fmt: skip
     found = []
     for step in range(5):
         assert bool(ows._projectors) == (step >= 2)
-        for ids in micro_batches(0, rank, world, 1):
+        for ids in micro_batches(0, rank, world_size, 1):
             ows.backward(mean_loss(ows.weights, ids))
         ows.step()
         ows.zero_grad()
@@ -116,14 +116,14 @@ def test_the_projector_keeps_the_energy(pools: Pools, sharding: str, family: str
 def test_a_layer_that_has_just_entered_trains_from_its_third_step() -> None:
     model = tiny("llama")
     ows = OWS(model, scores=RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none", lr=1e-2, weight_decay=0.1)
-    names = [m.name for unit in ows.layers.layers for m in unit.matrices]
-    vectors = [v.name for unit in ows.layers.layers for v in unit.vectors]
+    names = [m.name for block in ows.layers.layers for m in block.matrices]
+    vectors = [v.name for block in ows.layers.layers for v in block.vectors]
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(4):
-        assert [bool(ows._attachments[name][0].coordinates) for name in names] == [step >= 2] * len(names)
-        assert [bool(ows._attachments[name][0].sketch) for name in names] == [step < 2] * len(names)
+        assert [bool(ows._hooks[name][0].coordinates) for name in names] == [step >= 2] * len(names)
+        assert [bool(ows._hooks[name][0].sketch) for name in names] == [step < 2] * len(names)
         one_step(ows, 0, 1)
-        ows.fold()
+        ows.merge()
         now = dict(model.named_parameters())
         assert [torch.equal(now[name], start[name]) for name in names] == [step < 2] * len(names)
         assert not any(torch.equal(now[name], start[name]) for name in vectors)
@@ -150,16 +150,16 @@ def test_a_sketch_leaves_nothing_behind() -> None:
     ows.close()
 
 
-@pytest.mark.parametrize(("world", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "replicated")])
-def test_resumes_bit_identically(pools: Pools, inputs: Path, tmp_path: Path, world: int, sharding: str) -> None:
+@pytest.mark.parametrize(("world_size", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "replicated")])
+def test_resumes_bit_identically(pools: Pools, inputs: Path, tmp_path: Path, world_size: int, sharding: str) -> None:
     """From a checkpoint between the two passes: embedding and head take their second one in the step after it."""
-    optim = {"refresh": "sketch", "always_on": "low_rank", "refresh_gap": 3}
-    made = functools.partial(recipe, inputs, optim=optim, sharding=sharding, save_every=4, keep_last=3)
-    pools(world).run(run, made(tmp_path / "whole"), None)
-    pools(world).run(run, made(tmp_path / "parts"), 5)
-    pools(world).run(run, made(tmp_path / "parts", resume="auto"), None)
+    optim = {"refresh": "sketch", "always_on": "low_rank", "update_proj_gap": 3}
+    made = functools.partial(recipe, inputs, optim=optim, sharding=sharding, save_steps=4, save_total_limit=3)
+    pools(world_size).run(run, made(tmp_path / "whole"), None)
+    pools(world_size).run(run, made(tmp_path / "parts"), 5)
+    pools(world_size).run(run, made(tmp_path / "parts", resume="auto"), None)
     records, files = contents(tmp_path / "whole")
     assert contents(tmp_path / "parts") == (records, files)
     manifest = (tmp_path / "whole" / "checkpoints" / "step-4" / "manifest.json").read_text()
     assert "sketch_basis/" in manifest
-    assert any("sketches" in record["comm_bytes"] for record in records) == (world > 1)
+    assert any("sketches" in record["comm_bytes"] for record in records) == (world_size > 1)

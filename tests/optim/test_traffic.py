@@ -18,22 +18,22 @@ NOT_PLANNED = {"agree", "layer_set", "share", "moments", "broadcast", "weights"}
 
 
 def sent_by_steps(
-    rank: int, world: int, sharding: str, method: str, always_on: str, refresh: str, accumulation: int
+    rank: int, world_size: int, sharding: str, method: str, always_on: str, refresh: str, accumulation: int
 ) -> list[tuple[dict[str, int], dict[str, int], tuple[int, int], int]]:
     """For each step: what was sent, what was planned, the bounds of gathers and what they sent."""
     settings: dict[str, Any] = {"rank": RANK if method == "ows" else None, "refresh": refresh}
     ows = OWS(
-        home(tiny("llama", False, torch.float32), sharding, world), scores=RATIOS, gamma=2, scheme="fixed",
-        refresh_gap=3, period=100, always_on=always_on, accumulation=accumulation, **settings,
+        home(tiny("llama", False, torch.float32), sharding, world_size), scores=RATIOS, gamma=2, scheme="fixed",
+        update_proj_gap=3, period=100, always_on=always_on, accumulation=accumulation, **settings,
     )  # fmt: skip
     job = Job(
         ows.layers, method, ows.layer_set, RANK, always_on, refresh, itemsize=4, accumulation=accumulation,
-        world=world, sharded=sharding == "zero3",
+        world_size=world_size, sharded=sharding == "zero3",
     )  # fmt: skip
     seen = []
     for step in range(STEPS):
         before = dict(ows.comm.sent)
-        for ids in micro_batches(step, rank, world, accumulation):
+        for ids in micro_batches(step, rank, world_size, accumulation):
             ows.backward(mean_loss(ows.weights, ids) / accumulation)
         ows.step()
         ows.zero_grad()

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import Replicated
-from ows_ds.model.layers import Matrix, Unit, Vector
+from ows_ds.model.layers import Block, Matrix, Vector
 from ows_ds.optim.full_rank import FullRank, steps_of
 from ows_ds.optim.layout import Plan, make_plan
-from ows_ds.optim.update import CoordinateBuffer, Hyper
+from ows_ds.optim.update import AdamWSettings, CoordinateBuffer
 
 RANK = 3
-HYPER = Hyper(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
+HYPER = AdamWSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
 
 
-def unit(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> Unit:
-    return Unit(
+def block(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> Block:
+    return Block(
         name,
         tuple(Matrix(f"{name}.m{i}", shape, (f"{name}.m{i}",)) for i, shape in enumerate(shapes)),
         tuple(Vector(f"{name}.v{i}", numel) for i, numel in enumerate(vectors)),
@@ -32,10 +32,10 @@ def unit(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> 
 
 
 UNITS = {
-    "a": unit("a", (5, 4), (3, 6), vectors=(4, 3)),
-    "b": unit("b", (4, 4), vectors=(7,)),
-    "c": unit("c", (6, 5)),
-    "always": unit("always", vectors=(5,)),
+    "a": block("a", (5, 4), (3, 6), vectors=(4, 3)),
+    "b": block("b", (4, 4), vectors=(7,)),
+    "c": block("c", (6, 5)),
+    "always": block("always", vectors=(5,)),
 }
 
 
@@ -54,8 +54,8 @@ def random(like: Tensor, seed: int) -> Tensor:
 
 
 def fill_gradients(buffer: CoordinateBuffer, seed: int) -> None:
-    for index, unit in enumerate(buffer.units.values()):
-        unit.grads.copy_(random(unit.grads, 100 * seed + index))
+    for index, block in enumerate(buffer.blocks.values()):
+        block.grads.copy_(random(block.grads, 100 * seed + index))
 
 
 class Separate:
@@ -66,14 +66,14 @@ class Separate:
         self.optimizers: dict[str, torch.optim.AdamW] = {}
 
     def change(self, buffer: CoordinateBuffer) -> None:
-        slots = [name for unit in buffer.units.values() for name in unit.layout.slots]
+        slots = [name for block in buffer.blocks.values() for name in block.layout.slots]
         for name in set(self.values) - set(slots):
             del self.values[name], self.optimizers[name]
         for name in set(slots) - set(self.values):
             self.values[name] = nn.Parameter(buffer.value(name).clone())
             self.optimizers[name] = torch.optim.AdamW([self.values[name]], lr=0.0)
 
-    def update(self, buffer: CoordinateBuffer, hyper: Hyper) -> None:
+    def update(self, buffer: CoordinateBuffer, hyper: AdamWSettings) -> None:
         for name, value in self.values.items():
             matrix = name in buffer.plan.matrices
             value.grad = buffer.grad(name).clone()
@@ -86,17 +86,17 @@ class Separate:
             self.optimizers[name].step()
 
     def assert_equals(self, buffer: CoordinateBuffer) -> None:
-        assert set(self.values) == {name for unit in buffer.units.values() for name in unit.layout.slots}
+        assert set(self.values) == {name for block in buffer.blocks.values() for name in block.layout.slots}
         for name, value in self.values.items():
             assert torch.equal(buffer.value(name), value.data), name
-            state, unit = self.optimizers[name].state[value], buffer.unit(name)
-            rows = unit.local_rows(name)
+            state, block = self.optimizers[name].state[value], buffer.block(name)
+            rows = block.local_rows(name)
             if state:
-                assert torch.equal(unit.exp_avg[rows], state["exp_avg"]), name
-                assert torch.equal(unit.exp_avg_sq[rows], state["exp_avg_sq"]), name
+                assert torch.equal(block.exp_avg[rows], state["exp_avg"]), name
+                assert torch.equal(block.exp_avg_sq[rows], state["exp_avg_sq"]), name
 
 
-def step(buffer: CoordinateBuffer, separate: Separate, hyper: Hyper, seed: int) -> None:
+def step(buffer: CoordinateBuffer, separate: Separate, hyper: AdamWSettings, seed: int) -> None:
     fill_gradients(buffer, seed)
     separate.update(buffer, hyper)
     buffer.reduce()
@@ -111,15 +111,17 @@ def step(buffer: CoordinateBuffer, separate: Separate, hyper: Hyper, seed: int) 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_separate_adamws(dtype: torch.dtype, weight_decay: float) -> None:
     buffer, separate = buffer_of("a", "b", "always", dtype=dtype), Separate()
-    for unit in buffer.units.values():
-        assert {getattr(unit, kind).dtype for kind in ("values", "grads", "master", "exp_avg", "exp_avg_sq")} == {dtype}
-        unit.values.copy_(random(unit.values, 99))
-    start = [unit.values.clone() for unit in buffer.units.values()]
+    for block in buffer.blocks.values():
+        assert {getattr(block, kind).dtype for kind in ("values", "grads", "master", "exp_avg", "exp_avg_sq")} == {
+            dtype
+        }
+        block.values.copy_(random(block.values, 99))
+    start = [block.values.clone() for block in buffer.blocks.values()]
     separate.change(buffer)
     for index in range(6):
         step(buffer, separate, replace(HYPER, weight_decay=weight_decay, lr=HYPER.lr / (1 + index)), index)
     assert set(buffer.steps.values()) == {6.0}
-    moved = [unit.values - old for unit, old in zip(buffer.units.values(), start, strict=True)]
+    moved = [block.values - old for block, old in zip(buffer.blocks.values(), start, strict=True)]
     assert all(float(one.abs().min()) > 0 for one in moved)
 
 
@@ -131,16 +133,16 @@ def test_bfloat16_weights_under_float32_masters() -> None:
     )
     start = random(torch.empty(11, RANK), 1).bfloat16()
     for one in (buffer, exact):
-        one.unit("a.m0").fill("a.m0", start[:5])
-        one.unit("a.m1").fill("a.m1", start[5:])
+        one.block("a.m0").fill("a.m0", start[:5])
+        one.block("a.m1").fill("a.m1", start[5:])
         for index in range(3):
             fill_gradients(one, index)
             one.reduce()
             one.update(HYPER)
-    rounded, whole = buffer.units["a"], exact.units["a"]
+    rounded, whole = buffer.blocks["a"], exact.blocks["a"]
     assert (rounded.values.dtype, rounded.master.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(rounded.master, whole.values)
-    assert torch.equal(rounded.whole(), whole.values)
+    assert torch.equal(rounded.full_tensor(), whole.values)
     assert torch.equal(rounded.values, whole.values.bfloat16())
     assert not torch.equal(rounded.values.float(), whole.values)
 
@@ -148,23 +150,23 @@ def test_bfloat16_weights_under_float32_masters() -> None:
 def test_first_step_by_hand() -> None:
     """Adam's first step is -lr * sign(gradient) where eps is nothing; matrices times scale, and decayed."""
     buffer = buffer_of("b", "always")
-    for unit in buffer.units.values():
-        unit.values.fill_(1.0)
-        unit.grads.fill_(2.0)
-    buffer.units["b"].grads[1] = -0.5
+    for block in buffer.blocks.values():
+        block.values.fill_(1.0)
+        block.grads.fill_(2.0)
+    buffer.blocks["b"].grads[1] = -0.5
     buffer.reduce()
-    buffer.update(Hyper(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5))
+    buffer.update(AdamWSettings(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5))
     decayed = 1 - 0.1 * 0.2
-    expected = torch.full_like(buffer.units["b"].values, 1 - 0.1)
+    expected = torch.full_like(buffer.blocks["b"].values, 1 - 0.1)
     expected[:4] = decayed - 0.1 * 0.5
     expected[1] = decayed + 0.1 * 0.5
-    torch.testing.assert_close(buffer.units["b"].values, expected, rtol=1e-15, atol=1e-15)
-    always = buffer.units["always"].values
+    torch.testing.assert_close(buffer.blocks["b"].values, expected, rtol=1e-15, atol=1e-15)
+    always = buffer.blocks["always"].values
     torch.testing.assert_close(always, torch.full_like(always, 1 - 0.1), rtol=1e-15, atol=1e-15)
 
 
 def test_hyper_by_hand() -> None:
-    hyper = Hyper(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
+    hyper = AdamWSettings(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
     common = {"betas": (0.9, 0.99), "eps": 1e-8}
     assert hyper.matrices() == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
     assert hyper.full() == {"lr": 0.4, "weight_decay": 0.1, **common}
@@ -176,15 +178,15 @@ def test_hyper_by_hand() -> None:
 def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
     """Without a gradient only the decay acts: lr * weight_decay on coordinates, nothing on vectors."""
     buffer = buffer_of("a")
-    unit = buffer.units["a"]
-    unit.values.fill_(1.0)
+    block = buffer.blocks["a"]
+    block.values.fill_(1.0)
     for _ in range(3):
         buffer.reduce()
         buffer.update(replace(HYPER, scale=scale))
-    rows = unit.layout.segments["matrices"][1]
+    rows = block.layout.segments["matrices"][1]
     expected = torch.tensor((1 - 0.01 * 0.1) ** 3, dtype=torch.float64)
-    torch.testing.assert_close(unit.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
-    assert torch.equal(unit.values[rows:], torch.ones(3, RANK, dtype=torch.float64))
+    torch.testing.assert_close(block.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
+    assert torch.equal(block.values[rows:], torch.ones(3, RANK, dtype=torch.float64))
 
 
 def test_nothing_to_train() -> None:
@@ -224,12 +226,12 @@ def test_units_that_stay_go_on_and_others_begin_anew() -> None:
     buffer = buffer_of()
     seed = 0
     for names in (("a", "b", "always"), ("b", "c", "always"), ("a", "b", "c", "always"), ("always",), ("a", "always")):
-        old, steps = dict(buffer.units), buffer.steps
+        old, steps = dict(buffer.blocks), buffer.steps
         buffer.change(plan_of(*names))
-        assert list(buffer.units) == list(names)
-        for name, unit in buffer.units.items():
-            assert (unit is old.get(name)) == (name in old)
-            assert all(bool(t.any()) == (name in old) for t in (unit.values, unit.exp_avg, unit.exp_avg_sq))
+        assert list(buffer.blocks) == list(names)
+        for name, block in buffer.blocks.items():
+            assert (block is old.get(name)) == (name in old)
+            assert all(bool(t.any()) == (name in old) for t in (block.values, block.exp_avg, block.exp_avg_sq))
         assert all(count == steps.get(key, 0.0) for key, count in buffer.steps.items())
         separate.change(buffer)
         separate.assert_equals(buffer)
@@ -244,9 +246,9 @@ def test_units_that_stay_go_on_and_others_begin_anew() -> None:
 
 
 class Recorder(Communicator):
-    """Process 0 of two, of which the other one never has a gradient; writes down what is begun and waited for."""
+    """Rank 0 of two, of which the other one never has a gradient; writes down what is begun and waited for."""
 
-    world = 2
+    world_size = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +299,7 @@ def test_reductions_start_in_order_as_soon_as_a_unit_is_complete() -> None:
     grads = buffer.reduce()
     assert events == ["begin 6", "begin 8", "begin 14", "wait 14", "wait 8", "wait 6"]
     assert [g.shape[0] for g in grads] == [7, 4, 3]
-    assert all(torch.equal(g, unit.grads[: len(g)]) for g, unit in zip(grads, buffer.units.values(), strict=True))
+    assert all(torch.equal(g, block.grads[: len(g)]) for g, block in zip(grads, buffer.blocks.values(), strict=True))
 
 
 def test_what_never_arrives_is_reduced_in_its_place() -> None:
@@ -412,7 +414,7 @@ def test_full_rank_adds_up_in_float32() -> None:
     module.weight.fill_(1.0)
     full = FullRank(Replicated(module, Communicator()), torch.float32)
     full.enter({"weight": module.weight})
-    hyper = Hyper(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
+    hyper = AdamWSettings(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     for _ in range(8):
         module(x).sum().backward()

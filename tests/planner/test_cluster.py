@@ -48,7 +48,7 @@ def test_few_bytes_pay_latency_alone() -> None:
 def test_clusters_by_name_and_file(tmp_path: Path) -> None:
     assert read_cluster("8xA100-80") == Cluster(1, 8)
     four = read_cluster("4x8xH100", {"network": 25.0, "price": None})
-    assert (four.nodes, four.gpus, four.world, four.tflops, four.network) == (4, 8, 32, 989, 25)
+    assert (four.nodes, four.gpus, four.world_size, four.tflops, four.network) == (4, 8, 32, 989, 25)
     file = tmp_path / "mine.yaml"
     file.write_text("like: 2x8xH100\nmemory: 94\n")
     assert read_cluster(str(file)) == replace(read_cluster("2x8xH100"), memory=94)
@@ -60,14 +60,18 @@ def test_clusters_by_name_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "changes", "expected"),
     [
-        ("8xA100", {}, "--cluster: '8xA100' is not right: give a file, or nodes x GPUs of one of A100-40"),
-        ("mine", {}, "--cluster: 'mine' is not right"),
-        ("no.yaml", {}, "--cluster: 'no.yaml' is not right: give a readable YAML file"),
-        ("8xH100", {"nodes": 0}, "--nodes: 0 is not right: give an integer of at least 1"),
-        ("8xH100", {"nvlink": 0.0}, "--nvlink: 0.0 is not right: give a number above 0"),
-        ("8xH100", {"network_latency": float("nan")}, "--network-latency: nan is not right: give a number of at least"),
-        ("8xH100", {"reach": 1.5}, "--reach: 1.5 is not right: give a share of at most 1"),
-        ("8xH100", {"reserve": 80.0}, "--reserve: 80.0 is not right: give less than --memory, 80 GB"),
+        ("8xA100", {}, "--cluster: '8xA100' is invalid: expected a file, or nodes x GPUs of one of A100-40"),
+        ("mine", {}, "--cluster: 'mine' is invalid"),
+        ("no.yaml", {}, "--cluster: 'no.yaml' is invalid: expected a readable YAML file"),
+        ("8xH100", {"nodes": 0}, "--nodes: 0 is invalid: expected an integer of at least 1"),
+        ("8xH100", {"nvlink": 0.0}, "--nvlink: 0.0 is invalid: expected a number above 0"),
+        (
+            "8xH100",
+            {"network_latency": float("nan")},
+            "--network-latency: nan is invalid: expected a number of at least",
+        ),
+        ("8xH100", {"reach": 1.5}, "--reach: 1.5 is invalid: expected a share of at most 1"),
+        ("8xH100", {"reserve": 80.0}, "--reserve: 80.0 is invalid: expected less than --memory, 80 GB"),
     ],
 )
 def test_mistakes(given: str, changes: dict[str, float], expected: str) -> None:
@@ -77,7 +81,7 @@ def test_mistakes(given: str, changes: dict[str, float], expected: str) -> None:
 
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
-    for text, expected in (("nvlnk: 3", "is nvlink meant?"), ("gpus: many", "give an integer")):
+    for text, expected in (("nvlnk: 3", "is nvlink meant?"), ("gpus: many", "expected an integer")):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UserError, match=expected):
             read_cluster(str(tmp_path / "c.yaml"))
@@ -118,7 +122,7 @@ def test_flops_of_coordinates() -> None:
 
 
 def test_messages_and_times() -> None:
-    job = Job(SEVEN, layer_set=FIVE, world=4, accumulation=2)
+    job = Job(SEVEN, layer_set=FIVE, world_size=4, accumulation=2)
     sent = messages(job, traffic(job), traffic(job, True, 3), 0.01)
     assert sent["full_rank_gradients"].count == 4  # embedding and head, twice
     assert (sent["grad_norm"].rounds, sent["gradients"].count) == (2, 6)  # a layer each, and what is always on

@@ -54,8 +54,8 @@ def test_shapes_have_the_models_numbers_of_weights() -> None:
     counts = {}
     for name in SHAPES:
         layers = read(name).layers
-        matrices = [m for unit in layers.layers for m in unit.matrices] + list(layers.embeddings)
-        vectors = [v for unit in layers.layers for v in unit.vectors] + list(layers.final)
+        matrices = [m for block in layers.layers for m in block.matrices] + list(layers.embeddings)
+        vectors = [v for block in layers.layers for v in block.vectors] + list(layers.final)
         counts[name] = sum(m.shape[0] * m.shape[1] for m in matrices) + sum(v.numel for v in vectors)
     assert counts == {
         "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
@@ -71,7 +71,7 @@ def test_a_folder_needs_no_weights(tmp_path: Any) -> None:
     found = read_model(str(tmp_path))
     assert (found.name, len(found.layers.layers), found.whole_logits) == (tmp_path.name, 3, True)
     assert not read("llama2-7b").whole_logits
-    with pytest.raises(UserError, match=r"model.path: '.*' is not right: give a folder with a config"):
+    with pytest.raises(UserError, match=r"model.path: '.*' is invalid: expected a folder with a config"):
         read_model(str(tmp_path / "absent"))
 
 
@@ -80,8 +80,8 @@ def test_a_folder_needs_no_weights(tmp_path: Any) -> None:
 
 def tiny_trace(trained: tuple[int, ...]) -> Any:
     model: Any = tiny("llama", False)
-    units = read_layers(model)
-    names = [part.name for i in trained for part in (*units[i].matrices, *units[i].vectors)]
+    blocks = read_layers(model)
+    names = [part.name for i in trained for part in (*blocks[i].matrices, *blocks[i].vectors)]
     return record(without_weights(model.config), names)
 
 
@@ -119,7 +119,7 @@ def test_every_family_can_be_replayed(family: str) -> None:
     layers = read_layers(model)
     from ows_ds.model.layers import find_layers
 
-    job = Job(find_layers(model), layer_set=(1,), rank=5, world=2, sharded=True, always_on="none")
+    job = Job(find_layers(model), layer_set=(1,), rank=5, world_size=2, sharded=True, always_on="none")
     whole = Replays(model.config).complete(job)
     least, most = gathers(job)
     assert whole.gathered is not None
@@ -171,7 +171,7 @@ def test_replicated_where_it_fits(path: str) -> None:
     """Nothing but R and its like travels, and the planner recommends it."""
     asked = recipe(path, optim={"always_on": "none"}, train={"gradient_checkpointing": True})
     replicated, sharded = (on_eight(path, home, asked) for home in ("replicated", "zero3"))
-    small = {"gradients", "coordinates", "grad_norm", "fold", "projectors", "refresh_gradients"}
+    small = {"gradients", "coordinates", "grad_norm", "merge", "projectors", "refresh_gradients"}
     assert set(replicated.sent) == small
     assert set(sharded.sent) == {*replicated.sent, "weights"}
     assert sharded.sent["weights"].sent > 200 * sum(message.sent for message in replicated.sent.values()) / 2
@@ -180,17 +180,17 @@ def test_replicated_where_it_fits(path: str) -> None:
 
 
 def test_choices() -> None:
-    found = list(choices(recipe(train={"batch_size": 16}), read_cluster("2x4xH100")))
-    assert {one.world for one in found} == {1, 2, 4, 8}
-    assert {one.home for one in found if one.world == 1} == {"replicated"}
-    assert {one.world for one in found if one.home == "hpz"} == {8}
-    assert {one.micro_batch for one in found if one.world == 8} == {1, 2}
+    found = list(choices(recipe(train={"global_batch_size": 16}), read_cluster("2x4xH100")))
+    assert {one.world_size for one in found} == {1, 2, 4, 8}
+    assert {one.home for one in found if one.world_size == 1} == {"replicated"}
+    assert {one.world_size for one in found if one.home == "hpz"} == {8}
+    assert {one.micro_batch for one in found if one.world_size == 8} == {1, 2}
     assert len(found) == len(set(found))
 
 
 def test_second_shards_and_what_they_save() -> None:
     """hpZ holds the weights once more in each node, and gathers inside of it."""
-    asked, model, two = recipe(train={"batch_size": 32}), read("llama2-7b"), read_cluster("2x8xA100-80")
+    asked, model, two = recipe(train={"global_batch_size": 32}), read("llama2-7b"), read_cluster("2x8xA100-80")
     plain, second = (
         forecast(asked, model, two, choice_of(asked, 16, home), replays=Replays(model.config))
         for home in ("zero3", "hpz")
@@ -201,13 +201,13 @@ def test_second_shards_and_what_they_save() -> None:
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(UserError, match=r"train.batch_size: 12 is not right: give a multiple of 8: 1 seq"):
-        on_eight("llama2-7b", "zero3", recipe(train={"batch_size": 12}))
+    with pytest.raises(UserError, match=r"train.global_batch_size: 12 is invalid: expected a multiple of 8: 1 seq"):
+        on_eight("llama2-7b", "zero3", recipe(train={"global_batch_size": 12}))
 
 
 def test_scaling_keeps_the_work_of_a_gpu() -> None:
     assert scaling_sizes(EIGHT) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    asked = recipe(train={"batch_size": 32, "micro_batch_size": 2})
+    asked = recipe(train={"global_batch_size": 32, "micro_batch_size": 2})
     many = scaled(asked, read("llama2-7b"), EIGHT, 1024, "replicated")
     assert (many.usual.rows, many.usual.accumulation, many.tokens) == (2, 2, 4 * 512 * 1024)
     one = scaled(asked, read("llama2-7b"), EIGHT, 8, "replicated")
@@ -230,11 +230,11 @@ def test_check_memory_says_what_would_fit() -> None:
     with pytest.raises(UserError) as caught:
         check_memory(asked, model, 8, False, 35_000_000_000)
     said = str(caught.value)
-    assert said.startswith("train.sharding: 'replicated' is not right: a step needs ")
+    assert said.startswith("train.sharding: 'replicated' is invalid: a step needs ")
     assert said.endswith(" GB of a GPU that has 35.0 GB; give --train.gradient_checkpointing true")
     with pytest.raises(UserError, match=r"24.0 GB; give --train.sharding zero3$"):
         check_memory(asked, model, 8, False, 24_000_000_000)
-    with pytest.raises(UserError, match="give more GPUs under zero3"):
+    with pytest.raises(UserError, match="expected more GPUs under zero3"):
         check_memory(asked, model, 8, True, 4_000_000_000)
 
 

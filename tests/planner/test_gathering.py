@@ -21,7 +21,13 @@ STEPS = 4  # the first two passes teach DeepSpeed the order
 
 
 def courses(
-    rank: int, world: int, family: str, limits: tuple[int, int, int], always_on: str, checkpointing: bool, batches: int
+    rank: int,
+    world_size: int,
+    family: str,
+    limits: tuple[int, int, int],
+    always_on: str,
+    checkpointing: bool,
+    batches: int,
 ) -> list[tuple[Any, Any]]:
     """For the last steps: (measured, replayed) entries after each fetch of the first pass, and bytes of gathers."""
     from ows_ds.distributed.communicator import join
@@ -31,7 +37,7 @@ def courses(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
     model.train()
-    config = resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world)
+    config = resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world_size)
     names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     config["zero_optimization"] |= dict(zip(names, limits, strict=True))
     weights: Weights = Zero3(model, config, join("cpu"))
@@ -39,7 +45,7 @@ def courses(
         weights, scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches
     )
     job = Job(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
-              checkpointing=checkpointing, world=world, sharded=True)  # fmt: skip
+              checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
     job = Replays(model.config, config["zero_optimization"]).complete(job)
     assert job.gathered is not None
     coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
@@ -53,7 +59,7 @@ def courses(
     seen = []
     for step in range(STEPS):
         before = ows.comm.sent["weights"]
-        for index, ids in enumerate(micro_batches(step, rank, world, batches)):
+        for index, ids in enumerate(micro_batches(step, rank, world_size, batches)):
             if not index:
                 course.clear()
             ows.backward(mean_loss(ows.weights, ids) / batches)

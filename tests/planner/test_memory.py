@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ows_ds import config, methods
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
-from ows_ds.model.layers import Matrix, ModelLayers, Unit, Vector, find_layers
+from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector, find_layers
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.memory import Job, likely_set, memory, per_method, state, traffic
 from ows_ds.train.loss import token_losses
@@ -75,8 +75,8 @@ def steps(
             "model": {"path": "none", "dtype": dtype},
             "method": {"name": method},
             "sampling": {"gamma": 1, "scheme": "fixed", "period": 100},
-            "optim": {"rank": RANK, "refresh_gap": 2, "always_on": always_on, "side": side},
-            "train": {"output_dir": "none", "batch_size": rows},
+            "optim": {"rank": RANK, "update_proj_gap": 2, "always_on": always_on, "side": side},
+            "train": {"output_dir": "none", "global_batch_size": rows},
         }
     )
     layers = find_layers(model)
@@ -162,12 +162,12 @@ def test_state_is_exact(rank: int | None, always_on: str) -> None:
     ows.train_step([lambda: ows.module(input_ids=ids).logits.sum()])
     assert not ows._full.grads  # spent
     job = Job(ows.layers, "ows" if rank else "lisa", ows.layer_set, rank or 128, always_on, itemsize=4)
-    units, full = ows._buffer.units.values(), ows._full.states().values()
+    blocks, full = ows._buffer.blocks.values(), ows._full.states().values()
     assert state(job) == {
         "weights": sum(p.nbytes for p in ows.module.parameters()),
-        "coordinates": sum(unit.values.nbytes for unit in units),
-        "gradients": sum(unit.grads.nbytes for unit in units),
-        "moments": sum(2 * unit.exp_avg.nbytes for unit in units)
+        "coordinates": sum(block.values.nbytes for block in blocks),
+        "gradients": sum(block.grads.nbytes for block in blocks),
+        "moments": sum(2 * block.exp_avg.nbytes for block in blocks)
         + sum(one["exp_avg"].nbytes + one["exp_avg_sq"].nbytes for one in full),
         "masters": sum(one["master"].nbytes for one in full),
         "projectors": sum(p.nbytes for p in ows._projectors.values()),
@@ -194,7 +194,7 @@ def llama(count: int, hidden: int, between: int, keys: int, vocabulary: int) -> 
         shapes = {"q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden)}
         shapes |= {"gate": (between, hidden), "up": (between, hidden), "down": (hidden, between)}
         matrices = tuple(matrix(f"{i}.{name}", *shape) for name, shape in shapes.items())
-        layers.append(Unit(f"{i}", matrices, (Vector(f"{i}.a", hidden), Vector(f"{i}.b", hidden))))
+        layers.append(Block(f"{i}", matrices, (Vector(f"{i}.a", hidden), Vector(f"{i}.b", hidden))))
     outside = (matrix("embedding", vocabulary, hidden), matrix("head", vocabulary, hidden))
     return ModelLayers(tuple(layers), outside, (Vector("norm", hidden),))
 
@@ -233,7 +233,7 @@ def test_budgets() -> None:
             assert memory(five, refresh).peak <= most
             assert memory(twelve, refresh).peak <= memory(five, refresh).peak + 1e9
     big = llama(80, 8192, 28672, 1024, 128256)
-    job = Job(big, layer_set=FIVE, length=4096, checkpointing=True, world=8, sharded=True)
+    job = Job(big, layer_set=FIVE, length=4096, checkpointing=True, world_size=8, sharded=True)
     assert memory(job).peak <= memory(job, True).peak < 40e9
     peaks = {name: one.peak for name, one in per_method(LEAN, ["ows", "galore", "lisa", "full"]).items()}
     assert sorted(peaks, key=lambda name: peaks[name]) == ["ows", "galore", "lisa", "full"]
@@ -248,17 +248,17 @@ def test_chunks_bound_the_loss() -> None:
 
 
 def test_sharding_divides() -> None:
-    alone, eight = state(LEAN), state(replace(LEAN, world=8, sharded=True))
+    alone, eight = state(LEAN), state(replace(LEAN, world_size=8, sharded=True))
     assert eight["weights"] == pytest.approx(alone["weights"] / 8, rel=1e-6)
     assert eight["moments"] == pytest.approx(alone["moments"] / 8, rel=1e-4)
     assert eight["coordinates"] == alone["coordinates"]
-    assert memory(replace(LEAN, world=8, sharded=True)).phases["loss"]["gathered"] == 5e8 * 2
+    assert memory(replace(LEAN, world_size=8, sharded=True)).phases["loss"]["gathered"] == 5e8 * 2
 
 
 def test_gradient_traffic_is_a_sixteenth() -> None:
     """Of the sampled layers' matrices, r = 128: 1 / 16 in bytes (float32 against bfloat16), 1 / 32 in entries."""
-    bare = replace(SEVEN, layers=tuple(Unit(u.name, u.matrices, ()) for u in SEVEN.layers))
-    job = Job(bare, layer_set=FIVE, always_on="none", world=4)
+    bare = replace(SEVEN, layers=tuple(Block(u.name, u.matrices, ()) for u in SEVEN.layers))
+    job = Job(bare, layer_set=FIVE, always_on="none", world_size=4)
     low_rank = traffic(job)["gradients"]
     full_rank = traffic(replace(job, method="lisa"))["full_rank_gradients"]
     assert low_rank == 5 * 49408 * 128 * 4 * 3 // 4 == 94_863_360
@@ -275,7 +275,7 @@ def test_sides() -> None:
     grouped = replace(LEAN, layers=llama(32, 4096, 11008, 1024, 32000), checkpointing=False)
     kept, sent = {}, {}
     for side in ("std", "right", "left"):
-        job = replace(grouped, layers=grouped.layers.with_side(side), world=2)
+        job = replace(grouped, layers=grouped.layers.with_side(side), world_size=2)
         kept[side] = memory(job).phases["loss"]["activations"]
         sent[side] = traffic(job)["gradients"] // (128 * 4)
     # wide are keys and values, which share their input, and down

@@ -16,7 +16,7 @@ from ows_ds.planner import plan as planning
 from ows_ds.planner.memory import Job, memory, state
 from tests.support.families import tiny
 
-WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.5", "--train.batch_size", "16"]
+WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.5", "--train.global_batch_size", "16"]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[
     assert (found["model"], found["cluster"]["nodes"], found["cluster"]["memory"]) == ("m", 2, 40)
     [one] = [x for x in found["whole cluster"] if (x["home"], x["checkpointing"]) == ("replicated", False)]
     assert one["layers"] == {"expected": 2, "planned for": 3}
-    job = Job(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world=16)
+    job = Job(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world_size=16)
     assert one["state"] == state(job)
     assert one["phases"] == memory(job).phases
     assert one["peak"] == max(memory(job).peak, memory(job, True).peak)
@@ -63,7 +63,7 @@ def test_a_file_that_training_refuses_is_refused_at_once(folder: Path, capsys: p
     nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
     (folder / "nvme.json").write_text(json.dumps(nvme))
     assert main(["plan", "--model.path", "m", *WORDS, "--train.ds_config", "nvme.json"]) == 2
-    assert "train.ds_config: zero_optimization.offload_param.device: 'nvme' is not right" in capsys.readouterr().err
+    assert "train.ds_config: zero_optimization.offload_param.device: 'nvme' is invalid" in capsys.readouterr().err
 
 
 def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +94,7 @@ def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[
     # nothing is written over
     before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
     assert main(["plan", "--model.path", "m", *WORDS, "--output", "out"]) == 2
-    assert "--output: 'out' is not right: give a folder without plan.json" in capsys.readouterr().err
+    assert "--output: 'out' is invalid: expected a folder without plan.json" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (folder / "out").iterdir()}
 
 
@@ -122,19 +122,25 @@ def test_a_recipe_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 MISTAKES = [
-    (["--model.path", "m", "--cluster", "8xH101"], "--cluster: '8xH101' is not right: give a file, or nodes x GPUs of"),
+    (
+        ["--model.path", "m", "--cluster", "8xH101"],
+        "--cluster: '8xH101' is invalid: expected a file, or nodes x GPUs of",
+    ),
     (
         ["--model.path", "none"],
-        "model.path: 'none' is not right: give a folder with a config.json, or one of llama2-7b",
+        "model.path: 'none' is invalid: expected a folder with a config.json, or one of llama2-7b",
     ),
-    (["--model.path", "m"], "sampling.gamma: 5.0 is not right: give at most 3, the number of layers"),
-    (["--model.path", "m", *WORDS, "--optim.rank", "99"], "optim.rank: 99 is not right"),
-    (["--model.path", "m", *WORDS, "--methods", "ows,adam"], "--methods: 'ows,adam' is not right: give some of ows"),
-    (["--model.path", "m", *WORDS, "--choose", "best"], "--choose: 'best' is not right: give cheapest or fastest"),
-    (["--model.path", "m", *WORDS, "--nvlink", "fast"], "nvlink: 'fast' is not right: give a number"),
-    (["--model.path", "m", *WORDS, "--gpus", "0"], "--gpus: 0 is not right: give an integer of at least 1"),
-    (["--model.path", "m", *WORDS, "--cluster", "3xH100"], "train.batch_size: 16 is not right: give a multiple of 3"),
-    ([], "model.path: None is not right: it is required"),
+    (["--model.path", "m"], "sampling.gamma: 5.0 is invalid: expected at most 3, the number of layers"),
+    (["--model.path", "m", *WORDS, "--optim.rank", "99"], "optim.rank: 99 is invalid"),
+    (["--model.path", "m", *WORDS, "--methods", "ows,adam"], "--methods: 'ows,adam' is invalid: expected some of ows"),
+    (["--model.path", "m", *WORDS, "--choose", "best"], "--choose: 'best' is invalid: expected cheapest or fastest"),
+    (["--model.path", "m", *WORDS, "--nvlink", "fast"], "nvlink: 'fast' is invalid: expected a number"),
+    (["--model.path", "m", *WORDS, "--gpus", "0"], "--gpus: 0 is invalid: expected an integer of at least 1"),
+    (
+        ["--model.path", "m", *WORDS, "--cluster", "3xH100"],
+        "train.global_batch_size: 16 is invalid: expected a multiple of 3",
+    ),
+    ([], "model.path: None is invalid: it is required"),
 ]
 
 

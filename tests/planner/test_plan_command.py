@@ -29,17 +29,17 @@ HOMES = [("replicated", 1), ("zero3", 2), ("zero3", 4)]
 
 
 @functools.cache
-def measure(setting: Setting, method: str, world: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Memory and, for more than one process, traffic of process 0. Skips what this machine has no room for."""
+def measure(setting: Setting, method: str, world_size: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Memory and, for more than one process, traffic of rank 0. Skips what this machine has no room for."""
     # moments and masters are there once, the model is built whole in each process
-    needed = estimate(setting, method) + (world - 1) * estimate(setting, "limit")
+    needed = estimate(setting, method) + (world_size - 1) * estimate(setting, "limit")
     free = psutil.virtual_memory().available
     if needed > free:
-        pytest.skip(f"{world} processes take about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    worker = Worker(setting, method, world)
+        pytest.skip(f"{world_size} processes take about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
+    worker = Worker(setting, method, world_size)
     try:
         worker.hear()
-        return worker.ask(do="memory")[0], worker.ask(do="traffic")[0] if world > 1 else None
+        return worker.ask(do="memory")[0], worker.ask(do="traffic")[0] if world_size > 1 else None
     finally:
         worker.close()
 
@@ -54,10 +54,10 @@ def components(state: dict[str, int], phase: dict[str, int]) -> dict[str, int]:
     }
 
 
-def check(setting: Setting, method: str, sharding: Any, world: int) -> None:
+def check(setting: Setting, method: str, sharding: Any, world_size: int) -> None:
     """Each component within 5 %; bytes by operation to the last."""
     setting = replace(resolve(replace(setting, device="cpu", threads=1, sharding=sharding), False), inside=False)
-    memory, traffic = measure(setting, method, world)
+    memory, traffic = measure(setting, method, world_size)
     for kind in ("step", "refresh"):
         if memory[kind] is None:
             continue
@@ -66,7 +66,9 @@ def check(setting: Setting, method: str, sharding: Any, world: int) -> None:
         total = sum(measured.values())
         phases = dict(memory[f"{kind}_parts"])
         state = phases.pop("state")
-        print(f"{setting.model or setting.hidden} {method} {sharding} {world} {kind}: {measured} of {state} {phases}")
+        print(
+            f"{setting.model or setting.hidden} {method} {sharding} {world_size} {kind}: {measured} of {state} {phases}"
+        )
         assert memory[f"{kind}_planned"] == pytest.approx(total, rel=0.05)
         # two phases may need nearly the same
         largest = max(sum(phase.values()) for phase in phases.values())
@@ -90,21 +92,21 @@ def check(setting: Setting, method: str, sharding: Any, world: int) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("sharding", "world"), [HOMES[0], pytest.param(*HOMES[1], marks=pytest.mark.slow)])
-def test_small(method: str, sharding: str, world: int) -> None:
-    check(SLICES["small"], method, sharding, world)
+@pytest.mark.parametrize(("sharding", "world_size"), [HOMES[0], pytest.param(*HOMES[1], marks=pytest.mark.slow)])
+def test_small(method: str, sharding: str, world_size: int) -> None:
+    check(SLICES["small"], method, sharding, world_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharding", "world"), HOMES)
+@pytest.mark.parametrize(("sharding", "world_size"), HOMES)
 @pytest.mark.parametrize("method", METHODS)
-def test_smollm2(smollm2: Path, method: str, sharding: str, world: int) -> None:
-    check(Setting(model=str(smollm2), tokens=128, gamma=5, rank=64, dtype="float32"), method, sharding, world)
+def test_smollm2(smollm2: Path, method: str, sharding: str, world_size: int) -> None:
+    check(Setting(model=str(smollm2), tokens=128, gamma=5, rank=64, dtype="float32"), method, sharding, world_size)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharding", "world"), HOMES)
+@pytest.mark.parametrize(("sharding", "world_size"), HOMES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("width", ["7B", "70B"])
-def test_slices(width: str, method: str, sharding: str, world: int) -> None:
-    check(SLICES[width], method, sharding, world)
+def test_slices(width: str, method: str, sharding: str, world_size: int) -> None:
+    check(SLICES[width], method, sharding, world_size)

@@ -28,10 +28,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read_model(str(folder))
 
 
-def one(model: Any, method: str, home: str, cluster: Cluster, world: int = 16) -> Any:
-    asked = recipe(data={"max_length": 16}, optim={"rank": 4}, sampling={"gamma": 1}, train={"batch_size": 4})
+def one(model: Any, method: str, home: str, cluster: Cluster, world_size: int = 16) -> Any:
+    asked = recipe(data={"max_length": 16}, optim={"rank": 4}, sampling={"gamma": 1}, train={"global_batch_size": 4})
     [asked] = under(asked, [method]).values()
-    return scaled(asked, model, cluster, world, home, replays=Replays(model.config))
+    return scaled(asked, model, cluster, world_size, home, replays=Replays(model.config))
 
 
 @pytest.mark.parametrize("system", scaling.SYSTEMS)

@@ -143,10 +143,10 @@ def test_memory_is_planned_where_the_shapes_are_known(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", str(tmp_path / "base"))
     assert read(run).planned is None  # of how many processes?
     (run / "checkpoints" / "step-4").mkdir(parents=True)
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world": 2, "facts": {"sharding": "zero3"}}')
+    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2, "facts": {"sharding": "zero3"}}')
     assert read(run).n_layers == 4
     sharded = read(run).planned
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world": 2}')
+    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2}')
     replicated = read(run).planned
     assert sharded is not None
     assert replicated is not None
@@ -190,7 +190,7 @@ def test_nothing_is_asked_for_and_nothing_runs(tmp_path: Path, capsys: pytest.Ca
     ("words", "key", "said"),
     [
         ([], "RUN_DIR", "it is required"),
-        (["nowhere"], "RUN_DIR", "give the folder of a run"),
+        (["nowhere"], "RUN_DIR", "expected the folder of a run"),
         (["run", "--output", "page.txt"], "--output", "or an earlier report"),
         (["run", "--output", "no/where.html"], "--output", "in a folder that exists"),
         (["run", "--output", "run"], "--output", "or an earlier report"),

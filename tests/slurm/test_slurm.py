@@ -88,20 +88,20 @@ def test_what_the_job_asks_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("node: 2", "cluster.node: 2 is not right: there is no such key; is cluster.nodes meant?"),
-        ("nodes: two", "cluster.nodes: 'two' is not right: give an integer"),
-        ("nodes: 0", "cluster.nodes: 0 is not right: give an integer of at least 1"),
-        ("lead: -1", "cluster.lead: -1 is not right: give an integer of at least 0"),
-        ("gpus_per_node: 4", "cluster.gpus_per_node: 4 is not right: give cluster.processes_per_node, 8, or 0"),
-        ("gpu_memory: 0", "cluster.gpu_memory: 0.0 is not right: give a number above 0"),
-        ('time: "1 day"', "cluster.time: '1 day' is not right: give a time such as 24:00:00"),
-        ('partition: "a\\n#SBATCH --uid=0"', "cluster.partition: .* is not right: give a name without spaces"),
-        ("sbatch: [-p gpu]", "cluster.sbatch: .* is not right: give a list of options such as --constraint=a100"),
-        ("environment: [NAME]", "cluster.environment: .* is not right: give a list of NAME=VALUE"),
-        ("activate: no/such/file", "cluster.activate: 'no/such/file' is not right: give a file that exists"),
-        ("inside: [/no/such/program]", "cluster.inside: .* is not right: give a program that exists"),
-        ("port: 80", "cluster.port: 80 is not right: give a port from 1024 to 65535"),
-        ("port: 40000", "cluster.port: 40000 is not right: give a port outside of 32768 to 60999"),
+        ("node: 2", "cluster.node: 2 is invalid: there is no such key; is cluster.nodes meant?"),
+        ("nodes: two", "cluster.nodes: 'two' is invalid: expected an integer"),
+        ("nodes: 0", "cluster.nodes: 0 is invalid: expected an integer of at least 1"),
+        ("lead: -1", "cluster.lead: -1 is invalid: expected an integer of at least 0"),
+        ("gpus_per_node: 4", "cluster.gpus_per_node: 4 is invalid: expected cluster.processes_per_node, 8, or 0"),
+        ("gpu_memory: 0", "cluster.gpu_memory: 0.0 is invalid: expected a number above 0"),
+        ('time: "1 day"', "cluster.time: '1 day' is invalid: expected a time such as 24:00:00"),
+        ('partition: "a\\n#SBATCH --uid=0"', "cluster.partition: .* is invalid: expected a name without spaces"),
+        ("sbatch: [-p gpu]", "cluster.sbatch: .* is invalid: expected a list of options such as --constraint=a100"),
+        ("environment: [NAME]", "cluster.environment: .* is invalid: expected a list of NAME=VALUE"),
+        ("activate: no/such/file", "cluster.activate: 'no/such/file' is invalid: expected a file that exists"),
+        ("inside: [/no/such/program]", "cluster.inside: .* is invalid: expected a program that exists"),
+        ("port: 80", "cluster.port: 80 is invalid: expected a port from 1024 to 65535"),
+        ("port: 40000", "cluster.port: 40000 is invalid: expected a port outside of 32768 to 60999"),
     ],
 )
 def test_what_a_description_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
@@ -128,12 +128,12 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         "8 processes: 2 nodes x 4, on 4 GPUs of each",
         "16 sequences a step: 8 processes x 1 x 2 micro-batches",
     ]
-    with pytest.raises(UserError, match=r"train.batch_size: 16 is not right: give a multiple of 24"):
+    with pytest.raises(UserError, match=r"train.global_batch_size: 16 is invalid: expected a multiple of 24"):
         job.check(recipe(tmp_path), replace(cluster, nodes=3, processes_per_node=8))
     assert "memory of a GPU at most not planned" in found
     of_80 = replace(cluster, gpu_memory=80.0)
     assert "memory of a GPU at most 79.9 GB of 80 GB" in job.check(recipe(tmp_path), of_80, int(79.9e9))
-    with pytest.raises(UserError, match=r"cluster.gpu_memory: 80.0 is not right: .* 80.1 GB are planned"):
+    with pytest.raises(UserError, match=r"cluster.gpu_memory: 80.0 is invalid: .* 80.1 GB are planned"):
         job.check(recipe(tmp_path), of_80, int(80.1e9))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(
@@ -157,12 +157,12 @@ def test_the_verb_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     ]
     assert main(given) == 2
     assert capsys.readouterr().err == (
-        "ows-ds: error: sbatch: None is not right: start this where SLURM's commands are, or look at the script with "
+        "ows-ds: error: sbatch: None is invalid: start this where SLURM's commands are, or look at the script with "
         "--dry-run\n"
     )
     assert not (tmp_path / "run").exists()
     assert main(["launch", "--config", str(tmp_path / "r.yaml")]) == 2
-    assert capsys.readouterr().err == "ows-ds: error: --slurm: None is not right: it is required: give a file\n"
+    assert capsys.readouterr().err == "ows-ds: error: --slurm: None is invalid: it is required: expected a file\n"
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, job.BODY], ids=lambda path: path.name)

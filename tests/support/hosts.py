@@ -194,11 +194,11 @@ class Hosts:
 
     def clear(self) -> None:
         """Kill what still trains: torchrun's processes have sessions of their own, and outlive it if it is killed."""
-        with self.held() as left:
+        with self.resident_slice() as left:
             _signal(left, signal.SIGKILL)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[list[int]]:
+    def resident_slice(self) -> Iterator[list[int]]:
         """The processes that train, without their launchers, stand still as long as the context lasts; their ids."""
         ranks = []
         for holder in self._holders.values():

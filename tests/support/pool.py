@@ -63,9 +63,9 @@ class RanksFailed(AssertionError):
 
 
 class Pool:
-    """A world of ``world`` processes that run functions on demand.
+    """A world of ``world_size`` processes that run functions on demand.
 
-    world: number of processes; 1 is a world too, with a process group and in a process of its own.
+    world_size: number of processes; 1 is a world too, with a process group and in a process of its own.
     collective_timeout: seconds after which a collective that not all ranks join raises.
 
     The processes start with the first call. In each: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
@@ -73,8 +73,8 @@ class Pool:
     They are daemons, so a function cannot start ``multiprocessing`` children (data loaders with workers).
     """
 
-    def __init__(self, world: int, collective_timeout: float = 60.0) -> None:
-        self.world = world
+    def __init__(self, world_size: int, collective_timeout: float = 60.0) -> None:
+        self.world_size = world_size
         self.collective_timeout = collective_timeout
         self._folder: Path | None = None
         self._processes: list[Any] = []
@@ -88,7 +88,7 @@ class Pool:
         """
         results, errors, logs, how = self._call(function, args, timeout)
         if any(error is not None for error in errors):
-            raise RanksFailed(f"{_name(function)} failed in a world of {self.world}{how}", errors, logs)
+            raise RanksFailed(f"{_name(function)} failed in a world of {self.world_size}{how}", errors, logs)
         return results
 
     def fail(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[str | None]:
@@ -98,7 +98,9 @@ class Pool:
         """
         _, errors, logs, how = self._call(function, args, timeout)
         if how or not any(error is not None for error in errors):
-            raise RanksFailed(f"{_name(function)} was expected to raise in a world of {self.world}{how}", errors, logs)
+            raise RanksFailed(
+                f"{_name(function)} was expected to raise in a world of {self.world_size}{how}", errors, logs
+            )
         return errors
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ class Pool:
         if not (self._processes and all(process.is_alive() for process in self._processes)):
             self._start()
         assert self._folder is not None
-        offsets = [_size(self._folder / f"rank{rank}.log") for rank in range(self.world)]
+        offsets = [_size(self._folder / f"rank{rank}.log") for rank in range(self.world_size)]
         # Pickled here, so that a mistake shows in the test; sys.path first, so that the module can be found.
         message = pickle.dumps((sys.path, pickle.dumps((function, args))))
         results, errors, how = self._ask(message, timeout)
@@ -143,12 +145,12 @@ class Pool:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         context = multiprocessing.get_context("spawn")
         port = next(_ports)
-        for rank in range(self.world):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(rank, self.world, port, self._folder, self.collective_timeout, theirs),
-                name=f"rank {rank} of {self.world}",
+                args=(rank, self.world_size, port, self._folder, self.collective_timeout, theirs),
+                name=f"rank {rank} of {self.world_size}",
                 daemon=True,
             )
             process.start()
@@ -157,15 +159,15 @@ class Pool:
             self._pipes.append(ours)
         _, errors, how = self._ask(None, START_LIMIT)
         if how or any(errors):
-            logs = [_tail(self._folder / f"rank{rank}.log", 0) for rank in range(self.world)]
+            logs = [_tail(self._folder / f"rank{rank}.log", 0) for rank in range(self.world_size)]
             self.close()
-            raise RanksFailed(f"a world of {self.world} could not be started{how}", errors, logs)
+            raise RanksFailed(f"a world of {self.world_size} could not be started{how}", errors, logs)
 
     def _ask(self, message: bytes | None, timeout: float) -> tuple[list[Any], list[str | None], str]:
         """Send ``message`` (None: nothing, wait for the start only) and wait for every rank's answer."""
-        results: list[Any] = [None] * self.world
-        errors: list[str | None] = [None] * self.world
-        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world), strict=True))
+        results: list[Any] = [None] * self.world_size
+        errors: list[str | None] = [None] * self.world_size
+        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world_size), strict=True))
         if message is not None:
             for pipe in self._pipes:
                 with contextlib.suppress(OSError):  # of a process that died: its end of file is read below
@@ -218,11 +220,11 @@ class Pools:
         self.keep = keep
         self._pools: dict[int, Pool] = {}
 
-    def __call__(self, world: int) -> Pool:
-        pool = self._pools.pop(world, None) or Pool(world)
+    def __call__(self, world_size: int) -> Pool:
+        pool = self._pools.pop(world_size, None) or Pool(world_size)
         while len(self._pools) >= self.keep:
             self._pools.pop(next(iter(self._pools))).close()
-        self._pools[world] = pool  # last: used most recently
+        self._pools[world_size] = pool  # last: used most recently
         return pool
 
     def close(self) -> None:
@@ -254,7 +256,7 @@ def _tail(path: Path, offset: int) -> str:
 
 def _work(
     rank: int,
-    world: int,
+    world_size: int,
     port: int,
     folder: Path,
     collective_timeout: float,
@@ -268,7 +270,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipes
     answer: tuple[bool, str | None] = (True, None)
     try:
-        _join(rank, world, port, folder, collective_timeout)
+        _join(rank, world_size, port, folder, collective_timeout)
     except BaseException:
         answer = (False, traceback.format_exc())
     with contextlib.suppress(EOFError, OSError):
@@ -276,17 +278,17 @@ def _work(
         while True:
             path, call = pickle.loads(pipe.recv_bytes())
             sys.path[:] = path
-            pipe.send_bytes(_answer(rank, world, call))
+            pipe.send_bytes(_answer(rank, world_size, call))
     # Not the interpreter's exit: destructors of process groups whose other end has died may wait for it.
     os._exit(0)
 
 
-def _join(rank: int, world: int, port: int, folder: Path, collective_timeout: float) -> None:
+def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeout: float) -> None:
     os.environ.update(
         RANK=str(rank),
-        WORLD_SIZE=str(world),
+        WORLD_SIZE=str(world_size),
         LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
@@ -302,9 +304,9 @@ def _join(rank: int, world: int, port: int, folder: Path, collective_timeout: fl
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",
-        store=torch.distributed.FileStore(str(folder / "store"), world),
+        store=torch.distributed.FileStore(str(folder / "store"), world_size),
         rank=rank,
-        world_size=world,
+        world_size=world_size,
         timeout=timedelta(seconds=collective_timeout),
     )
     import deepspeed
@@ -312,7 +314,7 @@ def _join(rank: int, world: int, port: int, folder: Path, collective_timeout: fl
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=collective_timeout))
 
 
-def _answer(rank: int, world: int, call: bytes) -> bytes:
+def _answer(rank: int, world_size: int, call: bytes) -> bytes:
     import torch
 
     try:
@@ -321,7 +323,7 @@ def _answer(rank: int, world: int, call: bytes) -> bytes:
         torch.set_grad_enabled(True)
         function, args = pickle.loads(call)
         # pickled here and not by the pipe: torch would hand tensors over as file descriptors
-        return pickle.dumps((True, function(rank, world, *args)))
+        return pickle.dumps((True, function(rank, world_size, *args)))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc()))
     finally:
@@ -329,12 +331,12 @@ def _answer(rank: int, world: int, call: bytes) -> bytes:
         gc.collect()
 
 
-def _check(rank: int, world: int) -> None:
+def _check(rank: int, world_size: int) -> None:
     """Whether the ranks' collectives are in step: each must receive what the others send now."""
     import torch
 
     token = torch.tensor([rank + 0.25], dtype=torch.float64)
-    parts = [torch.zeros_like(token) for _ in range(world)]
+    parts = [torch.zeros_like(token) for _ in range(world_size)]
     torch.distributed.all_gather(parts, token)
-    if [float(part) for part in parts] != [other + 0.25 for other in range(world)]:
+    if [float(part) for part in parts] != [other + 0.25 for other in range(world_size)]:
         raise RuntimeError(f"the ranks are out of step: {parts}")

@@ -40,8 +40,15 @@ def recipe(
             "data": {"train": str(inputs / "train.jsonl"), "eval": str(inputs / "eval.jsonl"), "max_length": 64},
             "method": {"name": method},
             "sampling": {"gamma": 1.5, "period": 4, "tau": 2.0, "calibration_samples": 4} | (sampling or {}),
-            "optim": {"rank": 4, "lr": 1e-2, "refresh_gap": 3, "warmup_steps": 2, "weight_decay": 0.01} | (optim or {}),
-            "train": {"output_dir": str(output), "batch_size": 12, "micro_batch_size": 2, "steps": 9, "save_every": 3}
+            "optim": {"rank": 4, "lr": 1e-2, "update_proj_gap": 3, "warmup_steps": 2, "weight_decay": 0.01}
+            | (optim or {}),
+            "train": {
+                "output_dir": str(output),
+                "global_batch_size": 12,
+                "micro_batch_size": 2,
+                "steps": 9,
+                "save_steps": 3,
+            }
             | train,
             "log": {"progress": "none"},
         }

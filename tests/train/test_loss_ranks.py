@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import ows_ds.loss
 import pytest
 import torch
 from torch import Tensor
 
+import ows_ds.train.loss
 from ows_ds import config, methods
 from ows_ds.data.encoded import IGNORE
 from ows_ds.model.layers import find_layers
@@ -28,16 +28,16 @@ def settings(method: str, always_on: str, dtype: torch.dtype) -> config.Recipe:
             "model": {"path": "none", "dtype": NAMES[dtype]},
             "method": {"name": method},
             "sampling": {"gamma": 1, "scheme": "fixed", "period": 3},
-            "optim": {"rank": 5, "refresh_gap": 2, "lr": 1e-2, "always_on": always_on},
-            "train": {"output_dir": "none", "batch_size": 24},
+            "optim": {"rank": 5, "update_proj_gap": 2, "lr": 1e-2, "always_on": always_on},
+            "train": {"output_dir": "none", "global_batch_size": 24},
         }
     )
 
 
-def batches(step: int, rank: int, world: int) -> list[dict[str, Tensor]]:
+def batches(step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
     """The first tokens of every row are prompt."""
     found = []
-    for ids in micro_batches(step, rank, world, ACCUMULATION):
+    for ids in micro_batches(step, rank, world_size, ACCUMULATION):
         labels = ids.clone()
         labels[:, : LENGTH // 3] = IGNORE
         found.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
@@ -45,13 +45,20 @@ def batches(step: int, rank: int, world: int) -> list[dict[str, Tensor]]:
 
 
 def trained(
-    rank: int, world: int, method: str, always_on: str, sharding: str, dtype: torch.dtype, family: str, rows: int | None
+    rank: int,
+    world_size: int,
+    method: str,
+    always_on: str,
+    sharding: str,
+    dtype: torch.dtype,
+    family: str,
+    rows: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
     """Weights and bytes sent after some steps, and whether the model's loss can be cut. rows: a run; None: whole."""
     recipe = settings(method, always_on, dtype)
     plain = tiny(family, always_on == "low_rank", dtype)
     layers = find_layers(plain)
-    weights = place(methods.adapt(recipe, plain), sharding, world, recipe)
+    weights = place(methods.adapt(recipe, plain), sharding, world_size, recipe)
     head: Any = weights.module.get_output_embeddings()  # type: ignore[operator]
     before = ows_ds.train.loss.CHUNK
     try:
@@ -63,7 +70,7 @@ def trained(
         for step in range(STEPS):
             weights.module.train()
             run.train_step(
-                [functools.partial(lambda b: token_losses(weights, b) / 40, b) for b in batches(step, rank, world)]
+                [functools.partial(lambda b: token_losses(weights, b) / 40, b) for b in batches(step, rank, world_size)]
             )
         fits = ows_ds.train.loss._fits[head]
         run.close()

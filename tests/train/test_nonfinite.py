@@ -26,22 +26,22 @@ from tests.support.tiny_run import recipe
 from tests.support.training import RATIOS, home, mean_loss, micro_batches, whole_weights
 
 SETTINGS: dict[str, Any] = {
-    "scheme": "fixed", "gamma": 2, "period": 100, "rank": 4, "refresh_gap": 3, "lr": 1e-2, "weight_decay": 0.1,
+    "scheme": "fixed", "gamma": 2, "period": 100, "rank": 4, "update_proj_gap": 3, "lr": 1e-2, "weight_decay": 0.1,
 }  # fmt: skip
 
 
 def trained(
-    rank: int, world: int, sharding: str, settings: dict[str, Any], batches: Sequence[int | None]
+    rank: int, world_size: int, sharding: str, settings: dict[str, Any], batches: Sequence[int | None]
 ) -> dict[str, Tensor]:
     """Weights after a step with each of the ``batches``; None: one that is not finite on the last process alone."""
     accumulation = settings.get("accumulation", 1)
     seed, OWS._seed = OWS._seed, lambda self, name: zlib.crc32(name.encode())  # type: ignore[method-assign]
     try:
-        ows = OWS(home(tiny("llama"), sharding, world), scores=RATIOS, **{**SETTINGS, **settings})
+        ows = OWS(home(tiny("llama"), sharding, world_size), scores=RATIOS, **{**SETTINGS, **settings})
         for number in batches:
-            parts = micro_batches(number or 0, rank, world, accumulation)
+            parts = micro_batches(number or 0, rank, world_size, accumulation)
             # of several micro-batches the last one: the first ones' gradients, and a refresh from the first, are finite
-            factors = [1.0] * (accumulation - 1) + [math.nan if number is None and rank == world - 1 else 1.0]
+            factors = [1.0] * (accumulation - 1) + [math.nan if number is None and rank == world_size - 1 else 1.0]
             losses = [
                 lambda ids=ids, factor=factor: mean_loss(ows.weights, ids) * factor / accumulation
                 for ids, factor in zip(parts, factors, strict=True)
@@ -49,7 +49,7 @@ def trained(
             ows.train_step(losses, lambda loss, norm: bool(norm.isfinite()))
         assert ows.skipped == sum(number is None for number in batches)
         assert ows.steps == len(batches)
-        ows.fold()
+        ows.merge()
         found = whole_weights(ows.weights)
         ows.close()
         return found
@@ -89,7 +89,7 @@ def test_it_is_as_if_the_step_had_not_been(pools: Pools, sharding: str, variant:
 
 
 def run(
-    rank: int, world: int, recipe: config.Recipe, bad: Sequence[int], on: int, value: float, added: bool = False
+    rank: int, world_size: int, recipe: config.Recipe, bad: Sequence[int], on: int, value: float, added: bool = False
 ) -> tuple[str, list[str], int]:
     """Train; in the steps ``bad`` (from 1) process ``on`` gets losses times ``value``, or with it added, which leaves
     the gradient alone. What ended it, the lines that were shown, and how often the host waited in a plain step.
@@ -157,7 +157,7 @@ def test_every_method_skips_on_all_processes(
     pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str, value: float, added: bool
 ) -> None:
     optim = {"always_on": "full", "warmup_steps": 0}
-    asked = recipe(inputs, tmp_path, None, optim, method, sharding=sharding, save_every=1, keep_last=9, steps=5)
+    asked = recipe(inputs, tmp_path, None, optim, method, sharding=sharding, save_steps=1, save_total_limit=9, steps=5)
     for ended, lines, _ in pools(2).run(run, asked, [3], 1, value, added):
         assert ended == ""
         assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on process 1"]
@@ -188,7 +188,7 @@ def test_so_many_in_a_row_stop_all(pools: Pools, inputs: Path, tmp_path: Path) -
     for ended, lines, step in pools(2).run(run, asked, [2, 3, 5, 6, 7, 8, 9], 0, math.nan):
         assert step == 7
         assert ended == (
-            "step 7: the loss is nan on process 0, for 3 steps in a row (train.max_nonfinite_steps); "
+            "step 7: the loss is nan on rank 0, for 3 steps in a row (train.max_nonfinite_steps); "
             f"the last good checkpoint is {tmp_path}/checkpoints/step-6"
         )
         assert sum("is skipped: " in line for line in lines) == 5
@@ -208,7 +208,7 @@ def test_without_a_limit_any_number_is_skipped(pools: Pools, inputs: Path, tmp_p
         assert lines[-1].endswith("12 steps skipped")
 
 
-def looks(rank: int, world: int, recipe: config.Recipe) -> list[tuple[bool, list[Any], int]]:
+def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool, list[Any], int]]:
     """Of each step: whether anything was found anew in it or after it, what waited for the device, how often it was
     looked at for the record.
     """
@@ -242,8 +242,8 @@ def looks(rank: int, world: int, recipe: config.Recipe) -> list[tuple[bool, list
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_plain_step_waits_for_the_device_once(pools: Pools, inputs: Path, tmp_path: Path, packing: bool) -> None:
-    size = {"batch_size": 4, "micro_batch_size": 1} if packing else {}
-    asked = recipe(inputs, tmp_path, {"gamma": 2.0, "period": 5}, {"refresh_gap": 9}, sharding="replicated", **size)
+    size = {"global_batch_size": 4, "micro_batch_size": 1} if packing else {}
+    asked = recipe(inputs, tmp_path, {"gamma": 2.0, "period": 5}, {"update_proj_gap": 9}, sharding="replicated", **size)
     asked = replace(asked, data=replace(asked.data, packing=packing, max_length=100 if packing else 64))
     plain = 0
     for seen in pools(2).run(looks, asked):

@@ -40,13 +40,13 @@ SMALL = ["--sampling.gamma=1.5", "--sampling.tau=2", "--sampling.calibration_sam
 SMALL += [
     "--optim.warmup_steps=0",
     "--train.steps=2",
-    "--train.batch_size=4",
+    "--train.global_batch_size=4",
     "--log.progress=none",
     "--log.trackers=[]",
 ]
 
 
-def command(rank: int, world: int, argv: list[str], cache: Path) -> tuple[int, list[str]]:
+def command(rank: int, world_size: int, argv: list[str], cache: Path) -> tuple[int, list[str]]:
     """The command line's status, and every text that it gave to a tokenizer."""
     texts: list[str] = []
     tokenize, folder = PreTrainedTokenizerFast.__call__, datasets.config.HF_DATASETS_CACHE

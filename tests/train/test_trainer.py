@@ -27,7 +27,7 @@ from tests.support.tiny_run import recipe
 TIMINGS = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-def run(rank: int, world: int, recipe: config.Recipe, stop_after: int | None) -> list[str]:
+def run(rank: int, world_size: int, recipe: config.Recipe, stop_after: int | None) -> list[str]:
     """Train; die after step ``stop_after``, as a machine would: before the next checkpoint, nothing closed.
 
     The disk is faster than a step: what is saved after one is complete after the next. Returns the lines told.
@@ -74,13 +74,15 @@ def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return records, {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.mark.parametrize(("world", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "zero3")])
-def test_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path, world: int, sharding: str) -> None:
+@pytest.mark.parametrize(("world_size", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "zero3")])
+def test_resumed_run_is_bit_identical(
+    pools: Pools, inputs: Path, tmp_path: Path, world_size: int, sharding: str
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pools(world).run(run, recipe(inputs, whole, sharding=sharding), None)
-    pools(world).run(run, recipe(inputs, parts, sharding=sharding), 5)
+    pools(world_size).run(run, recipe(inputs, whole, sharding=sharding), None)
+    pools(world_size).run(run, recipe(inputs, parts, sharding=sharding), 5)
     assert not (parts / "model").exists()
-    told = pools(world).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)[0]
+    told = pools(world_size).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)[0]
     assert f"going on after step 3 from {parts / 'checkpoints' / 'step-3'}" in told
 
     records, files = contents(whole)
@@ -90,19 +92,19 @@ def test_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path
     for name in ("config.yaml", "scores.json", "metrics.jsonl", "tensorboard", "checkpoints/step-9", "model"):
         assert (whole / name).exists()
     assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, sharding=sharding)
-    if world > 1:
+    if world_size > 1:
         assert records[3]["comm_bytes"]["gradients"] > 0
     norms_where_they_belong(records)
 
     export(parts, tmp_path / "exported", "step-9")
     exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", parts / "model"))
     assert exported.keys() == final.keys()
-    # the same fold, but of the whole matrix in one process: products may differ in the last bit before rounding
+    # the same merge, but of the whole matrix in one process: products may differ in the last bit before rounding
     assert all(torch.allclose(exported[n].float(), final[n].float(), rtol=1e-2, atol=1e-6) for n in final)
 
 
 def norms_where_they_belong(records: list[dict[str, Any]]) -> None:
-    """Energies of what entered or was refreshed, update norms of what was folded and, at the end, of all."""
+    """Energies of what entered or was refreshed, update norms of what was merged and, at the end, of all."""
     sets = [{str(layer) for layer in record["sampled_layers"]} for record in records] + [set()]
     energies, norms = ([set(record.get(key, {})) for record in records] for key in ("projector_energy", "update_norm"))
     assert not energies[0] | norms[0]
@@ -188,11 +190,11 @@ def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp
     assert "* Optimizer steps: 9, of 12 rows each\n* Tokens seen in the last 3 steps: " in text
     assert f"* Held-out loss: {records[-1]['eval_loss']:.4f} at the end" in text
     other = recipe(inputs, tmp_path / "c", resume=point, seed=1)
-    assert pools(2).run(refused, other) == ["train.seed: 1 is not right: give 0, as the run that is resumed"] * 2
+    assert pools(2).run(refused, other) == ["train.seed: 1 is invalid: expected 0, as the run that is resumed"] * 2
     assert not (tmp_path / "c").exists()
 
 
-def refused(rank: int, world: int, recipe: config.Recipe) -> str:
+def refused(rank: int, world_size: int, recipe: config.Recipe) -> str:
     try:
         train(recipe)
     except UserError as error:
@@ -206,7 +208,7 @@ def test_a_run_is_never_written_over(pools: Pools, inputs: Path, tmp_path: Path)
     for answer in pools(2).run(refused, recipe(inputs, tmp_path / "run", steps=3)):
         assert answer.startswith("train.output_dir: ")
     for answer in pools(2).run(refused, recipe(inputs, tmp_path / "run", steps=4, resume="auto")):
-        assert answer.startswith("train.steps: 4 is not right: give 3")
+        assert answer.startswith("train.steps: 4 is invalid: expected 3")
     assert contents(tmp_path / "run") == before
 
 
@@ -218,7 +220,7 @@ def test_a_damaged_checkpoint_is_passed_over(pools: Pools, inputs: Path, tmp_pat
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     told = pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", resume="auto"), None)[0]
-    problem = f"give a complete checkpoint: {file.name} is damaged"
+    problem = f"expected a complete checkpoint: {file.name} is damaged"
     assert told[:2] == [
         f"passed over a checkpoint: {UserError('train.resume', str(damaged), problem)}",
         f"going on after step 3 from {damaged.with_name('step-3')}",
