@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ows_ds.config import OWSConfig
     from ows_ds.optim.ows import OWS
 
 __version__ = "0.1.0"
-__all__ = ["OWS", "__version__"]
+__all__ = ["OWS", "OWSConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from ows_ds.optim.ows import OWS
 
         return OWS
+    if name == "OWSConfig":
+        from ows_ds.config import OWSConfig
+
+        return OWSConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

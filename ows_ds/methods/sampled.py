@@ -35,6 +35,6 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
         own |= {"scheme": "fixed", "gamma": len(importance)}
     if name == "badam":
         own["gamma"], sampler = 1, Cycle(len(importance), sampling.order, seed)
-    given = vars(sampling) | vars(recipe.optim) | own
+    given = dict(sampling) | dict(recipe.optim) | own
     config = OWSConfig(**{key: given[key] for key in OWSConfig.model_fields})
     return OWS(weights, importance, config, sampler=sampler)

@@ -19,7 +19,6 @@ from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.runs import records
 from ows_ds.runs.records import Run
 from ows_ds.runs.results import Result
-from ows_ds.config import MAY_CHANGE
 from ows_ds.importance.probabilities import METRIC_OF
 from ows_ds.files import atomic_write
 from ows_ds.tables import markdown
@@ -188,7 +187,7 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
         lines += [", ".join(numbers), ""]
     settings = {section: dict(values) for section, values in config.to_dict(recipe).items()}
     for section in ("train", "log"):  # what decides nothing about the weights
-        settings[section] = {k: v for k, v in settings[section].items() if k not in MAY_CHANGE[section]}
+        settings[section] = {k: v for k, v in settings[section].items() if not config.may_change_on_resume(f"{section}.{k}")}
     for key in PLACES:
         section, _, field = key.partition(".")
         settings[section][field] = _without_folders(settings[section][field])
