@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from ows_ds.cli import main
-from ows_ds.runs.charts import _thinned, curves
-from ows_ds.runs.records import read
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import SHAPES, configuration
+from ows_ds.runs.charts import curves, thinned
+from ows_ds.runs.records import read
 
 HOSTILE = "<script>alert('x')</script>\"&"
 SETS = {1: [0, 3], 2: [0, 3], 3: [1], 4: []}
@@ -105,8 +105,8 @@ def test_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert page.row("training loss, last 10 steps") == ["1.8000"]  # of three
     assert page.row("tokens a second, median") == ["12.5"]
     assert page.row("time in steps") == ["0:04:00"]
-    assert page.row("peak memory of a process") == ["4.00 GiB"]
-    assert page.row("sent by a process in a step") == ["3.5 MiB"]
+    assert page.row("peak memory of a rank") == ["4.00 GiB"]
+    assert page.row("sent by a rank in a step") == ["3.5 MiB"]
     assert page.row("faults") == ["3"]
     assert page.row("step 3") == ["grad_norm was inf"]
     assert page.row("metrics.jsonl") == ["1 lines cannot be read"]
@@ -219,9 +219,9 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "No step is recorded yet." in (run / "report.html").read_text()
 
 
-def test_long_curves_are_thinned() -> None:
+def test_long_curves_arethinned() -> None:
     points = [(step, float(step)) for step in range(1, 10_001)]
-    thin = _thinned(points)
+    thin = thinned(points)
     assert len(thin) == 400
     assert thin[-1] == (10_000, 9_988.0)  # the mean of 25
     assert len(curves({"a": points}, "x", "y", "label")) < 40_000
