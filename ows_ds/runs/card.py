@@ -182,15 +182,8 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
         percent = run.scores.metric == "outlier"
         numbers = (f"{100 * value:.3f}" if percent else f"{value:.4g}" for value in run.scores.layers)
         what = f"outlier ratio in percent, tau {run.scores.tau:g}" if percent else run.scores.metric
-        lines += [
-            "",
-            "## Layers",
-            "",
-            f"What layers were sampled by, from the input side ({what}):",
-            "",
-            ", ".join(numbers),
-            "",
-        ]
+        lines += ["", "## Layers", "", f"What layers were sampled by, from the input side ({what}):"]
+        lines += ["", ", ".join(numbers), ""]
     settings = {section: dict(values) for section, values in config.to_dict(recipe).items()}
     for section in ("train", "log"):  # what decides nothing about the weights
         settings[section] = {k: v for k, v in settings[section].items() if k not in MAY_CHANGE[section]}

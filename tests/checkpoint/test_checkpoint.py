@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import threading
 from collections.abc import Callable
@@ -273,10 +274,15 @@ def saved(
     return make
 
 
-@pytest.mark.parametrize("world_size", [1, 3, pytest.param(4, marks=SLOW)])
-@pytest.mark.parametrize("source", ["zero3", "replicated"])
-@pytest.mark.parametrize("target", ["zero3", "replicated"])
-@pytest.mark.parametrize("name", ["ows", pytest.param("full", marks=SLOW), pytest.param("hift", marks=SLOW)])
+FAST = [("ows", "zero3", "zero3", 3), ("ows", "replicated", "zero3", 3), ("ows", "zero3", "replicated", 1)]
+SHARDINGS = ["zero3", "replicated"]
+ALL = itertools.product(["ows", "full", "hift"], SHARDINGS, SHARDINGS, [1, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "target", "world_size"),
+    [*FAST, *(pytest.param(*case, marks=SLOW) for case in ALL if case not in FAST)],
+)
 def test_other_worlds_hold_the_same_and_go_on(
     pools: Pools, tmp_path: Path, saved: Any, name: str, source: str, target: str, world_size: int
 ) -> None:

@@ -76,10 +76,10 @@ def test_one_flipped_bit(run_dir: Path, file: str) -> None:
         found(run_dir, file)
 
 
-def test_any_flipped_bit_of_a_manifest(run_dir: Path) -> None:
+def test_flipped_bits_of_a_manifest(run_dir: Path) -> None:
     folder = run_dir / "checkpoints" / "step-6"
     content = (folder / checkpoint.MANIFEST).read_bytes()
-    for place in range(len(content)):
+    for place in (*range(100), *range(100, len(content), 17)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         (folder / checkpoint.MANIFEST).write_bytes(flipped)
@@ -171,7 +171,7 @@ def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: p
 
 
 def test_the_last_good_one_stays_beside_a_damaged_newer_one(pools: Pools, inputs: Path, run_dir: Path) -> None:
-    """Of the checkpoints after 3 and 6 the second is damaged; the run goes on with save_total_limit 1 and dies after 5."""
+    """Of the checkpoints after 3 and 6 the second is damaged; a run with save_total_limit 1 resumes, and dies after 5."""
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
     going_on = recipe(inputs, run_dir, sharding="zero3", resume="auto", save_steps=1, save_total_limit=1)
     pools(2).run(run, going_on, 5)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ows_ds import score
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, interval
 from ows_ds.errors import UserError
 from ows_ds.importance import outliers
+from ows_ds.importance.metrics import measure
 from ows_ds.importance.outliers import blocks, outlier_scores
 from ows_ds.importance.scores import Scores
 from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
@@ -178,6 +180,25 @@ def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chun
     assert torch.equal(seen, torch.ones(shape))
     assert torch.equal(sums, parameter.detach().sum(1 if inputs_first else 0))
     assert interval(35, 39, 40) == (35, 35)
+
+
+# ---- score, for scripts
+
+
+def test_score_takes_a_model_weights_or_a_path(tmp_path: Path) -> None:
+    model = tiny("llama", True, torch.bfloat16)
+    batches = [padded(sequences()[:2]), padded(sequences()[2:])]
+    weights, layers = Replicated(model, Communicator()), find_layers(model)
+    expected = outlier_scores(weights, layers, batches, tau=3.0)
+    assert score(model, batches, tau=3.0) == score(weights, iter(batches), tau=3.0) == expected
+    model.save_pretrained(tmp_path / "model")
+    assert score(tmp_path / "model", batches, tau=3.0) == score(str(tmp_path / "model"), batches, tau=3.0) == expected
+    for metric in ("rm", "bi", "alpha"):
+        assert score(model, batches, metric) == measure(weights, layers, [metric], lambda: batches, 3.0)[metric]
+    with pytest.raises(UserError, match="metric: 'reverse' is invalid: expected one of outlier, rm, bi, alpha"):
+        score(model, batches, "reverse")
+    with pytest.raises(UserError, match=r"model\.path"):
+        score(tmp_path / "none", batches)
 
 
 # ---- files of scores
