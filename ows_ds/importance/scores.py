@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.files import parse_json, read_text, write_text
-from ows_ds.importance.probabilities import METRIC_OF
+from ows_ds.importance.probabilities import METRIC_OF, importance
+from ows_ds.model.fingerprint import fingerprint
 
 _KEY = "sampling.scores"
 _Ratio = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -86,3 +89,17 @@ class Scores:
             raise UserError(_KEY, f"scores of metric {self.metric}", right)
         if metric == "outlier" and self.tau != tau:
             raise UserError(_KEY, f"scores with tau {self.tau:g}", f"sampling.tau is {tau:g}; {again}")
+
+
+def ratios_of(scores: str | Path | Scores | Sequence[float], weights: Weights, n_layers: int) -> Sequence[float]:
+    """One number >= 0 a layer, from a file of scores (refused for another model), `Scores`, or the numbers themselves.
+
+    Raises UserError (``sampling.scores``). Collective for a file.
+    """
+    if isinstance(scores, str | Path):
+        scores = Scores.read(Path(scores))
+        scores.check(fingerprint(weights), n_layers)
+    ratios = importance(scores.metric, n_layers, scores.layers) if isinstance(scores, Scores) else scores
+    if len(ratios) != n_layers:
+        raise UserError(_KEY, f"{len(ratios)} ratios", f"expected one for each of the {n_layers} layers")
+    return ratios
