@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ows_ds.checkpoint.manifest import checkpoints, folder_of, step_of
@@ -82,9 +81,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._writing is not None:  # without the other ranks, which may be gone, it cannot become complete
             self._writing.abandon()
 

@@ -142,7 +142,10 @@ def _training(runs: Sequence[Run]) -> Section | None:
     text = "Lines: training loss; dots: held-out loss." if any(held_out.values()) else ""
     losses = {run.name: run.series("loss") for run in runs}
     svg = charts.curves(losses, "step", "loss", "loss by step", held_out)
-    norm, rate = ("grad_norm", "gradient norm, before clipping", "gradient norm"), ("lr", *["learning rate"] * 2)
+    norm, rate = (
+        ("grad_norm", "gradient norm, before clipping", "gradient norm"),
+        ("lr", "learning rate", "learning rate"),
+    )
     return Section("Training", charts=[Chart("loss [nats a token]", svg, text), *_curves(runs, norm, rate)])
 
 

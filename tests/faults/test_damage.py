@@ -171,7 +171,7 @@ def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: p
 
 
 def test_the_last_good_one_stays_beside_a_damaged_newer_one(pools: Pools, inputs: Path, run_dir: Path) -> None:
-    """Of the checkpoints after 3 and 6 the second is damaged; a run with save_total_limit 1 resumes, and dies after 5."""
+    """Of the checkpoints after 3 and 6 the second is damaged; a run that keeps 1 resumes, and dies after 5."""
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
     going_on = recipe(inputs, run_dir, sharding="zero3", resume="auto", save_steps=1, save_total_limit=1)
     pools(2).run(run, going_on, 5)
