@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ows_ds.cli import main
+from ows_ds.checkpoint.manifest import Manifest, write_manifest
+from ows_ds.cli.main import main
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import SHAPES, configuration
 from ows_ds.runs.charts import curves, thinned
@@ -89,7 +90,7 @@ def write_run(folder: Path, path: str = "base", **recipe: Any) -> Path:
 
 
 def report(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    code = main.main(["report", *words])
+    code = main(["report", *words])
     said = capsys.readouterr()
     return code, said.err or said.out
 
@@ -142,11 +143,10 @@ def test_memory_is_planned_where_the_shapes_are_known(tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text(json.dumps(shape | {"num_attention_heads": 2}))
     run = write_run(tmp_path / "run", str(tmp_path / "base"))
     assert read(run).planned is None  # of how many processes?
-    (run / "checkpoints" / "step-4").mkdir(parents=True)
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2, "facts": {"sharding": "zero3"}}')
+    write_manifest(run / "checkpoints" / "step-4", Manifest(2, {"sharding": "zero3"}, [], {}))
     assert read(run).n_layers == 4
     sharded = read(run).planned
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2}')
+    write_manifest(run / "checkpoints" / "step-4", Manifest(2, {}, [], {}))
     replicated = read(run).planned
     assert sharded is not None
     assert replicated is not None
