@@ -6,13 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ows_ds.config import OWSConfig
     from ows_ds.importance.metrics import score
     from ows_ds.importance.scores import Scores
     from ows_ds.optim.ows import OWS
 
 __version__ = "0.1.0"
-__all__ = ["OWS", "Scores", "__version__", "score"]
-_MODULES = {"OWS": "ows_ds.optim.ows", "Scores": "ows_ds.importance.scores", "score": "ows_ds.importance.metrics"}
+__all__ = ["OWS", "OWSConfig", "Scores", "__version__", "score"]
+_MODULES = {
+    "OWS": "ows_ds.optim.ows",
+    "OWSConfig": "ows_ds.config",
+    "Scores": "ows_ds.importance.scores",
+    "score": "ows_ds.importance.metrics",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     before = _before(subject, evaluation)
     tree = {"model": {"path": subject.path}, "train": {"output_dir": "runs", "sharding": "replicated"}}
     recipe = config.from_dict(tree)
-    runtime = start(replace(recipe, train=replace(recipe.train, timeout_seconds=LONGEST)))
+    runtime = start(config.changed(recipe, {"train.timeout_seconds": LONGEST}))
     comm = runtime.comm
     with watchdog.armed(comm, DEAD):
         with fail_together(comm), redirect_stdout(sys.stderr):
@@ -159,10 +159,10 @@ def _measured(measure: Measure, subject: Subject, evaluation: Evaluation, bench:
     comm, begin = runtime.comm, time.perf_counter()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     model, scores = measure(subject)
-    settings: dict[str, Any] = asdict(evaluation)
+    settings: dict[str, Any] = evaluation.model_dump()
     if bench.mt_bench is not None:
-        settings |= asdict(bench)
-    for name in ("output", "json", "judge_key"):
+        settings |= bench.model_dump()
+    for name in ("output", "as_json", "judge_key"):
         settings.pop(name, None)
     settings |= {"processes": comm.world_size, "device": runtime.device.type}
     packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
@@ -185,7 +185,7 @@ def _write(result: Result, subject: Subject, evaluation: Evaluation) -> Path:
 
 
 def _print(result: Result, evaluation: Evaluation, path: Path) -> None:
-    if evaluation.json:
+    if evaluation.as_json:
         print(json.dumps(asdict(result), allow_nan=False), flush=True)
         return
     name = one_line(str(result.model.get("name")))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import importance, probabilities
 from ows_ds.model.shapes import Model, without_weights
@@ -231,7 +231,7 @@ def job_of(recipe: Recipe, model: Model, choice: Choice, layer_set: LayerSet, re
         right = f"expected a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
         raise UserError("train.global_batch_size", recipe.train.global_batch_size, right)
     job = Job(
-        model.layers.with_side(optim.side),
+        model.layers,
         recipe.method.name,
         layer_set,
         optim.rank,
@@ -322,7 +322,7 @@ def scaled(
     share = recipe.train.micro_batch_size * cluster.world_size
     batches = max(1, recipe.train.global_batch_size // share)
     batch = recipe.train.micro_batch_size * batches * world_size
-    grown = replace(recipe, train=replace(recipe.train, global_batch_size=batch))
+    grown = changed(recipe, {"train.global_batch_size": batch})
     return forecast(grown, model, cluster, choice_of(recipe, world_size, home), ratios, replays)
 
 
@@ -383,13 +383,9 @@ def _settings(choice: Choice, asked: Choice) -> list[str]:
 
 def under(recipe: Recipe, names: Sequence[str]) -> dict[str, Recipe]:
     """The recipe under other methods."""
-    changed: dict[str, Any] = {}
-    for name in names:
-        always = recipe.optim.always_on
-        if name in SAMPLED and name not in ("ows", "galore") and always == "low_rank":
-            always = "full"
-        method: Any = name
-        changed[name] = replace(
-            recipe, method=replace(recipe.method, name=method), optim=replace(recipe.optim, always_on=always)
-        )
-    return changed
+    always = recipe.optim.always_on
+    full = [name for name in names if always == "low_rank" and name in SAMPLED and name not in ("ows", "galore")]
+    return {
+        name: changed(recipe, {"method.name": name, "optim.always_on": "full" if name in full else always})
+        for name in names
+    }

@@ -257,7 +257,7 @@ class _Planner:
         found = {
             "format": 1,
             "model": self.model.name,
-            "cluster": asdict(self.cluster),
+            "cluster": self.cluster.model_dump(),
             "recipe": config.to_dict(self.recipe),
             "whole cluster": [_described(one) for some in self.columns.values() for _, one in some],
             "choices": [_brief(one) for one in self.all],
@@ -360,15 +360,14 @@ def _write(output: Path, planner: _Planner, choose: str, summary: dict[str, Any]
     if chosen is not None:
         choice, recipe = chosen.choice, planner.recipe
         sharded = choice.home != "replicated"
-        train = replace(
-            recipe.train,
-            sharding="zero3" if sharded else "replicated",
-            micro_batch_size=choice.micro_batch,
-            gradient_checkpointing=choice.checkpointing,
-            ds_config=str(output / "ds_config.json") if sharded else None,
-        )
+        changes = {
+            "train.sharding": "zero3" if sharded else "replicated",
+            "train.micro_batch_size": choice.micro_batch,
+            "train.gradient_checkpointing": choice.checkpointing,
+            "train.ds_config": str(output / "ds_config.json") if sharded else None,
+        }
         start = planner.command(choice, str(output / "recipe.yaml"))
-        texts["recipe.yaml"] = f"# {start}\n{config.to_yaml(replace(recipe, train=train))}"
+        texts["recipe.yaml"] = f"# {start}\n{config.to_yaml(config.changed(recipe, changes))}"
         if sharded:
             texts["ds_config.json"] = json.dumps(planner.ds_config(choice), indent=2) + "\n"
     for name, text in texts.items():

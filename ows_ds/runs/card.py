@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ows_ds import __version__, config
-from ows_ds.config import MAY_CHANGE, Recipe
+from ows_ds.config import Recipe
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.files import write_text
 from ows_ds.importance.probabilities import METRIC_OF
@@ -186,7 +186,8 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
         lines += ["", ", ".join(numbers), ""]
     settings = {section: dict(values) for section, values in config.to_dict(recipe).items()}
     for section in ("train", "log"):  # what decides nothing about the weights
-        settings[section] = {k: v for k, v in settings[section].items() if k not in MAY_CHANGE[section]}
+        given = settings[section].items()
+        settings[section] = {key: value for key, value in given if not config.may_change_on_resume(f"{section}.{key}")}
     for key in PLACES:
         section, _, field = key.partition(".")
         settings[section][field] = _without_folders(settings[section][field])

@@ -196,7 +196,7 @@ def read_manifest(folder: Path, content: bytes) -> None:
 
 def read_rows(folder: Path, content: bytes) -> None:
     (folder / "rows.jsonl").write_bytes(content)
-    source = config.Source(str(folder / "rows.jsonl"))
+    source = config.Source(path=str(folder / "rows.jsonl"))
     encode_rows(read(source, "data.train"), TOKENIZER, 16, on_bad_row="skip")
     encode_rows(read(source, "data.train"), TOKENIZER, 16)
 

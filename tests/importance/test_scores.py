@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ows_ds import score
 from ows_ds.distributed.communicator import Communicator
@@ -186,13 +187,12 @@ def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chun
 
 
 def test_score_takes_a_model_weights_or_a_path(tmp_path: Path) -> None:
-    model = tiny("llama", True, torch.bfloat16)
-    model.set_attn_implementation("sdpa")  # as it is loaded from a folder
+    tiny("llama", True, torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     batches = [padded(sequences()[:2]), padded(sequences()[2:])]
     weights, layers = Replicated(model, Communicator()), find_layers(model)
     expected = outlier_scores(weights, layers, batches, tau=3.0)
     assert score(model, batches, tau=3.0) == score(weights, iter(batches), tau=3.0) == expected
-    model.save_pretrained(tmp_path / "model")
     assert score(tmp_path / "model", batches, tau=3.0) == score(str(tmp_path / "model"), batches, tau=3.0) == expected
     for metric in ("rm", "bi", "alpha"):
         assert score(model, batches, metric) == measure(weights, layers, [metric], lambda: batches, 3.0)[metric]

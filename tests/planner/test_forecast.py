@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ows_ds import config
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, Model, read_model, without_weights
 from ows_ds.planner.cluster import read_cluster
@@ -162,7 +161,7 @@ def test_seventy_billion_on_eight_gpus() -> None:
     assert found.fits
     assert not on_eight("llama2-70b", "replicated", asked).fits
     # LLaMA3's vocabulary is four times as large: with the expected layers, and the embedding frozen
-    lean = replace(asked, optim=replace(asked.optim, always_on="none"))
+    lean = changed(asked, {"optim.always_on": "none"})
     assert on_eight("llama3-70b", "zero3", lean).peak < 40e9
 
 
