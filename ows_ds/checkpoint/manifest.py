@@ -27,7 +27,7 @@ _Count = Annotated[int, Field(strict=True, ge=0)]
 
 @dataclass(frozen=True)
 class File:
-    """One rank's file. shards: by tensor its whole shape, the shard's start and its number of entries."""
+    """One rank's file. shards: by tensor the full shape, the shard's start and its number of entries."""
 
     name: str
     bytes: _Count

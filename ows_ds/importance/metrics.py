@@ -124,7 +124,7 @@ def magnitude_and_influence(
     *totals, tokens = weights.comm.all_reduce(sums, "score").tolist()
     require_tokens(tokens)
     for total, layer in zip(totals, (*layers.layers, *layers.layers), strict=True):
-        if not math.isfinite(total):  # the same on all processes
+        if not math.isfinite(total):  # the same on all ranks
             raise RuntimeError(f"activations of {layer.name} are not finite: no scores can be computed")
     means = [max(0.0, total / tokens) for total in totals]
     model = model or fingerprint(weights)

@@ -59,7 +59,7 @@ def outlier_scores(
     entries = [sum(m.shape[0] * m.shape[1] for m in layer.matrices) for layer in layers.layers]
     for index, layer in enumerate(layers.layers):
         mean = sum(float(norms[m.name] @ heights[m.name]) for m in layer.matrices) / max(1, entries[index])
-        if not math.isfinite(mean):  # the same on all processes
+        if not math.isfinite(mean):  # the same on all ranks
             raise RuntimeError(f"activations or weights of {layer.name} are not finite: no scores can be computed")
         for matrix in layer.matrices:
             for features, block in blocks(weights, matrix, parameters[matrix.name]):
