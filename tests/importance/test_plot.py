@@ -13,7 +13,7 @@ from ows_ds.importance.plot import plot, text_chart
 from ows_ds.importance.scores import Scores
 
 SCORES = Scores("outlier", 13.0, "f" * 64, (0.0019, 0.0005, 0.0064), 1234)
-KINDS = get_args(config.hints()["sampling.importance"])
+KINDS = get_args(config.Sampling.model_fields["importance"].annotation)
 
 
 @pytest.mark.parametrize(
