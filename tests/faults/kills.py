@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ows_ds import checkpoint, config
+from ows_ds.checkpoint import saver, writer
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model import tensor_files
 from ows_ds.optim.full_rank import FullRank
@@ -52,11 +53,11 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "beginning a checkpoint": (checkpoint.Saver, "start", 3),
     "writing state": (tensor_files.Writer, "write", 60),
     "syncing state": (tensor_files.Writer, "close", 4),
-    "reading state back": (checkpoint, "_sha256", 6),
-    "agreeing on a checkpoint": (checkpoint._Writing, "complete", 4),
-    "writing the manifest": (checkpoint, "_write", 4),
+    "reading state back": (writer, "sha256", 6),
+    "agreeing on a checkpoint": (writer.Writing, "complete", 4),
+    "writing the manifest": (writer, "write_manifest", 4),
     "renaming": (Path, "rename", 6),
-    "deleting old checkpoints": (checkpoint, "prune", 4),
+    "deleting old checkpoints": (saver, "prune", 4),
     "deleting": (shutil, "rmtree", 8),
     "writing the model": (trainer, "save_model", 1),
 }
