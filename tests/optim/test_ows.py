@@ -23,6 +23,7 @@ from tests.support.training import RATIOS, batch, distance, home, mean_loss, mic
 STEPS = 9
 BASE: dict[str, Any] = {
     "gamma": 1.5, "period": 4, "rank": 6, "update_proj_gap": 3, "lr": 5e-3, "scale": 0.5, "seed": 3, "projector": "svd",
+    "max_grad_norm": None,
 }  # fmt: skip
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "plain": ("llama", False, {}),
