@@ -1,7 +1,8 @@
 """Whether two checkouts train the same weights, to the bit.
 
-Both train a tiny LLaMA with dropout on two ranks for seven steps of two micro-batches, with refreshes and two changes of the
-sampled layers: five methods, replicated and under ZeRO-3, in float64 and bfloat16. Compared are the models they write.
+Both train a tiny LLaMA with dropout on two ranks for seven steps of two micro-batches, with refreshes and two changes
+of the sampled layers: five methods, replicated and under ZeRO-3, in float64 and bfloat16. Compared are the models they
+write.
 
     python benchmarks/same_weights.py OLD NEW
 

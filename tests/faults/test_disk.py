@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,12 +34,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def whole(straight: Callable[..., Path]) -> Any:
     """What a run with room leaves behind."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3"), None)
-    return contents(folder)
+    return contents(straight(2, sharding="zero3"))
 
 
 def fill(disk: Path, saved: Path) -> None:

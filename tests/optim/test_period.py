@@ -64,42 +64,54 @@ def test_untrained_weights_keep_every_bit(pools: Pools, sharding: str, dtype: to
 # ------------------------------------------------------------------ what leaves is gone
 
 
-def state_elements(planned: int) -> int:
-    """Entries of all storages alive under tensors of RANK columns: coordinates, gradients, moments, projectors.
+class State(TorchDispatchMode):
+    """Follows the storages under all tensors of RANK columns: coordinates, gradients, moments, projectors."""
 
-    Looks again where there are more than planned: gloo's thread lets go of a message a moment after it has arrived.
-    """
-    for _ in range(20):
-        gc.collect()
-        storages = {}
-        for thing in gc.get_objects():
-            if isinstance(thing, Tensor) and thing.dim() == 2 and thing.shape[1] == RANK:
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // thing.element_size()
-        if sum(storages.values()) <= planned:
-            break
-        time.sleep(0.05)
-    return sum(storages.values())
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}  # with their entries
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == RANK:
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // tensor.element_size()
+        return result
+
+    def alive(self, planned: int) -> int:
+        """Entries alive. Looks again where there are more than planned: gloo's thread lets go of a message late."""
+        for _ in range(20):
+            self.storages = {key: one for key, one in self.storages.items() if not one[0].expired()}
+            entries = sum(count for _, count in self.storages.values())
+            if entries <= planned:
+                break
+            gc.collect()
+            time.sleep(0.05)
+        return entries
 
 
 def elements_over_steps(
     rank: int, world_size: int, sharding: str, always_on: str
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
-    model = tiny("llama", True, torch.float32)
-    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on=always_on, **SETTINGS)
+    weights, state = home(tiny("llama", True, torch.float32), sharding, world_size), State()
+    with state:
+        ows = OWS(weights, scores=RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
-        one_step(ows, rank, world_size)
+        with state:
+            one_step(ows, rank, world_size)
         plan = ows.plan
         # values, gradients; of this process's rows: the gradients' sums over processes, two moments
         buffers = (2 * plan.rows + 3 * plan.stride) * RANK
         entered = {block.name for block in plan.blocks if ows.numbers()["clocks"][block.name] == 0}
         projectors = sum(m.short for u in plan.blocks if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
-        counted.append((state_elements(planned), planned, ows.layer_set))
+        counted.append((state.alive(planned), planned, ows.layer_set))
     ows.close()
     del ows
-    counted.append((state_elements(0), 0, ()))
+    counted.append((state.alive(0), 0, ()))
     return counted
 
 
