@@ -2,16 +2,16 @@
 
     python benchmarks/scaling.py --model llama2-7b --output benchmarks/results/scaling.md
 
-Nothing runs on a GPU. The planner gives what a step computes and sends (`ows_ds.planner.forecast`); this program replays it in
-time on one GPU, which stands for all: a link that moves one message after the other, and arithmetic that waits for the
-weights that it needs.
+Nothing runs on a GPU. The planner gives what a step computes and sends (`ows_ds.planner.forecast`); this program
+replays it in time on one GPU, which stands for all: a link that moves one message after the other, and arithmetic that
+waits for the weights that it needs.
 
     link     |gather 1|gather 2|  |gather 3|            |reduce|
     compute           |layer 1 |layer 2    |layer 3 ...         |update|
 
-Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.planner.gathering`); a collective takes what rings, or rings of
-rings, take with the latency and bandwidth of the links (`ows_ds.planner.cluster`). Each GPU has the same work at any number
-of them.
+Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.planner.gathering`); a collective takes what rings, or
+rings of rings, take with the latency and bandwidth of the links (`ows_ds.planner.cluster`). Each GPU has the same work
+at any number of them.
 """
 
 from __future__ import annotations

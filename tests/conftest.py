@@ -17,7 +17,10 @@ LONG = {"pools", "inputs", "smollm2", "finished"}  # fixtures of tests that star
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of several ranks first, which take long: what ends the sessions is short, so that they end together."""
+    """What is marked ci is slow. Files that start ranks come first, so that the two sessions end at the same time."""
+    for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.slow)
     long = {item.path for item in items if LONG & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in long)  # stable
 

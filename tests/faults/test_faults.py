@@ -80,7 +80,7 @@ SLOW = pytest.mark.slow
     ("world_size", "sharding", "fault", "at", "words"),
     [
         (2, "replicated", "kill", 0, " is gone"),  # the one in whose store they met
-        pytest.param(2, "replicated", "memory", 1, MEMORY, marks=[SLOW, pytest.mark.ci]),
+        pytest.param(2, "replicated", "memory", 1, MEMORY, marks=pytest.mark.ci),
         *(
             pytest.param(*five, marks=SLOW)
             for five in [

@@ -13,7 +13,7 @@ from tests.faults.kills import kill
     ("kills", "seed", "sharding"),
     [
         (3, 1, "zero3"),
-        pytest.param(5, 1, "replicated", marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param(5, 1, "replicated", marks=pytest.mark.ci),
         pytest.param(50, 0, "replicated", marks=pytest.mark.slow),
         pytest.param(50, 0, "zero3", marks=pytest.mark.slow),
     ],

@@ -16,10 +16,13 @@ from tests.support.tiny_run import recipe
 from tests.train.test_trainer import contents
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "fault"),
-    [pytest.param("torchrun", "kill", marks=pytest.mark.ci), ("torchrun", "memory"), ("accelerate", "kill")],
+    [
+        pytest.param("torchrun", "kill", marks=pytest.mark.ci),
+        pytest.param("torchrun", "memory", marks=pytest.mark.slow),
+        pytest.param("accelerate", "kill", marks=pytest.mark.slow),
+    ],
 )
 def test_a_restarted_run_resumes(
     inputs: Path, straight: Callable[..., Path], tmp_path: Path, launcher: str, fault: str

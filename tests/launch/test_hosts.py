@@ -92,6 +92,7 @@ def c10d(*options: str) -> dict[str, list[str]]:
     return dict.fromkeys(NAMES, torchrun(*meeting, *options))
 
 
+@pytest.mark.ci
 def test_accelerate(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any) -> None:
     same(train(hosts, inputs, tmp_path, accelerate("zero3_nodes.yaml"), sharding="auto"), expected)
 
@@ -132,7 +133,7 @@ def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path,
 
     try:
         until_step(run_dir, 4, check)
-        with hosts.resident_slice() as [_, second]:
+        with hosts.frozen() as [_, second]:
             os.kill(second, signal.SIGKILL)
             time.sleep(5)
         codes = [agent.wait(LIMIT) for agent in agents.values()]
@@ -165,6 +166,7 @@ def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: An
         same(train(both, inputs, tmp_path, static(), environment=environment), expected)
 
 
+@pytest.mark.ci
 def test_mpirun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path) -> None:
     """Over ssh: `sshd` must be there."""
     need("mpirun")

@@ -50,7 +50,7 @@ def tell(cluster: Slurm, job: int, run_dir: Path, *words: str) -> None:
     """
     cluster.wait(job, "RUNNING")
     until_step(run_dir, 2, lambda: cluster.runs(job))
-    with cluster.hosts.resident_slice() as ranks:
+    with cluster.hosts.frozen() as ranks:
         assert len(ranks) == 2
         cluster.client(*words)
         end = time.monotonic() + LIMIT
@@ -85,6 +85,7 @@ def ends_as_if_nothing_was(cluster: Slurm, job: int, folder: Path, expected: Any
     return log
 
 
+@pytest.mark.ci
 def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any) -> None:
     """`ows-ds launch --slurm` submits it; a job of a higher partition pushes it out."""
     (tmp_path / "cluster.yaml").write_text(
@@ -172,7 +173,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
         cluster.wait(job, "RUNNING")
         until_step(tmp_path / "run", 4, lambda: cluster.runs(job))
-        with hosts.resident_slice() as [first, _]:
+        with hosts.frozen() as [first, _]:
             subprocess.run([*cable, "down"], check=True)
         end = time.monotonic() + LIMIT
         # if the cable came back while both live, they would go on, and save
@@ -186,6 +187,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         same(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_the_exit_code_decides(cluster: Slurm, tmp_path: Path) -> None:
     """What stands in for `python -m ows_ds` exits with a code for each start; a signal makes it 75."""
     stub = tmp_path / "stub"

@@ -24,7 +24,7 @@ SHARDINGS = pytest.mark.parametrize("sharding", HOMES)
 
 
 def worlds(*axes: Iterable[Any], also: Container[tuple[Any, ...]] = ()) -> list[Any]:
-    """Arguments (world_size, one of each axis): all at two ranks, at one and three those of ``also``; the rest is slow."""
+    """Arguments (world_size, one of each axis): all at two ranks, at one and three ``also``; the rest is slow."""
     return [
         pytest.param(*case, marks=() if case[0] == 2 or case in also else pytest.mark.slow)
         for case in itertools.product((2, 1, 3), *axes)
