@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ows_ds.optim.ows
@@ -20,6 +16,7 @@ from ows_ds.optim.layout import RefreshPlan, plan_refresh
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.update import BlockBuffer
 from ows_ds.train.loss import token_losses
+from tests.support.alive import Alive
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, home, mean_loss, micro_batches, one_step, whole_weights
@@ -64,39 +61,18 @@ def test_untrained_weights_keep_every_bit(pools: Pools, sharding: str, dtype: to
 # ------------------------------------------------------------------ what leaves is gone
 
 
-class State(TorchDispatchMode):
-    """Follows the storages under all tensors of RANK columns: coordinates, gradients, moments, projectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}  # with their entries
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == RANK:
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // tensor.element_size()
-        return result
-
-    def alive(self, planned: int) -> int:
-        """Entries alive. Looks again where there are more than planned: gloo's thread lets go of a message late."""
-        for _ in range(20):
-            self.storages = {key: one for key, one in self.storages.items() if not one[0].expired()}
-            entries = sum(count for _, count in self.storages.values())
-            if entries <= planned:
-                break
-            gc.collect()
-            time.sleep(0.05)
-        return entries
+def entries(tensor: Tensor) -> int:
+    """Of the storage under a tensor of RANK columns: coordinates, gradients, moments, projectors."""
+    is_state = tensor.dim() == 2 and tensor.shape[1] == RANK
+    return tensor.untyped_storage().nbytes() // tensor.element_size() if is_state else 0
 
 
 def elements_over_steps(
     rank: int, world_size: int, sharding: str, always_on: str
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
-    weights, state = home(tiny("llama", True, torch.float32), sharding, world_size), State()
-    with state:
+    weights = home(tiny("llama", True, torch.float32), sharding, world_size)
+    with Alive(entries, new=False, looks=100) as state:
         ows = OWS(weights, scores=RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
@@ -108,10 +84,12 @@ def elements_over_steps(
         entered = {block.name for block in plan.blocks if ows.numbers()["clocks"][block.name] == 0}
         projectors = sum(m.short for u in plan.blocks if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
-        counted.append((state.alive(planned), planned, ows.layer_set))
+        gc.collect()
+        counted.append((state.now(planned), planned, ows.layer_set))
     ows.close()
     del ows
-    counted.append((state.alive(0), 0, ()))
+    gc.collect()
+    counted.append((state.now(), 0, ()))
     return counted
 
 
@@ -126,44 +104,15 @@ def test_no_state_of_a_layer_that_left_is_alive(pools: Pools, sharding: str, alw
 # ------------------------------------------------------------------ full gradients
 
 
-class FullGradients(TorchDispatchMode):
-    """Counts new tensors of a sampled weight's size: how many were made, and the most alive at once."""
+def watching(ows: OWS, exact: bool) -> Alive:
+    """Counts new tensors of a sampled weight's size.
 
-    def __init__(self, shapes: set[tuple[int, ...]], exact: bool) -> None:
-        """exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many)."""
-        super().__init__()
-        self.shapes = shapes | {shape[::-1] for shape in shapes}
-        self.sizes = {a * b for a, b in shapes}
-        self.exact = exact
-        self.made = self.most = 0
-        self.storages: list[StorageWeakRef] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in inputs:
-                continue  # a view, or written in place
-            if tuple(tensor.shape) in self.shapes or (not self.exact and tensor.numel() in self.sizes):
-                self.made += 1
-                self.storages.append(StorageWeakRef(tensor.untyped_storage()))
-                self.most = max(self.most, self.alive())
-        return result
-
-    def alive(self) -> int:
-        """How many are alive now: their memory, whatever tensors it is seen through."""
-        for _ in range(4):
-            self.storages = [storage for storage in self.storages if not storage.expired()]
-            if self.storages:
-                time.sleep(0.01)  # gloo's thread lets go of what it has reduced a moment after it says so
-        return len(self.storages)
-
-
-@contextmanager
-def watching(ows: OWS, exact: bool) -> Iterator[FullGradients]:
-    blocks = [ows.layers.layers[i] for i in ows.layer_set]
-    with FullGradients({m.shape for block in blocks for m in block.matrices}, exact) as mode:
-        yield mode
+    exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many).
+    """
+    shapes = {m.shape for i in ows.layer_set for m in ows.layers.layers[i].matrices}
+    shapes |= {shape[::-1] for shape in shapes}
+    sizes = {a * b for a, b in shapes}
+    return Alive(lambda t: int(tuple(t.shape) in shapes or (not exact and t.numel() in sizes)), looks=4)
 
 
 def full_gradients(
@@ -183,7 +132,7 @@ def full_gradients(
             loss = mean_loss(ows.weights, ids) / accumulation
             with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
-            counts.append((mode.made, mode.most, mode.alive()))
+            counts.append((mode.made, mode.most, mode.now()))
             assert all(p.grad is None for p in ows.module.parameters())
         if not ows.nothing_to_train:
             seen.append((refresh is not None, counts, len(owned), len(refresh.plan.owners) if refresh else 0))
