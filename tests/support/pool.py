@@ -1,6 +1,6 @@
-"""Persistent worlds of processes for tests: gloo on the CPU, a file store, hard time limits, every rank's traceback.
+"""Persistent worlds of ranks for tests: gloo on the CPU, a file store, hard time limits, every rank's traceback.
 
-A test hands a function of a module to all processes of a world and gets each rank's result back:
+A test hands a function of a module to all ranks of a world and gets each rank's result back:
 
     def total(rank: int, world: int, start: int) -> int:
         tensor = torch.tensor([start + rank])
@@ -108,7 +108,7 @@ class Pool:
         for pipe in self._pipes:
             pipe.close()  # an idle worker leaves when its pipe ends
         for process in self._processes:
-            process.join(2.0)
+            process.join(10.0)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -295,7 +295,7 @@ def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeou
         CUDA_VISIBLE_DEVICES="",
     )
     # The same ninja whether or not the environment is activated: two versions of it would take turns at compiling
-    # DeepSpeed's operator anew, which takes minutes.
+    # DeepSpeed's operator again, which takes minutes.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed reduces in shared memory that a killed world leaves behind
 

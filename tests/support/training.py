@@ -1,4 +1,4 @@
-"""Small training runs that tests start on several processes and compare with one process."""
+"""Small training runs that tests start on several ranks and compare with one."""
 
 from __future__ import annotations
 
