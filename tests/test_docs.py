@@ -7,7 +7,6 @@ stands in `SMALLER`; commands that other tests take from the page, or run at the
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -27,6 +26,7 @@ from ows_ds.cli.main import main
 from tests.conftest import ROOT
 from tests.data.test_data import byte_tokenizer
 from tests.support.pages import PAGES, Command, block, code_of, commands_of
+from tests.support.pool import warm_context
 
 LIMIT = 240  # seconds for one command
 SMALLER = {
@@ -116,9 +116,7 @@ def run(words: list[str], folder: Path) -> tuple[int, str]:
     log = folder / "printed.log"
     log.unlink(missing_ok=True)
     if words[0] in ("ows-ds", "python") and "-c" not in words:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.warm"])
-        process = context.Process(target=_run, args=(words, folder, log), daemon=True)
+        process = warm_context().Process(target=_run, args=(words, folder, log), daemon=True)
         process.start()
         process.join(LIMIT)
         if process.is_alive():

@@ -9,7 +9,6 @@ n-th call of a function, on one process) or at a time. The other one is killed w
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
 import random
@@ -137,8 +136,7 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
 
 def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
     """Start the processes, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
+    context = pool.warm_context()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     port = next(pool._ports)
     args = [(rank, port, folder, job, plan) for rank in range(WORLD)]

@@ -10,9 +10,9 @@ A test hands a function of a module to all ranks of a world and gets each rank's
     def test_total(pools: Pools) -> None:
         assert pools(3).run(total, 10) == [33, 33, 33]
 
-Processes live on between calls, so torch and DeepSpeed are imported once; what they can share by accident (random
-streams, garbage, the default dtype) is put back before each call. After a failure the process group is tried, and
-where it no longer works the processes are replaced before the next call.
+Ranks are forked from a process that has imported torch and DeepSpeed, and live on between calls; what these can share
+by accident (random streams, garbage, the default dtype) is reset before each. After a failure the process group is
+tried, and where it no longer works the ranks are replaced before the next call.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ LOG_LINES = 40  # of what a rank printed during a call that failed
 
 # DeepSpeed names shared memory after the port, so that no two worlds of a machine may have the same.
 _ports = itertools.count(20000 + os.getpid() % 4000 * 10)
+
+
+def warm_context() -> Any:
+    """Processes of this multiprocessing context are forked from one that has imported all that takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.warm"])
+    return context
 
 
 class RanksFailed(AssertionError):
@@ -143,7 +150,7 @@ class Pool:
     def _start(self) -> None:
         self.close()
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        context = multiprocessing.get_context("spawn")
+        context = warm_context()
         port = next(_ports)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
