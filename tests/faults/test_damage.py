@@ -34,7 +34,7 @@ def files() -> list[str]:
 
 
 def found(run_dir: Path, file: str) -> None:
-    """The newest is passed over for what is wrong with ``file``, the one before is opened."""
+    """The newest is skipped for what is wrong with ``file``, the one before is opened."""
     opened, passed = checkpoint.find(run_dir, "auto", ALONE)
     assert opened is not None
     assert opened.folder.name == "step-3"
@@ -90,13 +90,13 @@ def test_missing_and_truncated(run_dir: Path, file: str, keep: float | None) -> 
 
 def test_the_run_says_so_and_resumes(pools: Pools, inputs: Path, run_dir: Path, straight: Callable[..., Path]) -> None:
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
-    told = pools(2).run(run, recipe(inputs, run_dir, resume="auto", **SETTINGS), None)[0]
-    assert "manifest.json cannot be read" in told[0]
-    assert told[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
+    lines = pools(2).run(run, recipe(inputs, run_dir, resume="auto", **SETTINGS), None)[0]
+    assert "manifest.json cannot be read" in lines[0]
+    assert lines[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
     assert contents(run_dir) == contents(straight(2, **SETTINGS))
 
 
-def test_nothing_begins_anew_over_damaged_checkpoints(pools: Pools, inputs: Path, run_dir: Path) -> None:
+def test_nothing_starts_over_damaged_checkpoints(pools: Pools, inputs: Path, run_dir: Path) -> None:
     for name in ("step-3", "step-6"):
         (run_dir / "checkpoints" / name / "manifest.json").unlink()
     records = (run_dir / "metrics.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""OWS over processes and shards against the one-process reference and against galore_torch."""
+"""OWS over ranks and shards against the one-process reference and against galore_torch."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def course(
 
 @pytest.mark.parametrize(("world_size", "sharding"), worlds(HOMES, also=[(1, "replicated"), (3, "zero3")]))
 def test_no_full_gradient_ever(pools: Pools, sharding: str, world_size: int) -> None:
-    """Nor other bytes than the plan tells, nor other projectors than on the other processes."""
+    """Nor other bytes than the plan tells, nor other projectors than on the other ranks."""
     results = pools(world_size).run(course, sharding, 1 if world_size == 3 else 2)
     passes = [one for one, *_ in results[0]]
     assert {second for one in passes for second in one} == {False, True}
