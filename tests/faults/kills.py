@@ -26,8 +26,10 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ows_ds import checkpoint, config
+from ows_ds.checkpoint import saver, writer
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model import tensor_files
+from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.full_rank import FullRank
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.update import CoordinateBuffer
@@ -44,18 +46,18 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "in a backward pass": (OWS, "backward", 20),
     "in an update": (CoordinateBuffer, "update", 7),
     "in an update at full rank": (FullRank, "update", 7),
-    "in a merge": (OWS, "_merge", 8),
-    "in a refresh": (OWS, "_finish_refresh", 3),
-    "in a change of the set": (OWS, "_change", 2),
+    "in a merge": (ActiveSet, "merge", 8),
+    "in a refresh": (ActiveSet, "take", 3),
+    "in a change of the set": (ActiveSet, "change", 2),
     "recording a step": (log.RunLog, "step", 7),
     "beginning a checkpoint": (checkpoint.Saver, "start", 3),
     "writing state": (tensor_files.Writer, "write", 60),
     "syncing state": (tensor_files.Writer, "close", 4),
-    "reading state back": (checkpoint, "_sha256", 6),
-    "agreeing on a checkpoint": (checkpoint._Writing, "complete", 4),
-    "writing the manifest": (checkpoint, "_write", 4),
+    "reading state back": (writer, "sha256", 6),
+    "agreeing on a checkpoint": (writer.Writing, "complete", 4),
+    "writing the manifest": (writer, "write_manifest", 4),
     "renaming": (Path, "rename", 6),
-    "deleting old checkpoints": (checkpoint, "prune", 4),
+    "deleting old checkpoints": (saver, "prune", 4),
     "deleting": (shutil, "rmtree", 8),
     "writing the model": (trainer, "save_model", 1),
 }

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from ows_ds import checkpoint
+from ows_ds.checkpoint import saver as savers
+from ows_ds.checkpoint import writer
+from ows_ds.checkpoint.manifest import seal
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Shard
 from ows_ds.errors import UserError
@@ -69,12 +72,12 @@ def test_one_flipped_bit(run_dir: Path, file: str) -> None:
 def test_flipped_bits_of_a_manifest(run_dir: Path) -> None:
     folder = run_dir / "checkpoints" / "step-6"
     content = (folder / checkpoint.MANIFEST).read_bytes()
-    for place in range(0, len(content), 3):
+    for place in (*range(100), *range(100, len(content), 17)):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         (folder / checkpoint.MANIFEST).write_bytes(flipped)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-            checkpoint._read_manifest(folder, "train.resume")
+            checkpoint.read_manifest(folder)
 
 
 @pytest.mark.parametrize("file", files())
@@ -109,11 +112,11 @@ def test_nothing_starts_over_damaged_checkpoints(pools: Pools, inputs: Path, run
 @pytest.mark.parametrize(
     "change",
     [
-        lambda manifest: manifest.update(format=1),
+        lambda manifest: manifest.update(format=2),
         lambda manifest: manifest.pop("files"),
         lambda manifest: manifest.update(files={"a": 1}),
         lambda manifest: manifest["files"][0].update(name="../../outside"),
-        lambda manifest: manifest["files"][0].update(pieces={"a": None}),
+        lambda manifest: manifest["files"][0].update(shards={"a": None}),
     ],
 )
 def test_a_forged_manifest_is_refused(run_dir: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -121,32 +124,32 @@ def test_a_forged_manifest_is_refused(run_dir: Path, change: Callable[[dict[str,
     path = run_dir / "checkpoints" / "step-6" / checkpoint.MANIFEST
     manifest = json.loads(path.read_bytes())
     del manifest["sha256"]
-    path.write_bytes(checkpoint._sealed(manifest))
-    assert checkpoint._read_manifest(path.parent, "train.resume").folder == path.parent
+    path.write_bytes(seal(manifest))
+    assert checkpoint.read_manifest(path.parent).world_size == 2
     change(manifest)
-    path.write_bytes(checkpoint._sealed(manifest))
+    path.write_bytes(seal(manifest))
     found(run_dir, "manifest.json")
 
 
 def test_what_goes_and_what_stays(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
-        piece = Shard("weight/a", (4,), 0, torch.full((4,), float(step)))
-        checkpoint.save(checkpoint.folder_of(tmp_path, step), [piece], {"step": step}, ALONE)
+        shard = Shard("weight/a", (4,), 0, torch.full((4,), float(step)))
+        checkpoint.save(checkpoint.folder_of(tmp_path, step), [shard], {"step": step}, ALONE)
     (tmp_path / "checkpoints" / "step-11.partial").mkdir()
-    checkpoint.prune(tmp_path, keep=2, newest=6)  # a run that went on after 4: what is later was damaged, or is left
+    savers.prune(tmp_path, keep=2, newest=6)  # a run that went on after 4: what is later was damaged, or is left
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-4", "step-6"]
     opened, _ = checkpoint.find(tmp_path, "auto", ALONE)
     assert opened is not None
-    assert opened.numbers == {"step": 6}
+    assert opened.state == {"step": 6}
     assert opened.read("weight/a", 1, 3).tolist() == [6.0, 6.0]
     assert set(opened.versions) == {"ows_ds", "torch", "transformers", "deepspeed"}
 
 
 def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(pieces: list[Shard]) -> list[Shard]:
+    def no_memory(shards: list[Shard]) -> list[Shard]:
         raise MemoryError
 
-    monkeypatch.setattr(checkpoint, "_copies", no_memory)
+    monkeypatch.setattr(writer, "copies", no_memory)
     entries = torch.arange(4.0)
     with checkpoint.Saver(tmp_path, 1, ALONE, {}) as saver:
         assert not saver.done
@@ -160,8 +163,7 @@ def test_without_memory_for_copies_the_step_waits(tmp_path: Path, monkeypatch: p
 
 
 def test_the_last_good_one_stays_beside_a_damaged_newer_one(pools: Pools, inputs: Path, run_dir: Path) -> None:
-    """Of the checkpoints after 3 and 6 the second is damaged; the run resumes with save_total_limit 1 and dies
-    after 5."""
+    """Of the checkpoints after 3 and 6 the second is damaged; a run that keeps 1 resumes, and dies after 5."""
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
     going_on = recipe(inputs, run_dir, sharding="zero3", resume="auto", save_steps=1, save_total_limit=1)
     pools(2).run(run, going_on, 5)

@@ -84,9 +84,9 @@ def test_it_continues_and_says_so(pools: Pools, inputs: Path, disk: Path, whole:
     answers = pools(2).run(run_out, recipe(inputs, run_dir, sharding="zero3"), disk, True)
     assert [ended for ended, _ in answers] == ["done", "done"]
     [line] = [text for text in answers[0][1] if "could not be written" in text]
-    assert line.startswith("checkpoint step-6 could not be written on process ")
+    assert line.startswith("checkpoint step-6 could not be written on rank ")
     assert "No space left on device" in line
-    assert line.endswith("going on, the newest one is step-3 (1 not written so far)")
+    assert line.endswith("training continues, the newest one is step-3 (1 not written so far)")
     assert answers[0][1][-1] == f"done: {run_dir / 'model'}, 1 checkpoints not written"
     assert opened(run_dir) == ["step-9", "step-3"]
     (records, files), (its_records, its_files) = whole, contents(run_dir)
@@ -104,7 +104,7 @@ def test_it_ends_with_the_cause(
     run_dir = disk / "run"
     made = recipe(inputs, run_dir, sharding="zero3", on_save_error=on_save_error)
     for ended, lines in pools(2).run(run_out, made, disk, False):
-        assert ended.startswith(f"SaveError: checkpoint {failed} could not be written on process ")
+        assert ended.startswith(f"SaveError: checkpoint {failed} could not be written on rank ")
         assert "No space left on device" in ended
         assert sum("could not be written" in text for text in lines) == (failed == "step-9")
     assert opened(run_dir) == ["step-3"]
