@@ -26,9 +26,10 @@ def run(options: Options, argv: list[str]) -> None:
     job, planned = slurm.read(options["slurm"]), None
     if Path(recipe.model.path).is_dir():
         from ows_ds.model.shapes import read_model
-        from ows_ds.planner import forecast
+        from ows_ds.planner.forecast import Planner
 
         model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        planned = forecast.planned(recipe, model, forecast.choice_of(recipe, job.world_size))
+        planner = Planner(recipe, model)
+        planned = planner.peak(planner.choice(job.world_size))
     given, file = recipe_options(options), str(Path(options["config"]).resolve())
     slurm.launch(recipe, job, file, given, bool(options.get("dry_run")), planned)

@@ -88,5 +88,5 @@ def restore(method: Method, opened: Checkpoint) -> None:
     """Set the method and its weights to what `contents` gave. Collective."""
     method.weights.after_step()
     parameters = dict(method.weights.module.named_parameters())
-    load_weights(method.weights, parameters, opened.numbers["never_trained"], opened.read)
-    method.load_shards(opened.numbers["method"], opened.read)
+    load_weights(method.weights, parameters, opened.state["never_trained"], opened.read)
+    method.load_shards(opened.state["method"], opened.read)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ows_ds.config import changed
 from ows_ds import config
+from ows_ds.config import changed
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
 from tests.train.test_trainer import contents, run

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ows_ds.config import changed
 from ows_ds import config
+from ows_ds.config import changed
 from ows_ds.errors import Failed
 from ows_ds.optim.ows import OWS
 from ows_ds.train import log, trainer
