@@ -101,3 +101,12 @@ def test_the_verb_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["schema", "--output", str(tmp_path / "s" / "recipe.schema.json")]) == 0
     assert json.loads((tmp_path / "s" / "recipe.schema.json").read_text()) == schema()
     assert main(["schema", "--output", str(tmp_path)]) == 2
+
+
+def test_every_range_is_in_the_schema() -> None:
+    found = schema()["$defs"]
+    for key, field in config.recipe_keys().items():
+        section, name = key.split(".")
+        shown = json.dumps(found[section.capitalize()]["properties"][name])
+        assert not re.search('"(gt|ge|lt|le)":', shown)  # no words of JSON schema
+        assert ("inimum" in shown) == bool(re.search("above|at least", config.words(field))), key
