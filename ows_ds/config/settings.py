@@ -90,7 +90,8 @@ def parse(kind: type[T], tree: Mapping[str, Any], prefix: str = "", also: Also[T
 
     def add(key: str, value: object, right: str) -> None:
         shown = f"--{key.replace('_', '-')}" if prefix == "--" else f"{prefix}{key}"
-        errors.setdefault(key, UserError(shown, value, right))
+        if not any(_related(known, key) for known in errors):
+            errors[key] = UserError(shown, value, right)
 
     def add_wrong(wrong: Wrong, made: Settings, section: str = "") -> list[str]:
         key, *beside = (f"{section}{name}" for name in (wrong.key, *wrong.beside))
