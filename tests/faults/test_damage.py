@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,17 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Shard
 from ows_ds.errors import UserError
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
+from tests.support.tiny_run import cut, recipe
 from tests.train.test_trainer import contents, refused, run
 
 ALONE = Communicator()
-
-
-@pytest.fixture(scope="module")
-def saved(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 7 of 9 steps with checkpoints after 3 and 6."""
-    folder = tmp_path_factory.mktemp("saved") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3"), 7)
-    return folder
+SETTINGS: dict[str, Any] = {"sharding": "zero3", "save_total_limit": 3}
 
 
 @pytest.fixture
-def run_dir(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "run"))
+def run_dir(straight: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run that died with checkpoints after 3 and 6 of 9 steps."""
+    return cut(straight(2, **SETTINGS), tmp_path / "run")
 
 
 def files() -> list[str]:
@@ -44,7 +37,7 @@ def files() -> list[str]:
 
 
 def found(run_dir: Path, file: str) -> None:
-    """The newest is passed over for what is wrong with ``file``, the one before is opened."""
+    """The newest is skipped for what is wrong with ``file``, the one before is opened."""
     opened, passed = checkpoint.find(run_dir, "auto", ALONE)
     assert opened is not None
     assert opened.folder.name == "step-3"
@@ -98,20 +91,19 @@ def test_missing_and_truncated(run_dir: Path, file: str, keep: float | None) -> 
     found(run_dir, file)
 
 
-def test_the_run_says_so_and_goes_on(pools: Pools, inputs: Path, run_dir: Path, tmp_path: Path) -> None:
+def test_the_run_says_so_and_resumes(pools: Pools, inputs: Path, run_dir: Path, straight: Callable[..., Path]) -> None:
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
-    told = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
-    assert "manifest.json cannot be read" in told[0]
-    assert told[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
-    assert contents(run_dir) == contents(tmp_path / "whole")
+    lines = pools(2).run(run, recipe(inputs, run_dir, resume="auto", **SETTINGS), None)[0]
+    assert "manifest.json cannot be read" in lines[0]
+    assert lines[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
+    assert contents(run_dir) == contents(straight(2, **SETTINGS))
 
 
-def test_nothing_begins_anew_over_damaged_checkpoints(pools: Pools, inputs: Path, run_dir: Path) -> None:
+def test_nothing_starts_over_damaged_checkpoints(pools: Pools, inputs: Path, run_dir: Path) -> None:
     for name in ("step-3", "step-6"):
         (run_dir / "checkpoints" / name / "manifest.json").unlink()
     records = (run_dir / "metrics.jsonl").read_bytes()
-    for answer in pools(2).run(refused, recipe(inputs, run_dir, sharding="zero3", resume="auto")):
+    for answer in pools(2).run(refused, recipe(inputs, run_dir, resume="auto", **SETTINGS)):
         assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to begin anew")
         assert "step-6" in answer
     assert (run_dir / "metrics.jsonl").read_bytes() == records
