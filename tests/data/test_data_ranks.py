@@ -71,7 +71,7 @@ def test_a_streamed_run_goes_on_with_the_same_rows(pools: Pools, calm: Path, tmp
     parts = in_data(recipe(calm, tmp_path / "parts", **more), **data)
     pools(2).run(run, parts, 5)
     told = pools(3).run(run, replace(parts, train=replace(parts.train, resume="auto")), None)[0]
-    assert any("going on after step 3" in line for line in told)
+    assert any("resuming after step 3" in line for line in told)
     (records, _), (again, _) = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert [record["step"] for record in again] == list(range(10))
     for a, b in zip(records, again, strict=True):

@@ -23,6 +23,7 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.train.loss import token_losses
 from tests.optim.test_period import Waits
+from tests.data.test_data import lists, row_of
 from tests.support.families import FAMILIES, tiny
 
 # sums of a few dozen float64 products in another order; transformers' eager attention and Gemma's norms are float32
@@ -56,24 +57,28 @@ def rows_of(lengths: list[int], seed: int = 0) -> list[Encoded]:
         ids = torch.randint(3, 64, (length,), generator=random)
         trained = torch.rand(length, generator=random) < 0.7
         trained[-1] = True
-        found.append({"input_ids": ids.tolist(), "labels": torch.where(trained, ids, -100).tolist()})
+        found.append(row_of(ids.tolist(), torch.where(trained, ids, -100).tolist()))
     return found
 
 
 def test_sequences_of_parts() -> None:
     """Rows of different parts do not meet."""
+    rows = [rows_of([3, 2]), rows_of([4, 1])]
     parts = []
-    for lengths in ([3, 2], [4, 1]):
+    for some in rows:
         builder = Builder()
-        for row in rows_of(lengths):
-            builder.add(row)
+        for row in some:
+            builder.add(row.input_ids.tolist(), row.trained.tolist())
         parts.append(builder.build())
     packed, plain = Sequences(parts, 8), Sequences(parts)
-    assert (len(plain), plain.sizes, plain.lengths, plain.packed) == (4, [2, 2], [3, 2, 4, 1], False)
-    assert plain[2] == plain[-2] == [rows_of([4, 1])[0]]
-    assert (len(packed), packed.sizes, packed.lengths) == (2, [1, 1], [5, 5])
-    assert packed[0] == rows_of([3, 2])
-    assert packed[1] == rows_of([4, 1])
+    assert (len(plain), plain.sizes, plain.lengths.tolist(), plain.packed) == (4, [2, 2], [3, 2, 4, 1], False)
+    assert (len(packed), packed.sizes, packed.lengths.tolist()) == (2, [1, 1], [5, 5])
+    assert plain.targets.tolist() == [row.targets for some in rows for row in some]
+    assert packed.targets.tolist() == [sum(row.targets for row in some) for some in rows]
+    for found in (plain[2], plain[-2]):
+        assert list(map(lists, found)) == [lists(rows[1][0])]
+    assert [list(map(lists, found)) for found in packed] == [list(map(lists, some)) for some in rows]
+    assert len(Sequences([])) == len(Sequences([]).lengths) == 0
     with pytest.raises(IndexError):
         packed[2]
 

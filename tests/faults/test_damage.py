@@ -99,7 +99,7 @@ def test_the_run_says_so_and_goes_on(pools: Pools, inputs: Path, run_dir: Path, 
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
     told = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
     assert "manifest.json cannot be read" in told[0]
-    assert told[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
+    assert told[1] == f"resuming after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
     pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
     assert contents(run_dir) == contents(tmp_path / "whole")
 
@@ -109,7 +109,7 @@ def test_nothing_begins_anew_over_damaged_checkpoints(pools: Pools, inputs: Path
         (run_dir / "checkpoints" / name / "manifest.json").unlink()
     records = (run_dir / "metrics.jsonl").read_bytes()
     for answer in pools(2).run(refused, recipe(inputs, run_dir, sharding="zero3", resume="auto")):
-        assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to begin anew")
+        assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to start again")
         assert "step-6" in answer
     assert (run_dir / "metrics.jsonl").read_bytes() == records
 

@@ -19,6 +19,8 @@ from ows_ds import config
 from ows_ds.errors import Failed
 from ows_ds.optim.ows import OWS
 from ows_ds.train import log, trainer
+from ows_ds.train import step as step_module
+from ows_ds.train.step import StepRunner
 from tests.optim.test_period import Waits
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -94,7 +96,7 @@ def run(
     """Train; in the steps ``bad`` (from 1) process ``on`` gets losses times ``value``, or with it added, which leaves
     the gradient alone. What ended it, the lines that were shown, and how often the host waited in a plain step.
     """
-    step, lines, take, losses = 0, [], trainer._Steps.take, trainer.token_losses
+    step, lines, take, losses = 0, [], StepRunner.take, step_module.token_losses
 
     def taking(self: Any, number: int, last: bool) -> dict[str, Any]:
         nonlocal step
@@ -108,7 +110,7 @@ def run(
         return loss + value if added else loss * value
 
     event = log.RunLog.event
-    trainer._Steps.take, trainer.token_losses = taking, spoiled  # type: ignore[method-assign,assignment]
+    StepRunner.take, step_module.token_losses = taking, spoiled  # type: ignore[method-assign,assignment]
     log.RunLog.event = lambda self, text: lines.append(text)  # type: ignore[method-assign]
     ended = ""
     try:
@@ -116,7 +118,7 @@ def run(
     except Failed as failed:
         ended = str(failed)
     finally:
-        trainer._Steps.take, trainer.token_losses = take, losses  # type: ignore[method-assign]
+        StepRunner.take, step_module.token_losses = take, losses  # type: ignore[method-assign]
         log.RunLog.event = event  # type: ignore[method-assign]
     return ended, lines, step
 
@@ -160,7 +162,7 @@ def test_every_method_skips_on_all_processes(
     asked = recipe(inputs, tmp_path, None, optim, method, sharding=sharding, save_steps=1, save_total_limit=9, steps=5)
     for ended, lines, _ in pools(2).run(run, asked, [3], 1, value, added):
         assert ended == ""
-        assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on process 1"]
+        assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on rank 1"]
         assert lines[-1].endswith("model, 1 steps skipped")
     found = records(tmp_path)
     assert [record.get("skipped", False) for record in found] == [False, False, True, False, False]
@@ -212,7 +214,7 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
     """Of each step: whether anything was found anew in it or after it, what waited for the device, how often it was
     looked at for the record.
     """
-    take, tolist = trainer._Steps.take, Tensor.tolist
+    take, tolist = StepRunner.take, Tensor.tolist
     seen, count = [], 0
 
     def counting(self: Tensor) -> Any:
@@ -232,11 +234,11 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
         seen.append((changes, mode.found, count))
         return record
 
-    trainer._Steps.take, Tensor.tolist = watched, counting  # type: ignore[method-assign]
+    StepRunner.take, Tensor.tolist = watched, counting  # type: ignore[method-assign]
     try:
         trainer.train(recipe)
     finally:
-        trainer._Steps.take, Tensor.tolist = take, tolist  # type: ignore[method-assign]
+        StepRunner.take, Tensor.tolist = take, tolist  # type: ignore[method-assign]
     return seen
 
 
