@@ -62,15 +62,20 @@ class RunContext:
         """Optimizer step ``k`` (from 0), and this rank's micro-batches on the CPU, pinned where there is a GPU."""
         assert self.steps is not None
         step = self.steps.take(k)
-        batches = [collate(sequences, self.pad_id, self.rows.packed) for sequences in step.micro_batches]
-        if self.runtime.device.type == "cuda":
-            batches = [{name: t if name in HOST else t.pin_memory() for name, t in batch.items()} for batch in batches]
+        batches = []
+        for sequences in step.micro_batches:
+            batch = collate(sequences, self.pad_id, self.rows.packed)
+            del batch["attention_mask"]  # the loss does without
+            if self.runtime.device.type == "cuda":
+                batch = {name: t if name in HOST else t.pin_memory() for name, t in batch.items()}
+            batches.append(batch)
         return step, batches
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``batch`` where the model runs, but for `batches.HOST`."""
-        device = self.runtime.device
-        return {name: t if name in HOST else t.to(device, non_blocking=True) for name, t in batch.items()}
+        # blocking, also from pinned memory: DeepSpeed gathers on a stream of its own, and nothing else orders a forward
+        # pass' gathers after what was written to the shards
+        return {name: t if name in HOST else t.to(self.runtime.device) for name, t in batch.items()}
 
     def batch(self, sequences: list[list[Encoded]], packed: bool = False) -> dict[str, Tensor]:
         """Right-padded tensors (sequences, tokens) where the model runs, but for `batches.HOST`."""

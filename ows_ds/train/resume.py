@@ -56,12 +56,12 @@ def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, A
 
     everything: also the weights that have never trained, which are otherwise those of the base model.
     """
-    pieces, rest = method.shards(), []
+    shards, rest = method.shards(), []
     if everything:
-        parameters, there = dict(method.weights.module.named_parameters()), {piece.name for piece in pieces}
+        parameters, there = dict(method.weights.module.named_parameters()), {shard.name for shard in shards}
         rest = [name for name in parameters if f"weight/{name}" not in there]
-        pieces += weight_shards(method.weights, parameters, rest)
-    return pieces, {"method": method.state_values(), "never_trained": rest}
+        shards += weight_shards(method.weights, parameters, rest)
+    return shards, {"method": method.state_values(), "never_trained": rest}
 
 
 def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, everything: bool) -> str:

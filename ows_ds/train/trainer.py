@@ -175,8 +175,8 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
             raise Failed(_given_up(step + 1, steps))
     if last or steps.stop or _due(step + 1, settings.save_steps):
         save = saver.save if last or steps.stop else saver.start
-        pieces, numbers = resume.contents(steps.method, settings.checkpoint == "full")
-        save(step + 1, pieces, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
+        shards, numbers = resume.contents(steps.method, settings.checkpoint == "full")
+        save(step + 1, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
     if steps.stop:
         log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto resumes")
         comm.barrier()  # not before rank 0 is done, or a launcher could end it
