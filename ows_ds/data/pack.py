@@ -45,7 +45,7 @@ class Sequences(Sequence[list[Encoded]]):
     """What steps consist of: lists of rows, one each, or several where they are packed."""
 
     def __init__(self, parts: Sequence[EncodedRows], largest: int | None = None) -> None:
-        """parts: rows by source. largest: tokens of a sequence into which rows of a part are packed; None: no packing."""
+        """parts: rows by source. largest: tokens of a sequence into which a part's rows are packed; None: no packing."""
         self.parts = list(parts)
         self.packs = None if largest is None else [pack(part.lengths.tolist(), largest) for part in parts]
         self.sizes = [len(part) for part in self.packs or self.parts]

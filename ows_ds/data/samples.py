@@ -86,20 +86,12 @@ def word_problems(
     task: str = DEFAULT_TASK,
     options: dict[str, Any] | None = None,
 ) -> tuple[Path, ...]:
-    """The files `train.jsonl`, `held_out.jsonl` and, if asked for, `test.jsonl` of problems as chats; no question twice.
+    """The files `train.jsonl`, `held_out.jsonl` and, if asked for, `test.jsonl`, chats in which no question comes twice.
 
     One object a line: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "answer": "36"}`. The
     assistant's text is the worked answer and ends with `#### 36`. Rows of other tasks have the answer alone there, and
     `task`, and `metadata` where the task's verifier may need it. The same arguments give the same bytes.
-
-    Args:
-        folder: where the files go; its parents are made.
-        train: number of training problems, at least 1.
-        held_out: number of held-out problems, at least 1.
-        seed: of the generator.
-        test: number of test problems; 0: no such file.
-        task: of reasoning-gym.
-        options: of the task, by name, such as `{"max_terms": 2}`.
+    options: of the task, by name, such as `{"max_terms": 2}`.
 
     Raises:
         ValueError: a number is too small; an unknown task or option, or a task whose problems have no answer as text,
@@ -231,21 +223,20 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("folder", type=Path)
     problems = verbs.add_parser("problems", help="problems in chat format, training and held-out")
     problems.add_argument("folder", type=Path)
-    problems.add_argument("--train", type=int, default=400, help="number of training problems (default: 400)")
-    problems.add_argument("--held-out", type=int, default=32, help="number of held-out problems (default: 32)")
-    problems.add_argument("--test", type=int, default=0, help="number of test problems (default: 0, no such file)")
+    numbers = {"train": (400, "training problems"), "held-out": (32, "held-out problems"), "test": (0, "test problems")}
+    for name, (default, text) in {**numbers, "seed": (0, "of the generator")}.items():
+        problems.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     problems.add_argument("--task", default=DEFAULT_TASK, help=f"of reasoning-gym (default: {DEFAULT_TASK})")
     problems.add_argument(
         "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="options of the task, as max_terms=2"
     )
-    problems.add_argument("--seed", type=int, default=0, help="of the generator (default: 0)")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.verb == "model":
             print(smollm2(chosen.folder))
         else:
-            numbers = chosen.train, chosen.held_out, chosen.seed, chosen.test
-            print(*word_problems(chosen.folder, *numbers, chosen.task, dict(chosen.set)), sep="\n")
+            counts = chosen.train, chosen.held_out, chosen.seed, chosen.test
+            print(*word_problems(chosen.folder, *counts, chosen.task, dict(chosen.set)), sep="\n")
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"ows_ds.data.samples: {error}", file=sys.stderr)
         return 2

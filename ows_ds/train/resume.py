@@ -32,7 +32,8 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
     if own and opened is not None and (run_dir / "model").exists():
         newest = checkpoints(run_dir)[0]
         if opened.folder.resolve() != newest.resolve():
-            right = f"expected auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
+            done = f"the run is finished, its newest checkpoint is {newest.name}"
+            right = f"expected auto or another train.output_dir: {done}"
             raise UserError("train.resume", recipe.train.resume, right)
     if opened is None and not (restarted and (run_dir / "config.yaml").exists()):
         return

@@ -47,7 +47,7 @@ def train(recipe: Recipe) -> None:
 def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> None:
     """Score the layers of ``model.path`` on rows of ``data.train``; write scores and a plot, print them. Collective.
 
-    output: file of the scores; None: scores.json in ``train.output_dir``. kinds: see `ows_ds.importance.scoring.report`.
+    output: file of the scores; None: scores.json in ``train.output_dir``. kinds: see `scoring.report`.
     """
     runtime = start(recipe)
     with watchdog.armed(runtime.comm, recipe.train.timeout_seconds):

@@ -166,7 +166,7 @@ def test_a_step_has_its_counts_and_this_ranks_rows() -> None:
     """Tokens and targets are those of all ranks' sequences, packed or not."""
     builder = Builder()
     for length in range(1, 9):
-        builder.add([length] * length, [True] + [False, True, True, True, True, True, True][: length - 1])
+        builder.add([length] * length, [True, False, *[True] * 6][:length])
     rows = builder.build()
     assert rows.targets.tolist() == [max(0, length - 2) for length in range(1, 9)]
     for largest in (None, 8):

@@ -83,7 +83,8 @@ def test_a_user_who_says_what_the_template_says() -> None:
     tokenizer = byte_tokenizer()
     row = {"messages": [{"role": "user", "content": "user", "train": True}, {"role": "assistant", "content": "no"}]}
     encoded = encode(row, tokenizer, 1000)
-    [start] = [i for i, (a, b) in enumerate(zip([-100, *encoded.labels.tolist()], encoded.labels.tolist(), strict=False))
+    labels = encoded.labels.tolist()
+    [start] = [i for i, (a, b) in enumerate(zip([-100, *labels], labels, strict=False))
                if a == -100 != b][:1]  # fmt: skip
     text = tokenizer.decode(encoded.input_ids.tolist()[:start])
     assert text.endswith("<|im_start|>user\n")

@@ -22,8 +22,8 @@ from ows_ds.data.pack import Sequences, pack
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.train.loss import token_losses
-from tests.optim.test_period import Waits
 from tests.data.test_data import lists, row_of
+from tests.optim.test_period import Waits
 from tests.support.families import FAMILIES, tiny
 
 # sums of a few dozen float64 products in another order; transformers' eager attention and Gemma's norms are float32
@@ -127,7 +127,7 @@ def test_windows_are_within_a_row() -> None:
     torch.testing.assert_close(found, plain, **CLOSE)
 
 
-def test_what_would_see_its_neighbour_is_found_out() -> None:
+def test_models_that_see_a_neighbour_are_detected() -> None:
     """Alibi gives transformers no positions to tell rows by; a recurrence goes on through all of them."""
     common = {"vocab_size": 64, "hidden_size": 32}
     bloom = transformers.BloomConfig(**common, n_layer=2, n_head=4)
@@ -139,7 +139,7 @@ def test_what_would_see_its_neighbour_is_found_out() -> None:
     honest: Any = tiny("llama")
     assert attention.keeps_apart(Replicated(honest, Communicator()), 64)
     assert not honest.training
-    # one that does not heed what it is told
+    # one that ignores its arguments
     forward = honest.model.forward
     honest.model.forward = lambda *args, position_ids, **more: forward(*args, **more)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from ows_ds.config import Data, Source
 from ows_ds.data import prepare
+from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.data.rows import stream
 from ows_ds.data.stream import Stream
 from ows_ds.errors import UserError
@@ -65,7 +70,7 @@ def test_blocks_follow_each_other_without_end(tmp_path: Path) -> None:
     steps = opened([source], 4)
     seen = [everyones(steps, k) for k in range(4)]
     steps.close()
-    # two steps a block; the second block has the last row, and begins anew
+    # two steps a block; the second block has the last row, and begins again
     assert [sorted(seen[0] + seen[1]), sorted(seen[2] + seen[3])] == [
         ["aA", "aB", "aC", "aD"],
         ["aA", "aB", "aC", "aE"],
@@ -75,7 +80,7 @@ def test_blocks_follow_each_other_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_run_goes_on_with_the_same_rows_at_any_world_size(tmp_path: Path, packing: bool) -> None:
+def test_a_run_resumes_with_the_same_rows_at_any_world_size(tmp_path: Path, packing: bool) -> None:
     sources = [write(tmp_path, "a", 7), Source(write(tmp_path, "b", 9).path, weight=3.0)]
     data = Data(train="unused", max_length=9, streaming=True, packing=packing)
     first = opened(sources, 12, data)
@@ -117,7 +122,7 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
         opened([Source(str(path))], 4, data, batch=3)
 
 
-def test_a_mistake_in_a_later_block_is_told_when_it_is_due(tmp_path: Path) -> None:
+def test_a_mistake_in_a_later_block_is_raised_when_it_is_due(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
     steps = opened([Source(str(path))], 2)
@@ -125,6 +130,28 @@ def test_a_mistake_in_a_later_block_is_told_when_it_is_due(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"r\.jsonl:3"):
         steps.take(1)
     steps.close()
+
+
+def test_closing_ends_the_block_that_is_being_read(tmp_path: Path) -> None:
+    source = write(tmp_path, "a", 5)
+    steps = opened([source], 4)
+    encode, reading, closed = steps._encode, threading.Event(), threading.Event()
+
+    def waiting(rows: Any) -> Any:
+        reading.set()
+        assert closed.wait(10)
+        return encode(rows)
+
+    steps._encode = waiting
+    with contextlib.closing(ReadAhead(steps.take, 9, torch.device("cpu"))) as ahead:
+        for k in (0, 1):  # of the first block; the second one is due in the thread that reads ahead
+            ahead.take(k)
+        assert reading.wait(10)
+        steps.close()
+        closed.set()
+        with pytest.raises(CancelledError):
+            ahead.take(2)
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
 def test_all_kinds_of_sources_are_read_from_any_row_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

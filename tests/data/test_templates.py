@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from ows_ds.data.encode import encode
 from ows_ds.data.encoded import IGNORE
 from ows_ds.errors import UserError
-from tests.data.test_data import byte_tokenizer
+from tests.data.test_data import byte_tokenizer, lists
 
 # White space at both ends of what is said: some families keep it.
 SYSTEM = {"role": "system", "content": "Be brief."}

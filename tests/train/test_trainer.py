@@ -133,22 +133,21 @@ def norms_where_they_belong(records: list[dict[str, Any]]) -> None:
     assert any(not energies[step] | norms[step] for step in range(1, len(records)))  # a plain step has neither key
 
 
-def test_model_loads_in_transformers_and_has_learned(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+def test_model_loads_in_transformers_and_has_learned(inputs: Path, whole: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", steps=20), None)
-    records, _ = contents(tmp_path / "run")
+    records, _ = contents(whole)
     assert records[-1]["eval_loss"] < records[0]["eval_loss"] - 0.5
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(whole / "model")
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
-    folders = (tmp_path / "run" / "model", inputs / "model")
+    folders = (whole / "model", inputs / "model")
     assert len({AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str() for folder in folders}) == 1
     assert len({AutoTokenizer.from_pretrained(folder).chat_template for folder in folders}) == 1
     assert len({str(GenerationConfig.from_pretrained(folder)) for folder in folders}) == 1
     assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**base.config.to_dict(), "_name_or_path": ""}
     card = (folders[0] / "README.md").read_text()
     assert fingerprint(Replicated(loaded, Communicator())) in card
-    assert "Optimizer steps: 20," in card
+    assert "Optimizer steps: 9," in card
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     changed = [
