@@ -76,16 +76,13 @@ class Steps:
 
 
 class Batches(Steps):
-    """Steps over sequences that are all there.
+    """Steps over sequences that are all there, shuffled again in every epoch.
 
-    They are shuffled again in every epoch; those that do not fill a last batch are left out of that epoch.
-    The sequences of a step depend on seed, step and batch size alone, so a run may resume with another number of
-    ranks.
+    Sequences that do not fill a last batch are left out of that epoch. Those of a step depend on seed, step and batch
+    size alone, so a run may resume with another number of ranks.
     """
 
-    def __init__(
-        self, sequences: Sequence[Any], *split: int, parts: tuple[Sequence[int], Sequence[float]] | None = None
-    ) -> None:
+    def __init__(self, sequences: Any, *split: int, parts: tuple[Sequence[int], Sequence[float]] | None = None) -> None:
         """split: what `Steps` takes.
 
         parts: numbers of sequences by source, and the sources' weights; None: every sequence once an epoch.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy
 
@@ -78,7 +78,7 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedRows(Sequence[Encoded]):
+class EncodedRows:
     """Rows one after the other; a row is a view of them.
 
     Attributes:
@@ -96,14 +96,10 @@ class EncodedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, at: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Encoded]: ...
+    def __iter__(self) -> Iterator[Encoded]:
+        return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, at: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
+    def __getitem__(self, at: int) -> Encoded:
         at = range(len(self))[at]
         tokens = slice(self.ends[at - 1] if at else 0, self.ends[at])
         return Encoded(self.tokens[tokens], self.trained[tokens], int(self.targets[at]))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import overload
 
 import numpy
 
@@ -41,11 +40,11 @@ def pack(lengths: Sequence[int], largest: int) -> list[list[int]]:
     return sorted(sorted(rows) for rows in packs)
 
 
-class Sequences(Sequence[list[Encoded]]):
+class Sequences:
     """What steps consist of: lists of rows, one each, or several where they are packed."""
 
     def __init__(self, parts: Sequence[EncodedRows], largest: int | None = None) -> None:
-        """parts: rows by source. largest: tokens of a sequence into which a part's rows are packed; None: no packing."""
+        """parts: rows by source. largest: tokens of a sequence into which a part's rows are packed, or None."""
         self.parts = list(parts)
         self.packs = None if largest is None else [pack(part.lengths.tolist(), largest) for part in parts]
         self.sizes = [len(part) for part in self.packs or self.parts]
@@ -59,14 +58,10 @@ class Sequences(Sequence[list[Encoded]]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, at: int) -> list[Encoded]: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[list[Encoded]]: ...
+    def __iter__(self) -> Iterator[list[Encoded]]:
+        return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, at: int | slice) -> list[Encoded] | list[list[Encoded]]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
+    def __getitem__(self, at: int) -> list[Encoded]:
         at = range(len(self))[at]
         part = bisect_right(self.starts, at) - 1
         number = at - self.starts[part]

@@ -32,7 +32,7 @@ def preview(recipe: Recipe, count: int) -> None:
         rows, counts = prepare.prepare(data, tokenizer, given, "data.train")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for source, part in zip(given, rows.parts, strict=False):  # without weights all sources are one part
-        for number, row in enumerate(part[:count], start=1):
+        for number, row in enumerate(islice(part, count), start=1):
             name = one_line(source.path) if len(rows.parts) > 1 else "data.train"
             console.print(f"{name}, row {number}: {len(row)} tokens, {row.targets} of them trained")
             console.print(marked(row, tokenizer, console.is_terminal))

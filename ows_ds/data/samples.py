@@ -86,7 +86,7 @@ def word_problems(
     task: str = DEFAULT_TASK,
     options: dict[str, Any] | None = None,
 ) -> tuple[Path, ...]:
-    """The files `train.jsonl`, `held_out.jsonl` and, if asked for, `test.jsonl`, chats in which no question comes twice.
+    """The files `train.jsonl`, `held_out.jsonl` and, if asked for, `test.jsonl`: chats, no question comes twice.
 
     One object a line: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "answer": "36"}`. The
     assistant's text is the worked answer and ends with `#### 36`. Rows of other tasks have the answer alone there, and

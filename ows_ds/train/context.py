@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -179,7 +180,7 @@ def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:
     sampling, comm = context.recipe.sampling, context.runtime.comm
     sizes = [len(part) for part in context.rows.parts]
     shares = mix.shares(min(sampling.calibration_samples, sum(sizes)), sizes)
-    rows = [row for part, share in zip(context.rows.parts, shares, strict=True) for row in part[:share]]
+    rows = [row for part, share in zip(context.rows.parts, shares, strict=True) for row in islice(part, share)]
     lengths = list(map(len, rows))
     for mine in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world_size, comm.rank, lengths):
         yield context.batch([[rows[i]] for i in mine])
