@@ -28,8 +28,8 @@ from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import DTYPES
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import LayerSet, Sampler
-from ows_ds.planner import memory
 from ows_ds.planner.forecast import Replays
+from ows_ds.planner.step import StepSpec
 from ows_ds.train.loss import token_losses
 
 NEVER = 10**9  # steps: no draw and no refresh but those that are asked for
@@ -43,7 +43,7 @@ class Trial:
 
     model: what is trained. weights: its tensors on this process. state: what holds the method's. step: one whole step.
     refresh: takes a step or more with new projectors and returns how many; None: there are none. first_refreshes: that
-    is what the first step did, and it takes too long to be asked for. job: what the planner is told, None for what it
+    is what the first step did, and it takes too long to be asked for. spec: what the planner is told, None for what it
     does not know. watch: entered around each forward pass.
     """
 
@@ -54,7 +54,7 @@ class Trial:
     comm: Communicator | None = None
     refresh: Callable[[], int] | None = None
     first_refreshes: bool = False
-    job: memory.Job | None = None
+    spec: StepSpec | None = None
     watch: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -162,7 +162,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
             step()
         return steps + 1
 
-    job = memory.Job(
+    spec = StepSpec(
         layers,
         recipe.method.name,
         tuple(method.layer_set),
@@ -178,10 +178,10 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         foreach=setting.device == "cuda",
     )
     if runtime is not None and runtime.ds_config is not None and not setting.inside:
-        adapt = functools.partial(methods.adapt, recipe)
-        job = Replays(model.config, runtime.ds_config["zero_optimization"], adapt).complete(job)
+        replays = Replays(model.config, runtime.ds_config["zero_optimization"])
+        spec = replays.complete(spec, functools.partial(methods.adapt, recipe))
     kept = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
-    trial = Trial(weights.module, kept, step, method, comm, job=job)
+    trial = Trial(weights.module, kept, step, method, comm, spec=spec)
     if isinstance(method, OWS) and method.active.low_rank:
         trial.refresh = refresh
     return trial

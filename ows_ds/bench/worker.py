@@ -30,7 +30,8 @@ from ows_ds.bench.setting import OURS, Setting
 from ows_ds.bench.tracking import Tracker
 from ows_ds.bench.trial import Trial, full_rank_bytes, ours
 from ows_ds.errors import UserError
-from ows_ds.planner import memory
+from ows_ds.planner.memory import memory
+from ows_ds.planner.traffic import traffic
 
 
 def main() -> None:
@@ -127,31 +128,31 @@ def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[st
             work()
         tracker.close()
         answer[kind] = tracker.peak()
-        if trial.job is not None:
-            planned = memory.memory(trial.job, kind == "refresh")
+        if trial.spec is not None:
+            planned = memory(trial.spec, kind == "refresh")
             answer[f"{kind}_planned"] = planned.peak
             answer[f"{kind}_parts"] = {"state": planned.state, **planned.phases}
     return answer
 
 
 def _traffic(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
-    comm, job = trial.comm, trial.job
-    if comm is None or job is None:
+    comm, spec = trial.comm, trial.spec
+    if comm is None or spec is None:
         raise RuntimeError("it does not run on several processes")
     trial.step()
     step, _ = _sent(trial.step, comm.sent)
     answer: dict[str, Any] = {
         "step": step,
-        "step_planned": memory.traffic(job, index=comm.rank),
+        "step_planned": traffic(spec, index=comm.rank),
         "refresh": None,
         "refresh_planned": None,
-        "full_rank": full_rank_bytes(setting, comm.world_size, job.layers),
+        "full_rank": full_rank_bytes(setting, comm.world_size, spec.layers),
     }
     if trial.refresh is not None:
         sent, steps = _sent(trial.refresh, comm.sent)
         # what the refresh sent beyond as many plain steps
         answer["refresh"] = {op: size - step.get(op, 0) * int(steps) for op, size in sent.items()}
-        whole = memory.traffic(job, True, comm.rank)
+        whole = traffic(spec, True, comm.rank)
         answer["refresh_planned"] = {op: size - answer["step_planned"].get(op, 0) for op, size in whole.items()}
     for key in ("refresh", "refresh_planned"):
         if answer[key] is not None:

@@ -153,10 +153,11 @@ def _launch(recipe: Recipe, options: "Namespace") -> None:
     planned = None
     if Path(recipe.model.path).is_dir():
         from ows_ds.model.shapes import read_model
-        from ows_ds.planner import forecast
+        from ows_ds.planner.forecast import Planner
 
         model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        planned = forecast.planned(recipe, model, forecast.choice_of(recipe, job.world_size))
+        planner = Planner(recipe, model)
+        planned = planner.peak(planner.choice(job.world_size))
     slurm.launch(recipe, job, str(Path(options.config).resolve()), given, bool(options.get("dry_run")), planned)
 
 

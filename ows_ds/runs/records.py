@@ -17,8 +17,8 @@ from ows_ds.runs import results
 from ows_ds.importance import probabilities
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
-from ows_ds.planner.forecast import HOMES, choice_of, job_of, layer_sets, refreshes_per_step
-from ows_ds.planner.memory import Memory, memory
+from ows_ds.planner.forecast import HOMES, Planner
+from ows_ds.planner.memory import Memory
 from ows_ds.runs.results import Result
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
@@ -181,9 +181,8 @@ class Run:
             return None
         ratios = None if self.scores is None else self.scores.layers
         try:
-            drawn, _ = layer_sets(self.recipe, self.n_layers, ratios)
-            job = job_of(self.recipe, self.model, choice_of(self.recipe, self.world_size, self.home), drawn)
-            return memory(job, bool(refreshes_per_step(self.recipe, self.n_layers, ratios)))
+            planner = Planner(self.recipe, self.model, ratios)
+            return planner.expected(planner.choice(self.world_size, self.home))
         except UserError:
             return None
 

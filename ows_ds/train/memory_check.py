@@ -14,7 +14,7 @@ from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.model.shapes import read_model
-from ows_ds.planner import forecast
+from ows_ds.planner.forecast import Planner
 
 
 def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
@@ -36,7 +36,9 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
             free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from the planned ones
             free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
-        forecast.check_memory(recipe, model, comm.world_size, config is not None, free, margin=margin, place=place)
+        planner = Planner(recipe, model)
+        home = "replicated" if config is None else "zero3"
+        planner.require(planner.choice(comm.world_size, home), free, margin, place)
 
 
 def available() -> int:

@@ -143,8 +143,8 @@ def test_every_method_takes_steps_in_the_same_layers() -> None:
         method = trial.state
         assert method.steps == 1
         if name in ("ows", "ows-lean", "lisa"):
-            assert trial.job is not None
-            assert (method.layer_set, trial.job.layer_set) == (layers, layers)
+            assert trial.spec is not None
+            assert (method.layer_set, trial.spec.layer_set) == (layers, layers)
         if trial.refresh is None:
             assert name not in ("ows", "ows-lean", "galore")
             continue
@@ -298,8 +298,8 @@ def test_memory_of_a_method_is_what_the_planner_says_it_keeps() -> None:
         trial = ours(TINY, name, 1)
         trial.step()
         answer = worker._memory(trial, TINY, lambda: None)
-        assert trial.job is not None
-        kept = planner.state(trial.job)
+        assert trial.spec is not None
+        kept = planner.state(trial.spec)
         assert answer["step"]["weights"] == kept["weights"]
         optimizer = sum(kept[part] for part in ("coordinates", "moments", "masters", "projectors"))
         assert 0 <= answer["step"]["optimizer"] - optimizer < 4096  # counts of steps

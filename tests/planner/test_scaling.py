@@ -13,7 +13,7 @@ import pytest
 from benchmarks import scaling
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.cluster import Cluster, read_cluster
-from ows_ds.planner.forecast import Replays, scaled, under
+from ows_ds.planner.forecast import Planner, Replays
 from tests.planner.test_forecast import recipe
 from tests.support.families import tiny
 
@@ -30,8 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def one(model: Any, method: str, home: str, cluster: Cluster, world_size: int = 16) -> Any:
     asked = recipe(data={"max_length": 16}, optim={"rank": 4}, sampling={"gamma": 1}, train={"global_batch_size": 4})
-    [asked] = under(asked, [method]).values()
-    return scaled(asked, model, cluster, world_size, home, replays=Replays(model.config))
+    planner = Planner(asked, model, replays=Replays(model.config)).under(method)
+    return planner.scaled(cluster, world_size, home)
 
 
 @pytest.mark.parametrize("system", scaling.SYSTEMS)
