@@ -28,14 +28,14 @@ def made(text: str = "ab") -> tuple[EncodedRows, Counts]:
     return builder.build(), Counts(rows=len(text.split()), first_bad="é")
 
 
-def content(rows: EncodedRows) -> list[tuple[list[int], list[int]]]:
+def lists_of(rows: EncodedRows) -> list[tuple[list[int], list[int]]]:
     return [lists(row) for row in rows]
 
 
 def test_what_was_made_is_read(tmp_path: Path) -> None:
     rows, counts = cache.entry(tmp_path / "new", "x", lambda: made("abc de"))
     again, same = cache.entry(tmp_path / "new", "x", lambda: pytest.fail("it is there"))
-    assert content(again) == content(rows) == [([97, 98, 99], [-100, 98, 99]), ([100, 101], [-100, 101])]
+    assert lists_of(again) == lists_of(rows) == [([97, 98, 99], [-100, 98, 99]), ([100, 101], [-100, 101])]
     assert again.targets.tolist() == rows.targets.tolist() == [2, 1]
     assert counts == same == Counts(rows=2, first_bad="é")
     assert (again.lengths.tolist(), again.largest) == ([3, 2], 101)
@@ -80,13 +80,13 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, content: bytes | None) ->
     cache.entry(tmp_path, "x", made)
     path = tmp_path / "x.safetensors"
     path.write_bytes(path.read_bytes()[:-1] if content is None else content)
-    assert content(cache.entry(tmp_path, "x", lambda: made("cd"))[0]) == content(made("cd")[0])
-    assert content(cache.entry(tmp_path, "x", lambda: pytest.fail("it is there"))[0]) == content(made("cd")[0])
+    assert lists_of(cache.entry(tmp_path, "x", lambda: made("cd"))[0]) == lists_of(made("cd")[0])
+    assert lists_of(cache.entry(tmp_path, "x", lambda: pytest.fail("it is there"))[0]) == lists_of(made("cd")[0])
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert content(cache.entry(tmp_path / "file" / "in", "x", made)[0]) == content(made()[0])
+    assert lists_of(cache.entry(tmp_path / "file" / "in", "x", made)[0]) == lists_of(made()[0])
 
 
 def test_names_differ_with_all_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
