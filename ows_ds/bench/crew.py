@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from typing import Any
 
 from ows_ds.bench.setting import Setting
@@ -43,7 +42,7 @@ class Worker:
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
                 )
             )
-        self._tell({"setting": asdict(setting), "method": method, "world_size": world_size})
+        self._tell({"setting": setting.model_dump(), "method": method, "world_size": world_size})
 
     def ask(self, **question: Any) -> list[dict[str, Any]]:
         """The processes' answers, in order. Raises Failed."""

@@ -19,7 +19,6 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ import yaml
 from ows_ds import config, files, methods
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
-from ows_ds.config import Data, Recipe, accumulation, sources
+from ows_ds.config import Data, Recipe, accumulation, changed, sources
 from ows_ds.data.rows import load_rows
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
@@ -157,7 +156,7 @@ class _Work:
         recipe = study.recipe_of(self.plan, run, self.output)
         known = self.comm.broadcast_object(self._scores_of_another(recipe, folder) if self.main else None)
         if known is not None:
-            recipe = replace(recipe, sampling=replace(recipe.sampling, scores=known))
+            recipe = changed(recipe, {"sampling.scores": known})
         if not self.comm.broadcast_object((folder / "model").exists()):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # metrics.jsonl tells of this run, not of those before it
@@ -187,7 +186,7 @@ class _Work:
         chosen_on: loss on data.eval after the last step, which chooses the learning rate. loss, right, rows: on test.
         tokens, seconds: over all steps, evaluations left out. null: not measured, or not a finite number.
         """
-        at_end = replace(recipe, model=replace(recipe.model, path=str(folder / "model"), revision=None))
+        at_end = changed(recipe, {"model.path": str(folder / "model"), "model.revision": None})
         records = report.records(folder) if self.main else []
         steps = [record for record in records if record["step"] > 0]
         return {
@@ -202,7 +201,7 @@ class _Work:
         """Loss and answers of ``model.path`` on test. Collective."""
         plan, accuracy = self.plan, self.plan.accuracy
         data = plan.test_data(recipe.data)
-        recipe = replace(recipe, data=data, train=replace(recipe.train, gradient_checkpointing=False))
+        recipe = changed(recipe.model_copy(update={"data": data}), {"train.gradient_checkpointing": False})
         weights, layers = load_model(recipe, self.runtime)
         tokenizer = load_tokenizer(recipe)
         loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")

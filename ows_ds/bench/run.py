@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,14 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
         "format": 1,
         **report.facts(command, how.world_size if what == "traffic" else 1),
         "what": what,
-        "setting": asdict(settings[0]),
+        "setting": settings[0].model_dump(),
         "sweep": None if swept is None else swept[0],
         "points": found,
     }
     shown, notes = make_tables(summary), _notes(summary)
     if output is not None:
         write(summary, shown, notes, output)
-    print(json.dumps(summary, indent=2, allow_nan=False) if how.json else tables.terminal(shown, notes))
+    print(json.dumps(summary, indent=2, allow_nan=False) if how.as_json else tables.terminal(shown, notes))
 
 
 def _free(setting: Setting) -> int:

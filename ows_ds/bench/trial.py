@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ows_ds import methods
 from ows_ds.bench.setting import ITEMSIZE, Setting
-from ows_ds.config import Method, Model, Optim, Recipe, Sampling, Train
+from ows_ds.config import Recipe, changed, from_dict
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import start
 from ows_ds.distributed.weights import Replicated, Weights
@@ -113,21 +113,38 @@ def recipe_of(setting: Setting, name: str) -> Recipe:
     lean = name in ("ows-lean", "badam")  # badam's definition
     zero3 = setting.sharding == "zero3" or name == "deepspeed"
     method = {"ows-lean": "ows", "deepspeed": "full"}.get(name, name)
-    return Recipe(
-        Model("random", dtype=setting.dtype),  # type: ignore[arg-type]
-        Train(".", global_batch_size=1, seed=SEED, sharding="zero3" if zero3 else "replicated"),
-        method=Method(method, lora_rank=setting.lora_rank),  # type: ignore[arg-type]
-        sampling=Sampling("uniform", float(setting.gamma or 1), NEVER, "fixed", "ascending"),
-        optim=Optim(
-            LR, rank=setting.rank, update_proj_gap=NEVER, refresh=setting.refresh, always_on="none" if lean else "full"
-        ),
+    return from_dict(
+        {
+            "model": {"path": "random", "dtype": setting.dtype},
+            "method": {"name": method, "lora_rank": setting.lora_rank},
+            "sampling": {
+                "importance": "uniform",
+                "gamma": setting.gamma or 1,
+                "period": NEVER,
+                "scheme": "fixed",
+                "order": "ascending",
+            },
+            "optim": {
+                "lr": LR,
+                "rank": setting.rank,
+                "update_proj_gap": NEVER,
+                "refresh": setting.refresh,
+                "always_on": "none" if lean else "full",
+            },
+            "train": {
+                "output_dir": ".",
+                "global_batch_size": 1,
+                "seed": SEED,
+                "sharding": "zero3" if zero3 else "replicated",
+            },
+        }
     )
 
 
 def ours(setting: Setting, name: str, world_size: int) -> Trial:
     """One of our methods, or DeepSpeed's own optimizer, over weights on every process or in shards. Collective."""
     recipe = recipe_of(setting, name)
-    recipe = replace(recipe, train=replace(recipe.train, global_batch_size=world_size))
+    recipe = changed(recipe, {"train.global_batch_size": world_size})
     sharded = recipe.train.sharding == "zero3"
     runtime = start(recipe) if sharded or world_size > 1 else None
     comm = Communicator() if runtime is None else runtime.comm

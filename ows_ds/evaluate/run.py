@@ -23,6 +23,7 @@ from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import harness, judge, mt_bench
 from ows_ds.evaluate.setting import BASE, Evaluation, MTBench, check
 from ows_ds.evaluate.subject import Subject, base_of, facts_of, find, on_disk, refusing
+from ows_ds.files import write_text
 from ows_ds.model.pretrained import free_memory
 from ows_ds.runs import card, results
 from ows_ds.runs.results import Result, Score
@@ -46,7 +47,7 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     before = _before(subject, evaluation)
     tree = {"model": {"path": subject.path}, "train": {"output_dir": "runs", "sharding": "replicated"}}
     recipe = config.from_dict(tree)
-    runtime = start(replace(recipe, train=replace(recipe.train, timeout_seconds=LONGEST)))
+    runtime = start(config.changed(recipe, {"train.timeout_seconds": LONGEST}))
     comm = runtime.comm
     with watchdog.armed(comm, DEAD):
         with fail_together(comm), redirect_stdout(sys.stderr):
@@ -66,11 +67,11 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
 def _finish(path: Path, result: Result, before: Result | None, subject: Subject, evaluation: Evaluation) -> None:
     """Print the result, and put what is compared with it into its file."""
     if before is not None:
-        if os.path.isfile(str(evaluation.compare)) and (why := results.told_alike(result, before)):
+        if os.path.isfile(str(evaluation.compare)) and (why := results.not_comparable(result, before)):
             _print(result, evaluation, path)
             raise UserError("--compare", evaluation.compare, f"expected a result of the same questions: {why}")
         result = replace(result, before=before)
-        results.rewrite(path, results.as_text(result))
+        write_text(path, results.as_text(result))
     _print(result, evaluation, path)
     if subject.run is not None and subject.step is None:
         with redirect_stdout(sys.stderr):
@@ -158,10 +159,10 @@ def _measured(measure: Measure, subject: Subject, evaluation: Evaluation, bench:
     comm, begin = runtime.comm, time.perf_counter()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     model, scores = measure(subject)
-    settings: dict[str, Any] = asdict(evaluation)
+    settings: dict[str, Any] = evaluation.model_dump()
     if bench.mt_bench is not None:
-        settings |= asdict(bench)
-    for name in ("output", "json", "judge_key"):
+        settings |= bench.model_dump()
+    for name in ("output", "as_json", "judge_key"):
         settings.pop(name, None)
     settings |= {"processes": comm.world_size, "device": runtime.device.type}
     packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
@@ -184,8 +185,8 @@ def _write(result: Result, subject: Subject, evaluation: Evaluation) -> Path:
 
 
 def _print(result: Result, evaluation: Evaluation, path: Path) -> None:
-    if evaluation.json:
-        print(json.dumps(result.to_json(), allow_nan=False), flush=True)
+    if evaluation.as_json:
+        print(json.dumps(asdict(result), allow_nan=False), flush=True)
         return
     name = one_line(str(result.model.get("name")))
     if result.before is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ows_ds import methods
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.shapes import Model, without_weights
@@ -272,10 +272,8 @@ class Planner:
 
     def changed(self, **sections: Mapping[str, Any]) -> Planner:
         """The same with other values of some of the recipe's keys."""
-        recipe = replace(
-            self.recipe, **{name: replace(getattr(self.recipe, name), **sections[name]) for name in sections}
-        )
-        return Planner(recipe, self.model, self.ratios, self.replays)
+        changes = {f"{name}.{key}": value for name, some in sections.items() for key, value in some.items()}
+        return Planner(changed(self.recipe, changes), self.model, self.ratios, self.replays)
 
     def under(self, method: str) -> Planner:
         """The same under another method."""

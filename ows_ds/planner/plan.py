@@ -209,7 +209,7 @@ class Report:
         found = {
             "format": 1,
             "model": self.planner.model.name,
-            "cluster": asdict(self.cluster),
+            "cluster": self.cluster.model_dump(),
             "recipe": config.to_dict(self.recipe),
             "whole cluster": [_described(one) for some in self.columns.values() for one in some],
             "choices": [_brief(one) for one in self.all],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ows_ds.config import Recipe
 from ows_ds.errors import one_line
-from ows_ds.files import atomic_write
+from ows_ds.files import write_text
 from ows_ds.train.screen import screen
 from ows_ds.train.trackers import Trackers, picture
 
@@ -63,8 +63,7 @@ def keep_until(path: Path, step: int) -> list[Record]:
             kept.append(record)
     new = "".join(json.dumps(record) + "\n" for record in kept)
     if new != old:
-        with atomic_write(path) as file:
-            file.write_text(new, encoding="utf-8")
+        write_text(path, new, durable=True)
     return kept
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, changed
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.model.shapes import read_model
@@ -31,7 +30,7 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         except Exception:  # of any code that comes with a model; loading it reports the mistake
             return
-        recipe = replace(recipe, data=replace(recipe.data, max_length=min(recipe.data.max_length, longest)))
+        recipe = changed(recipe, {"data.max_length": min(recipe.data.max_length, longest)})
         if device.type == "cuda":
             free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from the planned ones

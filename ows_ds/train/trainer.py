@@ -17,7 +17,7 @@ from ows_ds.distributed import signals, watchdog
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import Failed, UserError
-from ows_ds.files import atomic_write
+from ows_ds.files import write_text
 from ows_ds.importance import scoring
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
@@ -60,7 +60,7 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
 def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) -> None:
     run_dir, comm = Path(recipe.train.output_dir), runtime.comm
     opened, skipped = _open(recipe, runtime, run_dir)
-    context = load(recipe, runtime, state=None if opened is None else opened.numbers.get("data"))
+    context = load(recipe, runtime, state=None if opened is None else opened.state.get("data"))
     if opened is not None:
         everything = recipe.train.checkpoint == "full"
         context.model = resume.base_model(opened, context.weights, context.model, recipe.model.path, everything)
@@ -77,13 +77,12 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) ->
     begin = 0
     if opened is not None:
         resume.restore(method, opened)
-        scheduler.load_state_dict(opened.numbers["scheduler"])
+        scheduler.load_state_dict(opened.state["scheduler"])
         begin = method.steps
 
     with fail_together(comm):
         if comm.rank == 0:  # before there are records: without the recipe a run that is started again has not begun
-            with atomic_write(run_dir / "config.yaml") as file:
-                file.write_text(config.to_yaml(recipe))
+            write_text(run_dir / "config.yaml", config.to_yaml(recipe))
         n_layers = len(context.layers.layers)
         log = RunLog(run_dir, total, n_layers, comm.rank == 0, recipe, runtime.accelerator, begin)
     facts = {
@@ -142,8 +141,8 @@ def _open(recipe: Recipe, runtime: Runtime, run_dir: Path) -> tuple[checkpoint.C
 def _importance(context: RunContext, run_dir: Path, opened: checkpoint.Checkpoint | None) -> list[float]:
     """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
     earlier = None if opened is None else opened.folder.parent.parent
-    batches = functools.partial(calibration, context)
-    return scoring.importance(context.recipe, context.weights, context.layers, run_dir, context.model, earlier, batches)
+    batches, of = functools.partial(calibration, context), (context.recipe, context.weights, context.layers)
+    return scoring.layer_importance(*of, run_dir, context.model, earlier, batches)
 
 
 def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:

@@ -148,7 +148,7 @@ def test_a_run_beside_its_base(
     capsys.readouterr()
     assert main([*words, "--checkpoint", "step-9", "--compare", str(tmp_path / "base.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["before"]["scores"] == result.to_json()["before"]["scores"]
+    assert told["before"]["scores"] == json.loads(results.as_text(result))["before"]["scores"]
     assert told["model"]["checkpoint"] == "step-9"
     first = evaluate(run, tasks, "ows_test", tmp_path / "first.json", "--limit", "6", "--checkpoint", "step-3")
     assert first.model["fingerprint"] not in (told["model"]["fingerprint"], base.model["fingerprint"])

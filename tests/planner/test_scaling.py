@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,15 @@ def test_between_the_bounds(model: Any, system: str) -> None:
     seconds, waiting = scaling.step_seconds(found)
     assert sum(found.times.work.values()) <= seconds <= found.times.serial * (1 + 1e-9)
     assert waiting == pytest.approx(seconds - sum(found.times.work.values()))
-    slow = one(model, *scaling.SYSTEMS[system], replace(NODE, network=0.001, network_latency=1e4))
+    slow = one(model, *scaling.SYSTEMS[system], NODE.model_copy(update={"network": 0.001, "network_latency": 1e4}))
     assert scaling.step_seconds(slow)[1] > 100 * waiting
 
 
 def test_links_without_time(model: Any) -> None:
     """Over links that cost nothing but the start of a message, hidden as it can be, only arithmetic is left."""
-    free = replace(NODE, nvlink=1e9, network=1e9, nvlink_latency=0, network_latency=0, tflops=1e-6)
+    free = NODE.model_copy(
+        update={"nvlink": 1e9, "network": 1e9, "nvlink_latency": 0, "network_latency": 0, "tflops": 1e-6}
+    )
     found = one(model, "ows", "zero3", free)
     seconds, waiting = scaling.step_seconds(found)
     assert waiting < 1e-3 * seconds

@@ -23,7 +23,9 @@ from ows_ds.train.trackers import PICTURE, check_trackers, picture
 
 
 def recipe(progress: Any = "auto", trackers: tuple[str, ...] = ()) -> Recipe:
-    return Recipe(Model("m"), Train("o"), log=Log(list(trackers), progress))
+    return Recipe(
+        model=Model(path="m"), train=Train(output_dir="o"), log=Log(trackers=list(trackers), progress=progress)
+    )
 
 
 QUIET = recipe("none")

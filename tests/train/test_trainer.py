@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,8 +24,9 @@ from ows_ds.train import log
 from ows_ds.train.export import export
 from ows_ds.train.trainer import train
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
+from tests.support.tiny_run import cut, recipe
 
+ZERO3: dict[str, Any] = {"sharding": "zero3", "save_total_limit": 3}
 TIMINGS = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
@@ -75,12 +77,10 @@ def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return records, {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-@pytest.fixture(scope="module")
-def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def whole(straight: Callable[..., Path]) -> Path:
     """A run on two ranks that nothing stops; not to be changed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3"), None)
-    return folder
+    return straight(2, **ZERO3)
 
 
 @pytest.fixture
@@ -91,15 +91,13 @@ def copied(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("world_size", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "zero3")])
 def test_resumed_run_is_bit_identical(
-    pools: Pools, inputs: Path, tmp_path: Path, whole: Path, world_size: int, sharding: str
+    pools: Pools, inputs: Path, tmp_path: Path, straight: Callable[..., Path], world_size: int, sharding: str
 ) -> None:
-    parts = tmp_path / "parts"
-    if world_size != 2:
-        whole = tmp_path / "whole"
-        pools(world_size).run(run, recipe(inputs, whole, sharding=sharding), None)
-    pools(world_size).run(run, recipe(inputs, parts, sharding=sharding), 5)
+    settings = ZERO3 | {"sharding": sharding}
+    whole, parts = straight(world_size, **settings), tmp_path / "parts"
+    pools(world_size).run(run, recipe(inputs, parts, **settings), 5)
     assert not (parts / "model").exists()
-    shown = pools(world_size).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)[0]
+    shown = pools(world_size).run(run, recipe(inputs, parts, **settings, resume="auto"), None)[0]
     assert f"resuming after step 3 from {parts / 'checkpoints' / 'step-3'}" in shown
 
     records, digests = contents(whole)
@@ -108,7 +106,7 @@ def test_resumed_run_is_bit_identical(
     assert contents(parts) == (records, digests)
     for name in ("config.yaml", "scores.json", "metrics.jsonl", "tensorboard", "checkpoints/step-9", "model"):
         assert (whole / name).exists()
-    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, sharding=sharding)
+    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, **settings)
     if world_size > 1:
         assert records[3]["comm_bytes"]["gradients"] > 0
     norms_where_they_belong(records)
@@ -159,8 +157,8 @@ def test_model_loads_in_transformers_and_has_learned(inputs: Path, whole: Path) 
 def test_another_world_and_sharding_resume_the_same_run(
     pools: Pools, inputs: Path, tmp_path: Path, whole: Path
 ) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "a", sharding="zero3"), 5)
-    pools(3).run(run, recipe(inputs, tmp_path / "a", sharding="replicated", resume="auto"), None)
+    pools(2).run(run, recipe(inputs, tmp_path / "a", **ZERO3), 5)
+    pools(3).run(run, recipe(inputs, tmp_path / "a", **ZERO3 | {"sharding": "replicated"}, resume="auto"), None)
     (moved, _), (stayed, _) = contents(tmp_path / "a"), contents(whole)
     assert [r.get("sampled_layers") for r in moved] == [r.get("sampled_layers") for r in stayed]
     for a, b in zip(moved[1:], stayed[1:], strict=True):
@@ -182,7 +180,7 @@ def test_steps_in_which_nothing_trains_are_skipped(pools: Pools, inputs: Path, t
 
 
 def test_a_finished_run_resumes_to_nothing(pools: Pools, inputs: Path, copied: Path, whole: Path) -> None:
-    pools(2).run(run, recipe(inputs, copied, sharding="zero3", resume="auto"), None)
+    pools(2).run(run, recipe(inputs, copied, **ZERO3, resume="auto"), None)
     assert contents(copied) == contents(whole)
 
 
@@ -195,7 +193,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(pools: Pools, in
 
 def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp_path: Path, whole: Path) -> None:
     point = str(whole / "checkpoints" / "step-6")
-    pools(2).run(run, recipe(inputs, tmp_path / "b", sharding="zero3", resume=point), None)
+    pools(2).run(run, recipe(inputs, tmp_path / "b", **ZERO3, resume=point), None)
     (records, digests), (moved, moved_digests) = contents(whole), contents(tmp_path / "b")
     assert moved == records[7:]
     card = "model/README.md"  # of the run's own records
@@ -203,7 +201,7 @@ def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp
     text = (tmp_path / "b" / card).read_text()
     assert "* Optimizer steps: 9, of 12 rows each\n* Tokens seen in the last 3 steps: " in text
     assert f"* Held-out loss: {records[-1]['eval_loss']:.4f} at the end" in text
-    other = recipe(inputs, tmp_path / "c", sharding="zero3", resume=point, seed=1)
+    other = recipe(inputs, tmp_path / "c", **ZERO3, resume=point, seed=1)
     assert pools(2).run(refused, other) == ["train.seed: 1 is invalid: expected 0, as the run that is resumed"] * 2
     assert not (tmp_path / "c").exists()
 
@@ -217,21 +215,20 @@ def refused(rank: int, world_size: int, recipe: config.Recipe) -> str:
 
 
 def test_a_run_is_never_overwritten(pools: Pools, inputs: Path, copied: Path, whole: Path) -> None:
-    for answer in pools(2).run(refused, recipe(inputs, copied, sharding="zero3")):
+    for answer in pools(2).run(refused, recipe(inputs, copied, **ZERO3)):
         assert answer.startswith("train.output_dir: ")
-    for answer in pools(2).run(refused, recipe(inputs, copied, sharding="zero3", steps=4, resume="auto")):
+    for answer in pools(2).run(refused, recipe(inputs, copied, **ZERO3, steps=4, resume="auto")):
         assert answer.startswith("train.steps: 4 is invalid: expected 9")
     assert contents(copied) == contents(whole)
 
 
 def test_a_damaged_checkpoint_is_skipped(pools: Pools, inputs: Path, tmp_path: Path, whole: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3"), 7)
-    damaged = tmp_path / "run" / "checkpoints" / "step-6"
+    damaged = cut(whole, tmp_path / "run") / "checkpoints" / "step-6"
     file = damaged / "state-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    shown = pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", resume="auto"), None)[0]
+    shown = pools(2).run(run, recipe(inputs, tmp_path / "run", **ZERO3, resume="auto"), None)[0]
     problem = f"expected a complete checkpoint: {file.name} is damaged"
     assert shown[:2] == [
         f"skipped a checkpoint: {UserError('train.resume', str(damaged), problem)}",
