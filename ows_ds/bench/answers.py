@@ -12,7 +12,6 @@ import torch
 from ows_ds.config import Data
 from ows_ds.data.batches import held_out_batches
 from ows_ds.data.encode import encode
-from ows_ds.data.encoded import IGNORE
 from ows_ds.data.rows import Row
 from ows_ds.data.samples import DEFAULT_TASK
 from ows_ds.distributed.communicator import fail_together
@@ -26,14 +25,15 @@ def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:
     Raises UserError naming ``key`` for a row without a prompt before its answer.
     """
     encoded = encode(row, tokenizer, sys.maxsize, "assistant", data.format, key, data.template)
-    end = len(encoded["labels"])
-    while end and encoded["labels"][end - 1] == IGNORE:  # what a template puts behind the last answer
+    end = len(encoded)
+    while end and not encoded.trained[end - 1]:  # what a template puts behind the last answer
         end -= 1
-    while end and encoded["labels"][end - 1] != IGNORE:
+    while end and encoded.trained[end - 1]:
         end -= 1
     if not end:
         raise UserError(key, row, "expected rows with a question and an answer")
-    return encoded["input_ids"][:end]
+    tokens: list[int] = encoded.input_ids[:end].tolist()
+    return tokens
 
 
 def final_answer(text: str) -> str:

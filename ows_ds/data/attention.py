@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -41,12 +42,12 @@ def told(rows: Tensor | None) -> Iterator[None]:
 
 
 def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model gets of a batch. There is no mask: padding is on the right, where under causal attention no token
-    sees it."""
+    """The model's arguments for a batch. There is no mask: padding is on the right, where under causal attention no
+    token sees it."""
     found: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "position_ids" not in batch:
         return found
-    found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows are not told apart
+    found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows would not be kept apart
     module: Any = weights.module
     if "flash" in str(getattr(module.config, "_attn_implementation", "")):
         longest = int(batch["longest"])  # on the CPU
@@ -57,15 +58,16 @@ def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def keeps_apart(weights: Weights, vocabulary: int) -> bool:
-    """Whether a packed row gives the same logits as alone, up to rounding, in the second of two sequences. Collective,
-    two forward passes of 32 tokens: a model's code, not its name, says what it does with positions."""
+    """Whether a packed row gives the same logits as alone, up to rounding, in the second of two sequences. Collective:
+    two forward passes of 32 tokens. A model's code, not its name, says what it does with positions."""
     module: Any = weights.module
     base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return False
 
     def row(first: int, last: int) -> Encoded:
-        return {"input_ids": [i % vocabulary for i in range(first, last)], "labels": [0] * (last - first)}
+        ids = numpy.arange(first, last, dtype=numpy.int32) % vocabulary
+        return Encoded(ids, numpy.ones(len(ids), bool), 0)
 
     def logits(sequences: Sequence[Sequence[Encoded]], packed: bool) -> Tensor:
         batch = collate(sequences, 0, packed)
@@ -75,11 +77,10 @@ def keeps_apart(weights: Weights, vocabulary: int) -> bool:
         weights.after_step()
         return found
 
-    first, second = row(1, 8), row(8, 17)
+    first, second, joined = row(1, 8), row(8, 17), row(1, 17)
     training = module.training
     module.eval()
     together = logits([[second], [first, second]], True)[1, 7:16]
-    joined = {"input_ids": [*first["input_ids"], *second["input_ids"]], "labels": [0] * 16}
     alone, seen = logits([[second], [joined]], False)
     module.train(training)
     difference = (together - alone[:9]).norm()

@@ -140,7 +140,10 @@ def fit(
         if kind == "trl":
             from datasets import Dataset
 
-            rows, held_out = Dataset.from_list(rows), Dataset.from_list(held_out)
+            rows, held_out = (
+                Dataset.from_list([{name: getattr(row, name) for name in ("input_ids", "labels")} for row in some])
+                for some in (rows, held_out)
+            )
             made = {"processing_class": tokenizer}
         trainer = trainer_class(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **made)
         use_ows(trainer, **({"gamma": 1.5, "period": 4, "rank": 4, "update_proj_gap": 3, "tau": 2.0} | settings))
