@@ -15,8 +15,8 @@ from ows_ds.errors import UserError, first_line
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A file next to ``path`` that becomes ``path`` when all went well."""
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
+    """A temporary file that becomes ``path`` when all went well. durable: it survives a power failure (fsync)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -25,9 +25,28 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write ``text`` as UTF-8 by `atomic_write`."""
+    with atomic_write(path, durable) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 LARGEST = 1 << 20  # bytes of a file of settings

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ows_ds.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. A row of two cells where there are more columns says something that spans them."""
+    """Rows of cells. A row of two cells where there are more columns spans them."""
 
     title: str
     head: list[str]
@@ -39,28 +41,19 @@ def terminal(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """For a terminal of 80 columns; colours only where there is one."""
     from rich.console import Console
     from rich.table import Table as RichTable
-    from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         for one in tables:
-            table = RichTable(title=Text(one.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+            table = RichTable(title=one.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
             for index, name in enumerate(one.head):
-                table.add_column(
-                    Text(name), justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0
-                )
-            spanning = []
+                table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index == 0)
+            spanning = [row for row in one.rows if len(row) == 2 < len(one.head)]
             for row in one.rows:
-                if len(row) == 2 < len(one.head):
-                    spanning.append(f"{row[0]}: {row[1]}")
-                else:
-                    table.add_row(*map(Text, row))
-            console.print(table)
-            for line in spanning:
-                console.print(Text(line))
-            console.print()
-        for note in notes:
-            console.print(Text(note))
+                if row not in spanning:
+                    table.add_row(*row)
+            console.print(table, *(f"{name}: {text}" for name, text in spanning), "", sep="\n")
+        console.print(*notes, sep="\n")
     return captured.get().rstrip()
 
 
@@ -71,57 +64,55 @@ def markdown(table: Table) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (table.head, rule, *rows)]
 
 
-def bars(parts: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
-    """A horizontal bar a method, of parts one behind the other, as a PNG at ``path``. parts: {method: {part: size}}."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@contextmanager
+def png(path: Path, width: float = 7.2, height: float = 4.2, rows: int = 1, columns: int = 1) -> Iterator[Any]:
+    """A figure of ``rows`` x ``columns`` axes to draw in (inches); at the end it is a PNG at ``path``."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(parts)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    left = [0.0] * len(parts)
-    kinds = list(dict.fromkeys(kind for one in parts.values() for kind in one))
-    for kind in kinds:
-        sizes = [one.get(kind, 0.0) for one in parts.values()]
-        axes.barh(list(parts), sizes, 0.7, left, label=kind, color=None if len(kinds) > 1 else "#3b6fb6")
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(kinds) > 1:
-        figure.legend(frameon=False, loc="outside upper center", ncols=min(len(kinds), 5))
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    yield figure
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def bars(parts: Mapping[str, Mapping[str, float]], label: str, path: Path) -> None:
+    """A horizontal bar a method, of parts one after the other, as a PNG at ``path``. parts: {method: {part: size}}."""
+    with png(path, height=1.2 + 0.3 * len(parts)) as figure:
+        [axes] = figure.axes
+        left = [0.0] * len(parts)
+        kinds = list(dict.fromkeys(kind for one in parts.values() for kind in one))
+        for kind in kinds:
+            sizes = [one.get(kind, 0.0) for one in parts.values()]
+            axes.barh(list(parts), sizes, 0.7, left, label=kind, color=None if len(kinds) > 1 else "#3b6fb6")
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+        if len(kinds) > 1:
+            figure.legend(frameon=False, loc="outside upper center", ncols=min(len(kinds), 5))
 
 
 def lines(series: Mapping[str, Mapping[int, float]], x: str, y: str, path: Path, log: bool = False) -> None:
     """A line a method over the values of a sweep, as a PNG at ``path``. log: both axes are logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2 if not log or len(series) <= 3 else 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, (name, points) in enumerate(series.items()):
-        style = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
-        axes.plot(list(points), list(points.values()), style, marker="o", markersize=3.5, linewidth=1.5, label=name)
-    values = sorted({value for points in series.values() for value in points})
-    if log:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.minorticks_off()
-    else:
-        axes.set_ylim(bottom=0)
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if log and len(series) > 3:  # long names
-        figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
-    else:
-        axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+    with png(path, height=4.2 if not log or len(series) <= 3 else 5.2) as figure:
+        [axes] = figure.axes
+        for index, (name, points) in enumerate(series.items()):
+            style = ("-", "--", ":")[index // 10 % 3]  # there are ten colours
+            axes.plot(list(points), list(points.values()), style, marker="o", markersize=3.5, linewidth=1.5, label=name)
+        values = sorted({value for points in series.values() for value in points})
+        if log:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        if log and len(series) > 3:  # long names
+            figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize="small")
+        else:
+            axes.legend(frameon=False, ncols=2 if len(series) > 5 else 1)
