@@ -29,7 +29,9 @@ class Workers:
 
     def __init__(self, setting: Setting, method: str, world_size: int = 1) -> None:
         """Returns after the first step. Raises WorkerError."""
-        context = multiprocessing.get_context("spawn")
+        # forked from a process that has imported everything; what CUDA has looked at cannot be forked
+        context = multiprocessing.get_context("spawn" if setting.device == "cuda" else "forkserver")
+        context.set_forkserver_preload(["ows_ds.bench.worker", "transformers.models.llama.modeling_llama"])
         self._ranks: list[tuple[Any, Connection]] = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ows_ds import tables
 from ows_ds.bench import memory, run, time, traffic, worker
 from ows_ds.bench import setting as settings
-from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.rivals import rival
 from ows_ds.bench.setting import OURS, RIVALS, How, Setting, resolve
 from ows_ds.bench.tracking import Tracker, peak
 from ows_ds.bench.trial import Trial, batch_of, ours, sampled
+from ows_ds.bench.workers import WorkerError, Workers
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, Shape
 from ows_ds.planner import memory as planner
@@ -127,8 +127,8 @@ def test_all_processes_at_once_only_where_they_fit() -> None:
     one = resolve(Setting(), False)
     assert settings.estimate(one, "full") - settings.estimate(one, "ows") > 202_000_000 * 16
     need = sum(settings.estimate(one, name) for name in ("limit", "ows"))
-    assert time.fit_at_once(one, ["ows"], int(need / 0.79))
-    assert not time.fit_at_once(one, ["ows"], int(need / 0.81))
+    assert time.fit_at_once(one, ["limit", "ows"], int(need / 0.79))
+    assert not time.fit_at_once(one, ["limit", "ows"], int(need / 0.81))
 
 
 # ---- trials
@@ -297,7 +297,7 @@ def test_memory_of_a_method_is_what_the_planner_says_it_keeps() -> None:
     for name in ("ows", "lisa", "full"):
         trial = ours(TINY, name, 1)
         trial.step()
-        answer = worker._memory(trial, TINY, lambda: None)
+        answer = worker.answer_memory(trial, TINY)
         assert trial.job is not None
         kept = planner.state(trial.job)
         assert answer["step"]["weights"] == kept["weights"]
@@ -315,15 +315,14 @@ def test_what_a_worker_answers_to_time() -> None:
         return 2
 
     trial = Trial(None, [], lambda: taken.append("step"), refresh=refresh)
-    answer = worker._time(trial, TINY, lambda: None, 1, 3, True)
+    answer = worker.answer_time(trial, TINY, 1, 3)
     assert taken == ["step"] * 4 + ["refresh"]
     assert (len(answer["seconds"]), answer["refresh"][1]) == (3, 2)
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:
-    broken = Worker(replace(TINY, rank=1000), "ows")
-    with pytest.raises(Failed, match=r"optim\.rank 1000: give at most"):
-        broken.hear()
+    with pytest.raises(WorkerError, match=r"optim\.rank 1000: expected at most"):
+        Workers(replace(TINY, rank=1000), "ows")
 
 
 # ---- tables
@@ -351,18 +350,18 @@ TRAFFICS: dict[str, Any] = {
 
 
 def test_rows_of_the_tables() -> None:
-    assert time.table(TIMES, TINY, None).rows == [
+    assert time.tables(TIMES, TINY)[0].rows == [
         ["limit", "1,000", "1.000", "1.000", "512.0", "n/a", "n/a"],
         ["ows", "1,046", "1.046", "1.125", "489.7", "500", "1.23"],
         ["full", "failed: out of memory"],
     ]
     bf16 = resolve(Setting(shape="llama2-7b", layers="all", dtype="bfloat16", device="cpu", vocab=32000), False)
-    assert time.table(TIMES, bf16, "NVIDIA H100 80GB").rows[0][-1] == "1.4"  # 4 x 6.6 G x 512 flops in a second
-    assert memory.table(MEMORIES).rows == [
+    assert time.tables(TIMES, bf16, "NVIDIA H100 80GB")[0].rows[0][-1] == "1.4"  # 4 x 6.6 G x 512 flops in a second
+    assert memory.tables(MEMORIES, TINY)[0].rows == [
         ["ows", "1.00", "0.00", "0.50", "0.00", "0.00", "1.50", "9.50", "8.00"],
         ["full", "failed: out of memory"],
     ]
-    sums, parts = traffic.tables(TRAFFICS)
+    sums, parts = traffic.tables(TRAFFICS, TINY)
     assert sums.rows == [["ows", "2.0", "2.0", "0.250", "1.0", "1.0"], ["full", "failed: out of memory"]]
     assert ["ows", "refresh", "agree", "74"] in parts.rows
 
@@ -383,7 +382,7 @@ def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str
     }  # fmt: skip
     swept = summary | {"sweep": "gamma", "points": [{"value": value, "results": results} for value in (1, 2)]}
     for name, one in (("one", summary), ("sweep", swept)):
-        shown, notes = run.make_tables(one), run._notes(one)
+        shown, notes = run.make_tables(one), run.make_notes(one)
         run.write(one, shown, notes, tmp_path / name)
         assert json.loads((tmp_path / name / f"{what}.json").read_text()) == json.loads(json.dumps(one))
         text = (tmp_path / name / f"{what}.md").read_text()
