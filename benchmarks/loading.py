@@ -143,8 +143,9 @@ def main(words: Sequence[str] | None = None) -> None:
         work(*given.work)
         return
     results = []
-    print("| model, MB | sharding | ranks | resident, MB | largest tensor, MB | peak of loading | of resident + largest "
-          "| s | peak of export beyond resident | s |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
+    print("| model, MB | sharding | ranks | resident, MB | largest tensor, MB | peak of loading | of resident + largest"
+          " | s | peak of export beyond resident | s |\n"
+          "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         write_model(temporary / "small", 1)

@@ -30,7 +30,7 @@ class Workers:
     def __init__(self, setting: Setting, method: str, world_size: int = 1) -> None:
         """Returns after the first step. Raises WorkerError."""
         # forked from a process that has imported everything; what CUDA has looked at cannot be forked
-        context = multiprocessing.get_context("spawn" if setting.device == "cuda" else "forkserver")
+        context: Any = multiprocessing.get_context("spawn" if setting.device == "cuda" else "forkserver")
         context.set_forkserver_preload(["ows_ds.bench.worker", "transformers.models.llama.modeling_llama"])
         self._ranks: list[tuple[Any, Connection]] = []
         with socket.socket() as free:

@@ -7,6 +7,7 @@ A verb's implementation is imported when it runs, so that `--help` and mistakes 
 """
 
 import dataclasses
+import logging
 import os
 import re
 import shlex
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SystemExit, which --help raises, passes through.
     """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ows_ds").setLevel(logging.INFO)  # progress
     try:
         _run(_without_local_rank(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:

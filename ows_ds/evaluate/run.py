@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -32,6 +33,7 @@ from ows_ds.tables import terminal
 logger = logging.getLogger(__name__)
 TIMEOUT = 86400  # seconds that a rank may wait for a slower one; the watchdog asks in between whether it lives
 DEAD = 600  # seconds after which a rank that has ended is noticed
+Measure = Callable[[Subject], tuple[dict[str, Any], list[Score]]]
 
 
 def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
@@ -47,15 +49,18 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     tree = {"model": {"path": subject.path}, "train": {"output_dir": "runs", "timeout_seconds": TIMEOUT}}
     runtime = start(config.from_dict(tree))
     comm = runtime.comm
+    settings = asdict(evaluation) | ({} if bench.mt_bench is None else asdict(bench))
+    settings = {name: value for name, value in settings.items() if name not in ("output", "json", "judge_key")}
+    settings |= {"processes": comm.world_size, "device": runtime.device.type}
     with watchdog.armed(comm, DEAD):
         with fail_together(comm), redirect_stdout(sys.stderr):
-            work = (_Tasks if bench.mt_bench is None else _Answers)(evaluation, bench, runtime)
-        result = work.result(subject)
+            measure = _measure_with(evaluation, bench, runtime)
+        result = _result(measure, subject, settings)
         with fail_together(comm):
             # written before the comparison, which may fail
             path = _write(result, subject, evaluation) if comm.rank == 0 and result.scores else None
         if isinstance(before, Subject):
-            before = work.result(before)
+            before = _result(measure, before, settings)
         with fail_together(comm):
             if path is not None:
                 _finish(path, result, before, subject, evaluation)
@@ -77,46 +82,20 @@ def _before(subject: Subject, evaluation: Evaluation) -> Subject | Result | None
         raise UserError("--compare", other, error.right) from error
 
 
-class _Work:
-    """What is done with each of the models. What it needs of files is read before a model is loaded."""
-
-    def __init__(self, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> None:
-        self.evaluation, self.bench, self.runtime, self.comm = evaluation, bench, runtime, runtime.comm
-
-    def measure(self, subject: Subject) -> tuple[dict[str, Any], list[Score]]:
-        """Facts about the model, and its scores, which only rank 0 has. Collective."""
-        raise NotImplementedError
-
-    def result(self, subject: Subject) -> Result:
-        """The model's result, with scores on rank 0 alone. Collective."""
-        begin, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-        model, found = self.measure(subject)
-        settings = asdict(self.evaluation) | ({} if self.bench.mt_bench is None else asdict(self.bench))
-        settings = {name: value for name, value in settings.items() if name not in ("output", "json", "judge_key")}
-        settings |= {"processes": self.comm.world_size, "device": self.runtime.device.type}
-        packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
-        versions: dict[str, str | None] = {"ows_ds": __version__, "python": platform.python_version()}
-        versions |= {name: version(name) for name in packages}
-        return Result(model, tuple(found), settings, versions, started, round(time.perf_counter() - begin, 1))
+def _measure_with(evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> Measure:
+    """Gives facts about a model and its scores, which only rank 0 has. All that is needed of files is read now."""
+    if bench.mt_bench is not None:
+        return _Answers(evaluation, bench, runtime).measure
+    tasks = harness.load_tasks(evaluation)
+    harness.check_limit(tasks, evaluation, runtime.comm.world_size)
+    return lambda subject: harness.measure(subject, tasks, evaluation, runtime)
 
 
-class _Tasks(_Work):
-    """Tasks of lm-evaluation-harness."""
-
-    def __init__(self, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> None:
-        super().__init__(evaluation, bench, runtime)
-        self.tasks = harness.load_tasks(evaluation)
-        harness.check_limit(self.tasks, evaluation, runtime.comm.world_size)
-
-    def measure(self, subject: Subject) -> tuple[dict[str, Any], list[Score]]:
-        return harness.measure(subject, self.tasks, self.evaluation, self.runtime)
-
-
-class _Answers(_Work):
+class _Answers:
     """Answers to MT-Bench's questions, and a judge's marks."""
 
     def __init__(self, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> None:
-        super().__init__(evaluation, bench, runtime)
+        self.evaluation, self.bench, self.runtime, self.comm = evaluation, bench, runtime, runtime.comm
         self.asked = mt_bench.questions(str(bench.mt_bench))
         if (limit := evaluation.limit) is not None:
             self.asked = self.asked[: int(limit) if limit >= 1 else max(1, round(limit * len(self.asked)))]
@@ -128,6 +107,7 @@ class _Answers(_Work):
         return mt_bench.by_question(str(path), "--answers", self.asked, [one["question_id"] for one in self.asked])
 
     def measure(self, subject: Subject) -> tuple[dict[str, Any], list[Score]]:
+        """See `_measure_with`. Collective."""
         path, facts = Path(str(self.bench.answers)), dict[str, Any]()
         if self.given is None:
             path, facts = self._answer(subject)
@@ -163,6 +143,16 @@ class _Answers(_Work):
                 file = results.write(file, text)
                 logger.info(one_line(f"{file}: {len(self.asked)} answers of {subject.name}"))
         return file, facts
+
+
+def _result(measure: Measure, subject: Subject, settings: dict[str, Any]) -> Result:
+    """The model's result, with scores on rank 0 alone. Collective."""
+    begin, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    model, found = measure(subject)
+    packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
+    versions: dict[str, str | None] = {"ows_ds": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in packages}
+    return Result(model, tuple(found), settings, versions, started, round(time.perf_counter() - begin, 1))
 
 
 def _write(result: Result, subject: Subject, evaluation: Evaluation) -> Path:
