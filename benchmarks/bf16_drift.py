@@ -31,7 +31,7 @@ from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
-import ows_ds.optim.ows
+import ows_ds.optim.refresh
 from ows_ds.data.samples import word_problems
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, add_low_rank
@@ -217,7 +217,7 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], 
 @contextmanager
 def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
     """Within it projectors are those of ``found``; what is not there is computed and kept there."""
-    exact, theirs, calls = ows_ds.optim.ows.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
+    exact, theirs, calls = ows_ds.optim.refresh.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
 
     def find(gradient: Tensor, rank: int, method: str, seed: int, *more: Any) -> Tensor:
         if seed not in found:  # it stands for step and matrix
@@ -231,7 +231,7 @@ def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
         return found[call].to(gradient.dtype)
 
     with (
-        mock.patch("ows_ds.optim.ows.find_projector", find),
+        mock.patch("ows_ds.optim.refresh.find_projector", find),
         mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", get),
     ):
         yield

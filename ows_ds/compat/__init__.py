@@ -1,0 +1,1 @@
+"""Private names of libraries, each with its reason, bounded and tested: nowhere else."""
