@@ -2,16 +2,16 @@
 
     python benchmarks/scaling.py --model llama2-7b --output benchmarks/results/scaling.md
 
-Nothing runs on a GPU. The planner gives what a step computes and sends (`ows_ds.planner.forecast`); this program replays it in
-time on one GPU, which stands for all: a link that moves one message after the other, and arithmetic that waits for the
-weights that it needs.
+Nothing runs on a GPU. The planner gives what a step computes and sends; this program replays it in time on one GPU,
+which stands for all: a link that moves one message after the other, and arithmetic that waits for the weights that it
+needs.
 
     link     |gather 1|gather 2|  |gather 3|            |reduce|
     compute           |layer 1 |layer 2    |layer 3 ...         |update|
 
-Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.planner.gathering`); a collective takes what rings, or rings of
-rings, take with the latency and bandwidth of the links (`ows_ds.planner.cluster`). Each GPU has the same work at any number
-of them.
+Gathers leave when DeepSpeed's prefetcher sends them (`ows_ds.planner.gathering`); a collective takes what rings, or
+rings of rings, take with the latency and bandwidth of the links (`ows_ds.planner.cluster`). Each GPU has the same work
+at any number of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from ows_ds import config
 from ows_ds.model.shapes import Model, read_model
 from ows_ds.planner.cluster import Cluster, collective, read_cluster
-from ows_ds.planner.forecast import Forecast, Replays, scaled, scaling_sizes, under
+from ows_ds.planner.forecast import Forecast, Planner, Replays, scaling_sizes
 from ows_ds.planner.roofline import times
 from ows_ds.tables import Table, lines, markdown, terminal
 
@@ -46,18 +46,18 @@ def step_seconds(one: Forecast, algorithm: str | None = None) -> tuple[float, fl
 
     algorithm: of `collective`; None: the faster one.
     """
-    cluster, job = one.cluster, one.usual
+    cluster, spec = one.cluster, one.usual
     work = one.times.work
     passes = sum(seconds for phase, seconds in work.items() if phase not in ("update", "refresh"))
     links = times(cluster, {}, one.sent, algorithm=algorithm).links
     # what is reduced while the backward pass goes on: coordinates' gradients, or those of DeepSpeed's own optimizer
-    meanwhile = links.get("full_rank_gradients" if job.deepspeed_trains else "gradients", 0.0)
+    meanwhile = links.get("full_rank_gradients" if spec.deepspeed_trains else "gradients", 0.0)
     after = sum(seconds for op, seconds in links.items() if op != "weights") - meanwhile
-    if job.gathered is None:  # nothing is gathered
+    if spec.gathered is None:  # nothing is gathered
         before = work.get("forward", 0.0) + work.get("loss", 0.0)
         end = before + max(passes - before, meanwhile)
     else:
-        end = job.accumulation * _replay(one, passes / job.accumulation, meanwhile / job.accumulation, algorithm)
+        end = spec.accumulation * _replay(one, passes / spec.accumulation, meanwhile / spec.accumulation, algorithm)
     total = end + after + work.get("update", 0.0) + work.get("refresh", 0.0)
     return total, total - passes - work.get("update", 0.0) - work.get("refresh", 0.0)
 
@@ -67,19 +67,19 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
 
     Arithmetic is spread over the uses of modules by their weights, a backward pass counting twice where weights train.
     """
-    job = one.usual
-    assert job.gathered is not None
-    gathered, w = job.gathered, job.world_size
+    spec = one.usual
+    assert spec.gathered is not None
+    gathered, w = spec.gathered, spec.world_size
     own: dict[str, int] = defaultdict(int)
     for name, numel in gathered.numel.items():
         own[name.rpartition(".")[0]] += numel
-    shares = [own[f.use.module] * (1 if f.use.forward or job.method != "full" else 2) for f in gathered.course]
+    shares = [own[f.use.module] * (1 if f.use.forward or spec.method != "full" else 2) for f in gathered.course]
     whole, backward = sum(shares), sum(s for s, f in zip(shares, gathered.course, strict=True) if not f.use.forward)
     now = free = 0.0  # when arithmetic, and when the link, is done with all so far
     arrives: dict[tuple[str, ...], float] = {}
     for share, fetch in zip(shares, gathered.course, strict=True):
         for message in fetch.sent:
-            sent = sum(-(-gathered.numel[name] // w) for name in message) * job.itemsize * (w - 1)
+            sent = sum(-(-gathered.numel[name] // w) for name in message) * spec.itemsize * (w - 1)
             free = max(free, now) + collective(one.cluster, sent, algorithm=algorithm)
             arrives[message] = free
         now = max([now, *(arrives[message] for message in fetch.awaited)]) + passes * share / whole
@@ -91,16 +91,15 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
 def simulate(model: Model, recipe: config.Recipe, cluster: Cluster, largest: int, algorithm: str | None) -> Any:
     """{system: {GPUs: {"seconds", "waiting", "tokens_per_second", "sent", "peak", "fits"}}}."""
     found: dict[str, dict[int, dict[str, float]]] = {}
+    planner = Planner(recipe, model, replays=Replays(model.config))
     for name, (method, home) in SYSTEMS.items():
-        [changed] = under(recipe, [method]).values()
-        replays = Replays(model.config)
         found[name] = {}
         for world_size in (size for size in scaling_sizes(cluster, largest) if size >= cluster.gpus):
-            one = scaled(changed, model, cluster, world_size, home, replays=replays)
+            one = planner.under(method).scaled(cluster, world_size, home)
             seconds, waiting = step_seconds(one, algorithm)
             found[name][world_size] = {
                 "seconds": seconds, "waiting": waiting, "tokens_per_second": one.tokens / seconds,
-                "sent": sum(message.sent for message in one.sent.values()), "peak": one.peak, "fits": one.fits,
+                "sent": one.sent_bytes, "peak": one.peak, "fits": one.fits,
             }  # fmt: skip
     return found
 

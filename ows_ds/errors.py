@@ -1,6 +1,7 @@
-"""Mistakes of the user, told in one line."""
+"""Mistakes of the user, each told in one line."""
 
 import reprlib
+from collections.abc import Iterable
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
@@ -24,9 +25,9 @@ def shorten(value: object) -> str:
 
 
 class Failed(Exception):
-    """The end of a run, on all processes, that no setting is to blame for: told in one line, exit code 1.
+    """The end of a run, on all ranks, that no setting is to blame for: told in one line, exit code 1.
 
-    Its ``__cause__``, where it has one, is this process's own error.
+    Its ``__cause__``, where it has one, is this rank's own error.
     """
 
 
@@ -36,7 +37,7 @@ class UserError(Exception):
     Attributes:
         key: the full name of the setting (`optim.rank`), or of whatever else is at fault.
         value: the value that was given.
-        right: what would be right, as an instruction ("give an integer of at least 1").
+        right: what would be right ("expected an integer of at least 1").
     """
 
     def __init__(self, key: str, value: object, right: str) -> None:
@@ -45,9 +46,48 @@ class UserError(Exception):
         self.right = _cut(one_line(right), _LONGEST)
         super().__init__(f"{self.key}: {shorten(value)} is invalid: {self.right}")
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, object, str]]:
+    @property
+    def errors(self) -> "tuple[UserError, ...]":
+        """This one; of `UserErrors` all."""
+        return (self,)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         # Exceptions cross process borders by pickle, which would otherwise call UserError(message).
         return UserError, (self.key, self.value, self.right)
+
+    def within(self, prefix: str) -> "UserError":
+        """The same with ``prefix`` before each key."""
+        return joined(UserError(f"{prefix}{one.key}", one.value, one.right) for one in self.errors)
+
+
+class UserErrors(UserError):
+    """Several mistakes, a line each; key, value and right are those of the first."""
+
+    def __init__(self, errors: tuple[UserError, ...]) -> None:
+        super().__init__(errors[0].key, errors[0].value, errors[0].right)
+        self._errors = errors
+
+    @property
+    def errors(self) -> tuple[UserError, ...]:
+        return self._errors
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return UserErrors, (self._errors,)
+
+
+def joined(errors: Iterable[UserError]) -> UserError:
+    """One error of all of them, which are at least one."""
+    found = tuple(one for error in errors for one in error.errors)
+    return found[0] if len(found) == 1 else UserErrors(found)
+
+
+def raise_all(errors: Iterable[UserError]) -> None:
+    """Raise all of them as one error; nothing where there are none."""
+    if found := list(errors):
+        raise joined(found)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,25 +1,28 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the order of their files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from tests.support.pool import Pools
-from tests.support.tiny_run import write_inputs
+from tests.support.tiny_run import recipe, write_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = {"pools", "inputs", "smollm2", "finished"}  # fixtures of tests that start ranks or train
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave float32 at one and three processes to --slow: float64 shows the arithmetic, two processes float32."""
+    """What is marked ci is slow. Files that start ranks come first, so that the two sessions end at the same time."""
     for item in items:
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        if given.get("dtype") == torch.float32 and given.get("world_size") in (1, 3):
+        if item.get_closest_marker("ci"):
             item.add_marker(pytest.mark.slow)
+    long = {item.path for item in items if LONG & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in long)  # stable
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +37,27 @@ def pools() -> Iterator[Pools]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `tests.support.tiny_run.recipe` trains."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def straight(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``straight(2, **arguments of recipe)``: the folder of a run of so many ranks that nothing stops, made once.
+
+    It is shared: tests read it, or copy it (`tests.support.tiny_run.cut`).
+    """
+    made: dict[str, Path] = {}
+
+    def run_of(world_size: int, **settings: Any) -> Path:
+        from tests.train.test_trainer import run
+
+        key = f"{world_size} {json.dumps(settings, sort_keys=True)}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("straight") / "run"
+            pools(world_size).run(run, recipe(inputs, folder, **settings), None)
+            made[key] = folder
+        return made[key]
+
+    return run_of
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ pytest.importorskip("galore_torch")
 pytest.importorskip("reasoning_gym")
 
 from benchmarks import bf16_drift as drift
-from benchmarks import refresh
+from benchmarks import refresh, same_weights
 from ows_ds.optim.projection import exact_projector
 
 SMALL = Namespace(
@@ -76,3 +76,17 @@ def test_table_of_refreshes() -> None:
     lines = refresh.report({"a": {"exact": 8.0, "cold": 2.0, "warm": 0.5}}, {"way": [0.5, 1.0]}, ["# head"])
     assert "| a | 8.0 | 2.00 | 4 | 0.50 | 16 |" in lines
     assert "| way | 0.50000 | 0.75000 |" in lines
+
+
+def test_weights_that_are_not_the_same() -> None:
+    old = {"a": torch.ones(4, dtype=torch.float64), "b": torch.zeros(2)}
+    assert same_weights.relative(old, {name: one.clone() for name, one in old.items()}) == 0
+    other = old["a"].clone()
+    other[1] += 2e-12
+    assert same_weights.relative(old, {**old, "a": other}) == pytest.approx(1e-12, rel=1e-3)
+    for wrong in ({"a": old["a"]}, {**old, "a": old["a"].float()}, {**old, "a": other * float("nan")}):
+        assert same_weights.relative(old, wrong) == float("inf")
+    recipe = same_weights.recipe(Path("inputs"), Path("out"), "ows", "zero3", "float64")
+    assert same_weights.renamed(recipe)["train"].keys() ^ recipe["train"].keys() == {
+        "global_batch_size", "batch_size", "save_steps", "save_every",
+    }  # fmt: skip

@@ -7,7 +7,6 @@ stands in `SMALLER`; commands that other tests take from the page, or run at the
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -27,6 +26,7 @@ from ows_ds.cli.main import main
 from tests.conftest import ROOT
 from tests.data.test_data import byte_tokenizer
 from tests.support.pages import PAGES, Command, block, code_of, commands_of
+from tests.support.pool import warm_context
 
 LIMIT = 240  # seconds for one command
 SMALLER = {
@@ -66,16 +66,22 @@ ELSEWHERE = {
 
 
 def here() -> list[Any]:
-    """Commands that run in this file, each once; those of launchers are slow."""
+    """Commands that run in this file, each once. Every day the first of each verb, in CI the first of each launcher."""
     found: dict[tuple[str, ...], Command] = {}
     for page in PAGES:
         for one in commands_of(page):
             if not any(" ".join(one.words).startswith(begin) for begin in ELSEWHERE):
                 found.setdefault(one.words, one)
-    return [
-        pytest.param(one, id=str(one), marks=pytest.mark.slow if one.words[0] != "ows-ds" else ())
-        for one in found.values()
-    ]
+    seen: set[tuple[str, ...]] = set()
+    commands = []
+    for one in found.values():
+        kind = one.words[: 2 if one.words[0] == "ows-ds" else 1]
+        first = kind not in seen
+        seen.add(kind)
+        quick = kind[0] == "ows-ds" and kind[1] != "eval"  # the evaluation harness alone takes half a minute to import
+        marks = () if first and quick else pytest.mark.ci if first else pytest.mark.slow
+        commands.append(pytest.param(one, id=str(one), marks=marks))
+    return commands
 
 
 def smaller(words: tuple[str, ...]) -> list[str]:
@@ -110,9 +116,7 @@ def run(words: list[str], folder: Path) -> tuple[int, str]:
     log = folder / "printed.log"
     log.unlink(missing_ok=True)
     if words[0] in ("ows-ds", "python") and "-c" not in words:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.support.warm"])
-        process = context.Process(target=_run, args=(words, folder, log), daemon=True)
+        process = warm_context().Process(target=_run, args=(words, folder, log), daemon=True)
         process.start()
         process.join(LIMIT)
         if process.is_alive():

@@ -23,7 +23,7 @@ OTHERS = ("address already in use", "Timed out waiting")  # an operating system'
 
 def test_the_reference_is_what_the_code_says() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert text == reference(), "write it anew: python -m ows_ds.config.reference docs/reference.md"
+    assert text == reference(), "write it again: python -m ows_ds.config.reference docs/reference.md"
 
 
 def test_the_reference_has_every_key() -> None:

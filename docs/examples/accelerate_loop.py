@@ -7,10 +7,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, get_scheduler
 
-from ows_ds import OWS
+from ows_ds import OWS, score
 from ows_ds.distributed.adopt import as_weights
-from ows_ds.importance.scores import score
-from ows_ds.model.layers import find_layers
 
 MICRO_BATCHES = 2  # a step, on each process
 
@@ -25,7 +23,7 @@ loader = accelerator.prepare(DataLoader(rows, 4, shuffle=True, collate_fn=collat
 
 weights = as_weights(model)  # copies rank 0's weights to all; no DistributedDataParallel
 assert weights.comm.world_size == accelerator.num_processes
-scores = score(weights, find_layers(model, weights.shape), loader, tau=13)
+scores = score(weights, loader)
 ows = OWS(weights, scores=scores, gamma=5, rank=128, period=2, lr=3e-4, accumulation=MICRO_BATCHES)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=len(loader) // MICRO_BATCHES)
 accelerator.init_trackers("ows")

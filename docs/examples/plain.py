@@ -6,10 +6,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, get_scheduler
 
-from ows_ds import OWS
+from ows_ds import OWS, score
 from ows_ds.distributed.adopt import as_weights
-from ows_ds.importance.scores import score
-from ows_ds.model.layers import find_layers
 
 path, out = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +18,7 @@ rows = [tokenizer(f"{i} plus {i} is {2 * i}.") for i in range(64)]
 loader = DataLoader(rows, 8, shuffle=True, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False))
 
 weights = as_weights(model)  # on several processes: the same weights on all
-scores = score(weights, find_layers(model, weights.shape), (batch.to(device) for batch in loader), tau=13)
+scores = score(weights, loader)
 ows = OWS(weights, scores=scores, gamma=5, rank=128, period=4, lr=3e-4, max_grad_norm=1.0)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=2 * len(loader))
 

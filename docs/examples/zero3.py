@@ -10,11 +10,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from ows_ds import OWS
+from ows_ds import OWS, score
 from ows_ds.distributed.communicator import join
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
-from ows_ds.importance.scores import score
-from ows_ds.model.layers import find_layers
 from ows_ds.train.export import save_model
 
 path, out = sys.argv[1:]
@@ -37,7 +35,7 @@ sampler = DistributedSampler(rows, comm.world_size, comm.rank)  # each process i
 collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 loader = DataLoader(rows, 4, sampler=sampler, collate_fn=collate)
 
-scores = score(weights, find_layers(model, weights.shape), (batch.to(device) for batch in loader), tau=13)
+scores = score(weights, loader)
 ows = OWS(weights, scores=scores, gamma=5, rank=128, period=4, lr=3e-4)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=len(loader))
 

@@ -20,7 +20,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import yaml
 from ows_ds import config, files, methods, tables
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
-from ows_ds.config import Data, Recipe, accumulation, sources
+from ows_ds.config import Data, Recipe, accumulation, changed, sources
 from ows_ds.data.rows import load_rows
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
@@ -164,7 +164,7 @@ class _Work:
         recipe = study.recipe_of(self.plan, run, self.output)
         known = self.comm.broadcast_object(self._scores_of_another(recipe, folder) if self.main else None)
         if known is not None:
-            recipe = replace(recipe, sampling=replace(recipe.sampling, scores=known))
+            recipe = changed(recipe, {"sampling.scores": known})
         if not self.comm.broadcast_object((folder / "model").exists()):
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()  # metrics.jsonl is about this run, not those before it
@@ -194,7 +194,7 @@ class _Work:
         chosen_on: loss on data.eval after the last step, which chooses the learning rate. loss, right, rows: on test.
         tokens, seconds: over all steps, without evaluations. null: not measured, or not a finite number.
         """
-        at_end = replace(recipe, model=replace(recipe.model, path=str(folder / "model"), revision=None))
+        at_end = changed(recipe, {"model.path": str(folder / "model"), "model.revision": None})
         steps = [record for record in (report.records(folder) if self.main else ()) if record["step"] > 0]
         return {
             "chosen_on": steps[-1].get("eval_loss") if steps else None,
@@ -207,7 +207,7 @@ class _Work:
     def _measure(self, recipe: Recipe) -> dict[str, Any]:
         """Loss and answers of ``model.path`` on test."""
         accuracy, data = self.plan.accuracy, self.plan.test_data(recipe.data)
-        recipe = replace(recipe, data=data, train=replace(recipe.train, gradient_checkpointing=False))
+        recipe = changed(recipe.model_copy(update={"data": data}), {"train.gradient_checkpointing": False})
         weights, layers = load_model(recipe, self.runtime)
         tokenizer = load_tokenizer(recipe)
         loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, self.plan.test, "test")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,14 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
         "format": 1,
         **report.facts(command, how.world_size if what == "traffic" else 1),
         "what": what,
-        "setting": asdict(settings[0]),
+        "setting": settings[0].model_dump(),
         "sweep": sweep,
         "points": found,
     }
     shown, notes = make_tables(summary), make_notes(summary)
     if how.output is not None:
         write(summary, shown, notes, Path(how.output))
-    print(json.dumps(summary, indent=2, allow_nan=False) if how.json else tables.terminal(shown, notes))
+    print(json.dumps(summary, indent=2, allow_nan=False) if how.as_json else tables.terminal(shown, notes))
 
 
 def make_tables(summary: Result) -> list[Table]:

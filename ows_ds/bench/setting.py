@@ -3,14 +3,15 @@
 Nothing here imports torch, so that mistakes and `--help` answer at once.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from ows_ds.config.settings import MOST, Count, Expected, Settings
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, Shape
 
@@ -29,54 +30,63 @@ LIMITS = ("limit", "limit-lean")  # down to the input; down to the lowest sample
 DISTRIBUTED = (*OURS, "deepspeed")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is measured.
+class Setting(Settings):
+    """What is measured."""
 
-    Attributes:
-        model: Folder of a Hugging Face model; null: random weights of --shape or --hidden.
-        shape: Widths of the random model, such as llama2-7b or qwen2.5-32b; null: those of --hidden, or llama2-7b.
-        hidden: Features of a hidden state.
-        intermediate: Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B.
-        heads: Attention heads; null: of 128 features each.
-        kv_heads: Heads of keys and values; null: as --heads.
-        vocab: Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000.
-        layers: Number of layers of a random model, or all of the shape's; a model has its own.
-        inside: The layers stand inside a model: under every method their input takes a gradient, as where layers below
-            them train. Always so where a random model has fewer layers than its shape.
-        tokens: Tokens of a step: one sequence.
-        gamma: Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.
-        rank: Rank of ows and galore.
-        lora_rank: Rank of lora and dora.
-        update_proj_gap: Steps between two projectors (T_p), over which the time of a refresh is spread.
-        refresh: What projectors are found from: full gradients, or sketches over two steps.
-        dtype: Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU.
-        device: Where it runs; auto: on a GPU where there is one (traffic: always on the CPU).
-        threads: Threads of each process on a CPU.
-        gradient_checkpointing: Compute activations again in the backward pass.
-        sharding: Frozen weights on every process (replicated) or in shards (zero3), for our methods.
-    """
+    renamed: ClassVar[Mapping[str, str]] = {"refresh_gap": "it is called {prefix}update-proj-gap"}
 
-    model: str | None = None
-    shape: str | None = None
-    hidden: int | None = None
-    intermediate: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    vocab: int | None = None
-    layers: str = "1"
-    inside: bool = False
-    tokens: int = 512
-    gamma: int | None = None
-    rank: int = 128
-    lora_rank: int = 8
-    update_proj_gap: int = 200
-    refresh: Literal["full", "sketch"] = "full"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 2
-    gradient_checkpointing: bool = False
-    sharding: Literal["replicated", "zero3"] = "replicated"
+    model: str | None = Field(
+        None, description="Folder of a Hugging Face model; null: random weights of --shape or --hidden."
+    )
+    shape: str | None = Field(
+        None,
+        description="Widths of the random model, such as llama2-7b or qwen2.5-32b; null: those of --hidden, or "
+        "llama2-7b.",
+    )
+    hidden: Count | None = Field(None, description="Features of a hidden state.")
+    intermediate: Count | None = Field(
+        None, description="Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B."
+    )
+    heads: Count | None = Field(None, description="Attention heads; null: of 128 features each.")
+    kv_heads: Count | None = Field(None, description="Heads of keys and values; null: as --heads.")
+    vocab: Count | None = Field(
+        None,
+        description="Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000.",
+    )
+    layers: Annotated[str, Expected("an integer of at least 1, or all")] = Field(
+        "1",
+        pattern="^(all|0*[1-9][0-9]{0,8})$",
+        description="Number of layers of a random model, or all of the shape's; a model has its own.",
+    )
+    inside: bool = Field(
+        False,
+        description="The layers stand inside a model: under every method their input takes a gradient, as where layers "
+        "below them train. Always so where a random model has fewer layers than its shape.",
+    )
+    tokens: Count = Field(512, description="Tokens of a step: one sequence.")
+    gamma: Count | None = Field(
+        None,
+        description="Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.",
+    )
+    rank: Count = Field(128, description="Rank of ows and galore.")
+    lora_rank: Count = Field(8, description="Rank of lora and dora.")
+    update_proj_gap: Count = Field(
+        200, description="Steps between two projectors (T_p), over which the time of a refresh is spread."
+    )
+    refresh: Literal["full", "sketch"] = Field(
+        "full", description="What projectors are found from: full gradients, or sketches over two steps."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where it runs; auto: on a GPU where there is one (traffic: always on the CPU)."
+    )
+    threads: Count = Field(2, description="Threads of each rank on a CPU.")
+    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
+    sharding: Literal["replicated", "zero3"] = Field(
+        "replicated", description="Frozen weights on every rank (replicated) or in shards (zero3), for our methods."
+    )
 
     @property
     def n_layers(self) -> int:
@@ -90,32 +100,24 @@ class Setting:
         return Shape(hidden, intermediate, heads, kv_heads, vocab, self.n_layers)
 
 
-@dataclass(frozen=True)
-class How:
-    """How it is measured and shown.
+class How(Settings):
+    """How it is measured and shown."""
 
-    Attributes:
-        methods: List with commas; null: all that can be measured.
-        sweep: gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point.
-        rounds: Of time: rounds through all methods.
-        steps: Of time: timed steps of a method in a round.
-        warm_up: Of time: steps before them that are not counted.
-        one_at_a_time: Of time: end each method's process before the next one starts, as is done where memory does
-            not suffice for all.
-        world_size: Of traffic: processes, on this machine.
-        output: Folder of the files that are written; null: none.
-        json: Print the result as JSON and nothing else.
-    """
-
-    methods: str | None = None
-    sweep: str | None = None
-    rounds: int = 5
-    steps: int = 4
-    warm_up: int = 1
-    one_at_a_time: bool = False
-    world_size: int = 2
-    output: str | None = None
-    json: bool = False
+    methods: str | None = Field(None, description="List with commas; null: all that can be measured.")
+    sweep: str | None = Field(
+        None, description="gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point."
+    )
+    rounds: Count = Field(5, description="Of time: rounds through all methods.")
+    steps: Count = Field(4, description="Of time: timed steps of a method in a round.")
+    warm_up: int = Field(1, ge=0, le=MOST, description="Of time: steps before them that are not counted.")
+    one_at_a_time: bool = Field(
+        False,
+        description="Of time: end each method's processes before the next one starts, as is done where memory does not "
+        "suffice for all.",
+    )
+    world_size: int = Field(2, ge=2, le=MOST, description="Of traffic: ranks, on this machine.")
+    output: str | None = Field(None, description="Folder of the files that are written; null: none.")
+    as_json: bool = Field(False, alias="json", description="Print the result as JSON and nothing else.")
 
 
 WIDTHS = ("hidden", "intermediate", "heads", "kv_heads", "vocab")
@@ -126,11 +128,6 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
 
     cuda: whether there is a GPU. Raises UserError for what is out of range or contradicts itself.
     """
-    for name, value in asdict(setting).items():
-        if type(value) is int and value < 1:
-            raise UserError(option(name), value, "expected an integer of at least 1")
-    if setting.layers != "all" and not (setting.layers.isdecimal() and int(setting.layers)):
-        raise UserError("--layers", setting.layers, "expected an integer of at least 1, or all")
     device = ("cuda" if cuda else "cpu") if setting.device == "auto" else setting.device
     if device == "cuda" and not cuda:
         raise UserError("--device", "cuda", "expected cpu: no GPU is to be seen")
@@ -142,11 +139,12 @@ def resolve(setting: Setting, cuda: bool) -> Setting:
     smallest = min(shape.hidden // shape.heads * shape.kv_heads, shape.hidden, shape.intermediate)
     if setting.rank > smallest:
         raise UserError("--rank", setting.rank, f"expected at most {smallest}, the smallest side of a matrix")
-    filled = {width: getattr(shape, width) for width in WIDTHS}
+    filled: dict[str, Any] = {width: getattr(shape, width) for width in WIDTHS}
     dtype = ("bfloat16" if device == "cuda" else "float32") if setting.dtype == "auto" else setting.dtype
     whole = setting.model is not None or setting.layers == "all"
     inside = setting.inside or (not whole and layers < SHAPES.get(setting.shape or "", Shape(0, 0, 1, 1)).layers)
-    return replace(setting, device=device, dtype=dtype, layers=str(layers), inside=inside, gamma=gamma, **filled)
+    filled |= {"device": device, "dtype": dtype, "layers": str(layers), "inside": inside, "gamma": gamma}
+    return setting.model_copy(update=filled)
 
 
 def _shape(setting: Setting, device: str) -> Shape:
@@ -174,7 +172,9 @@ def _shape(setting: Setting, device: str) -> Shape:
 def _shape_of_model(setting: Setting) -> Shape:
     for name in ("shape", *WIDTHS):
         if getattr(setting, name) is not None:
-            raise UserError(option(name), getattr(setting, name), "leave it out where --model is given")
+            raise UserError(
+                f"--{name.replace('_', '-')}", getattr(setting, name), "leave it out where --model is given"
+            )
     try:
         found = json.loads((Path(str(setting.model)) / "config.json").read_text(encoding="utf-8"))
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -186,17 +186,9 @@ def _shape_of_model(setting: Setting) -> Shape:
 
 
 def check(how: How) -> None:
-    """Raises UserError for what is out of range."""
-    for name, least in {"rounds": 1, "steps": 1, "warm_up": 0, "world_size": 2}.items():
-        if getattr(how, name) < least:
-            raise UserError(option(name), getattr(how, name), f"expected an integer of at least {least}")
+    """Raises UserError for an output that is no folder."""
     if how.output is not None and Path(how.output).exists() and not Path(how.output).is_dir():
         raise UserError("--output", how.output, "expected a folder, or a name at which one can be made")
-
-
-def option(name: str) -> str:
-    """A field as the user types it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def parse_methods(given: str | None, known: Sequence[str]) -> list[str]:
@@ -221,7 +213,7 @@ def parse_sweep(given: str | None) -> tuple[str, list[int]] | None:
 def points(setting: Setting, sweep: tuple[str, list[int]] | None, cuda: bool) -> list[Setting]:
     """The resolved settings that are measured, one after the other. Raises UserError for any that cannot be."""
     changes: list[dict[str, Any]] = [{}] if sweep is None else [{sweep[0]: value} for value in sweep[1]]
-    return [resolve(replace(setting, **change), cuda) for change in changes]
+    return [resolve(setting.model_copy(update=change), cuda) for change in changes]
 
 
 def limits(setting: Setting) -> list[str]:

@@ -4,36 +4,73 @@ The learning rate of a variant is chosen on ``data.eval``; what is reported is m
 is chosen. This module starts nothing and imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import math
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ows_ds import config, files
-from ows_ds.config import Data, Recipe
-from ows_ds.errors import UserError
+from ows_ds.config import Data, Recipe, Settings, Wrong, parse
+from ows_ds.config.inputs import Split
+from ows_ds.config.settings import Count, Expected, Number, Seed
+from ows_ds.errors import UserError, raise_all
 
 # What all variants share, or the study itself sets.
 FIXED = (
-    *(f"data.{name}" for name in typing.get_type_hints(config.Data)),
-    "model.path", "model.revision", "train.steps", "train.epochs", "train.global_batch_size", "train.seed", "sampling.seed",
-    "train.output_dir", "train.resume", "train.save_total_limit",
+    *(key for key in config.recipe_keys() if key.startswith("data.")),
+    "model.path", "model.revision", "train.steps", "train.epochs", "train.global_batch_size", "train.seed",
+    "sampling.seed", "train.output_dir", "train.resume", "train.save_total_limit",
 )  # fmt: skip
+Rates = Annotated[
+    list[Annotated[Number, Field(ge=0)]],
+    Field(min_length=1),
+    Expected("a list of different numbers of at least 0, such as [1e-4, 3e-4]"),
+]
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How answers are generated. rows: the first so many of ``test``; max_new_tokens: of an answer; batch_size: rows
-    per process and forward pass."""
+class Accuracy(Settings):
+    """How answers are generated."""
 
-    rows: int = 64
-    max_new_tokens: int = 256
-    batch_size: int = 8
+    rows: Count = Field(64, description="The first so many rows of test.")
+    max_new_tokens: Count = Field(256, description="Of an answer, at most.")
+    batch_size: Count = Field(8, description="Rows per rank and forward pass.")
+
+
+class StudyFile(Settings):
+    """What stands in the file of a study."""
+
+    recipe: Annotated[str | dict[str, Any], Expected("the file of a recipe, or its sections")]
+    test: str = Field(description="Rows that are reported on, given as those of data.eval are; the recipe's format.")
+    variants: Annotated[
+        dict[str, dict[str, Any] | None], Expected("names with their settings, such as `lisa: {method.name: lisa}`")
+    ] = Field(min_length=1, description="Settings by their full names, on top of the recipe; lrs of its own.")
+    lrs: Rates | None = Field(None, description="Learning rates that a variant tries; null: the recipe's.")
+    seeds: Annotated[list[Seed], Expected("a list of different integers of at least 0")] = Field(
+        [0], min_length=1, description="Seeds of the runs; the first one chooses the learning rates."
+    )
+    baseline: str | None = Field(None, description="Variant that the others are tested against; null: no test.")
+    accuracy: Accuracy | None = Field(None, description="How answers are generated; null: not measured.")
+    keep_models: bool = Field(False, description="Keep the models of complete runs.")
+    test_subset: str | None = Field(None, description="As data.eval_subset.")
+    test_split: Split = Field("test", description="As data.eval_split.")
+
+    def contradictions(self) -> Iterator[Wrong]:
+        if len(set(self.seeds)) < len(self.seeds):
+            yield Wrong("seeds", "expected a list of different integers of at least 0")
+        if _equal(self.lrs or []):
+            yield Wrong("lrs", "expected a list of different numbers of at least 0, such as [1e-4, 3e-4]")
+        if self.baseline is not None and self.baseline not in self.variants:
+            yield Wrong("baseline", f"expected one of {', '.join(self.variants)}", ("variants",))
+
+
+class _Rates(Settings):
+    """The learning rates of a variant."""
+
+    lrs: Rates
 
 
 @dataclass(frozen=True)
@@ -46,13 +83,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says, everything filled in.
-
-    recipe: the base recipe as a tree. test, test_subset, test_split: the rows that are reported on, given as those of
-    data.eval are; their format is the recipe's. seeds: the first one chooses the
-    learning rates. baseline: the variant that the others are tested against, None: no test. accuracy: None: not
-    measured. keep_models: of runs that are complete.
-    """
+    """What a study file says (see `StudyFile`), everything filled in; recipe: the base recipe as a tree."""
 
     recipe: dict[str, Any]
     test: str
@@ -66,12 +97,14 @@ class Study:
 
     def tree(self) -> dict[str, Any]:
         """As plain dicts, lists and numbers."""
-        tree: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        accuracy = None if self.accuracy is None else self.accuracy.model_dump()
+        tree: dict[str, Any] = json.loads(json.dumps({**asdict(self), "accuracy": accuracy}))
         return tree
 
     def test_data(self, data: Data) -> Data:
         """``data`` with ``test`` in the place of data.eval."""
-        return replace(data, eval=self.test, eval_subset=self.test_subset, eval_split=self.test_split)
+        rows = {"eval": self.test, "eval_subset": self.test_subset, "eval_split": self.test_split}
+        return data.model_copy(update=rows)
 
 
 @dataclass(frozen=True)
@@ -98,40 +131,28 @@ def read(path: str | Path) -> Study:
 
 
 def from_dict(tree: Mapping[str, Any]) -> Study:
-    """The study that a parsed file describes (see `read`): keys of `Study`, and ``lrs``, the variants' default."""
-    wanted = typing.get_type_hints(Study)
-    config.refuse_unknown(tree, [*wanted, "lrs"])
-    recipe = _base(tree.get("recipe"))
-    seeds = tuple(config.convert("seeds", tree.get("seeds", [0]), list[int], list[int]))
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError("seeds", list(seeds), "expected a list of different integers of at least 0")
-    lrs = _lrs("lrs", tree.get("lrs", [(recipe.get("optim") or {}).get("lr", config.Optim.lr)]))
-    given = tree.get("variants")
-    if not isinstance(given, Mapping) or not given:
-        raise UserError("variants", given, "expected names with their settings, such as `lisa: {method.name: lisa}`")
-    variants = {str(name): _variant(str(name), settings or {}, lrs) for name, settings in given.items()}
-    rest = {
-        key: config.convert(key, tree[key], wanted[key], wanted[key])
-        for key in ("baseline", "keep_models", "test_subset", "test_split")
-        if key in tree
-    }
-    test = config.convert("test", tree.get("test"), str, str)
-    study = Study(recipe, test, variants, seeds, accuracy=_accuracy(tree.get("accuracy")), **rest)
-    if study.baseline is not None and study.baseline not in variants:
-        raise UserError("baseline", study.baseline, f"expected one of {', '.join(variants)}")
-    return study
+    """The study that a parsed file describes (see `read`)."""
+    file = parse(StudyFile, tree)
+    tree, recipe = _base(file.recipe)
+    lrs = tuple(sorted(file.lrs or [recipe.optim.lr]))
+    variants, wrong = {}, []
+    for name, settings in file.variants.items():
+        try:
+            variants[name] = _variant(name, settings or {}, lrs)
+        except UserError as error:
+            wrong.append(error)
+    raise_all(wrong)
+    rest = file.model_dump(include={"baseline", "keep_models", "test_subset", "test_split"})
+    return Study(tree, file.test, variants, tuple(file.seeds), accuracy=file.accuracy, **rest)
 
 
-def _base(given: Any) -> dict[str, Any]:
-    """The base recipe as a tree: of a file, or as it stands in the study."""
-    tree = files.read_yaml(given, "recipe") if isinstance(given, str) else given
-    if not isinstance(tree, Mapping):
-        raise UserError("recipe", given, "expected the file of a recipe, or its sections")
-    tree = _plain("recipe", tree)
-    config.from_dict(_merged(tree, {"train.output_dir": "."}))  # unknown keys show here, before those of variants
-    if (tree.get("sampling") or {}).get("seed") is not None:
-        raise UserError("recipe: sampling.seed", tree["sampling"]["seed"], "leave it out: the study's seeds set it")
-    return dict(tree)
+def _base(given: str | dict[str, Any]) -> tuple[dict[str, Any], Recipe]:
+    """The base recipe: of a file, or as it stands in the study; as a tree, and read."""
+    tree = _plain("recipe", files.read_yaml(given, "recipe") if isinstance(given, str) else given)
+    recipe = config.from_dict(_merged(tree, {"train.output_dir": "."}))
+    if recipe.sampling.seed is not None:
+        raise UserError("recipe: sampling.seed", recipe.sampling.seed, "leave it out: the study's seeds set it")
+    return tree, recipe
 
 
 def _merged(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,51 +174,43 @@ def _plain(key: str, value: Any) -> Any:
         raise UserError(key, value, f"expected texts and numbers ({error})") from error
 
 
+def _equal(lrs: Sequence[float]) -> bool:
+    """Whether two learning rates would have the same folder."""
+    return len({f"{lr:g}" for lr in lrs}) < len(lrs)
+
+
 def _lrs(key: str, given: Any) -> tuple[float, ...]:
-    lrs = tuple(config.convert(key, given, list[float], list[float]))
-    if not lrs or len({f"{lr:g}" for lr in lrs}) < len(lrs) or not all(math.isfinite(lr) and lr >= 0 for lr in lrs):
+    lrs = parse(_Rates, {"lrs": given}, key.removesuffix("lrs")).lrs
+    if _equal(lrs):
         raise UserError(key, given, "expected a list of different numbers of at least 0, such as [1e-4, 3e-4]")
     return tuple(sorted(lrs))
 
 
-def _variant(name: str, given: Any, lrs: tuple[float, ...]) -> Variant:
+def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...]) -> Variant:
     key = f"variants.{name}"
     if not name or not all(letter.isalnum() or letter in "-_.=" for letter in name) or name.startswith("."):
         raise UserError(key, name, "expected a name of letters, digits, - _ = and . (it names a folder)")
-    if not isinstance(given, Mapping):
-        raise UserError(key, given, "expected settings, such as {method.name: lisa}")
     overrides: dict[str, Any] = {}
     for setting, value in given.items():
-        if setting == "lrs":
-            lrs = _lrs(f"{key}.lrs", value)
-        elif setting in config.SECTIONS and isinstance(value, Mapping):
+        if setting in config.sections() and isinstance(value, Mapping):
             overrides |= {f"{setting}.{inner}": v for inner, v in value.items()}
-        else:
+        elif setting != "lrs":
             overrides[str(setting)] = value
-    config.refuse_unknown(overrides, list(config.hints()), f"{key}.")
-    for setting in overrides:
+    wrong = []
+    for setting, value in overrides.items():
         if setting in FIXED:
             right = "leave it out: it is the same for all variants, or the study sets it"
-            raise UserError(f"{key}.{setting}", overrides[setting], right)
-    if "optim.lr" in overrides:
-        if "lrs" in given:
-            raise UserError(f"{key}.lrs", given["lrs"], "expected lrs or optim.lr, not both")
-        lrs = _lrs(f"{key}.optim.lr", [overrides.pop("optim.lr")])
+            wrong.append(UserError(f"{key}.{setting}", value, right))
+        elif setting not in config.recipe_keys():
+            wrong.append(UserError(f"{key}.{setting}", value, config.unknown_key(setting, f"{key}.")))
+    if "optim.lr" in overrides and "lrs" in given:
+        wrong.append(UserError(f"{key}.lrs", given["lrs"], "expected lrs or optim.lr, not both"))
+    raise_all(wrong)
+    if "lrs" in given:
+        lrs = _lrs(f"{key}.lrs", given["lrs"])
+    elif "optim.lr" in overrides:
+        lrs = _lrs(f"{key}.lrs", [overrides.pop("optim.lr")])
     return Variant(_plain(key, overrides), lrs)
-
-
-def _accuracy(given: Any) -> Accuracy | None:
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        raise UserError("accuracy", given, "expected rows, max_new_tokens and batch_size, or null")
-    wanted = typing.get_type_hints(Accuracy)
-    config.refuse_unknown(given, list(wanted), "accuracy.")
-    values = {key: config.convert(f"accuracy.{key}", value, int, int) for key, value in given.items()}
-    for key, value in values.items():
-        if value < 1:
-            raise UserError(f"accuracy.{key}", value, "expected an integer of at least 1")
-    return Accuracy(**values)
 
 
 def grid(study: Study) -> list[Run]:
@@ -228,21 +241,26 @@ def recipe_of(study: Study, run: Run, output: Path) -> Recipe:
     try:
         return config.from_dict(_merged(study.recipe, own))
     except UserError as error:
-        raise UserError(f"variants.{run.variant}: {error.key}", error.value, error.right) from error
+        raise error.within(f"variants.{run.variant}: ") from error
 
 
 def check(study: Study, output: Path) -> None:
     """Refuse what shows without a model in the recipes of all runs. Raises UserError naming variant and key."""
+    found: dict[str, UserError] = {}
     for run in all_runs(study):
-        recipe = recipe_of(study, run, output)
         try:
+            recipe = recipe_of(study, run, output)
             config.check(recipe)
-            config.check(replace(recipe, data=study.test_data(recipe.data)))
+            if len(study.variants[run.variant].lrs) > 1 and recipe.data.eval is None:
+                right = "expected held-out rows to choose the learning rate on"
+                raise UserError("recipe: data.eval", None, right)
+            config.check(recipe.model_copy(update={"data": study.test_data(recipe.data)}))
         except UserError as error:
-            key = "test" if error.value == study.test else f"variants.{run.variant}: {error.key}"
-            raise UserError(key, error.value, error.right) from error
-        if len(study.variants[run.variant].lrs) > 1 and recipe.data.eval is None:
-            raise UserError("recipe: data.eval", None, "expected held-out rows to choose the learning rate on")
+            for one in error.errors:
+                own = one.key.startswith(("variants.", "recipe: "))
+                key = "test" if one.value == study.test else one.key if own else f"variants.{run.variant}: {one.key}"
+                found.setdefault(key, UserError(key, one.value, one.right))
+    raise_all(found.values())
 
 
 def choose(study: Study, variant: str, losses: Losses) -> float | None:

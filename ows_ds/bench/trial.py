@@ -28,8 +28,8 @@ from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.model.pretrained import DTYPES
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import LayerSet, Sampler
-from ows_ds.planner import memory
 from ows_ds.planner.forecast import Replays
+from ows_ds.planner.step import StepSpec
 from ows_ds.train.loss import token_losses
 
 NEVER = 10**9  # steps: draws and refreshes only where they are asked for
@@ -47,7 +47,7 @@ class Trial:
         state: Has the method's other tensors.
         refresh: Takes steps with new projectors and returns how many; None: there are no projectors.
         first_refreshes: The first step was a refresh, which takes too long to be asked for again.
-        job: The step as the planner sees it; None: the planner does not know the method.
+        spec: The step as the planner sees it; None: the planner does not know the method.
         watch: Entered around each forward pass.
     """
 
@@ -58,7 +58,7 @@ class Trial:
     comm: Communicator | None = None
     refresh: Callable[[], int] | None = None
     first_refreshes: bool = False
-    job: memory.Job | None = None
+    spec: StepSpec | None = None
     watch: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -175,17 +175,17 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
             step()
         return steps + 1
 
-    job = memory.Job(
+    spec = StepSpec(
         layers, recipe.method.name, tuple(method.layer_set), setting.rank, recipe.optim.always_on, setting.refresh,
         lora_rank=setting.lora_rank, itemsize=ITEMSIZE[setting.dtype], length=setting.tokens,
         checkpointing=setting.gradient_checkpointing, world_size=world_size, sharded=sharded,
         foreach=setting.device == "cuda",
     )  # fmt: skip
     if ds_config is not None and not setting.inside:
-        adapt = functools.partial(methods.adapt, recipe)
-        job = Replays(model.config, ds_config["zero_optimization"], adapt).complete(job)
+        replays = Replays(model.config, ds_config["zero_optimization"])
+        spec = replays.complete(spec, functools.partial(methods.adapt, recipe))
     local = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
-    trial = Trial(weights.module, local, step, method, comm, job=job)
+    trial = Trial(weights.module, local, step, method, comm, spec=spec)
     if isinstance(method, OWS) and method.active.low_rank:
         trial.refresh = refresh
     return trial

@@ -17,7 +17,8 @@ from ows_ds.bench.setting import OURS, Setting
 from ows_ds.bench.tracking import Tracker
 from ows_ds.bench.trial import Trial, full_rank_bytes, ours
 from ows_ds.errors import UserError, first_line
-from ows_ds.planner import memory
+from ows_ds.planner.memory import memory
+from ows_ds.planner.traffic import traffic
 
 Answer = dict[str, Any]
 
@@ -109,8 +110,8 @@ def answer_memory(trial: Trial, setting: Setting) -> Answer:
             work()
         tracker.close()
         answer[kind] = tracker.peak()
-        if trial.job is not None:
-            planned = memory.memory(trial.job, kind == "refresh")
+        if trial.spec is not None:
+            planned = memory(trial.spec, kind == "refresh")
             answer[f"{kind}_planned"] = planned.peak
             answer[f"{kind}_parts"] = {"state": planned.state, **planned.phases}
     return answer
@@ -118,19 +119,19 @@ def answer_memory(trial: Trial, setting: Setting) -> Answer:
 
 def answer_traffic(trial: Trial, setting: Setting) -> Answer:
     """See `ows_ds.bench.traffic.measure`."""
-    comm, job = trial.comm, trial.job
-    if comm is None or job is None:
+    comm, spec = trial.comm, trial.spec
+    if comm is None or spec is None:
         raise RuntimeError("it does not run on several ranks")
     trial.step()
     step, _ = _sent(trial.step, comm.sent)
-    planned = memory.traffic(job, index=comm.rank)
+    planned = traffic(spec, index=comm.rank)
     answer: Answer = {"step": dict(step), "step_planned": planned, "refresh": None, "refresh_planned": None}
-    answer["full_rank"] = full_rank_bytes(setting, comm.world_size, job.layers)
+    answer["full_rank"] = full_rank_bytes(setting, comm.world_size, spec.layers)
     if trial.refresh is not None:
         sent, steps = _sent(trial.refresh, comm.sent)
         # what the refresh sends beyond as many plain steps
         more = {op: size - step[op] * steps for op, size in sent.items()}
-        more_planned = {op: n - planned.get(op, 0) for op, n in memory.traffic(job, True, comm.rank).items()}
+        more_planned = {op: n - planned.get(op, 0) for op, n in traffic(spec, True, comm.rank).items()}
         answer["refresh"], answer["refresh_planned"] = (
             {op: size for op, size in one.items() if size} for one in (more, more_planned)
         )

@@ -42,7 +42,7 @@ def name(source: Source, content: str, tokenizer: Any, data: Data, key: str) -> 
     template = json.dumps(tokenizer.chat_template)
     facts = {
         "format": [FORMAT, *(importlib.metadata.version(package) for package in ("transformers", "tokenizers"))],
-        "source": [key, content, dataclasses.asdict(dataclasses.replace(source, weight=None))],
+        "source": [key, content, {**source.model_dump(), "weight": None}],
         "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id],
         "marks": {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()},  # templates write them
         "template": [template, str(datetime.date.today()) if "strftime_now" in template else ""],

@@ -44,7 +44,7 @@ def load_rows(
     """All rows of a file or data set, in order. Raises UserError as `read` does, and for the first bad row unless
     ``on_bad_row`` is skip."""
     rows = []
-    for _, row in read(Source(str(source), None, subset, split, format), key):
+    for _, row in read(Source(path=str(source), subset=subset, split=split, format=format), key):
         if not isinstance(row, UserError):
             rows.append(row)
         elif on_bad_row == "stop":

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, joined
 
 # torch >= 2.13 has new names for these and warns about the old ones
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -134,7 +134,7 @@ class Communicator:
         """
         mine: Any = None
         if isinstance(error, UserError):
-            mine = [error.key, str(error.value), error.right]
+            mine = [[one.key, str(one.value), one.right] for one in error.errors]
         elif error is not None:
             mine = f"{type(error).__name__}: {error}"
         everyones = self.all_gather_object(mine, "agree")
@@ -143,7 +143,7 @@ class Communicator:
         failed = [(i, theirs) for i, theirs in enumerate(everyones) if theirs is not None]
         for _, theirs in failed:
             if isinstance(theirs, list):
-                raise UserError(*theirs)
+                raise joined(UserError(*one) for one in theirs)
         if failed:
             raise RankMismatchError("; ".join(f"process {i}: {text}" for i, text in failed))
 

@@ -25,6 +25,7 @@ from ows_ds.evaluate import harness, mt_bench
 from ows_ds.evaluate.judge import Judge, scores
 from ows_ds.evaluate.setting import BASE, Evaluation, MTBench, check
 from ows_ds.evaluate.subject import Subject, base_of, facts_of, find, on_disk, refusing
+from ows_ds.files import write_text
 from ows_ds.model.pretrained import free_memory
 from ows_ds.runs import card, results
 from ows_ds.runs.results import Result, Score
@@ -46,11 +47,11 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
         harness.require()
     subject = find(given, evaluation)
     before = _before(subject, evaluation)
-    tree = {"model": {"path": subject.path}, "train": {"output_dir": "runs", "timeout_seconds": TIMEOUT}}
-    runtime = start(config.from_dict(tree))
+    train = {"output_dir": "runs", "sharding": "replicated", "timeout_seconds": TIMEOUT}
+    runtime = start(config.from_dict({"model": {"path": subject.path}, "train": train}))
     comm = runtime.comm
-    settings = asdict(evaluation) | ({} if bench.mt_bench is None else asdict(bench))
-    settings = {name: value for name, value in settings.items() if name not in ("output", "json", "judge_key")}
+    settings = evaluation.model_dump() | ({} if bench.mt_bench is None else bench.model_dump())
+    settings = {name: value for name, value in settings.items() if name not in ("output", "as_json", "judge_key")}
     settings |= {"processes": comm.world_size, "device": runtime.device.type}
     with watchdog.armed(comm, DEAD):
         with fail_together(comm), redirect_stdout(sys.stderr):
@@ -168,11 +169,11 @@ def _write(result: Result, subject: Subject, evaluation: Evaluation) -> Path:
 def _finish(path: Path, result: Result, before: Result | None, subject: Subject, evaluation: Evaluation) -> None:
     """Print the result, and put what it is compared with into its file."""
     if before is not None:
-        if os.path.isfile(str(evaluation.compare)) and (why := results.told_alike(result, before)):
+        if os.path.isfile(str(evaluation.compare)) and (why := results.not_comparable(result, before)):
             _print(result, evaluation, path)
             raise UserError("--compare", evaluation.compare, f"expected a result of the same questions: {why}")
         result = replace(result, before=before)
-        results.rewrite(path, results.as_text(result))
+        write_text(path, results.as_text(result))
     _print(result, evaluation, path)
     if subject.run is not None and subject.step is None:
         with redirect_stdout(sys.stderr):
@@ -180,8 +181,8 @@ def _finish(path: Path, result: Result, before: Result | None, subject: Subject,
 
 
 def _print(result: Result, evaluation: Evaluation, path: Path) -> None:
-    if evaluation.json:
-        print(json.dumps(result.to_json(), allow_nan=False), flush=True)
+    if evaluation.as_json:
+        print(json.dumps(asdict(result), allow_nan=False), flush=True)
         return
     name = one_line(str(result.model.get("name")))
     if result.before is not None:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.distributed.weights import Weights
+from ows_ds.errors import UserError
+
+Batches = Iterable[dict[str, Tensor] | None]
+"""A rank's calibration batches: keyword arguments of the model's forward pass, on its device.
+
+input_ids (batch, length) and, unless all tokens count, attention_mask (batch, length), 0 for padding; ``labels`` are
+left out. Under ZeRO-3 every rank must give the same number of them: one that runs out gives None.
+"""
 
 Select = Callable[[str, Tensor], Tensor]
 """(what it is, activations of the batch whose last dimension is features) -> those of tokens: (tokens, features)."""
 
 
-def calibrate(
-    weights: Weights,
-    batches: Iterable[dict[str, Tensor] | None],
-    attach: Callable[[Select], Iterable[RemovableHandle]],
-) -> int:
-    """Run this process's ``batches`` through the model; returns the number of their tokens that are not padding.
+def calibrate(weights: Weights, batches: Batches, attach: Callable[[Select], Iterable[RemovableHandle]]) -> int:
+    """Run this rank's ``batches`` through the model; returns the number of their tokens that are not padding.
 
-    batches: as for `ows_ds.importance.scores.score`. attach: registers hooks on ``weights.module`` and gives their handles, which
-    are removed at the end; the hooks may call the `Select` that it gets, which raises RuntimeError for activations that
-    are not one row a token of the batch.
+    attach: registers hooks on ``weights.module`` and gives their handles, which are removed at the end; the hooks may
+    call the `Select` that it gets, which raises RuntimeError for activations that are not one row a token of the batch.
 
     The module runs in eval mode without gradients and is left in the mode it was in. Collective under ZeRO-3.
     """
@@ -40,7 +42,9 @@ def calibrate(
             raise RuntimeError(f"{what} has {len(x)} rows where the batch has {positions} tokens")
         return x.index_select(0, kept)  # not a product with the mask: padding may be NaN
 
-    extra = _without_needless_work(module.forward)
+    # no cache, and no logits but the last position's, where the model knows these arguments
+    known = inspect.signature(module.forward).parameters
+    extra = {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}
     training = [m for m in module.modules() if m.training]
     handles: list[RemovableHandle] = []
     try:
@@ -66,7 +70,8 @@ def calibrate(
     return tokens
 
 
-def _without_needless_work(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments that spare the cache and the head's work on all positions but the last, where they are understood."""
-    known = inspect.signature(forward).parameters
-    return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in known}
+def require_tokens(tokens: float) -> None:
+    """Raises UserError (``data.train``) where all ranks together have no token."""
+    if not tokens:
+        right = "expected rows of which something is left after tokenizing"
+        raise UserError("data.train", "0 calibration tokens", right)

@@ -1,28 +1,64 @@
-"""Metrics of layers that outliers are compared with: relative magnitude, block influence, and heavy tails.
+"""Scores of layers: `score` for scripts, and the metrics relative magnitude, block influence and heavy tails.
 
 Letters: x, a layer's input hidden state of one token; f(x), what the layer adds; y = x + f(x), its output. Hidden
-states and weights are taken to float64, and tokens are added up over all processes before they are averaged.
+states and weights are converted to float64, and tokens are summed over all ranks before they are averaged.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ows_ds import config
+from ows_ds.distributed.adopt import as_weights
+from ows_ds.distributed.communicator import join
 from ows_ds.distributed.weights import CHUNK, Weights
 from ows_ds.errors import UserError
-from ows_ds.importance.calibrate import Select, calibrate
-from ows_ds.importance.scores import Scores, score
+from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
+from ows_ds.importance.outliers import outlier_scores
+from ows_ds.importance.probabilities import METRIC_OF
+from ows_ds.importance.scores import Scores
 from ows_ds.model.fingerprint import fingerprint
-from ows_ds.model.layers import ModelLayers
+from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.model.pretrained import pretrained
 
-Batches = Iterable[dict[str, Tensor] | None]
+
+def score(model: Any, batches: Batches, metric: str = "outlier", tau: float = 13.0) -> Scores:
+    """How much each layer of ``model`` matters: what `ows_ds.OWS` takes as ``scores``. Collective.
+
+    Args:
+        model: A causal language model, a DeepSpeed engine with ZeRO-3, `Weights`, or the path or name of a model,
+            which is loaded in bfloat16, on the GPU if there is one. No weight and no mode changes.
+        batches: This rank's calibration batches, on any device: dicts of the forward pass's arguments (``labels`` are
+            ignored). Under ZeRO-3 every rank must give the same number of them.
+        metric: ``outlier`` (the paper's equation 2), ``rm``, ``bi`` or ``alpha`` (which uses no batches).
+        tau: The threshold of an outlier.
+
+    Raises:
+        UserError: for another metric, a model whose layers are not found, or batches without any token.
+    """
+    if metric not in METRIC_OF.values():
+        raise UserError("metric", metric, f"expected one of {', '.join(dict.fromkeys(METRIC_OF.values()))}")
+    weights = as_weights(_load(str(model)) if isinstance(model, (str, os.PathLike)) else model)
+    on_device = (
+        batch and {key: value.to(weights.device) for key, value in batch.items() if key != "labels"}
+        for batch in batches
+    )
+    return measure(weights, find_layers(weights.module, weights.shape), [metric], lambda: on_device, tau)[metric]
+
+
+def _load(path: str) -> Any:
+    # a recipe's model, of which no other key counts
+    recipe = config.from_dict({"model": {"path": path}, "data": {"train": "none"}, "train": {"output_dir": "none"}})
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return pretrained(recipe, join(device), device)
 
 
 def measure(
@@ -35,14 +71,13 @@ def measure(
 ) -> dict[str, Scores]:
     """Scores of every one of ``metrics`` (outlier, rm, bi, alpha), in their order. Collective; the same on all.
 
-    batches: gives this process's calibration batches, as for `ows_ds.importance.scores.score`, each time it is called: once for
-    outlier and once for rm and bi together. tau: threshold of an outlier. model: its fingerprint, where it is known.
-    Errors as for the functions below.
+    batches: gives this rank's calibration batches each time it is called: once for outlier and once for rm and bi
+    together. model: its fingerprint, where it is known. Errors as for the functions below.
     """
     model = model or fingerprint(weights)
     found: dict[str, Scores] = {}
     if "outlier" in metrics:
-        found["outlier"] = score(weights, layers, batches(), tau, model)
+        found["outlier"] = outlier_scores(weights, layers, batches(), tau, model)
     if "rm" in metrics or "bi" in metrics:
         found["rm"], found["bi"] = magnitude_and_influence(weights, layers, batches(), model)
     if "alpha" in metrics:
@@ -59,8 +94,8 @@ def magnitude_and_influence(
     Men et al. compare with). bi: 1 - mean over tokens of the cosine similarity of x and y (Men et al. 2024,
     "ShortGPT"). A ratio or a cosine of 0 / 0 counts as 0; rounding below 0 is cut off.
 
-    Arguments, modes and collectives as for `ows_ds.importance.scores.score`. Raises UserError (``data.train``) if there is no token
-    at all, RuntimeError if a layer's activations are not finite.
+    Collective. Raises UserError (``data.train``) if there is no token at all, RuntimeError if a layer's activations
+    are not finite.
     """
     n_layers = len(layers.layers)
     sums = torch.zeros(2 * n_layers + 1, dtype=torch.float64, device=weights.device)  # rm | bi | tokens
@@ -87,12 +122,9 @@ def magnitude_and_influence(
 
     sums[-1] = calibrate(weights, batches, attach)
     *totals, tokens = weights.comm.all_reduce(sums, "score").tolist()
-    if not tokens:
-        raise UserError(
-            "data.train", "0 calibration tokens", "expected rows of which something is left after tokenizing"
-        )
+    require_tokens(tokens)
     for total, layer in zip(totals, (*layers.layers, *layers.layers), strict=True):
-        if not math.isfinite(total):  # the same on all processes
+        if not math.isfinite(total):  # the same on all ranks
             raise RuntimeError(f"activations of {layer.name} are not finite: no scores can be computed")
     means = [max(0.0, total / tokens) for total in totals]
     model = model or fingerprint(weights)
@@ -107,20 +139,20 @@ def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = No
     tail are left out of the mean. No data is needed. Raises UserError (``sampling.importance``) for a layer in which no
     matrix has a tail, RuntimeError for weights that are not finite.
 
-    Collective: under ZeRO-3 one matrix after the other is gathered; process i mod w computes the spectrum of matrix i,
-    and one all-reduce shares the results. Their bits therefore do not depend on w.
+    Collective: under ZeRO-3 matrices are gathered one by one; rank i mod w computes the spectrum of matrix i, and one
+    all-reduce shares the results, whose bits therefore do not depend on w.
     """
     matrices = [(layer.name, matrix) for layer in layers.layers for matrix in layer.matrices]
     alphas = torch.zeros(len(matrices), dtype=torch.float64, device=weights.device)
     parameters = dict(weights.module.named_parameters())
-    index, world_size = weights.comm.rank, weights.comm.world_size
-    for first in range(0, len(matrices), world_size):  # w matrices are gathered before any spectrum holds the others up
+    rank, world_size = weights.comm.rank, weights.comm.world_size
+    for first in range(0, len(matrices), world_size):  # gather w matrices before any rank computes a spectrum
         own = None
         for i, (_, matrix) in enumerate(matrices[first : first + world_size]):
-            whole = weights.full_tensor(parameters[matrix.name])
-            own = whole if i == index else own
+            full = weights.full_tensor(parameters[matrix.name])
+            own = full if i == rank else own
         if own is not None:
-            alphas[first + index] = hill(own.to(weights.device))
+            alphas[first + rank] = hill(own.to(weights.device))
     found: dict[str, list[float]] = {layer.name: [] for layer in layers.layers}
     for (name, matrix), alpha in zip(matrices, weights.comm.all_reduce(alphas, "score").tolist(), strict=True):
         if math.isnan(alpha):
@@ -129,9 +161,7 @@ def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = No
             found[name].append(alpha)
     for name, values in found.items():
         if not values:
-            right = (
-                f"expected another one: no weight of {name} has two different eigenvalues above 0, so none has a tail"
-            )
+            right = f"expected another one: no weight of {name} has two different eigenvalues above 0, and so a tail"
             raise UserError("sampling.importance", "alpha", right)
     means = tuple(sum(values) / len(values) for values in found.values())
     return Scores("alpha", 0.0, model or fingerprint(weights), means, 0)

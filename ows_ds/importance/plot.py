@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ows_ds.files import atomic_write
 from ows_ds.importance.scores import Scores
+from ows_ds.tables import png
 
-# by metric; of a row that is not a metric, by kind of importance
+# by metric, or by kind of importance where scores hold that
 _TITLES = {
     "outlier": "outlier ratio",
     "reverse": "reverse",
@@ -19,9 +19,9 @@ _TITLES = {
     "bi": "block influence (bi)",
     "alpha": "alpha (sampled by 1/alpha)",
 }
-_SHARES = ("outlier", "reverse")  # shown in percent, at their tau
-_COLUMNS = 4  # panels side by side
-_WIDE = 70  # layers in a row of `strip`, which with its label stays within 80 columns
+_RATIOS = ("outlier", "reverse")  # shown in percent, at their tau
+_COLUMNS = 4  # of panels
+_WIDE = 70  # layers in a row of `text_chart`: with its label at most 80 columns
 
 
 def plot(scores: list[tuple[str, Scores]], path: Path) -> None:
@@ -30,30 +30,23 @@ def plot(scores: list[tuple[str, Scores]], path: Path) -> None:
     scores: (label, scores), of which each metric (or kind of importance) has a panel: of one model, as bars, or of
     several, as lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels: dict[str, list[tuple[str, Scores]]] = {}
     for label, one in scores:
         panels.setdefault(one.metric, []).append((label, one))
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (7.2, 3.6) if len(panels) == 1 else (3.6 * columns, 0.3 + 2.6 * rows)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")  # not pyplot: no global state, no display
-    FigureCanvasAgg(figure)
-    if len({label for label, _ in scores}) == 1:
-        figure.suptitle(scores[0][0])
-    for index, lines in enumerate(panels.values(), 1):
-        _panel(figure.add_subplot(rows, columns, index), lines)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with png(path, *size, rows, columns) as figure:
+        if len({label for label, _ in scores}) == 1:
+            figure.suptitle(scores[0][0])
+        for axes in figure.axes[len(panels) :]:
+            axes.remove()
+        for axes, lines in zip(figure.axes, panels.values(), strict=True):
+            _panel(axes, lines, 16 if columns == 1 else 8)
 
 
-def _panel(axes: Any, lines: list[tuple[str, Scores]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    metric = lines[0][1].metric
-    factor, unit = (100, " [%]") if metric in _SHARES else (1, "")
+def _panel(axes: Any, lines: list[tuple[str, Scores]], ticks: int) -> None:
+    factor, unit = (100, " [%]") if lines[0][1].metric in _RATIOS else (1, "")
     for label, one in lines:
         values = [factor * value for value in one.layers]
         if len(lines) == 1:
@@ -64,19 +57,16 @@ def _panel(axes: Any, lines: list[tuple[str, Scores]]) -> None:
     axes.set_xlabel("layer")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16 if axes.get_gridspec().ncols == 1 else 8))
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=ticks)
     axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.legend(frameon=False)
 
 
-def strip(scores: Scores, height: int = 4) -> str:
+def text_chart(scores: Scores, height: int = 4) -> str:
     """The distribution over layers for a terminal: ``height`` lines of columns and one that numbers the layers.
 
-    At most 80 columns wide; more than 70 layers take several such rows. scores: its metric may be any kind of
-    importance.
+    At most 80 columns wide; more than 70 layers take several such rows.
     """
     values = scores.layers
     top, low = max(values), min(values)
@@ -100,9 +90,9 @@ def strip(scores: Scores, height: int = 4) -> str:
 
 def _title(scores: Scores) -> str:
     title = _TITLES[scores.metric]
-    return f"{title} (tau {scores.tau:g})" if scores.metric in _SHARES else title
+    return f"{title} (tau {scores.tau:g})" if scores.metric in _RATIOS else title
 
 
 def _number(scores: Scores, value: float, more: int = 0) -> str:
     """A value as it is shown; more: additional digits."""
-    return f"{100 * value:.{2 + more}f} %" if scores.metric in _SHARES else f"{value:.{3 + more}g}"
+    return f"{100 * value:.{2 + more}f} %" if scores.metric in _RATIOS else f"{value:.{3 + more}g}"

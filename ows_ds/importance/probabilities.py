@@ -51,9 +51,8 @@ def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = Non
     if not (np.isfinite(weights) & (weights >= 0)).all():
         raise UserError("sampling.scores", list(ratios), "expected finite numbers of at least 0")
     if not 0 < gamma <= len(weights):
-        raise UserError(
-            "sampling.gamma", gamma, f"expected more than 0 and at most {len(weights)}, the number of layers"
-        )
+        right = f"expected more than 0 and at most {len(weights)}, the number of layers"
+        raise UserError("sampling.gamma", gamma, right)
     if weights.sum() <= 0:
         raise UserError("sampling.tau", tau, "expected a smaller threshold: no layer has an outlier at this one")
     able = np.count_nonzero(weights)

@@ -1,28 +1,27 @@
-"""From a recipe to the importance of its model's layers: where scores are, when they are computed, what is written."""
+"""From a recipe to the importance of its model's layers: which scores are read, computed and written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import one_line
 from ows_ds.importance import probabilities
+from ows_ds.importance.calibrate import Batches
 from ows_ds.importance.metrics import measure
-from ows_ds.importance.plot import plot, strip
+from ows_ds.importance.plot import plot, text_chart
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.model.layers import ModelLayers
 
-MakeBatches = Callable[[], Iterable[dict[str, Tensor] | None]]
-"""Gives this process's calibration batches anew (see `ows_ds.importance.scores.score`)."""
+MakeBatches = Callable[[], Batches]
+"""Gives this rank's calibration batches, from the beginning each time."""
 
 
-def importance(
+def layer_importance(
     recipe: Recipe,
     weights: Weights,
     layers: ModelLayers,
@@ -33,10 +32,10 @@ def importance(
 ) -> list[float]:
     """What the recipe's method samples layers by: one number >= 0 each, input side first. Collective.
 
-    model: the fingerprint of ``weights``. Where the method needs scores, they are those of ``sampling.scores``; without
-    it, of scores.json in ``earlier``, the folder of the run that is continued (None: ``run_dir``); without that file,
-    computed now over ``batches``. The run keeps them in ``run_dir`` as scores.json, with a picture. Without ``batches``
-    (an export) the run's own scores.json is read, and nothing is written. Raises UserError for a file that is missing
+    Where the method needs scores, they are those of ``sampling.scores``; without it, of scores.json in ``earlier``, the
+    folder of the run that is resumed (None: ``run_dir``); without that file, computed now over ``batches``. The run
+    keeps them in ``run_dir`` as scores.json, with a picture. Without ``batches`` (an export) the run's own scores.json
+    is read, and nothing is written. model: the fingerprint of ``weights``. Raises UserError for a file that is missing
     or made for something else.
     """
     sampling, kind = recipe.sampling, importance_of(recipe)
@@ -57,9 +56,7 @@ def importance(
             scores = Scores.read(given)
             scores.check(model, n_layers, kind, sampling.tau)
     found = probabilities.importance(kind, n_layers, scores.layers)
-    probabilities.probabilities(
-        found, sampling.gamma, sampling.tau
-    )  # what it refuses is refused before anything is written
+    probabilities.probabilities(found, sampling.gamma, sampling.tau)  # refuses what it must before anything is written
     if batches is not None and given != own:
         with fail_together(weights.comm):
             if weights.comm.rank == 0:
@@ -71,12 +68,12 @@ def importance(
 def report(
     recipe: Recipe, weights: Weights, layers: ModelLayers, batches: MakeBatches, kinds: Sequence[str], path: Path
 ) -> None:
-    """Measure what ``kinds`` of importance need, each metric once; print a strip a kind, and write files. Collective.
+    """Measure what ``kinds`` of importance need, each metric once; print a chart of each kind, write files. Collective.
 
     kinds: values of ``sampling.importance``; none: the metric that the recipe's needs, outlier where it needs none.
     path: file of the scores of the metric that the recipe's importance needs, or of the first one where that was not
-    asked for; it is not written where no kind needs one. Of several metrics, each has a file of its own beside it,
-    named after it (scores-rm.json). One PNG, named after ``path``, shows all kinds. Errors as for `measure`.
+    asked for; it is not written where no kind needs one. Of several metrics, each also has a file of its own, named
+    after it (scores-rm.json). One PNG, named after ``path``, shows all kinds. Errors as for `measure`.
     """
     needed, tau = METRIC_OF.get(recipe.sampling.importance), recipe.sampling.tau
     kinds = list(dict.fromkeys(kinds)) or [needed or "outlier"]
@@ -99,7 +96,7 @@ def report(
                 scores.write(file)
             picture = path.with_suffix(".png")
             plot([(Path(recipe.model.path).name, one) for one in rows], picture)
-            print("\n\n".join(map(strip, rows)))
+            print("\n\n".join(map(text_chart, rows)))
             for file, scores in files.items():
                 facts = f", {scores.tokens:,} tokens" if scores.tokens else ""
                 facts += f", tau {scores.tau:g}" if scores.metric == "outlier" else ""

@@ -41,7 +41,8 @@ from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
 from ows_ds.errors import UserError
-from ows_ds.importance.scores import Scores, score
+from ows_ds.importance.outliers import outlier_scores
+from ows_ds.importance.scores import Scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import DTYPES
@@ -322,7 +323,7 @@ def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, sample
         batches = [trainer._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
     known = ("input_ids", "attention_mask", "position_ids")
     inputs = [{key: batch[key] for key in known if key in batch} for batch in batches]
-    found = score(weights, find_layers(weights.module, weights.shape), inputs, tau, model)
+    found = outlier_scores(weights, find_layers(weights.module, weights.shape), inputs, tau, model)
     with fail_together(comm):
         if comm.rank == 0:
             found.write(path)

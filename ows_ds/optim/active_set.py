@@ -302,12 +302,19 @@ class ActiveSet:
         """Whether any of the block's matrices has coordinates."""
         return any(self.coordinates(matrix.name) for matrix in block.matrices)
 
-    def norm(self, block: Block, values: Tensor | None = None) -> Tensor:
+    def norm(self, block: Block, values: Tensor) -> Tensor:
         """Frobenius norm, (), of the coordinates of all of a block's matrices among its ``values`` (rows, r)."""
-        buffer = self.buffer.blocks[block.name]
-        values = buffer.values if values is None else values
-        rows = slice(*buffer.layout.segments["matrices"])
+        rows = slice(*self.buffer.blocks[block.name].layout.segments["matrices"])
         return torch.linalg.vector_norm(values[rows], dtype=self.dtype)
+
+    def update_norm(self, all_layers: bool) -> dict[int, Tensor]:
+        """See `ows_ds.optim.ows.OWS.update_norm`."""
+        norms = dict(self.merged_norms)
+        for block in self.plan.blocks if all_layers else ():
+            layer = self.layer_of.get(block.name)
+            if layer is not None and layer not in norms and self.has_coordinates(block):
+                norms[layer] = self.norm(block, self.buffer.blocks[block.name].values)
+        return norms
 
     # ------------------------------------------------------------------ a step
 

@@ -1,6 +1,6 @@
 """Weights trained at full rank: float32 masters, moments, and torch's AdamW on this rank's interval of each.
 
-    gradients of some weights, a bucket --reduce_scatter--> own intervals --AdamW--> own intervals of masters --> weights
+    gradients of a bucket --reduce_scatter--> own intervals --AdamW--> own intervals of masters --> weights
 
 The buckets are the same on all ranks and leave in one order, each as soon as its last gradient is there, while the
 backward pass runs on:

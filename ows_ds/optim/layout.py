@@ -178,8 +178,8 @@ class RefreshPlan:
     ) -> dict[str, int]:
         """Bytes that each rank sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
 
-        width: columns of the sketches. r: the low rank in the second pass, None in the first. itemsize: bytes of a coordinate.
-        weight_itemsize: bytes of a weight's entry.
+        width: columns of the sketches. r: the low rank in the second pass, None in the first. itemsize: bytes of a
+        coordinate; weight_itemsize: of a weight's entry.
         """
         sent = self.stride * (world_size - 1)
         found = {"sketch_bases": width} if r is None else {"projectors": r}

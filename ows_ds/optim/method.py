@@ -1,9 +1,9 @@
 """What every method of training offers, and its state in one place.
 
 `state_dict` holds everything, the same on every rank, as ``accelerate.save_state``, Lightning, ``torch.save`` and
-``torch.distributed.checkpoint`` expect of an optimizer. Which tensors there are depends on the layers that train now, and
-those tools ask for the keys of what is to be loaded before they load. So the keys are fixed: the tensors are one bytes
-object in the safetensors format, under one key. ``ows_ds.checkpoint`` writes `shards` and `state_values` instead.
+``torch.distributed.checkpoint`` expect of an optimizer. Which tensors there are depends on the layers that train now,
+and those tools ask for the keys of what is to be loaded before they load. So the keys are fixed: the tensors are one
+bytes object in the safetensors format, under one key. ``ows_ds.checkpoint`` writes `shards` and `state_values` instead.
 """
 
 from __future__ import annotations

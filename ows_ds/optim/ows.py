@@ -12,10 +12,8 @@ A step has three phases:
     3  prepare      every K steps a new set: rank 0 draws, all ranks compare, layers leave and enter (`active_set`);
                     what is due for new projectors is merged and armed (`refresh`)
 
-Between two steps the set of the coming step is drawn and agreed on, its vectors listen for gradients, and each of its
-matrices either has coordinates attached or, where a refresh is due, is merged and lets its full gradient through once.
-Under ``refresh="sketch"`` the latter never happens: for two steps a matrix has a sketch attached, beside its coordinates
-or, if it has just entered, alone.
+Between two steps each matrix of the coming step's set either has coordinates attached or, where a refresh is due, is
+merged and lets its full gradient through once (under ``refresh="sketch"``: has a sketch attached for two steps).
 """
 
 from __future__ import annotations
@@ -98,8 +96,6 @@ class OWS(OWSState):
         self._reduced: list[Tensor] | None = None
         self._prepare()
 
-    # ------------------------------------------------------------------ the user's side
-
     @property
     def plan(self) -> Plan:
         """Layout of the coordinates of the coming step."""
@@ -109,11 +105,6 @@ class OWS(OWSState):
     def nothing_to_train(self) -> bool:
         """Whether nothing trains in the coming step: the layer set is empty and nothing is always on."""
         return not self.plan.blocks and not self.active.full.parameters
-
-    @property
-    def trained_names(self) -> set[str]:
-        """All weights that have ever trained."""
-        return self.active.trained_names
 
     def set_accumulation_steps(self, steps: int) -> None:
         """From the coming step on, ``backward`` is called this often a step, the same on all ranks.
@@ -146,10 +137,8 @@ class OWS(OWSState):
 
     @torch.no_grad()
     def reduce(self) -> Tensor:
-        """Average the gradients over ranks, after the step's last `backward`. Collective.
-
-        Returns their global norm, () on the device; 0 where nothing trains. `step` and `skip` do it if need be: it is
-        for those who want to look at the norm first.
+        """Average the gradients over ranks, after the step's last `backward`. Collective. Returns their global norm, ()
+        on the device; 0 where nothing trains. `step` and `skip` do it if need be.
         """
         self.weights.after_step()
         if self.nothing_to_train:
@@ -202,11 +191,8 @@ class OWS(OWSState):
         self.active.full.zero_grad()
 
     def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
-        """A whole optimizer step: `backward` on each micro-batch's loss, `step` (or `skip`), `zero_grad`.
-
-        losses: computes this rank's losses, one a micro-batch; their sum is its mean. Not called in a step in which
-        nothing trains. accept: of the sum and the gradients' norm (see `reduce`): whether the step is taken, the same
-        on all ranks. Returns the sum: float64, (). Collective.
+        """`backward` on each micro-batch's loss, `step` or `skip`, `zero_grad`: see `Method.train_step`. Losses are not
+        computed in a step in which nothing trains. Collective.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for compute in () if self.nothing_to_train else losses:
@@ -246,10 +232,7 @@ class OWS(OWSState):
 
     def projector_energy(self) -> dict[int, Tensor]:
         """Of each layer whose projectors the step in hand finds, from `reduce` to `step`: (2,), float64, on the device,
-        this rank's part of ||G Q||^2 and ||G||^2, summed over its matrices.
-
-        The sums over ranks are what the projectors keep and what there was. Empty under ``refresh="sketch"``, which
-        never has G.
+        this rank's part of ||G Q||^2 and ||G||^2, summed over its matrices. Empty under ``refresh="sketch"``.
         """
         return self.refresh.energy()
 
@@ -260,12 +243,7 @@ class OWS(OWSState):
         By layer ||C||, a scalar on the device, the same on all ranks: the Frobenius norm of its matrices' change
         C Q^T together, weight decay aside, since Q has orthonormal columns. Does not wait for the device.
         """
-        norms = dict(self.active.merged_norms)
-        for block in self.plan.blocks if all_layers else ():
-            layer = self.active.layer_of.get(block.name)
-            if layer is not None and layer not in norms and self.active.has_coordinates(block):
-                norms[layer] = self.active.norm(block)
-        return norms
+        return self.active.update_norm(all_layers)
 
     # ------------------------------------------------------------------ phases 2 and 3
 

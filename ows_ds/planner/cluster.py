@@ -8,52 +8,53 @@ w-th part of the whole. Over several nodes that is one ring through all GPUs, or
 within (Cho et al. 2019, BlueConnect). Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ows_ds.config import convert_all
+from pydantic import Field
+
+from ows_ds.config.settings import Count, Expected, Number, Settings, Wrong, parse
 from ows_ds.errors import UserError
 from ows_ds.files import read_yaml
 
 LAUNCH = 8.4e-6  # seconds before the first round of any collective: NCCL's tuner, ring, protocol Simple (tuning.cc)
+Positive = Annotated[Number, Field(gt=0, lt=1e12)]
+NotNegative = Annotated[Number, Field(ge=0, lt=1e12)]
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """GPUs and what lies between them.
+class Cluster(Settings):
+    """GPUs and what lies between them."""
 
-    Attributes:
-        nodes: Machines.
-        gpus: GPUs of a node.
-        memory: Memory of a GPU, in GB (1e9 bytes).
-        reserve: Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the allocator.
-        tflops: Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second.
-        memory_bandwidth: Bandwidth between a GPU and its memory, in GB a second.
-        nvlink: Bandwidth of a GPU to the others of its node, one direction, in GB a second.
-        nvlink_latency: Latency of a hop inside a node, in microseconds.
-        network: Bandwidth of a GPU's share of its node's network, one direction, in GB a second.
-        network_latency: Latency of a hop between nodes, in microseconds.
-        reach: Share of tflops and of the bandwidths that is reached; above 0, at most 1.
-        price: Price of a GPU for an hour, in any currency; null: not known.
-    """
+    nodes: Count = Field(1, description="Machines.")
+    gpus: Count = Field(1, description="GPUs of a node.")
+    memory: Positive = Field(80.0, description="Memory of a GPU, in GB (1e9 bytes).")
+    reserve: NotNegative = Field(
+        2.0,
+        description="Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the "
+        "allocator.",
+    )
+    tflops: Positive = Field(
+        312.0, description="Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second."
+    )
+    memory_bandwidth: Positive = Field(2039.0, description="Bandwidth between a GPU and its memory, in GB a second.")
+    nvlink: Positive = Field(
+        300.0, description="Bandwidth of a GPU to the others of its node, one direction, in GB a second."
+    )
+    nvlink_latency: NotNegative = Field(3.4, description="Latency of a hop inside a node, in microseconds.")
+    network: Positive = Field(
+        25.0, description="Bandwidth of a GPU's share of its node's network, one direction, in GB a second."
+    )
+    network_latency: NotNegative = Field(14.0, description="Latency of a hop between nodes, in microseconds.")
+    reach: Annotated[Number, Expected("a share above 0, at most 1")] = Field(
+        0.6, gt=0, le=1, description="Share of tflops and of the bandwidths that is reached."
+    )
+    price: NotNegative | None = Field(None, description="Price of a GPU for an hour, in any currency; null: not known.")
 
-    nodes: int = 1
-    gpus: int = 1
-    memory: float = 80.0
-    reserve: float = 2.0
-    tflops: float = 312.0
-    memory_bandwidth: float = 2039.0
-    nvlink: float = 300.0
-    nvlink_latency: float = 3.4
-    network: float = 25.0
-    network_latency: float = 14.0
-    reach: float = 0.6
-    price: float | None = None
+    def contradictions(self) -> Iterator[Wrong]:
+        if self.reserve >= self.memory:
+            yield Wrong("reserve", f"expected less than memory, {self.memory:g} GB", ("memory",))
 
     @property
     def world_size(self) -> int:
@@ -65,13 +66,13 @@ class Cluster:
         """Bytes of a GPU's memory that training may take."""
         return (self.memory - self.reserve) * 1e9
 
-    def of_size(self, world_size: int) -> Cluster:
+    def of_size(self, world_size: int) -> "Cluster":
         """The same kind of machines with ``world_size`` GPUs: part of one node, or whole nodes."""
         if world_size <= self.gpus:
-            return replace(self, nodes=1, gpus=world_size)
+            return self.model_copy(update={"nodes": 1, "gpus": world_size})
         if world_size % self.gpus:
             raise ValueError(f"{world_size} GPUs are not whole nodes of {self.gpus}")
-        return replace(self, nodes=world_size // self.gpus)
+        return self.model_copy(update={"nodes": world_size // self.gpus})
 
 
 # Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
@@ -108,8 +109,9 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
         start = Cluster() if like is None else _by_name(str(like))
         if start is None:
             raise UserError("like", like, "expected nodes x GPUs of a node, such as 4x8xH100")
-        start = replace(start, **convert_all(tree, Cluster))
-    return check(replace(start, **{key: value for key, value in (changes or {}).items() if value is not None}))
+        start = parse(Cluster, {**start.model_dump(), **tree})
+    given_changes = {key: value for key, value in (changes or {}).items() if value is not None}
+    return parse(Cluster, {**start.model_dump(), **given_changes}, "--")
 
 
 def _by_name(given: str) -> Cluster | None:
@@ -120,24 +122,7 @@ def _by_name(given: str) -> Cluster | None:
     nodes, gpus, kind = found.groups()
     if kind not in GPUS:
         raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
-    return Cluster(int(nodes or 1), int(gpus), **GPUS[kind])  # type: ignore[arg-type]
-
-
-def check(cluster: Cluster) -> Cluster:
-    """The cluster. Raises UserError for what is out of range."""
-    for field in fields(cluster):
-        value = getattr(cluster, field.name)
-        if field.name in ("nodes", "gpus") and value < 1:
-            raise UserError(f"--{field.name}", value, "expected an integer of at least 1")
-        least = field.name in ("reserve", "nvlink_latency", "network_latency", "price")
-        if value is not None and not (0 <= value < 1e12 and (least or value > 0)):
-            name = f"--{field.name.replace('_', '-')}"
-            raise UserError(name, value, f"expected a number {'of at least' if least else 'above'} 0")
-    if cluster.reach > 1:
-        raise UserError("--reach", cluster.reach, "expected a share of at most 1")
-    if cluster.reserve >= cluster.memory:
-        raise UserError("--reserve", cluster.reserve, f"expected less than --memory, {cluster.memory:g} GB")
-    return cluster
+    return Cluster(nodes=int(nodes or 1), gpus=int(gpus), **GPUS[kind])  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ collectives

@@ -3,14 +3,15 @@
     model on the meta device --forward, backward--> uses of its modules --replay--> entries gathered at every use
 
 `record` runs a model without numbers under hooks that stand where DeepSpeed's do. `replay` then decides, use by use, as
-``PartitionedParameterCoordinator`` of DeepSpeed 0.19.8 does once it knows a pass by heart: a module's weights are
-gathered in one message, up to a bucket of later ones is fetched ahead, and a weight goes after its module unless it is
-used again within the reuse distance. A message of several weights is copied out of its buffer, which stays until the
-last of them is used.
+``PartitionedParameterCoordinator`` of DeepSpeed 0.19.8 does once it has seen a pass: a module's weights are gathered in
+one message, up to a bucket of later ones is fetched ahead, and a weight goes after its module unless it is used again
+within the reuse distance. A message of several weights is copied out of its buffer, which stays until the last of them
+is used.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,21 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-Kind = str  # "reset", "fetch", "release", "leftovers"
-Message = tuple[str, ...]
+Message = tuple[str, ...]  # names of its weights
 
 
 @dataclass(frozen=True)
 class Use:
     """A module is entered (fetch) or left (release), in a forward pass or a backward pass.
 
-    kind: reset before a forward pass, leftovers after a backward pass, else fetch or release. again: a forward pass
-    inside of a backward pass, as gradient checkpointing takes it.
+    kind: reset before a forward pass, leftovers after a backward pass, else fetch or release. again: a forward pass in
+    a backward pass, as gradient checkpointing takes it.
     """
 
-    kind: Kind
+    kind: str
     module: str = ""
     forward: bool = True
     again: bool = False
@@ -47,6 +47,10 @@ class Trace:
     weights: Mapping[str, tuple[str, ...]]
     numel: Mapping[str, int]
     frozen: frozenset[str]
+
+    def entries(self, names: Iterable[str]) -> int:
+        """Of all these weights together."""
+        return sum(self.numel[name] for name in names)
 
 
 class _Note(torch.autograd.Function):
@@ -63,50 +67,42 @@ class _Note(torch.autograd.Function):
         return (*grads, None)
 
 
-def record(model: nn.Module, trained: Iterable[str], atomic_write: Iterable[str] = (), tokens: int = 8) -> Trace:
+def _noted(tree: Any, note: Callable[[], None]) -> Any:
+    """``tree``; ``note`` is called whenever a gradient passes one of its tensors."""
+    return tree_map(lambda one: _Note.apply(one, note) if isinstance(one, Tensor) and one.requires_grad else one, tree)
+
+
+def record(model: nn.Module, trained: Iterable[str], low_rank: Iterable[str] = (), tokens: int = 8) -> Trace:
     """One pass of a model on the meta device, forward and, where anything trains, backward. Changes ``requires_grad``.
 
-    trained: names of the weights that train, in the model without adapters or in it. beside: of those that coordinates
-    stand beside.
+    trained: names of the weights that train, in the model without adapters or in it. low_rank: of those that train by
+    their coordinates.
     """
-    uses = [Use("reset")]
-    backward = False
+    uses, backward, handles = [Use("reset")], False, list[Any]()
     names = {id(p): _plain(name) for name, p in model.named_parameters()}
-    wanted, handles = {_plain(name) for name in trained}, list[Any]()
-    differentiated = wanted.union(atomic_write)
+    wanted = {_plain(name) for name in trained}
+    differentiated = wanted.union(low_rank)
     for parameter in model.parameters():
         parameter.requires_grad_(names[id(parameter)] in differentiated)
 
     def watch(name: str, module: nn.Module) -> None:
-        left = [0]
+        left = 0  # gradients of inputs that have not come
+
+        def passed() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                uses.append(Use("release", name, False))
 
         def entered(_: nn.Module, inputs: Any) -> Any:
+            nonlocal left
             uses.append(Use("fetch", name, True, backward))
-            left[0] = 0
-
-            def passed() -> None:
-                left[0] -= 1
-                if left[0] == 0:
-                    uses.append(Use("release", name, False))
-
-            def noted(one: Any) -> Any:
-                if not isinstance(one, Tensor):
-                    return one
-                left[0] += one.requires_grad
-                return _Note.apply(one, passed)
-
-            return tree_map(noted, inputs)
+            left = sum(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves(inputs))
+            return _noted(inputs, passed)
 
         def exited(_: nn.Module, inputs: Any, output: Any) -> Any:
             uses.append(Use("release", name, True, backward))
-
-            def reached() -> None:
-                uses.append(Use("fetch", name, False))
-
-            def noted(one: Any) -> Any:
-                return _Note.apply(one, reached) if isinstance(one, Tensor) and one.is_floating_point() else one
-
-            return tree_map(noted, output)
+            return _noted(output, lambda: uses.append(Use("fetch", name, False)))
 
         handles.extend((module.register_forward_pre_hook(entered), module.register_forward_hook(exited)))
 
@@ -145,7 +141,7 @@ class Limits:
 class Fetch:
     """What happens as a module is entered. sent: messages that leave. awaited: those that must be there.
 
-    A message is the names of its weights. entries: of weights that are gathered or on their way afterwards.
+    entries: of weights that are gathered or on their way afterwards.
     """
 
     use: Use
@@ -160,23 +156,21 @@ class Gathered:
 
     most: entries that lie there as a module or one inside it is entered, while messages are copied out of their
     buffers, and as it runs: the largest of each, by (module, in a backward pass).
-    first, later: how often each weight is gathered in the first micro-batch, and in each later one. messages: gathers,
-    each of one weight or more, in those. numel: entries of each weight. course: the first micro-batch, fetch by fetch.
     """
 
     most: Mapping[tuple[str, bool], tuple[int, int]]
-    first: Mapping[str, int]
-    later: Mapping[str, int]
-    messages: tuple[int, int]
-    numel: Mapping[str, int]
-    course: tuple[Fetch, ...] = ()
+    first: Mapping[str, int]  # how often each weight is gathered in the first micro-batch
+    later: Mapping[str, int]  # and in each later one
+    messages: tuple[int, int]  # gathers, each of one weight or more, in those
+    numel: Mapping[str, int]  # entries of each weight
+    course: tuple[Fetch, ...]  # the first micro-batch
 
     def at(self, module: str, backward: bool) -> tuple[int, int]:
         """Entries as a module or one inside it is entered, and while it runs; 0 where there are no uses."""
         return self.most.get((module, backward), (0, 0))
 
     def shares(self, world_size: int, accumulation: int) -> int:
-        """Entries of its own shards that one of ``world_size`` processes gives to the gathers of a step."""
+        """Entries of its own shards that one of ``world_size`` ranks gives to the gathers of a step."""
         return sum(
             math.ceil(numel / world_size) * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
             for name, numel in self.numel.items()
@@ -190,32 +184,9 @@ class Gathered:
 def replay(trace: Trace, limits: Limits | None = None) -> Gathered:
     """A step of one micro-batch or more, each of them as in ``trace``."""
     state = _Coordinator(trace, limits or Limits())
-    most: dict[tuple[str, bool], tuple[int, int]] = defaultdict(lambda: (0, 0))
-    counts, messages, course = [], [], []
-    for micro_batch in range(2):
-        state.count, state.messages = Counter(), 0
-        backward = False
-        for use in trace.uses:
-            backward = backward or not use.forward
-            if use.kind == "reset":
-                state.reset()
-            elif use.kind == "leftovers":
-                state.leftovers()
-            elif use.kind == "fetch":
-                state.fetch(use)
-                parts = use.module.split(".")
-                for count in range(1, len(parts) + 1):
-                    key = (".".join(parts[:count]), backward)
-                    entering, running = most[key]
-                    most[key] = max(entering, state.entering), max(running, state.running)
-                if not micro_batch:
-                    entries = sum(trace.numel[name] for name in state.whole.union(state.flying))
-                    course.append(Fetch(use, tuple(state.sent), tuple(state.awaited), entries))
-            else:
-                state.release(use)
-        counts.append(state.count)
-        messages.append(state.messages)
-    return Gathered(dict(most), counts[0], counts[1], (messages[0], messages[1]), trace.numel, tuple(course))
+    first, messages, course = state.micro_batch()
+    later, more, _ = state.micro_batch()
+    return Gathered(dict(state.most), first, later, (messages, more), trace.numel, course)
 
 
 class _Coordinator:
@@ -223,26 +194,38 @@ class _Coordinator:
 
     def __init__(self, trace: Trace, limits: Limits) -> None:
         self.trace, self.limits = trace, limits
-        self.count = Counter[str]()
-        self.messages = 0
         self.order = [use.module for use in trace.uses if use.kind == "fetch"]
-        rank = {name: index for index, name in enumerate(trace.numel)}
-        self.own = {module: sorted(set(some), key=rank.__getitem__) for module, some in trace.weights.items()}
+        place = {name: index for index, name in enumerate(trace.numel)}
+        self.own = {module: sorted(set(some), key=place.__getitem__) for module, some in trace.weights.items()}
         self.passed = [0]  # entries of the modules' own weights before each fetch
         for module in self.order:
-            self.passed.append(self.passed[-1] + sum(trace.numel[name] for name in self.own[module]))
+            self.passed.append(self.passed[-1] + trace.entries(self.own[module]))
+        self.most: dict[tuple[str, bool], tuple[int, int]] = defaultdict(lambda: (0, 0))
         self.whole: set[str] = set()
         self.entries = 0  # of them
         self.flying: dict[str, Message] = {}  # weight -> its message
         self.users: dict[str, set[str]] = defaultdict(set)
-        self.again: dict[str, set[str]] = defaultdict(set)  # of a module in a backward pass: weights used anew
+        self.again: dict[str, set[str]] = defaultdict(set)  # of a module in a backward pass: weights used again
         self.backward: dict[str, None] = {}  # modules in their backward pass, in order
         self.buffers: dict[Message, int] = {}  # message -> weights of it that were not yet asked for
-        self.entering = self.running = 0  # entries: the most within the last fetch, and at its end
-        self.sent: list[Message] = []  # in it
-        self.awaited: list[Message] = []
 
-    def reset(self) -> None:
+    def micro_batch(self) -> tuple[Mapping[str, int], int, tuple[Fetch, ...]]:
+        """Each weight's gathers, the number of messages, and what happens at each fetch."""
+        count, course, backward = Counter[str](), [], False
+        for use in self.trace.uses:
+            backward = backward or not use.forward
+            getattr(self, use.kind)(use)
+            if use.kind != "fetch":
+                continue
+            for module in itertools.accumulate(use.module.split("."), "{}.{}".format):
+                entering, running = self.most[module, backward]
+                self.most[module, backward] = max(entering, self.entering), max(running, self.running)
+            count.update(name for message in self.sent for name in message)
+            entries = self.entries + self.trace.entries(self.flying.keys() - self.whole)
+            course.append(Fetch(use, tuple(self.sent), tuple(self.awaited), entries))
+        return count, sum(len(fetch.sent) for fetch in course), tuple(course)
+
+    def reset(self, use: Use) -> None:
         for name in list(self.flying):
             self._arrive(name)
             self._drop(name)
@@ -252,7 +235,9 @@ class _Coordinator:
 
     def fetch(self, use: Use) -> None:
         own = self.own[use.module]
-        self.entering, self.sent, self.awaited = 0, [], []
+        self.entering = 0  # the most entries within this fetch
+        self.sent: list[Message] = []
+        self.awaited: list[Message] = []
         if not use.forward:
             self.backward[use.module] = None
         self._gather([name for name in own if name not in self.whole and name not in self.flying])
@@ -270,7 +255,7 @@ class _Coordinator:
             self.fetched[name] = step
             due.discard(name)
         self._prefetch()
-        self.running = self._measure()
+        self.running = self._measure()  # entries at its end
         self.step += 1
 
     def _prefetch(self) -> None:
@@ -285,16 +270,12 @@ class _Coordinator:
         self._gather(ahead)
 
     def _gather(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        message = tuple(names)
-        self.sent.append(message)
-        self.buffers[message] = len(message)
-        for name in message:
-            self.flying[name] = message
-            self.available += self.trace.numel[name]
-            self.count[name] += 1
-        self.messages += 1
+        if names:
+            message = tuple(names)
+            self.sent.append(message)
+            self.buffers[message] = len(message)
+            self.flying |= dict.fromkeys(message, message)
+            self.available += self.trace.entries(message)
 
     def _arrive(self, name: str) -> None:
         """Wait for a weight's message; with the first one that is waited for, all of its weights are there."""
@@ -302,7 +283,7 @@ class _Coordinator:
         self.awaited.append(message)
         if self.buffers[message] == len(message):
             self.whole.update(message)
-            self.entries += sum(self.trace.numel[one] for one in message)
+            self.entries += self.trace.entries(message)
         self.buffers[message] -= 1
         self._measure()
         if not self.buffers[message]:
@@ -315,17 +296,17 @@ class _Coordinator:
             if not going or self.passed[step] - self.passed[self.step] >= self.limits.reuse:
                 break
             going.difference_update(self.own[self.order[step]])
-        trained_names = set(own)
+        released = set(own)
         if not use.forward:
             going |= self.again[use.module]
-            trained_names |= self.again.pop(use.module)
+            released |= self.again.pop(use.module)
             self.backward.pop(use.module, None)
-        for name in trained_names:
+        for name in released:
             self.users[name].discard(use.module)
             if name in going:
                 self._drop(name)
 
-    def leftovers(self) -> None:
+    def leftovers(self, use: Use) -> None:
         while self.backward:
             module, _ = self.backward.popitem()
             for name in {*self.own[module], *self.again.pop(module, ())}:
@@ -340,9 +321,7 @@ class _Coordinator:
 
     def _measure(self) -> int:
         """Entries: gathered weights, and buffers of messages; a message of one weight is its weight's memory."""
-        now = self.entries
-        for message in self.buffers:
-            if len(message) > 1 or message[0] in self.flying:
-                now += sum(self.trace.numel[name] for name in message)
+        buffers = (message for message in self.buffers if len(message) > 1 or message[0] in self.flying)
+        now = self.entries + sum(map(self.trace.entries, buffers))
         self.entering = max(self.entering, now)
         return now

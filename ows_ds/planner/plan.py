@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ows_ds import config, files, methods
+from ows_ds import config, methods
 from ows_ds.config import Recipe
 from ows_ds.distributed.launch import quieten
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, check_config, read_config
 from ows_ds.errors import UserError
-from ows_ds.files import atomic_write
+from ows_ds.files import atomic_write, can_be_made
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
-from ows_ds.model.shapes import Model, read_model
+from ows_ds.model.shapes import read_model
 from ows_ds.planner.cluster import Cluster
-from ows_ds.planner.forecast import (
-    HOME_NAMES,
-    HOMES,
-    Choice,
-    Forecast,
-    Replays,
-    choice_of,
-    choices,
-    forecast,
-    ranked,
-    scaled,
-    scaling_sizes,
-    under,
-)
-from ows_ds.planner.memory import Memory
+from ows_ds.planner.forecast import HOMES, Choice, Forecast, Planner, Replays, choices, ranked, scaling_sizes
 from ows_ds.tables import Table, lines, number, terminal
 
 FILES = ("plan.json", "recipe.yaml", "scaling.png")
 STATE = ("weights", "second shards", "coordinates", "gradients", "moments", "masters", "projectors", "buckets")
-PARTS = {  # of what a step adds: where it is largest
-    "activations": ("forward", "loss", "backward"),
-    "logits": ("loss",),
-    "one layer's pass": ("forward", "backward"),
-    "gathered weights": ("arrival", "forward", "loss", "backward", "embedding"),
+PARTS = {  # of what a step adds: component, and the phases of which the largest counts
+    "activations": ("activations", ("forward", "loss", "backward")),
+    "logits": ("logits", ("loss",)),
+    "one layer's pass": ("one layer", ("forward", "backward")),
+    "gathered weights": ("gathered", ("arrival", "forward", "loss", "backward", "embedding")),
 }
-Column = tuple[str, Forecast]
+Rows = dict[str, list[float]]
 
 
 def plan(
@@ -58,246 +44,206 @@ def plan(
     numbers and a plot; nothing in it is written over. Raises UserError for whatever the user can put right.
     """
     quieten()
-    model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
-    methods.check(recipe, model.layers)
-    settings = _ds_config(recipe)
+    report = Report(recipe, cluster, others)
     if output is not None:
         _check_output(output)
-    planner = _Planner(recipe, model, cluster, settings)
-    summary = planner.summary(others)
+    summary = report.summary()
     if output is not None:
-        _write(output, planner, choose, summary)
-    print(
-        json.dumps(summary, indent=2, allow_nan=False) if as_json else terminal(planner.tables(others), planner.notes())
-    )
+        _write(output, report, report.cheapest if choose == "cheapest" else report.fastest, summary)
+    print(json.dumps(summary, indent=2, allow_nan=False) if as_json else terminal(report.tables(), report.notes()))
 
 
-class _Planner:
+class Report:
     """All forecasts of one recipe; each is made when it is first asked for."""
 
-    def __init__(self, recipe: Recipe, model: Model, cluster: Cluster, settings: dict[str, Any]) -> None:
-        self.recipe, self.model, self.cluster, self.settings = recipe, model, cluster, settings
-        self.ratios = _ratios(recipe, len(model.layers.layers))
-        self.replays = self._replays(recipe)
+    def __init__(self, recipe: Recipe, cluster: Cluster, others: Sequence[str]) -> None:
+        """Raises UserError for what training would refuse."""
+        model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
+        methods.check(recipe, model.layers)
+        self.recipe, self.cluster, self.others = recipe, cluster, others
+        self.settings = _ds_config(recipe)
+        replays = Replays(model.config, self.settings["zero_optimization"])
+        self.planner = Planner(recipe, model, _ratios(recipe, len(model.layers.layers)), replays)
+        self.homes = list(HOMES)[: 1 if cluster.world_size == 1 else 2 if cluster.nodes == 1 else 3]
 
-    def _replays(self, recipe: Recipe) -> Replays:
-        return Replays(self.model.config, self.settings["zero_optimization"], functools.partial(methods.adapt, recipe))
+    def _forecasts(self, planner: Planner, **changes: Any) -> list[Forecast]:
+        """On the whole cluster with the recipe's micro-batch, by home."""
+        found = [replace(planner.choice(self.cluster.world_size, home), **changes) for home in self.homes]
+        return [planner.forecast(self.cluster, choice) for choice in found]
 
-    def forecast(self, choice: Choice, recipe: Recipe | None = None) -> Forecast:
-        """Of the recipe, or of another one, under a choice."""
-        if recipe is None or recipe is self.recipe:
-            return forecast(self.recipe, self.model, self.cluster, choice, self.ratios, self.replays)
-        return forecast(recipe, self.model, self.cluster, choice, self.ratios, self._replays(recipe))
-
-    @functools.cached_property
-    def homes(self) -> list[str]:
-        """Homes of the weights that the whole cluster offers."""
-        return list(HOMES[: 1 if self.cluster.world_size == 1 else 2 if self.cluster.nodes == 1 else 3])
-
-    @functools.cached_property
-    def columns(self) -> dict[bool, list[Column]]:
-        """(name, forecast) on the whole cluster with the recipe's micro-batch, by checkpointing."""
+    @cached_property
+    def columns(self) -> dict[bool, list[Forecast]]:
+        """On the whole cluster, a home each, by checkpointing."""
         return {
-            checkpointing: [
-                (HOME_NAMES[home], self.forecast(replace(choice_of(self.recipe, self.cluster.world_size, home),
-                                                         checkpointing=checkpointing)))
-                for home in self.homes
-            ]
-            for checkpointing in (False, True)
-        }  # fmt: skip
+            checkpointing: self._forecasts(self.planner, checkpointing=checkpointing) for checkpointing in (False, True)
+        }
 
     @property
-    def asked(self) -> list[Column]:
-        """The columns with the recipe's checkpointing."""
+    def asked(self) -> list[Forecast]:
+        """Those with the recipe's checkpointing."""
         return self.columns[self.recipe.train.gradient_checkpointing]
 
-    @functools.cached_property
+    @cached_property
+    def compared(self) -> dict[str, list[Forecast]]:
+        """The same under other methods."""
+        return {name: self._forecasts(self.planner.under(name)) for name in self.others}
+
+    @cached_property
     def all(self) -> list[Forecast]:
         """Under all that can be chosen on the cluster or a part of it."""
-        return [self.forecast(choice) for choice in choices(self.recipe, self.cluster)]
+        found = choices(self.recipe.train.global_batch_size, self.cluster)
+        return [self.planner.forecast(self.cluster, choice) for choice in found]
 
-    @functools.cached_property
+    @cached_property
     def cheapest(self) -> Forecast | None:
         """Of those that fit."""
         return next(iter(ranked(self.all)), None)
 
-    @functools.cached_property
+    @cached_property
     def fastest(self) -> Forecast | None:
         """The same with most tokens a day."""
         return max(ranked(self.all), key=lambda one: one.tokens_per_day, default=None)
 
-    def ds_config(self, choice: Choice) -> dict[str, Any]:
-        """The DeepSpeed file of a choice: the recipe's, or ours."""
-        zero = dict(self.settings["zero_optimization"])
-        if choice.home == "hpz":
-            zero["zero_hpz_partition_size"] = self.cluster.gpus
-        auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-        bf16 = {"bf16": {"enabled": self.recipe.model.dtype == "bfloat16"}}
-        return {**bf16, **auto, **self.settings, "zero_optimization": {"stage3_param_persistence_threshold": 0, **zero}}
-
-    @functools.cached_property
+    @cached_property
     def scaling(self) -> dict[str, dict[int, Forecast]]:
         """Of each home, the recipe's work of a GPU on up to 1,024 of them."""
-        homes = HOMES if max(scaling_sizes(self.cluster)) > self.cluster.gpus else HOMES[:2]
-        found: dict[str, dict[int, Forecast]] = {}
-        for home in homes:
-            for world_size in scaling_sizes(self.cluster):
-                if home == "replicated" or world_size > (self.cluster.gpus if home == "hpz" else 1):
-                    one = scaled(self.recipe, self.model, self.cluster, world_size, home, self.ratios, self.replays)
-                    found.setdefault(home, {})[world_size] = one
-        return found
+        sizes, least = scaling_sizes(self.cluster), {"replicated": 0, "zero3": 1, "hpz": self.cluster.gpus}
+        found = {
+            home: {n: self.planner.scaled(self.cluster, n, home) for n in sizes if n > least[home]} for home in HOMES
+        }
+        return {home: some for home, some in found.items() if some}
 
     # ---- shown
 
-    def tables(self, others: Sequence[str]) -> list[Table]:
+    def tables(self) -> list[Table]:
         """For the terminal."""
         shown = [self._memory(), self._traffic(), self._times(), self._fitting()]
-        return [*shown, self._methods(others)] if others else shown
+        return [table for table in (*shown, self._methods()) if table.rows]
 
     def _memory(self) -> Table:
-        columns = [
-            (f"{name}{', ckpt' if checkpointing else ''}", one)
-            for checkpointing in (False, True)
-            for name, one in self.columns[checkpointing]
-            if one.choice.home != "hpz" or checkpointing == self.recipe.train.gradient_checkpointing
-        ]
-        rows = _rows({name: [one.plain.state.get(name, 0) for _, one in columns] for name in STATE})
-        parts = {part: [_largest(one.plain, part) for _, one in columns] for part in PARTS}
-        rows += _rows(parts, "+ ")
-        rows += _rows({"peak of a step": [one.plain.peak for _, one in columns]}, always=True)
-        rows += _rows({"with a refresh": [one.refresh.peak for _, one in columns]})
-        rows.append(["fits", *("yes" if one.fits else "no" for _, one in columns)])
-        return Table("memory of a GPU [GB]", ["", *(name for name, _ in columns)], rows)
+        asked = self.recipe.train.gradient_checkpointing
+        some = [one for column in self.columns.values() for one in column]
+        some = [one for one in some if one.choice.home != "hpz" or one.choice.checkpointing == asked]
+        rows: Rows = {name: [one.plain.state.get(name, 0) for one in some] for name in STATE}
+        rows |= {f"+ {part}": [_largest(one, *PARTS[part]) for one in some] for part in PARTS}
+        rows |= {
+            "peak of a step": [one.plain.peak for one in some],
+            "with a refresh": [one.refresh.peak for one in some],
+        }
+        table = _table("memory of a GPU [GB]", some, rows, lambda size: number(size / 1e9, 2, fixed=True))
+        head = [f"{name}{', ckpt' * one.choice.checkpointing}" for name, one in zip(table.head[1:], some, strict=True)]
+        return Table(table.title, ["", *head], [*table.rows, ["fits", *("yes" if one.fits else "no" for one in some)]])
 
     def _traffic(self) -> Table:
-        operations = list(dict.fromkeys(op for _, one in self.asked for op in one.sent))
-        rows = [
-            [op, *(_or_nothing(one.sent[op].sent / 1e6) if op in one.sent else "" for _, one in self.asked)]
-            for op in operations
-        ]
-        totals = [sum(message.sent for message in one.sent.values()) / 1e6 for _, one in self.asked]
-        rows.append(["all", *map(_or_nothing, totals)])
-        return Table("sent by a GPU in a step [MB]", ["", *(name for name, _ in self.asked)], rows)
+        rows: Rows = {op: [one.sent[op].sent / 1e6 if op in one.sent else 0 for one in self.asked]
+                      for op in (op for one in self.asked for op in one.sent)}  # fmt: skip
+        rows["all"] = [one.sent_bytes / 1e6 for one in self.asked]
+        return _table("sent by a GPU in a step [MB]", self.asked, rows)
 
     def _times(self) -> Table:
-        phases = list(dict.fromkeys(phase for _, one in self.asked for phase in one.times.work))
-        rows = [[p, *(_or_nothing(1e3 * one.times.work.get(p, 0)) for _, one in self.asked)] for p in phases]
-        rows.append(["links", *(_or_nothing(1e3 * sum(one.times.links.values())) for _, one in self.asked)])
-        rows.append(["step, no overlap", *(_or_nothing(1e3 * one.times.serial) for _, one in self.asked)])
-        rows.append(["step, overlapped", *(_or_nothing(1e3 * one.times.overlapped) for _, one in self.asked)])
-        rows.append(["Mtokens a day", *(number(one.tokens_per_day / 1e6, 3) for _, one in self.asked)])
-        return Table("time of a step at best [ms]", ["", *(name for name, _ in self.asked)], rows)
+        rows: Rows = {phase: [1e3 * one.times.work.get(phase, 0) for one in self.asked]
+                      for phase in (phase for one in self.asked for phase in one.times.work)}  # fmt: skip
+        rows["links"] = [1e3 * sum(one.times.links.values()) for one in self.asked]
+        rows["step, no overlap"] = [1e3 * one.times.serial for one in self.asked]
+        rows["step, overlapped"] = [1e3 * one.times.overlapped for one in self.asked]
+        rows["Mtokens a day"] = [one.tokens_per_day / 1e6 for one in self.asked]
+        return _table("time of a step at best [ms]", self.asked, rows)
 
     def _fitting(self) -> Table:
-        head = ["GPUs", "weights", "micro", "ckpt", "GB", "ms", "Mtok/day", "GPU h/Gtok", ""]
-        if self.cluster.price is not None:
-            head[-2] = "price/Gtok"
+        groups: dict[tuple[int, str], list[Forecast]] = {}
+        for one in self.all:
+            groups.setdefault((one.choice.world_size, one.choice.home), []).append(one)
         rows = []
-        for world_size, home in dict.fromkeys((one.choice.world_size, one.choice.home) for one in self.all):
-            some = [one for one in self.all if (one.choice.world_size, one.choice.home) == (world_size, home)]
+        for (world_size, home), some in groups.items():
             best = next(iter(ranked(some)), None)
             shown = best or min(some, key=lambda one: one.peak)
-            mark = "too big" if best is None else ""
-            mark = "cheapest" if best is self.cheapest and best else mark
-            mark = "fastest" if best is self.fastest and best and best is not self.cheapest else mark
-            cost = shown.gpu_hours * (self.cluster.price or 1)
-            rows.append([str(world_size), HOME_NAMES[home], str(shown.choice.micro_batch),
+            mark = "too big" if best is None else "cheapest" if best is self.cheapest else ""
+            mark = mark or ("fastest" if best is self.fastest else "")
+            numbers = (1e3 * shown.seconds, shown.tokens_per_day / 1e6, shown.gpu_hours * (self.cluster.price or 1))
+            rows.append([str(world_size), HOMES[home], str(shown.choice.micro_batch),
                          "yes" if shown.choice.checkpointing else "no", number(shown.peak / 1e9, 1, fixed=True),
-                         number(1e3 * shown.seconds, 3), number(shown.tokens_per_day / 1e6, 3),
-                         number(cost, 3), mark])  # fmt: skip
+                         *(number(value, 3) for value in numbers), mark])  # fmt: skip
+        cost = "GPU h/Gtok" if self.cluster.price is None else "price/Gtok"
+        head = ["GPUs", "weights", "micro", "ckpt", "GB", "ms", "Mtok/day", cost, ""]
         return Table("what fits: the cheapest of each", head, rows)
 
-    def _methods(self, others: Sequence[str]) -> Table:
+    def _methods(self) -> Table:
         homes = [home for home in self.homes if home != "hpz"]
-        recipes = under(self.recipe, list(dict.fromkeys([self.recipe.method.name, *others])))
-        head = ["method", *(f"{HOME_NAMES[h]} {what}" for h in homes for what in ("[GB]", "[MB sent]", "[ms]"))]
         rows = []
-        for name, recipe in recipes.items():
-            cells = []
-            for home in homes:
-                one = self.forecast(choice_of(recipe, self.cluster.world_size, home), recipe)
-                sent = sum(message.sent for message in one.sent.values()) / 1e6
-                cells += [one.peak / 1e9, sent, 1e3 * one.seconds]
+        for name, found in ({self.recipe.method.name: self.asked} | self.compared if self.others else {}).items():
+            some = found[: len(homes)]
+            cells = [cell for one in some for cell in (one.peak / 1e9, one.sent_bytes / 1e6, 1e3 * one.seconds)]
             rows.append([name, *(number(cell, 3) for cell in cells)])
-        return Table("methods", head, rows)
+        units = ("[GB]", "[MB sent]", "[ms]")
+        return Table("methods", ["method", *(f"{HOMES[home]} {unit}" for home in homes for unit in units)], rows)
 
     def notes(self) -> list[str]:
         """What a reader must know, and what to start with."""
-        c = self.cluster
+        c, train = self.cluster, self.recipe.train
         found = [
-            f"{self.model.name}, {self.recipe.method.name}, {self.recipe.model.dtype}, length "
-            f"{self.recipe.data.max_length}, batch {self.recipe.train.global_batch_size}; {c.nodes} x {c.gpus} GPUs of "
+            f"{self.planner.model.name}, {self.recipe.method.name}, {self.recipe.model.dtype}, length "
+            f"{self.recipe.data.max_length}, batch {train.global_batch_size}; {c.nodes} x {c.gpus} GPUs of "
             f"{c.memory:g} GB, of which {c.reserve:g} GB are not ours.",
             f"Times are rooflines at {100 * c.reach:.0f} % (--reach) of the data sheets' numbers, no measurements. "
             "Formulas and their sources: docs/plan.md.",
         ]
         if self.cheapest is None:
             return [*found, "Nothing of this fits: take more GPUs, a shorter data.max_length or a smaller optim.rank."]
-        found.append("Cheapest: " + self.command(self.cheapest.choice))
-        if self.fastest is not None and self.fastest is not self.cheapest:
-            found.append("Fastest: " + self.command(self.fastest.choice))
+        for name, one in {"Cheapest": self.cheapest, "Fastest": self.fastest}.items():
+            if one is not None and (name == "Cheapest" or one is not self.cheapest):
+                options = [word for pair in one.choice.options() for word in pair]
+                found.append(f"{name}: {self.command(one.choice, 'RECIPE.yaml', *options)}")
         return found
 
-    def command(self, choice: Choice, recipe: str = "RECIPE.yaml") -> str:
-        """How to start it."""
+    def command(self, choice: Choice, *words: str) -> str:
+        """How to start it. words: the recipe, and options."""
         gpus, nodes = min(choice.world_size, self.cluster.gpus), max(1, choice.world_size // self.cluster.gpus)
-        words = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(gpus)]
-        words = [*words, "-m", "ows_ds"] if choice.world_size > 1 else ["ows-ds"]
-        words += ["train", "--config", recipe]
-        if recipe == "RECIPE.yaml":
-            words += ["--train.sharding", "replicated" if choice.home == "replicated" else "zero3",
-                      "--train.micro_batch_size", str(choice.micro_batch),
-                      "--train.gradient_checkpointing", str(choice.checkpointing).lower()]  # fmt: skip
-        return shlex.join(words)
+        launcher = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(gpus)]
+        program = [*launcher, "-m", "ows_ds"] if choice.world_size > 1 else ["ows-ds"]
+        return shlex.join([*program, "train", "--config", *words])
 
     # ---- written
 
-    def summary(self, others: Sequence[str]) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """JSON-able: bytes, seconds, entries."""
         found = {
             "format": 1,
-            "model": self.model.name,
-            "cluster": asdict(self.cluster),
+            "model": self.planner.model.name,
+            "cluster": self.cluster.model_dump(),
             "recipe": config.to_dict(self.recipe),
-            "whole cluster": [_described(one) for some in self.columns.values() for _, one in some],
+            "whole cluster": [_described(one) for some in self.columns.values() for one in some],
             "choices": [_brief(one) for one in self.all],
             "cheapest": None if self.cheapest is None else asdict(self.cheapest.choice),
             "fastest": None if self.fastest is None else asdict(self.fastest.choice),
             "scaling": {
-                home: {world_size: one.tokens_per_day for world_size, one in some.items()}
-                for home, some in self.scaling.items()
+                home: {n: one.tokens_per_day for n, one in some.items()} for home, some in self.scaling.items()
             },
         }
-        if others:
-            found["methods"] = {
-                name: [
-                    _described(self.forecast(choice_of(recipe, self.cluster.world_size, home), recipe))
-                    for home in self.homes
-                ]
-                for name, recipe in under(self.recipe, others).items()
-            }
+        if self.others:
+            found["methods"] = {name: [_described(one) for one in some] for name, some in self.compared.items()}
         return found
 
-
-def _largest(memory: Memory, part: str) -> int:
-    """Bytes of a part in the phase in which it is largest."""
-    name = {"one layer's pass": "one layer", "gathered weights": "gathered"}.get(part, part)
-    return max(memory.phases.get(phase, {}).get(name, 0) for phase in PARTS[part])
-
-
-def _rows(parts: Mapping[str, Sequence[float]], before: str = "", always: bool = False) -> list[list[str]]:
-    """A row a part, in GB; parts that are nowhere are left out."""
-    return [
-        [before + name, *(_or_nothing(size / 1e9, 2) for size in sizes)]
-        for name, sizes in parts.items()
-        if always or any(sizes)
-    ]
+    def ds_config(self, choice: Choice) -> dict[str, Any]:
+        """The DeepSpeed file of a choice: the recipe's, or ours."""
+        zero = {"stage3_param_persistence_threshold": 0, **self.settings["zero_optimization"]}
+        if choice.home == "hpz":
+            zero["zero_hpz_partition_size"] = self.cluster.gpus
+        auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+        bf16 = {"bf16": {"enabled": self.recipe.model.dtype == "bfloat16"}}
+        return {**bf16, **auto, **self.settings, "zero_optimization": zero}
 
 
-def _or_nothing(value: float, digits: int | None = None) -> str:
-    if not value:
-        return ""
-    return number(value, 3) if digits is None else number(value, digits, fixed=True)
+def _largest(one: Forecast, component: str, phases: Sequence[str]) -> int:
+    """Bytes of a component in the phase in which it is largest."""
+    return max(one.plain.phases.get(phase, {}).get(component, 0) for phase in phases)
+
+
+def _table(
+    title: str, columns: Sequence[Forecast], rows: Rows, show: Callable[[float], str] = lambda value: number(value, 3)
+) -> Table:
+    """A column a forecast; rows without a number are left out, zeros empty."""
+    shown = [[name, *(show(x) if x else "" for x in values)] for name, values in rows.items() if any(values)]
+    return Table(title, ["", *(HOMES[one.choice.home] for one in columns)], shown)
 
 
 def _brief(one: Forecast) -> dict[str, Any]:
@@ -344,38 +290,29 @@ def _ds_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_output(output: Path) -> None:
-    if not files.can_be_made(output):
-        raise UserError(
-            "--output", str(output), "expected a folder that can be written to, or a name at which one can be made"
-        )
+    right = "a folder that can be written to, or a name at which one can be made" if not can_be_made(output) else None
     for name in (*FILES, "ds_config.json"):
-        if (output / name).exists():
-            raise UserError("--output", str(output), f"expected a folder without {name}: nothing is written over")
+        if right is None and (output / name).exists():
+            right = f"a folder without {name}: nothing is written over"
+    if right is not None:
+        raise UserError("--output", str(output), f"expected {right}")
 
 
-def _write(output: Path, planner: _Planner, choose: str, summary: dict[str, Any]) -> None:
+def _write(output: Path, report: Report, chosen: Forecast | None, summary: dict[str, Any]) -> None:
     """The numbers, the plot, and what starts the choice."""
     texts = {"plan.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
-    chosen = planner.cheapest if choose == "cheapest" else planner.fastest
     if chosen is not None:
-        choice, recipe = chosen.choice, planner.recipe
-        sharded = choice.home != "replicated"
-        train = replace(
-            recipe.train,
-            sharding="zero3" if sharded else "replicated",
-            micro_batch_size=choice.micro_batch,
-            gradient_checkpointing=choice.checkpointing,
-            ds_config=str(output / "ds_config.json") if sharded else None,
-        )
-        start = planner.command(choice, str(output / "recipe.yaml"))
-        texts["recipe.yaml"] = f"# {start}\n{config.to_yaml(replace(recipe, train=train))}"
+        sharded = chosen.choice.sharding == "zero3"
+        ds_config = {"ds_config": str(output / "ds_config.json") if sharded else None}
+        recipe = report.planner.changed(train=chosen.choice.settings() | ds_config).recipe
+        start = report.command(chosen.choice, str(output / "recipe.yaml"))
+        texts["recipe.yaml"] = f"# {start}\n{config.to_yaml(recipe)}"
         if sharded:
-            texts["ds_config.json"] = json.dumps(planner.ds_config(choice), indent=2) + "\n"
+            texts["ds_config.json"] = json.dumps(report.ds_config(chosen.choice), indent=2) + "\n"
     for name, text in texts.items():
         with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     series = {
-        HOME_NAMES[home]: {world_size: one.tokens_per_day / 1e6 for world_size, one in some.items()}
-        for home, some in planner.scaling.items()
+        HOMES[home]: {n: one.tokens_per_day / 1e6 for n, one in some.items()} for home, some in report.scaling.items()
     }
     lines(series, "GPUs", "million tokens a day, roofline", output / "scaling.png", log=True)

@@ -1,20 +1,22 @@
 """How long a step takes at best on a cluster: arithmetic, memory, links. Pure.
 
 A phase that does f flops and moves n bytes takes max(f / peak flops, n / memory bandwidth) seconds (Williams, Waterman,
-Patterson 2009). A product of T x n with n x m is 2 T m n flops. Letters as in `ows_ds.planner.memory`; r the rank, m x n a
-matrix, s the length of a sequence, q the width of all queries.
+Patterson 2009). A product of T x n with n x m is 2 T m n flops. Letters as in `ows_ds.planner.step`; r the low rank,
+m x n a matrix, s the length of a sequence, q the width of all queries.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ows_ds.model.layers import Block
-from ows_ds.optim.layout import plan_refresh
 from ows_ds.optim.projection import OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
-from ows_ds.planner.memory import Job, activations_of, kinds_of, parts_of, state
+from ows_ds.planner.memory import state
+from ows_ds.planner.step import StepSpec, activations, numel, split
+from ows_ds.planner.traffic import Messages
 
 # what travels while a pass computes; the rest waits for the update, or the update for it
 HIDDEN = ("weights", "gradients", "full_rank_gradients", "refresh_gradients")
@@ -34,25 +36,24 @@ class Work:
         return Work(self.flops * times, self.bytes * times)
 
 
-def work(job: Job, refreshes: float = 0.0) -> dict[str, Work]:
+def work(spec: StepSpec, refreshes: float = 0.0) -> dict[str, Work]:
     """What a GPU does in a step, by phase. refreshes: of all projectors, in a step (1 / T_p where no layer changes)."""
-    kinds = kinds_of(job, False)
     forward = recompute = backward = refresh = Work()
-    for block, kind in zip(job.layers.layers, kinds, strict=True):
-        one = _forward(job, block, kind)
-        forward += one
+    for block, kind in spec.walk():
+        there, back = _passes(spec, block, kind)
+        forward += there
         if kind:
-            backward += _backward(job, block, kind)
-            recompute += one if job.checkpointing else Work()
+            backward += back
+            recompute += there if spec.checkpointing else Work()
         if kind == "low" and refreshes:
-            refresh += _refresh(job, block)
-    passes = 2 if job.method == "mezo" else 1
+            refresh += _refresh(spec, block)
+    passes = 2 if spec.method == "mezo" else 1
     found = {
-        "forward": forward * (passes * job.accumulation),
-        "recompute": recompute * job.accumulation,
-        "backward": backward * job.accumulation,
-        "loss": _loss(job, any(kinds)) * (passes * job.accumulation),
-        "update": _update(job),
+        "forward": forward * (passes * spec.accumulation),
+        "recompute": recompute * spec.accumulation,
+        "backward": backward * spec.accumulation,
+        "loss": _loss(spec) * (passes * spec.accumulation),
+        "update": _update(spec),
         "refresh": refresh * refreshes,
     }
     return {phase: one for phase, one in found.items() if one.flops or one.bytes}
@@ -60,112 +61,69 @@ def work(job: Job, refreshes: float = 0.0) -> dict[str, Work]:
 
 def _sizes(block: Block) -> tuple[int, int]:
     """Entries of a layer's matrices, and the sum of their sides."""
-    return sum(m.shape[0] * m.shape[1] for m in block.matrices), sum(sum(m.shape) for m in block.matrices)
+    return sum(map(numel, block.matrices)), sum(sum(m.shape) for m in block.matrices)
 
 
-def _attention(job: Job, block: Block) -> float:
-    """Flops of Q K^T and of its product with V, of which a causal mask needs half: 2 T s q (Dao et al. 2022)."""
-    return 2 * job.tokens * job.length * parts_of(block, job.head.shape[1]).output.in_features
+def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
+    """A layer's forward pass and its backward pass.
 
-
-def _forward(job: Job, block: Block, kind: str) -> Work:
-    """2 T per entry, attention, and X Q C^T beside the products: 2 T r (m + n)."""
-    entries, sides = _sizes(block)
-    atomic_write = {"low": job.rank, "adapters": job.lora_rank}.get(kind, 0)
-    flops = 2 * job.tokens * (entries + atomic_write * sides) + _attention(job, block)
-    return Work(flops, entries * job.itemsize + 2 * activations_of(job, block, "frozen"))
-
-
-def _backward(job: Job, block: Block, kind: str) -> Work:
-    """Gradients of activations cost what the forward pass did, attention twice that; those of what trains come on top.
-
-    The latter are 2 T m n of a whole weight, 2 T r times the longer side of coordinates.
+    Forward: 2 T per entry, attention, and X Q C^T beside the products, 2 T r (m + n). Attention is Q K^T and its
+    product with V, of which a causal mask needs half: 2 T s q (Dao et al. 2022). Backward, gradients of activations
+    cost as much, attention twice that; gradients of what trains come on top: 2 T m n of a whole weight, 2 T r times the
+    longer side of coordinates.
     """
-    entries, sides = _sizes(block)
-    forward = _forward(job, block, kind)
+    tokens, (entries, sides) = spec.tokens, _sizes(block)
+    attention = 2 * tokens * spec.length * split(block, spec.hidden).output.in_features
+    low = {"low": spec.rank, "adapters": spec.lora_rank}.get(kind, 0)
+    flops = 2 * tokens * (entries + low * sides) + attention
     trains = {
-        "full": 2 * job.tokens * entries,
-        "low": 2 * job.tokens * job.rank * sum(m.long for m in block.matrices),
-        "adapters": 2 * job.tokens * job.lora_rank * sides,
+        "full": 2 * tokens * entries,
+        "low": 2 * tokens * spec.rank * sum(m.long for m in block.matrices),
+        "adapters": 2 * tokens * spec.lora_rank * sides,
     }.get(kind, 0)
-    written = entries * job.itemsize if kind == "full" else 0
-    moved = entries * job.itemsize + 4 * activations_of(job, block, "frozen") + written
-    return Work(forward.flops + _attention(job, block) + trains, moved)
+    read, kept = entries * spec.itemsize, activations(spec, block, "frozen")
+    written = read if kind == "full" else 0
+    return Work(flops, read + 2 * kept), Work(flops + attention + trains, read + 4 * kept + written)
 
 
-def _loss(job: Job, flows: bool) -> Work:
+def _loss(spec: StepSpec) -> Work:
     """The head on labelled tokens: logits, the gradient of its input, and of itself where it trains; 2 T h V each."""
-    vocabulary, hidden = job.head.shape
-    labelled = job.tokens - job.rows if job.labelled is None else job.labelled
-    learns = job.head.name in {**job.full_rank, **job.plan.matrices}
-    products = 1 + flows + learns
-    logits = labelled * vocabulary * 2 * (2 * job.itemsize + job.wide)  # written and read: twice in b, once in e
-    return Work(2 * labelled * hidden * vocabulary * products, products * vocabulary * hidden * job.itemsize + logits)
+    learns = spec.head.name in spec.full_rank or spec.head.name in spec.plan.matrices
+    products = 1 + any(kind for _, kind in spec.walk()) + learns
+    logits = spec.labels * spec.head.shape[0] * 2 * (2 * spec.itemsize + spec.wide)  # in and out: twice in b, once in e
+    return Work(2 * spec.labels * numel(spec.head) * products, products * numel(spec.head) * spec.itemsize + logits)
 
 
-def _update(job: Job) -> Work:
+def _update(spec: StepSpec) -> Work:
     """Of each own entry: value and moments are read and written, the gradient is read twice; a weight is written."""
-    if job.method == "mezo":  # noise added, taken off twice over, and the step
-        return Work(0, 4 * 2 * state(job)["weights"])
-    own = state(job)["moments"] // (2 * job.wide)
-    return Work(0, own * (8 * job.wide + job.itemsize))
+    if spec.method == "mezo":  # noise added, taken off twice over, and the step
+        return Work(0, 4 * 2 * state(spec)["weights"])
+    own = state(spec)["moments"] // (2 * spec.wide)
+    return Work(0, own * (8 * spec.wide + spec.itemsize))
 
 
-def _refresh(job: Job, block: Block) -> Work:
-    """New projectors of a layer: its full gradients, and the range finder's products with them (project.py).
+def _refresh(spec: StepSpec, block: Block) -> Work:
+    """New projectors of a layer: its full gradients, and the range finder's products with them (projection.py).
 
     With several micro-batches the owners of matrices work at the same time, else one after the other.
     """
     entries, sides = _sizes(block)
-    if job.refresh == "sketch":
-        width = max(sketch_width(job.rank, min(m.shape)) for m in block.matrices)
-        return Work(2 * 2 * 2 * job.tokens * job.accumulation * width * sides, 0)
-    finder = [4 * ROUNDS * m.shape[0] * m.shape[1] * (job.rank + OVERSAMPLING) for m in block.matrices]
+    if spec.refresh == "sketch":
+        width = max(sketch_width(spec.rank, min(m.shape)) for m in block.matrices)
+        return Work(2 * 2 * 2 * spec.tokens * spec.accumulation * width * sides, 0)
+    finder = sum(4 * ROUNDS * numel(m) * (spec.rank + OVERSAMPLING) for m in block.matrices)
     share = 1.0
-    if job.accumulation > 1 and job.refresh_batch == "full":
-        owners = plan_refresh(list(job.plan.matrices.values()), job.world_size).owners
-        load: dict[int, int] = {}
-        for m in job.plan.matrices.values():
-            load[owners[m.name]] = load.get(owners[m.name], 0) + m.shape[0] * m.shape[1]
-        share = max(load.values()) / sum(load.values())
-    return Work(2 * job.tokens * job.accumulation * entries + sum(finder) * share, 4 * 2 * ROUNDS * entries * share)
-
-
-@dataclass(frozen=True)
-class Messages:
-    """Collectives of one kind in a step. sent: bytes of a process, in all. count: of them. rounds: 2 of all-reduces."""
-
-    sent: float
-    count: float = 1.0
-    rounds: int = 1
-
-
-def messages(
-    job: Job, sent: Mapping[str, float], refresh: Mapping[str, float], refreshes: float
-) -> dict[str, Messages]:
-    """Collectives of a step by operation. sent, refresh: `ows_ds.planner.memory.traffic` of a plain step, and of a refresh."""
-    whole = len(job.full_rank)
-    matrices = len(job.plan.matrices)
-    batches = job.accumulation if job.refresh_batch == "full" else 1
-    blocks = len(job.plan.layouts)
-    counts = {
-        "gradients": blocks,
-        "coordinates": blocks,
-        "merge": blocks,
-        "full_rank_gradients": whole * job.accumulation,
-        "full_rank_weights": whole,
-        "refresh_gradients": matrices * batches,
-    }
-    found = {name: Messages(size, counts.get(name, 1), 2 if name == "grad_norm" else 1) for name, size in sent.items()}
-    for name, size in refresh.items():
-        if name not in sent and refreshes:
-            found[name] = Messages(size * refreshes, counts.get(name, 1) * refreshes)
-    return found
+    if spec.refresh_passes > 1:
+        owners, load = spec.refresh_plan().owners, Counter[int]()
+        for matrix in spec.projected:
+            load[owners[matrix.name]] += numel(matrix)
+        share = max(load.values()) / load.total()
+    return Work(2 * spec.tokens * spec.accumulation * entries + finder * share, 4 * 2 * ROUNDS * entries * share)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step. work: by phase of computing. links: by operation. hidden: of links, what passes can hide."""
+    """Seconds of a step. work: by phase of computing. links: by operation."""
 
     work: dict[str, float]
     links: dict[str, float]
@@ -179,8 +137,8 @@ class Times:
     def overlapped(self) -> float:
         """The passes hide what may travel meanwhile, as far as they are long enough: the best that overlap can do."""
         passes = sum(seconds for phase, seconds in self.work.items() if phase != "update")
-        hidden = sum(seconds for name, seconds in self.links.items() if name in HIDDEN)
-        rest = sum(seconds for name, seconds in self.links.items() if name not in HIDDEN)
+        hidden = sum(seconds for op, seconds in self.links.items() if op in HIDDEN)
+        rest = sum(seconds for op, seconds in self.links.items() if op not in HIDDEN)
         return max(passes, hidden) + rest + self.work.get("update", 0.0)
 
 
@@ -192,7 +150,7 @@ def times(
     flops, moved = cluster.tflops * 1e12 * cluster.reach, cluster.memory_bandwidth * 1e9 * cluster.reach
     node = cluster.of_size(min(cluster.gpus, cluster.world_size))
     links = {}
-    for name, one in sent.items():
-        where = node if inside and name == "weights" else cluster
-        links[name] = one.count * collective(where, one.sent / one.count, 1, one.rounds, algorithm) if one.count else 0
+    for op, one in sent.items():
+        where = node if inside and op == "weights" else cluster
+        links[op] = one.count * collective(where, one.sent / one.count, 1, one.rounds, algorithm) if one.count else 0
     return Times({phase: max(w.flops / flops, w.bytes / moved) for phase, w in done.items()}, links)

@@ -1,11 +1,12 @@
 """The model card of a trained model: its README.md, with metadata as the hub reads it.
 
-It says what was done and what was measured, and no more. Paths of the machine are cut to their last part. The same run
-gives the same card, wherever it lies and however often it was interrupted.
+It says what was done and measured. Paths of the machine are cut to their last part. The same run gives the same card,
+wherever its folder is and however often it was interrupted.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from ows_ds import __version__, config
-from ows_ds.runs import results
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError, first_line, one_line
-from ows_ds.runs import records
+from ows_ds.files import write_text
+from ows_ds.importance.probabilities import METRIC_OF
+from ows_ds.runs import records, results
 from ows_ds.runs.records import Run
 from ows_ds.runs.results import Result
-from ows_ds.config import MAY_CHANGE
-from ows_ds.importance.probabilities import METRIC_OF
-from ows_ds.files import atomic_write
 from ows_ds.tables import markdown
+
+logger = logging.getLogger(__name__)
 
 FILE = "README.md"
 METHODS = {
@@ -38,20 +39,31 @@ METHODS = {
     "mezo": "zeroth-order training (MeZO)",
 }
 PLACES = ("model.path", "data.train", "data.eval", "sampling.scores")
+USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+```
+
+Its bias, its limits and its licence are first of all those of the base model and of the data."""
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def of_run(run_dir: Path, steps: int | None, fingerprint: str) -> str | None:
     """The card of a run's model after ``steps`` optimizer steps (None: all), whose weights have that fingerprint.
 
-    None, with a line that says why, where files of the run cannot be read.
+    None, with a warning, where files of the run cannot be read.
     """
     try:
         run = records.read(run_dir)
     except UserError as error:
-        print(one_line(f"no model card is written: {error}"))
+        logger.warning("no model card is written: %s", one_line(str(error)))
         return None
-    found = [one for one in results.of_run(run_dir)[0] if one.model.get("fingerprint") == fingerprint]
+    found = [one for one in run.evaluations[0] if one.model.get("fingerprint") == fingerprint]
     return str(_card(_text(run, steps, fingerprint), _metadata(run.recipe), found))
 
 
@@ -67,10 +79,9 @@ def add_results(folder: Path, found: Sequence[Result]) -> None:
     try:
         changed = str(_card(text, {}, own))
     except ValueError as error:  # metadata that somebody changed
-        print(one_line(f"{folder / FILE} stays as it is: {first_line(error)}"))
+        logger.warning("%s", one_line(f"{folder / FILE} stays as it is: {first_line(error)}"))
         return
-    with atomic_write(folder / FILE) as partial:
-        partial.write_text(changed, encoding="utf-8")
+    write_text(folder / FILE, changed)
 
 
 def _card(text: str, metadata: dict[str, Any], found: Sequence[Result]) -> Any:
@@ -116,8 +127,8 @@ def _section(found: Sequence[Result]) -> str:
 
 def _metadata(recipe: Recipe) -> dict[str, Any]:
     path = recipe.model.path
-    sets = [one.path for one in config.sources(recipe.data, "data.train")]
-    sets = [path for path in sets if not os.path.exists(path) and not config.is_file(path)]
+    sources = [one.path for one in config.sources(recipe.data, "data.train")]
+    sets = [one for one in sources if not os.path.exists(one) and not config.is_file(one)]
     found: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -134,7 +145,7 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
 
 
 def _licence(folder: Path) -> str | None:
-    """What the base model's own card says."""
+    """By the base model's own card."""
     from huggingface_hub import ModelCard
 
     try:
@@ -149,46 +160,34 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
     import yaml
 
     recipe = run.recipe
-    name, method = one_line(_last(recipe.model.path)), METHODS[recipe.method.name]
+    name = one_line(_last(recipe.model.path))
     records = [record for record in run.steps if steps is None or record["step"] <= steps]
     facts = [f"* Base model: `{name}`" + (f", revision `{recipe.model.revision}`" if recipe.model.revision else "")]
-    facts.append(f"* Method: {method}")
     done = records[-1]["step"] if records else 0
-    # a run that went on from another one's checkpoint has records of its own steps alone
+    # a run that resumed from another one's checkpoint has records of its own steps alone
     part = "" if len(records) == done else f" in the last {len(records):,} steps"
-    facts.append(f"* Optimizer steps: {done:,}, of {recipe.train.global_batch_size:,} rows each")
-    facts.append(f"* Tokens seen{part}: {sum(int(results.number(r.get('tokens')) or 0) for r in records):,}")
+    facts += [
+        f"* Method: {METHODS[recipe.method.name]}",
+        f"* Optimizer steps: {done:,}, of {recipe.train.global_batch_size:,} rows each",
+        f"* Tokens seen{part}: {sum(int(results.number(r.get('tokens')) or 0) for r in records):,}",
+    ]
     losses = [(step, value) for step, value in run.series("eval_loss") if steps is None or step <= steps]
     if losses:
         (first, before), (_, after) = losses[0], losses[-1]
         began = f"{before:.4f} at first, " if first == 0 else ""
         facts.append(f"* Held-out loss: {began}{after:.4f} at the end (nats a token)")
     facts.append(f"* Written by ows_ds {__version__}; fingerprint of the weights: `{fingerprint}`")
-    lines = [f"# {name}, fine-tuned", "", *facts, "", "## Use", "", "```python"]
-    lines += [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'folder = "."  # this folder',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")',
-        "```",
-        "",
-        "Its bias, its limits and its licence are first of all those of the base model and of the data.",
-        "",
-        "## Evaluation",
-        "",
-        BEGIN,
-        END,
-    ]
+    lines = [f"# {name}, fine-tuned", "", *facts, "", USE, "", "## Evaluation", "", BEGIN, END]
     if run.scores is not None and recipe.method.name == "ows" and recipe.sampling.importance in METRIC_OF:
         percent = run.scores.metric == "outlier"
         numbers = (f"{100 * value:.3f}" if percent else f"{value:.4g}" for value in run.scores.layers)
         what = f"outlier ratio in percent, tau {run.scores.tau:g}" if percent else run.scores.metric
-        lines += ["", "## Layers", "", f"What layers were sampled by, from the input side ({what}):", ""]
-        lines += [", ".join(numbers), ""]
+        lines += ["", "## Layers", "", f"What layers were sampled by, from the input side ({what}):"]
+        lines += ["", ", ".join(numbers), ""]
     settings = {section: dict(values) for section, values in config.to_dict(recipe).items()}
     for section in ("train", "log"):  # what decides nothing about the weights
-        settings[section] = {k: v for k, v in settings[section].items() if k not in MAY_CHANGE[section]}
+        given = settings[section].items()
+        settings[section] = {key: value for key, value in given if not config.may_change_on_resume(f"{section}.{key}")}
     for key in PLACES:
         section, _, field = key.partition(".")
         settings[section][field] = _without_folders(settings[section][field])
@@ -198,14 +197,14 @@ def _text(run: Run, steps: int | None, fingerprint: str) -> str:
 
 
 def _without_folders(given: Any) -> Any:
-    """A path, or the sources of a data set, as they may be shown."""
+    """A path, or the sources of a data set, without the machine's folders."""
     if isinstance(given, list):
         return [one | {"path": _last(one["path"])} if isinstance(one, dict) else _last(one) for one in given]
     return None if given is None else _last(given)
 
 
 def _last(path: str) -> str:
-    """A name on the hub as it is; of what lies on this machine the last part, or the last two of RUN/model."""
+    """A name on the hub as it is; of a path on this machine the last part, or the last two of RUN/model."""
     if not os.path.exists(path) and re.fullmatch(config.HUB_NAME, path):
         return path
     parts = Path(path).absolute().parts

@@ -1,7 +1,5 @@
-"""Runs -> pictures: SVG that stands in a page and takes its colours, so that one file reads well by day and by night.
-
-matplotlib draws with stand-in colours; each becomes a variable of the page's style sheet.
-"""
+"""Charts of runs as SVG for a page. matplotlib draws with placeholder colours, which become variables of the page's
+style sheet, so that one file reads well in light and dark mode."""
 
 from __future__ import annotations
 
@@ -16,31 +14,31 @@ from typing import Any
 from ows_ds.runs.records import Run, Stretch
 from ows_ds.tables import size_in
 
-COLOURS = 8  # of runs and components; more begin anew, with another line
+COLOURS = 8  # of runs and components; further ones repeat them with another line style
 _INK, _FAINT = "#010203", "#010204"
 _SERIES = [f"#0102{16 + index:02x}" for index in range(COLOURS)]
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)
 }
-_POINTS = 400  # of a curve; of a longer one, means of as many stretches
+_POINTS = 400  # of a curve; a longer one is averaged over as many stretches
 _WIDTH, _HEIGHT = 6.4, 3.2  # inches of 72 points, which are the page's pixels
 Points = Sequence[tuple[int, float]]
 
 
 def curves(series: Mapping[str, Points], x: str, y: str, label: str, dots: Mapping[str, Points] | None = None) -> str:
-    """A line a run. dots: of the same runs, marked points beside the lines. label: for those who do not see it."""
+    """A line a run. dots: points of the same runs to mark. label: what screen readers say."""
     figure, axes = _figure(_HEIGHT)
     for index, (name, points) in enumerate(series.items()):
         colour, style = _SERIES[index % COLOURS], ("-", "--", ":")[index // COLOURS % 3]
         if points:
-            axes.plot(*zip(*_thinned(points), strict=True), style, color=colour, linewidth=1.4, label=name)
+            axes.plot(*zip(*thinned(points), strict=True), style, color=colour, linewidth=1.4, label=name)
         if dots and dots.get(name):
             steps, values = zip(*dots[name], strict=True)
             axes.plot(steps, values, style, color=colour, linewidth=0.7, marker="o", markersize=4, alpha=0.9)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(x=0.02)
-    _whole_steps(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     if len(series) > 1:
         figure.legend(frameon=False, loc="outside upper left", ncols=2, fontsize=9, labelcolor=_INK)
@@ -48,7 +46,7 @@ def curves(series: Mapping[str, Points], x: str, y: str, label: str, dots: Mappi
 
 
 def layers(run: Run, label: str) -> str:
-    """Which layers trained when, and beside it how often each did against how often it was to be drawn."""
+    """Which layers trained when, and how often each did against its probability."""
     figure, time, share = _over_layers(run, run.shares, "share of steps", 1.0)
     for layer in range(run.n_layers):
         stretches = [(first - 0.5, last - first + 1) for first, last, some in run.sets if layer in some]
@@ -59,35 +57,33 @@ def layers(run: Run, label: str) -> str:
 
 
 def heat(run: Run, stretches: Sequence[Stretch], top: float, label: str) -> str:
-    """A number of each layer over time, the darker the nearer to ``top``, and beside it the mean of its stretches."""
+    """A number of each layer over time, the darker the nearer to ``top``, and the mean of its stretches."""
     by_layer = [[value for _, _, layer, value in stretches if layer == one] for one in range(run.n_layers)]
     figure, time, _ = _over_layers(run, [statistics.fmean(some) if some else 0.0 for some in by_layer], "mean", top)
     for first, last, layer, value in stretches:
-        alpha = 0.1 + 0.9 * min(1.0, value / top) if top > 0 else 0.1  # none so faint that it seems not to be there
-        time.broken_barh(
-            [(first - 0.5, last - first + 1)], (layer - 0.4, 0.8), color=_SERIES[0], linewidth=0, alpha=alpha
-        )
+        alpha = 0.1 + 0.9 * min(1.0, value / top) if top > 0 else 0.1  # never invisible
+        bar = [(first - 0.5, last - first + 1)]
+        time.broken_barh(bar, (layer - 0.4, 0.8), color=_SERIES[0], linewidth=0, alpha=alpha)
     return _svg(figure, label)
 
 
 def _over_layers(run: Run, shares: Sequence[float], name: str, top: float) -> tuple[Any, Any, Any]:
-    """A figure with steps to the right and layers downwards, empty, and beside it a bar a layer, up to ``top``."""
+    """A figure: empty axes with steps to the right and layers downwards, and a bar a layer, up to ``top``."""
     figure, (time, bars) = _figure(max(2.2, 0.9 + 0.085 * run.n_layers), widths=(4, 1))
     bars.barh(range(run.n_layers), shares, 0.8, color=_SERIES[0], linewidth=0)
     last = run.steps[-1]["step"] if run.steps else 1
     time.set(xlim=(0.5, last + 0.5), ylim=(run.n_layers - 0.5, -0.5), xlabel="step", ylabel="layer")
     bars.set(xlim=(0, 1.02 * (top or 1)), ylim=(run.n_layers - 0.5, -0.5), xlabel=name, yticks=[])
     bars.xaxis.get_major_locator().set_params(nbins=2)
-    _whole_steps(time)
-    time.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (time.xaxis, time.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     return figure, time, bars
 
 
 def bars(parts: Mapping[str, Mapping[str, float]], label: str, marks: Mapping[str, float] | None = None) -> str:
-    """A bar a run of bytes, parts one behind the other. marks: a line across each bar, such as what was measured."""
+    """A bar of bytes a run, its parts one after the other. marks: a line across each bar, such as what was measured."""
     marks = marks or {}
-    totals = [sum(one.values()) for one in parts.values()]
-    unit, _ = size_in([*totals, *marks.values()])
+    unit, _ = size_in([*(sum(one.values()) for one in parts.values()), *marks.values()])
     scale = 2**30 if unit == "GiB" else 2**20
     figure, axes = _figure(1.4 + 0.34 * len(parts))
     left = [0.0] * len(parts)
@@ -96,10 +92,9 @@ def bars(parts: Mapping[str, Mapping[str, float]], label: str, marks: Mapping[st
         alpha = 1.0 if index < COLOURS else 0.5
         axes.barh(list(parts), sizes, 0.62, left, color=_SERIES[index % COLOURS], label=kind, linewidth=0, alpha=alpha)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for position, name in enumerate(parts):
-        if name in marks:
-            at = marks[name] / scale
-            axes.plot([at, at], [position - 0.42, position + 0.42], color=_INK, linewidth=1.6)
+    for name, mark in marks.items():
+        position = list(parts).index(name)
+        axes.plot([mark / scale] * 2, [position - 0.42, position + 0.42], color=_INK, linewidth=1.6)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.grid(axis="x", color=_FAINT, linewidth=0.6)
@@ -125,11 +120,7 @@ def _figure(height: float, widths: Sequence[float] = (1,)) -> tuple[Any, Any]:
     return figure, found[0] if len(widths) == 1 else found
 
 
-def _whole_steps(axes: Any) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _thinned(points: Points) -> Points:
+def thinned(points: Points) -> Points:
     """At most `_POINTS`, each the mean of a stretch, at its last step."""
     if len(points) <= _POINTS:
         return points
@@ -149,19 +140,15 @@ def _joined(stretches: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return found
 
 
-_count = 0  # of pictures: names inside of them must differ within a page
+_count = itertools.count(1)  # of pictures: names inside of them must differ within a page
 
 
 def _svg(figure: Any, label: str) -> str:
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    global _count
-    _count += 1
     content = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ows_ds", "font.family": "sans-serif"}):
-        FigureCanvasSVG(figure)
         figure.savefig(content, format="svg", metadata=nothing)
     text = content.getvalue()
     text = text[text.index("<svg") :]
@@ -170,8 +157,8 @@ def _svg(figure: Any, label: str) -> str:
     head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
     head += f'viewBox="0 0 {width} {height}" aria-label="{html.escape(label)}">'
     text = re.sub(r"<svg\b[^>]*>", lambda _: head, text, count=1)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>g{_count}-", text)
-    # of matplotlib's own fonts none need be there
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>g{next(_count)}-", text)
+    # matplotlib's own fonts may not be installed
     text = re.sub(r"font: [^;\"]*?(\d+(?:\.\d+)?)px[^;\"]*", r"font-size: \1px", text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)

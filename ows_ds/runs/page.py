@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from ows_ds import config
-from ows_ds.runs import results
 from ows_ds.errors import UserError, one_line
-from ows_ds.runs import charts
+from ows_ds.files import write_text
+from ows_ds.runs import charts, results
 from ows_ds.runs.records import Run, read
 from ows_ds.runs.results import Score
-from ows_ds.files import atomic_write
 from ows_ds.tables import number, size_in
 
 MARK = b'name="generator" content="ows_ds report"'  # in the head of every report
@@ -24,7 +23,7 @@ _FAULTS = 50  # of a run that are listed
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. differs: the runs do not agree in it."""
+    """A line of a table. differs: whether the runs disagree in it."""
 
     name: str
     cells: list[str]
@@ -53,7 +52,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. closed: what stands on the table's lid; empty: it has none."""
+    """A part of the page. closed: the summary that hides the table until a click; empty: the table is shown."""
 
     title: str
     text: str = ""
@@ -73,14 +72,12 @@ def report(folders: Sequence[Path], output: Path | None) -> Path:
         raise UserError("--output", str(path), "expected a file that does not exist yet, or an earlier report")
     if not path.parent.is_dir():
         raise UserError("--output", str(path), f"expected a file in a folder that exists: {path.parent} does not")
-    text = page(runs)
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, page(runs))
     return path
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The page as HTML: its style and pictures are in it, and nothing in it asks for anything else."""
+    """The page as HTML, with its style and pictures; it loads nothing else."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -103,49 +100,39 @@ def _grid(runs: Sequence[Run], rows: list[Row]) -> Grid:
     return Grid(["", *(run.name for run in runs)], rows)
 
 
-def _summary(runs: Sequence[Run]) -> Grid:
-    def row(name: str, tell: Any) -> Row:
-        return Row(name, [str(tell(run)) for run in runs])
+def _bytes(size: float | None) -> str:
+    unit, write = size_in([size])
+    return "n/a" if size is None else f"{write(size)} {unit}"
 
+
+def _summary(runs: Sequence[Run]) -> Grid:
     def held_out(run: Run) -> str:
-        losses = run.series("eval_loss")
-        if not losses:
-            return "n/a"
-        first, last = losses[0][1], losses[-1][1]
-        return f"{last:.4f}" if len(losses) == 1 else f"{first:.4f} to {last:.4f}"
+        losses = [f"{value:.4f}" for _, value in run.series("eval_loss")]
+        return " to ".join(losses if len(losses) < 2 else [losses[0], losses[-1]]) or "n/a"
 
     def loss(run: Run) -> str:
         values = [value for _, value in run.series("loss")][-10:]
         return f"{statistics.mean(values):.4f}" if values else "n/a"
 
-    def peak(run: Run) -> str:
-        largest = max((value for _, value in run.series("peak_memory_bytes")), default=None)
-        unit, write = size_in([largest])
-        return "n/a" if largest is None else f"{write(largest)} {unit}"
+    tell: dict[str, Callable[[Run], Any]] = {
+        "state": lambda run: run.state,
+        "method": lambda run: run.recipe.method.name,
+        "model": lambda run: run.recipe.model.path,
+        "ranks": lambda run: run.world_size or "n/a",
+        "tokens": lambda run: f"{sum(record.get('tokens', 0) for record in run.steps):,}",
+        "held-out loss": held_out,
+        "training loss, last 10 steps": loss,
+        "tokens a second, median": lambda run: number(run.median("tokens_per_second"), 3),
+        "time in steps": lambda run: timedelta(seconds=round(sum(value for _, value in run.series("step_seconds")))),
+        "peak memory of a rank": lambda run: _bytes(_peak(run)),
+        "sent by a rank in a step": lambda run: _bytes(sum(run.sent.values())),
+        "faults": lambda run: len(run.faults) + run.damaged + len(run.evaluations[1]) or "none",
+    }
+    return _grid(runs, [Row(name, [str(of(run)) for run in runs]) for name, of in tell.items()])
 
-    def sent(run: Run) -> str:
-        total = sum(run.sent.values())
-        unit, write = size_in([total])
-        return f"{write(total)} {unit}"
 
-    def took(run: Run) -> str:
-        return str(timedelta(seconds=round(sum(value for _, value in run.series("step_seconds")))))
-
-    rows = [
-        row("state", lambda run: run.state),
-        row("method", lambda run: run.recipe.method.name),
-        row("model", lambda run: run.recipe.model.path),
-        row("processes", lambda run: run.world_size or "n/a"),
-        row("tokens", lambda run: f"{sum(record.get('tokens', 0) for record in run.steps):,}"),
-        row("held-out loss", held_out),
-        row("training loss, last 10 steps", loss),
-        row("tokens a second, median", lambda run: number(run.median("tokens_per_second"), 3)),
-        row("time in steps", took),
-        row("peak memory of a process", peak),
-        row("sent by a process in a step", sent),
-        row("faults", lambda run: len(run.faults) + run.damaged + len(run.evaluations[1]) or "none"),
-    ]
-    return _grid(runs, rows)
+def _peak(run: Run) -> float | None:
+    return max((value for _, value in run.series("peak_memory_bytes")), default=None)
 
 
 def _training(runs: Sequence[Run]) -> Section | None:
@@ -153,18 +140,23 @@ def _training(runs: Sequence[Run]) -> Section | None:
         return Section("Training", "No step is recorded yet.")
     held_out = {run.name: run.series("eval_loss") for run in runs}
     text = "Lines: training loss; dots: held-out loss." if any(held_out.values()) else ""
-    found = [
-        Chart(
-            "loss [nats a token]",
-            charts.curves({run.name: run.series("loss") for run in runs}, "step", "loss", "loss by step", held_out),
-            text,
-        )
-    ]
-    for key, title in (("grad_norm", "gradient norm, before clipping"), ("lr", "learning rate")):
-        series = {run.name: run.series(key) for run in runs}
+    losses = {run.name: run.series("loss") for run in runs}
+    svg = charts.curves(losses, "step", "loss", "loss by step", held_out)
+    norm, rate = (
+        ("grad_norm", "gradient norm, before clipping", "gradient norm"),
+        ("lr", "learning rate", "learning rate"),
+    )
+    return Section("Training", charts=[Chart("loss [nats a token]", svg, text), *_curves(runs, norm, rate)])
+
+
+def _curves(runs: Sequence[Run], *lines: tuple[str, str, str]) -> list[Chart]:
+    """A chart of each (key of the records, title, name of the y axis) that a run has numbers of."""
+    found = []
+    for key, title, y in lines:
+        series = {run.name: [point for point in run.series(key) if point[0] > 0] for run in runs}
         if any(series.values()):
-            found.append(Chart(title, charts.curves(series, "step", title.split(",")[0], f"{title} by step")))
-    return Section("Training", charts=found)
+            found.append(Chart(title, charts.curves(series, "step", y, f"{title} by step")))
+    return found
 
 
 def _evaluation(runs: Sequence[Run]) -> Section | None:
@@ -188,61 +180,50 @@ def _score(score: Score, before: Score | None) -> str:
 
 def _layers(runs: Sequence[Run]) -> Section | None:
     found = []
+
+    def add(run: Run, title: str, draw: Callable[..., str], *data: Any, text: str) -> None:
+        found.append(Chart(f"{run.name}: {title}", draw(run, *data, f"{title}, {run.name}"), text))
+
     for run in runs:
         if not run.steps or not run.n_layers:
             continue
-        drawn = run.probabilities is not None
         text = "Left: the steps that each layer trained in. Right: their share"
-        text += ", and as marks the probability that a draw takes the layer." if drawn else "."
-        title = "layers in training"
-        found.append(Chart(f"{run.name}: {title}", charts.layers(run, f"{title}, {run.name}"), text))
+        text += "." if run.probabilities is None else ", and as marks the probability that a draw takes the layer."
+        add(run, "layers in training", charts.layers, text=text)
         if run.update_norms:
             first, last, layer, most = max(run.update_norms, key=lambda one: one[3])
-            title = "update norms"
             text = (
                 "How far the matrices of a layer had moved when they were merged, over the steps that moved them: the "
                 f"Frobenius norm of their change, the darker the farther. The largest is {most:.3g}: layer {layer}, "
                 f"steps {first:,} to {last:,}. Right: the mean."
             )
-            svg = charts.heat(run, run.update_norms, most, f"{title}, {run.name}")
-            found.append(Chart(f"{run.name}: {title}", svg, text))
+            add(run, "update norms", charts.heat, run.update_norms, most, text=text)
         if run.energies:
-            values = [share for _, _, _, share in run.energies]
-            title = "energy that projectors keep"
+            values = [energy for _, _, _, energy in run.energies]
             text = (
                 "The share of a layer's squared gradient inside new projectors, over the steps that used them; full "
                 f"colour is all of it. From {min(values):.1%} to {max(values):.1%}. Right: the mean."
             )
-            svg = charts.heat(run, run.energies, 1.0, f"{title}, {run.name}")
-            found.append(Chart(f"{run.name}: {title}", svg, text))
+            add(run, "energy that projectors keep", charts.heat, run.energies, 1.0, text=text)
     return Section("Layers", charts=found) if found else None
 
 
 def _costs(runs: Sequence[Run]) -> Section | None:
-    found = []
-    for key, title, y in (
-        ("tokens_per_second", "speed", "tokens a second"),
-        ("step_seconds", "time of a step", "seconds"),
-    ):
-        series = {run.name: [point for point in run.series(key) if point[0] > 0] for run in runs}
-        if any(series.values()):
-            found.append(Chart(title, charts.curves(series, "step", y, f"{title} by step")))
-    memory, measured = {}, {}
+    found = _curves(
+        runs, ("tokens_per_second", "speed", "tokens a second"), ("step_seconds", "time of a step", "seconds")
+    )
+    memory: dict[str, dict[str, float]] = {}
     for run in runs:
-        planned = run.planned
-        if planned is None:
-            continue
-        inside = planned.phases[planned.largest]
-        parts = {**planned.state, **{f"{name} ({planned.largest})": size for name, size in inside.items()}}
-        memory[run.name] = {name: float(size) for name, size in parts.items() if size}
-        if peaks := run.series("peak_memory_bytes"):
-            measured[run.name] = max(value for _, value in peaks)
+        if (planned := run.planned) is not None:
+            inside = {f"{name} ({planned.largest})": size for name, size in planned.phases[planned.largest].items()}
+            memory[run.name] = {name: float(size) for name, size in {**planned.state, **inside}.items() if size}
     if memory:
         text = (
-            "As planned for a step with new projectors, on a GPU. Black marks: the largest that a process has had; on "
+            "As planned for a step with new projectors, on a GPU. Black marks: the largest that a rank has had; on a "
+            "CPU that is all of its memory, programs included."
         )
-        text += "a CPU that is all of its memory, programs included."
-        found.append(Chart("memory of a process", charts.bars(memory, "memory by component", measured), text))
+        peaks = {run.name: peak for run in runs if run.name in memory and (peak := _peak(run)) is not None}
+        found.append(Chart("memory of a rank", charts.bars(memory, "memory by component", peaks), text))
     return Section("Speed and memory", charts=found) if found else None
 
 
@@ -267,14 +248,11 @@ def _faults(runs: Sequence[Run]) -> Section | None:
 
 def _settings(runs: Sequence[Run]) -> Section:
     trees = [config.to_dict(run.recipe) for run in runs]
-    names = [f"{section}.{key}" for section, values in trees[0].items() for key in values]
-    rows = [Row(name, [_written(tree, name) for tree in trees]) for name in names]
-    if len(runs) > 1:
-        rows.sort(key=lambda row: not row.differs)
+    names = [(section, key) for section, values in trees[0].items() for key in values]
+    rows = [Row(f"{section}.{key}", [_written(tree[section][key]) for tree in trees]) for section, key in names]
+    rows.sort(key=lambda row: not row.differs)
     return Section("Settings", table=_grid(runs, rows), closed="all keys of the recipe")
 
 
-def _written(tree: dict[str, Any], name: str) -> str:
-    section, key = name.split(".", 1)
-    value = tree[section][key]
+def _written(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,70 +6,87 @@ processes, passes signals on and has the job requeued. The scripts in ``launch/s
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ows_ds import config, files
-from ows_ds.config import Recipe, accumulation
-from ows_ds.errors import UserError, one_line
+from ows_ds.config import MOST, Recipe, Settings, Wrong, accumulation, parse
+from ows_ds.config.settings import Count, Expected, Number
+from ows_ds.errors import UserError, one_line, raise_all
 
 BODY = Path(__file__).with_name("slurm.sh")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 # What may stand in a line of #SBATCH, which SLURM reads by rules of its own: nothing that would need quotes.
 PLAIN = r"[\w.,:@/+=%*&|()\[\]-]+"
-TIME = r"(\d+-)?\d+(:\d+){0,2}"
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """What a job takes of a SLURM cluster, and what the site asks for: keys of the cluster's description.
+Name = Annotated[str, Field(pattern=f"^{PLAIN}$"), Expected("a name without spaces and quotes")]
+Words = Annotated[list[Annotated[str, Field(pattern=r"^[^\x00]*$")]], Expected("a list of texts")]
+Options = Annotated[
+    list[Annotated[str, Field(pattern=rf"^--[a-z][a-z-]*(={PLAIN})?$")]],
+    Expected("a list of options such as --constraint=a100, without spaces and quotes"),
+]
+Variables = Annotated[
+    list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$")]], Expected("a list of NAME=VALUE")
+]
 
-    Attributes:
-        nodes: Nodes of the job.
-        processes_per_node: Processes of a node: one for each GPU.
-        gpus_per_node: GPUs of a node; null: as many as processes; 0: the CPU is meant.
-        gpu_memory: Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs.
-        launcher: srun starts each process; torchrun starts those of its node, itself started by srun.
-        time: Time limit, such as 24:00:00 or 2-00:00:00.
-        lead: Seconds before the time limit at which the job saves, stops and is requeued.
-        retries: How often a job that failed is tried again.
-        name: Name of the job.
-        partition: Partition; null: the cluster's default.
-        account: Account that pays; null: the user's default.
-        qos: Quality of service; null: the default.
-        sbatch: Further options of sbatch, such as [--exclusive, --constraint=a100].
-        modules: Modules to load on each node, in order.
-        activate: File that each node sources after that, such as .venv/bin/activate.
-        environment: Variables of all processes, such as [NCCL_SOCKET_IFNAME=ib0].
-        inside: What stands before the command on each node, such as [apptainer, exec, --nv, image.sif].
-        port: Port on the first node at which processes meet; null: one that follows from the job's number.
-    """
 
-    nodes: int = 1
-    processes_per_node: int = 8
-    gpus_per_node: int | None = None
-    gpu_memory: float | None = None
-    launcher: Literal["srun", "torchrun"] = "srun"
-    time: str = "24:00:00"
-    lead: int = 300
-    retries: int = 0
-    name: str = "ows"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    sbatch: list[str] = field(default_factory=lambda: ["--exclusive"])
-    modules: list[str] = field(default_factory=list)
-    activate: str | None = None
-    environment: list[str] = field(default_factory=list)
-    inside: list[str] = field(default_factory=list)
-    port: int | None = None
+class Allocation(Settings):
+    """What a job takes of a SLURM cluster, and what the site asks for: keys of the cluster's description."""
+
+    nodes: Count = Field(1, description="Nodes of the job.")
+    processes_per_node: Count = Field(8, description="Ranks of a node: one for each GPU.")
+    gpus_per_node: int | None = Field(None, description="GPUs of a node; null: as many as ranks; 0: the CPU is meant.")
+    gpu_memory: Number | None = Field(
+        None,
+        gt=0,
+        lt=MOST,
+        description="Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs.",
+    )
+    launcher: Literal["srun", "torchrun"] = Field(
+        "srun", description="srun starts each rank; torchrun starts those of its node, itself started by srun."
+    )
+    time: Annotated[str, Expected("a time such as 24:00:00 or 2-00:00:00, in quotes")] = Field(
+        "24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="Time limit, such as 24:00:00 or 2-00:00:00."
+    )
+    lead: int = Field(
+        300, ge=0, le=MOST, description="Seconds before the time limit at which the job saves, stops and is requeued."
+    )
+    retries: int = Field(0, ge=0, le=MOST, description="How often a job that failed is tried again.")
+    name: Name = Field("ows", description="Name of the job.")
+    partition: Name | None = Field(None, description="Partition; null: the cluster's default.")
+    account: Name | None = Field(None, description="Account that pays; null: the user's default.")
+    qos: Name | None = Field(None, description="Quality of service; null: the default.")
+    sbatch: Options = Field(
+        ["--exclusive"], description="Further options of sbatch, such as [--exclusive, --constraint=a100]."
+    )
+    modules: Words = Field([], description="Modules to load on each node, in order.")
+    activate: str | None = Field(
+        None, description="File that each node sources after that, such as .venv/bin/activate."
+    )
+    environment: Variables = Field([], description="Variables of all ranks, such as [NCCL_SOCKET_IFNAME=ib0].")
+    inside: Words = Field(
+        [],
+        description="What stands before the command on each node, such as [apptainer, exec, --nv, image.sif].",
+    )
+    port: Annotated[int, Expected("a port from 1024 to 65535")] | None = Field(
+        None,
+        ge=1024,
+        le=65535,
+        description="Port on the first node at which ranks meet; null: one that follows from the job's number.",
+    )
+
+    def contradictions(self) -> Iterator[Wrong]:
+        if self.gpus not in (0, self.processes_per_node):
+            right = f"expected cluster.processes_per_node, {self.processes_per_node}, or 0 for the CPU"
+            yield Wrong("gpus_per_node", right, ("processes_per_node",))
 
     @property
     def gpus(self) -> int:
@@ -84,72 +101,51 @@ class Allocation:
 
 def read(path: str | Path) -> Allocation:
     """The cluster that a YAML file describes. Raises UserError for unknown keys, wrong types and impossible values."""
-    job = Allocation(**config.convert_all(files.read_yaml(path, "--slurm"), Allocation, "cluster."))
-    for key, right in _wrong(job):
-        raise UserError(f"cluster.{key}", getattr(job, key), right)
-    return job
+    return parse(Allocation, files.read_yaml(path, "--slurm"), "cluster.", _not_here)
 
 
-def _wrong(job: Allocation) -> Iterator[tuple[str, str]]:
-    """Yield (key, what would be right) of every value that is wrong."""
-    for key, least in {"nodes": 1, "processes_per_node": 1, "lead": 0, "retries": 0}.items():
-        if not least <= getattr(job, key) <= config.MOST:
-            yield key, f"expected an integer of at least {least}"
-    if job.gpus not in (0, job.processes_per_node):
-        yield "gpus_per_node", f"expected cluster.processes_per_node, {job.processes_per_node}, or 0 for the CPU"
-    if job.gpu_memory is not None and not 0 < job.gpu_memory < config.MOST:
-        yield "gpu_memory", "expected a number above 0"
-    if not re.fullmatch(TIME, job.time):
-        yield "time", "expected a time such as 24:00:00 or 2-00:00:00, in quotes"
-    for key in ("name", "partition", "account", "qos"):
-        value = getattr(job, key)
-        if value is not None and not re.fullmatch(PLAIN, value):
-            yield key, "expected a name without spaces and quotes"
-    if not all(re.fullmatch(rf"--[a-z][a-z-]*(={PLAIN})?", option) for option in job.sbatch):
-        yield "sbatch", "expected a list of options such as --constraint=a100, each without spaces and quotes"
-    if not all(re.match(r"[A-Za-z_][A-Za-z0-9_]*=", variable) for variable in job.environment):
-        yield "environment", "expected a list of NAME=VALUE"
-    if any("\0" in text for text in (*job.environment, *job.inside, *job.modules)):
-        yield "environment, inside, modules", "expected text"
+def _not_here(job: Allocation) -> Iterator[Wrong]:
+    """What this machine lacks, or gives to others."""
     if job.activate is not None and not os.path.isfile(job.activate):
-        yield "activate", "expected a file that exists"
+        yield Wrong("activate", "expected a file that exists")
     if job.inside and not shutil.which(job.inside[0]) and "/" in job.inside[0]:
-        yield "inside", f"expected a program that exists: there is no {job.inside[0]}"
-    if job.port is not None:
-        low, high = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32768, 60999)
-        if not 1024 <= job.port <= 65535:
-            yield "port", "expected a port from 1024 to 65535"
-        if low <= job.port <= high:
-            yield "port", f"expected a port outside of {low} to {high}, which Linux hands out to anybody"
+        yield Wrong("inside", f"expected a program that exists: there is no {job.inside[0]}")
+    low, high = map(int, EPHEMERAL.read_text().split()) if EPHEMERAL.exists() else (32768, 60999)
+    if job.port is not None and low <= job.port <= high:
+        yield Wrong("port", f"expected a port outside of {low} to {high}, which Linux hands out to anybody")
 
 
 def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[str]:
     """Whether the job could run, as far as that shows here; what was found, a line each.
 
     planned: bytes that a GPU will hold at most; None: not known. ``config.check`` must have passed.
-    Raises UserError for the first thing that is wrong.
+    Raises UserError for all that is wrong.
     """
-    steps = accumulation(recipe, job.world_size)
-    run_dir = Path(recipe.train.output_dir)
+    steps, run_dir, found = 0, Path(recipe.train.output_dir), []
+    try:
+        steps = accumulation(recipe, job.world_size)
+    except UserError as error:
+        found.append(error)
     if recipe.train.resume not in ("never", "auto"):
-        right = "expected auto, or never for a new run: a job that is requeued goes on with its own run"
-        raise UserError("train.resume", recipe.train.resume, right)
+        right = "expected auto, or never for a new run: a job that is requeued resumes its own run"
+        found.append(UserError("train.resume", recipe.train.resume, right))
     used = config.used(run_dir)
     if used and recipe.train.resume == "never":
-        right = f"expected a folder without {used[0]}, or --train.resume auto to go on with the run that is there"
-        raise UserError("train.output_dir", str(run_dir), right)
-    local = Path(recipe.model.path).is_dir()
+        right = f"expected a folder without {used[0]}, or --train.resume auto to resume the run that is there"
+        found.append(UserError("train.output_dir", str(run_dir), right))
     memory = "not planned" if planned is None else f"{planned / 1e9:.1f} GB"
     if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
         right = f"expected GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
-        raise UserError("cluster.gpu_memory", job.gpu_memory, right)
+        found.append(UserError("cluster.gpu_memory", job.gpu_memory, right))
+    raise_all(found)
+    local = Path(recipe.model.path).is_dir()
     where = f"{job.gpus} GPUs" if job.gpus else "the CPU"
     return [
-        f"{job.world_size} processes: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
-        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} processes x {recipe.train.micro_batch_size} x "
-        f"{steps} micro-batches",
+        f"{job.world_size} ranks: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
+        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} ranks x "
+        f"{recipe.train.micro_batch_size} x {steps} micro-batches",
         f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
-        f"output {run_dir.resolve()} ({'goes on' if used else 'new'})",
+        f"output {run_dir.resolve()} ({'resumed' if used else 'new'})",
         f"memory of a GPU at most {memory}" + (f" of {job.gpu_memory:g} GB" if job.gpu_memory is not None else ""),
         f"port {job.port or 'from the number of the job'}",
     ]

@@ -197,7 +197,11 @@ def mean_loss(
     data = recipe.data
     with fail_together(runtime.comm):
         rows = _encode(
-            recipe, tokenizer, [Source(path, None, data.eval_subset, data.eval_split, data.format)], key, runtime
+            recipe,
+            tokenizer,
+            [Source(path=path, subset=data.eval_subset, split=data.eval_split, format=data.format)],
+            key,
+            runtime,
         )
     job = Job(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
     _check_rows(job)

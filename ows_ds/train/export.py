@@ -139,7 +139,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     """
     from ows_ds import checkpoint, config, files, methods
     from ows_ds.distributed.launch import quieten
-    from ows_ds.importance.scoring import importance
+    from ows_ds.importance.scoring import layer_importance
     from ows_ds.model.layers import find_layers
     from ows_ds.model.pretrained import load_tokenizer, pretrained
     from ows_ds.train import resume
@@ -168,7 +168,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     weights = Replicated(methods.adapt(recipe, model), comm)
     loaded = methods.base_model(recipe, weights)
     base = resume.base_model(opened, weights, loaded, recipe.model.path, everything=True)
-    method = methods.build(recipe, weights, layers, importance(recipe, weights, layers, run_dir, base), 1)
+    method = methods.build(recipe, weights, layers, layer_importance(recipe, weights, layers, run_dir, base), 1)
     resume.restore(method, opened)
     method.close()
     steps = int(opened.folder.name.removeprefix("step-"))

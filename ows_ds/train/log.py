@@ -21,6 +21,7 @@ import numpy
 
 from ows_ds.config import Log, Recipe, to_dict
 from ows_ds.errors import UserError, first_line, one_line
+from ows_ds.files import write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,12 +80,7 @@ def keep_until(path: Path, step: int) -> list[Record]:
             kept.append(record)
     new = "".join(json.dumps(record) + "\n" for record in kept)
     if new != old:
-        atomic_write = path.with_name(path.name + ".new")
-        with open(atomic_write, "w", encoding="utf-8") as file:
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(atomic_write, path)
+        write_text(path, new, durable=True)
     return kept
 
 

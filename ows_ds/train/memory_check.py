@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, changed
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.model.shapes import read_model
-from ows_ds.planner import forecast
+from ows_ds.planner.forecast import Planner
 
 
 def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
@@ -31,12 +30,14 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         except Exception:  # whatever code comes with a model; loading it says what is wrong
             return
-        recipe = replace(recipe, data=replace(recipe.data, max_length=min(recipe.data.max_length, longest)))
+        recipe = changed(recipe, {"data.max_length": min(recipe.data.max_length, longest)})
         if device.type == "cuda":
             free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from those that are planned
             free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
-        forecast.check_memory(recipe, model, comm.world_size, config is not None, free, margin=margin, place=place)
+        planner = Planner(recipe, model)
+        home = "replicated" if config is None else "zero3"
+        planner.require(planner.choice(comm.world_size, home), free, margin, place)
 
 
 def available() -> int:

@@ -46,7 +46,7 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         raise UserError("train.resume", recipe.train.resume, right) from error
     for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
-            if old[section][key] != value and key not in config.MAY_CHANGE.get(section, ()):
+            if old[section][key] != value and not config.may_change_on_resume(f"{section}.{key}"):
                 right = f"expected {old[section][key]!r}, as the run that is resumed"
                 raise UserError(f"{section}.{key}", value, right)
 
@@ -88,5 +88,5 @@ def restore(method: Method, opened: Checkpoint) -> None:
     """Set the method and its weights to what `contents` gave. Collective."""
     method.weights.after_step()
     parameters = dict(method.weights.module.named_parameters())
-    load_weights(method.weights, parameters, opened.numbers["never_trained"], opened.read)
-    method.load_shards(opened.numbers["method"], opened.read)
+    load_weights(method.weights, parameters, opened.state["never_trained"], opened.read)
+    method.load_shards(opened.state["method"], opened.read)

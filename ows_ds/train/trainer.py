@@ -62,7 +62,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
             right = f"remove {run_dir / 'checkpoints'} to begin anew: none in it can be gone on from ({passed[0]})"
             raise UserError("train.resume", recipe.train.resume, right)
         resume.check(run_dir, recipe, opened)
-    job = load(recipe, runtime, state=None if opened is None else opened.numbers.get("data"))
+    job = load(recipe, runtime, state=None if opened is None else opened.state.get("data"))
     everything = recipe.train.checkpoint == "full"
     if opened is not None:
         job.model = resume.base_model(opened, job.weights, job.model, recipe.model.path, everything)
@@ -81,7 +81,7 @@ def _train(recipe: Recipe, runtime: Runtime, told: threading.Event) -> None:
     begin = 0
     if opened is not None:
         resume.restore(method, opened)
-        scheduler.load_state_dict(opened.numbers["scheduler"])
+        scheduler.load_state_dict(opened.state["scheduler"])
         begin = method.steps
 
     with fail_together(comm):
@@ -169,7 +169,7 @@ def _importance(job: Job, run_dir: Path, opened: checkpoint.Checkpoint | None) -
     """What the method samples layers by; scores are looked for, or computed, only where it needs them."""
     earlier = None if opened is None else opened.folder.parent.parent
     batches = functools.partial(calibration, job)
-    return scoring.importance(job.recipe, job.weights, job.layers, run_dir, job.model, earlier, batches)
+    return scoring.layer_importance(job.recipe, job.weights, job.layers, run_dir, job.model, earlier, batches)
 
 
 def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:

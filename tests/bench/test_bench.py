@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def test_how_that_cannot_be(given: How) -> None:
 
 
 def test_the_limit_is_as_deep_as_what_it_is_compared_with() -> None:
-    some = replace(TINY, gamma=1)
+    some = TINY.model_copy(update={"gamma": 1})
     assert (settings.limits(TINY), settings.limits(some)) == (["limit"], ["limit", "limit-lean"])
     assert [settings.limit_of(name, TINY) for name in ("ows", "ows-lean")] == ["limit", "limit"]
     assert [settings.limit_of(name, some) for name in ("ows", "ows-lean")] == ["limit", "limit-lean"]
@@ -135,7 +134,7 @@ def test_all_processes_at_once_only_where_they_fit() -> None:
 
 
 def test_every_method_takes_steps_in_the_same_layers() -> None:
-    some = replace(TINY, gamma=1)
+    some = TINY.model_copy(update={"gamma": 1})
     layers = sampled(some)
     for name in OURS:
         trial = ours(some, name, 1)
@@ -143,8 +142,8 @@ def test_every_method_takes_steps_in_the_same_layers() -> None:
         method = trial.state
         assert method.steps == 1
         if name in ("ows", "ows-lean", "lisa"):
-            assert trial.job is not None
-            assert (method.layer_set, trial.job.layer_set) == (layers, layers)
+            assert trial.spec is not None
+            assert (method.layer_set, trial.spec.layer_set) == (layers, layers)
         if trial.refresh is None:
             assert name not in ("ows", "ows-lean", "galore")
             continue
@@ -162,7 +161,7 @@ def test_every_method_takes_steps_in_the_same_layers() -> None:
 def test_rivals_train_what_they_say() -> None:
     pytest.importorskip("peft")
     pytest.importorskip("galore_torch")
-    some = replace(TINY, gamma=1)
+    some = TINY.model_copy(update={"gamma": 1})
     layer = f"layers.{sampled(some)[0]}."
     for name in (name for name in RIVALS if name != "deepspeed"):
         trial = rival(some, name, 1)
@@ -184,7 +183,7 @@ def test_rivals_train_what_they_say() -> None:
 
 
 def test_the_limit_differentiates_activations_alone() -> None:
-    some = replace(TINY, gamma=1, inside=False)
+    some = TINY.model_copy(update={"gamma": 1, "inside": False})
     trial = rival(some, "limit", 1)
     reached: list[str] = []
     for name, module in trial.model.named_modules():
@@ -204,7 +203,7 @@ def test_the_limit_differentiates_activations_alone() -> None:
 
 def test_inside_a_model_every_method_runs_down_to_the_input() -> None:
     for inside in (True, False):
-        trial = ours(replace(TINY, inside=inside), "lora", 1)
+        trial = ours(TINY.model_copy(update={"inside": inside}), "lora", 1)
         reached: list[Any] = []
         [module] = [m for name, m in trial.model.named_modules() if name.endswith("layers.0.self_attn.q_proj")]
         note = functools.partial(lambda found, _, grads, __: found.append(grads[0]), reached)
@@ -298,8 +297,8 @@ def test_memory_of_a_method_is_what_the_planner_says_it_keeps() -> None:
         trial = ours(TINY, name, 1)
         trial.step()
         answer = worker.answer_memory(trial, TINY)
-        assert trial.job is not None
-        kept = planner.state(trial.job)
+        assert trial.spec is not None
+        kept = planner.state(trial.spec)
         assert answer["step"]["weights"] == kept["weights"]
         optimizer = sum(kept[part] for part in ("coordinates", "moments", "masters", "projectors"))
         assert 0 <= answer["step"]["optimizer"] - optimizer < 4096  # counts of steps
@@ -322,7 +321,7 @@ def test_what_a_worker_answers_to_time() -> None:
 
 def test_a_worker_that_cannot_start_says_why() -> None:
     with pytest.raises(WorkerError, match=r"optim\.rank 1000: expected at most"):
-        Workers(replace(TINY, rank=1000), "ows")
+        Workers(TINY.model_copy(update={"rank": 1000}), "ows")
 
 
 # ---- tables

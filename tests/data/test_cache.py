@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import threading
@@ -93,17 +92,17 @@ def test_a_folder_that_cannot_be_is_done_without(tmp_path: Path) -> None:
 
 def test_names_differ_with_all_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n')
-    source, data = Source(str(tmp_path / "r.jsonl"), split="train"), Data()
+    source, data = Source(path=str(tmp_path / "r.jsonl"), split="train"), Data()
 
     def name(source: Source = source, data: Data = data, tokenizer: Any = None, key: str = "data.train") -> str:
         return cache.name(source, digest(source, key), tokenizer or byte_tokenizer(), data, key)
 
     names = [name()]
-    assert name() == names[0] == name(dataclasses.replace(source, weight=2.0))
-    assert name(data=dataclasses.replace(data, packing=True, cache="x")) == names[0]
-    names += [name(data=dataclasses.replace(data, **{key: value})) for key, value in {
+    assert name() == names[0] == name(source.model_copy(update={"weight": 2.0}))
+    assert name(data=data.model_copy(update={"packing": True, "cache": "x"})) == names[0]
+    names += [name(data=data.model_copy(update={key: value})) for key, value in {
         "max_length": 3, "loss_on": "all", "template": "plain", "on_bad_row": "skip"}.items()]  # fmt: skip
-    names += [name(dataclasses.replace(source, **{key: value})) for key, value in {
+    names += [name(source.model_copy(update={key: value})) for key, value in {
         "subset": "a", "split": "train[:1]", "format": "text"}.items()]  # fmt: skip
     names += [name(key="data.eval"), name(tokenizer=byte_tokenizer(None))]
     for change in ({"eos_token": "a"}, {"bos_token": "b"}):
@@ -139,13 +138,13 @@ def test_data_sets_have_a_digest_of_their_rows(tmp_path: Path, monkeypatch: pyte
     digests = []
     for name, text in (("one", "a"), ("two", "a"), ("three", "b")):
         datasets.Dataset.from_dict({"text": ["x", text]}).save_to_disk(str(tmp_path / name))
-        digests.append(digest(Source(str(tmp_path / name)), "data.train"))
+        digests.append(digest(Source(path=str(tmp_path / name)), "data.train"))
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_second_run_tokenizes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(4)))
-    data = Data(train=[Source(str(tmp_path / "r.jsonl"))], cache=str(tmp_path / "cache"))
+    data = Data(train=[Source(path=str(tmp_path / "r.jsonl"))], cache=str(tmp_path / "cache"))
     given = sources(data, "data.train")
     first, counts = prepare.prepare(data, byte_tokenizer(), given, "data.train")
     monkeypatch.setattr(prepare, "encode_rows", lambda *_, **__: pytest.fail("it is there"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ows_ds import config
+from ows_ds.config import changed
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
 from tests.train.test_trainer import contents, run
@@ -35,7 +35,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def in_data(one: config.Recipe, **data: Any) -> config.Recipe:
-    return replace(one, data=replace(one.data, **data), model=replace(one.model, dtype="float64"))
+    return changed(one, {"model.dtype": "float64", **{f"data.{key}": value for key, value in data.items()}})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_packed_rows_train_as_rows_alone(
             recipe(calm, tmp_path / str(packing), sharding=sharding, batch_size=size, micro_batch_size=size // 2),
             packing=packing, max_length=95,
         )  # fmt: skip
-        one = replace(one, model=replace(one.model, attention=kernel))
+        one = changed(one, {"model.attn_implementation": kernel})
         told = pools(2).run(run, one, None)[0]
         assert told
         records.append(contents(tmp_path / str(packing))[0])
@@ -70,7 +70,7 @@ def test_a_streamed_run_goes_on_with_the_same_rows(pools: Pools, calm: Path, tmp
     pools(2).run(run, whole, None)
     parts = in_data(recipe(calm, tmp_path / "parts", **more), **data)
     pools(2).run(run, parts, 5)
-    told = pools(3).run(run, replace(parts, train=replace(parts.train, resume="auto")), None)[0]
+    told = pools(3).run(run, changed(parts, {"train.resume": "auto"}), None)[0]
     assert any("going on after step 3" in line for line in told)
     (records, _), (again, _) = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert [record["step"] for record in again] == list(range(10))

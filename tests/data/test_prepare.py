@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import datasets
 import pytest
 
 from ows_ds import config
-from ows_ds.config import Data, Source, sources
+from ows_ds.config import Data, Source, changed, sources
 from ows_ds.data import prepare
 from ows_ds.data.encoded import Counts
 from ows_ds.data.rows import load_rows
@@ -50,8 +49,8 @@ def test_several_sources(folder: Path) -> None:
     assert counts == Counts(rows=4, kept=4, tokens=12, trained_tokens=3 + 2 + 1 + 2)
     found, _ = made(folder, [{"path": a, "weight": 2, "split": "train[1:]"}, b])
     assert (texts(found), found.sizes) == (["aa", "a", "bc"], [2, 1])
-    assert prepare.weights([Source(a, 2.0), Source(b)]) == [2.0, 1.0]
-    assert prepare.weights([Source(a), Source(b)]) is None
+    assert prepare.weights([Source(path=a, weight=2.0), Source(path=b)]) == [2.0, 1.0]
+    assert prepare.weights([Source(path=a), Source(path=b)]) is None
 
 
 def test_sources_with_weights_are_packed_apart(folder: Path) -> None:
@@ -64,13 +63,15 @@ def test_sources_with_weights_are_packed_apart(folder: Path) -> None:
 
 def test_what_sources_leave_out() -> None:
     data = Data(
-        train=[Source("a", format="text"), Source("b", subset="s", split="t")], train_subset="x", format="alpaca"
+        train=[Source(path="a", format="text"), Source(path="b", subset="s", split="t")],
+        train_subset="x",
+        format="alpaca",
     )
     assert sources(data, "data.train") == [
-        Source("a", None, "x", "train", "text"),
-        Source("b", None, "s", "t", "alpaca"),
+        Source(path="a", subset="x", split="train", format="text"),
+        Source(path="b", subset="s", split="t", format="alpaca"),
     ]
-    assert sources(Data(eval="e"), "data.eval") == [Source("e", None, None, "test", "auto")]
+    assert sources(Data(eval="e"), "data.eval") == [Source(path="e", split="test", format="auto")]
     assert sources(Data(), "data.eval") == []
 
 
@@ -90,8 +91,8 @@ def test_a_template_of_ones_own(inputs: Path, tmp_path: Path) -> None:
     """It is the tokenizer's from then on, also where that is saved."""
     (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     one = recipe(inputs, tmp_path / "run")
-    tokenizer = load_tokenizer(replace(one, data=replace(one.data, chat_template=str(tmp_path / "t.jinja"))))
+    tokenizer = load_tokenizer(changed(one, {"data.chat_template": str(tmp_path / "t.jinja")}))
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = load_tokenizer(replace(one, model=replace(one.model, path=str(tmp_path / "saved"))))
+    again = load_tokenizer(changed(one, {"model.path": str(tmp_path / "saved")}))
     for found in (tokenizer, again):
         assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<a>"

@@ -23,7 +23,7 @@ def write(folder: Path, name: str, count: int) -> Source:
     """Rows that say their numbers, as letters from A on."""
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps({"text": f"{name}{chr(65 + i)}"}) + "\n" for i in range(count)))
-    return Source(str(path))
+    return Source(path=str(path))
 
 
 def opened(
@@ -71,7 +71,7 @@ def test_blocks_follow_each_other_without_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_goes_on_with_the_same_rows_at_any_world_size(tmp_path: Path, packing: bool) -> None:
-    sources = [write(tmp_path, "a", 7), Source(write(tmp_path, "b", 9).path, weight=3.0)]
+    sources = [write(tmp_path, "a", 7), Source(path=write(tmp_path, "b", 9).path, weight=3.0)]
     data = Data(train="unused", max_length=9, streaming=True, packing=packing)
     first = opened(sources, 12, data)
     all_of_it = [texts(first.take(k)[0]) for k in range(12)]
@@ -100,23 +100,23 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n{"text": ""}\n')
     data = Data(train="unused", streaming=True, on_bad_row="skip", max_length=4)
-    steps = opened([Source(str(path))], 4, data)
+    steps = opened([Source(path=str(path))], 4, data)
     assert sorted(texts(steps.take(0)[0])) == ["a", "c"]
     steps.close()
     assert (steps.counts.bad, steps.counts.dropped) == (1, 1)
     assert steps.counts.first_bad.startswith(f"{path}:2: give the columns")
     with pytest.raises(UserError, match=r"data\.train: .*r\.jsonl:2"):
-        opened([Source(str(path))], 4)
+        opened([Source(path=str(path))], 4)
     with pytest.raises(
         UserError, match=r"train\.global_batch_size: 3 is invalid: expected at most 2, as many as a block"
     ):
-        opened([Source(str(path))], 4, data, batch=3)
+        opened([Source(path=str(path))], 4, data, batch=3)
 
 
 def test_a_mistake_in_a_later_block_is_told_when_it_is_due(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
-    steps = opened([Source(str(path))], 2)
+    steps = opened([Source(path=str(path))], 2)
     steps.take(0)
     with pytest.raises(UserError, match=r"r\.jsonl:3"):
         steps.take(1)
@@ -133,10 +133,10 @@ def test_all_kinds_of_sources_are_read_from_any_row_on(tmp_path: Path, monkeypat
     (tmp_path / "set").mkdir()
     made.to_json(tmp_path / "set" / "train.jsonl")
     for name in ("r.parquet", "r.csv", "saved", "set"):
-        source = Source(str(tmp_path / name), split="train")
+        source = Source(path=str(tmp_path / name), split="train")
         found = list(stream(source, "data.train", 3))
         assert [row for _, row in found] == rows[3:], name
         assert found[0][0].endswith("row 4")
         assert list(stream(source, "data.train", 5)) == []
     with pytest.raises(UserError, match=r"data\.train_split: 'dev'"):
-        list(stream(Source(str(tmp_path / "set"), split="dev"), "data.train", 0))
+        list(stream(Source(path=str(tmp_path / "set"), split="dev"), "data.train", 0))

@@ -16,7 +16,7 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import read_model
-from ows_ds.planner.forecast import choice_of, planned
+from ows_ds.planner.forecast import Planner
 from ows_ds.train import memory_check
 from ows_ds.train.memory_check import available, check_memory
 from tests.support.tiny_run import recipe
@@ -82,7 +82,8 @@ def test_what_cannot_fit_is_refused_with_the_figure(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = recipe(inputs, tmp_path)
-    needed = planned(asked, read_model(asked.model.path), choice_of(asked, 1, "replicated"))
+    planner = Planner(asked, read_model(asked.model.path))
+    needed = planner.peak(planner.choice(1, "replicated"))
     monkeypatch.setattr(memory_check, "available", lambda: needed)
     check_memory(asked, alone(), 64)
     monkeypatch.setattr(memory_check, "available", lambda: int(needed / 1.3))

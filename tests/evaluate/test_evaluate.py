@@ -6,7 +6,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_result_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    path = results.write(tmp_path / "r.json", json.dumps(RESULT.to_json() | change))
+    path = results.write(tmp_path / "r.json", json.dumps(asdict(RESULT) | change))
     with pytest.raises(UserError, match="expected a result file"):
         results.read(path)
 
@@ -77,10 +77,10 @@ def test_the_table() -> None:
 
 
 def test_what_cannot_be_compared() -> None:
-    assert results.told_alike(RESULT, RESULT) is None
-    assert results.told_alike(RESULT, BEFORE) == "it has no acc of sums"
+    assert results.not_comparable(RESULT, RESULT) is None
+    assert results.not_comparable(RESULT, BEFORE) == "it has no acc of sums"
     other = replace(RESULT, scores=(replace(RESULT.scores[0], shots=0), *RESULT.scores[1:]))
-    assert results.told_alike(RESULT, other) == "shots of both are 0 in it, here 5"
+    assert results.not_comparable(RESULT, other) == "shots of both are 0 in it, here 5"
 
 
 def test_the_report_shows_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +382,7 @@ def test_mt_bench_from_the_command_line(
     ]
     assert [line["choices"] for line in first] == [line["choices"] for line in second]
     assert result["scores"][0]["value"] == pytest.approx(36.5 / 5)
-    assert results.read(folder / f"{name}-mt_bench.json").to_json() == result
+    assert json.loads((folder / f"{name}-mt_bench.json").read_text()) == result
     assert len(result["model"]["fingerprint"]) == 64
     judgments = folder / "mt_bench" / "model_judgment" / "org_j_single.jsonl"
     assert {json.loads(line)["model"] for line in judgments.read_text().splitlines()} == {f"{name}.1"}

@@ -155,7 +155,7 @@ def test_a_run_and_its_base(
     capsys.readouterr()
     assert main([*words, "--checkpoint", "step-9", "--compare", str(tmp_path / "base.json"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["before"]["scores"] == result.to_json()["before"]["scores"]
+    assert shown["before"]["scores"] == json.loads(results.as_text(result))["before"]["scores"]
     assert shown["model"]["checkpoint"] == "step-9"
     first = evaluate(run, tasks, "ows_test", tmp_path / "first.json", "--limit", "6", "--checkpoint", "step-3")
     assert first.model["fingerprint"] not in (shown["model"]["fingerprint"], base.model["fingerprint"])

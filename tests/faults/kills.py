@@ -1,15 +1,14 @@
-"""Runs of two processes that are killed at some moment and started again, until they end.
+"""Runs of two ranks that are killed at some moment and started again, until they end.
 
     python -m tests.faults.kills [KILLS] [SEED]
 
-tells what was hit, as tables. A killed process gets SIGKILL, at a place in the program (before or after the
-n-th call of a function, on one process) or at a time. The other one is killed with it, or left to find out by itself.
+prints what was hit, as tables. A killed rank gets SIGKILL, at a place in the program (before or after the n-th call
+of a function) or at a time. The other one is killed with it, or left to find out by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
 import random
@@ -27,8 +26,10 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from ows_ds import checkpoint, config
+from ows_ds.checkpoint import saver, writer
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model import tensor_files
+from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.full_rank import FullRank
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.update import CoordinateBuffer
@@ -39,28 +40,28 @@ from tests.train.test_trainer import contents
 
 WORLD = 2
 LIMIT = 120.0  # seconds for a run of a tiny model
-GRACE = 20.0  # seconds in which a process whose peer is dead has to end by itself
+GRACE = 20.0  # seconds in which a rank whose peer is dead has to end by itself
 PLACES: dict[str, tuple[Any, str, int]] = {
     # a function, and up to which of its calls is hit
     "in a backward pass": (OWS, "backward", 20),
     "in an update": (CoordinateBuffer, "update", 7),
     "in an update at full rank": (FullRank, "update", 7),
-    "in a merge": (OWS, "_merge", 8),
-    "in a refresh": (OWS, "_finish_refresh", 3),
-    "in a change of the set": (OWS, "_change", 2),
+    "in a merge": (ActiveSet, "merge", 8),
+    "in a refresh": (ActiveSet, "take", 3),
+    "in a change of the set": (ActiveSet, "change", 2),
     "recording a step": (log.RunLog, "step", 7),
     "beginning a checkpoint": (checkpoint.Saver, "start", 3),
     "writing state": (tensor_files.Writer, "write", 60),
     "syncing state": (tensor_files.Writer, "close", 4),
-    "reading state back": (checkpoint, "_sha256", 6),
-    "agreeing on a checkpoint": (checkpoint._Writing, "complete", 4),
-    "writing the manifest": (checkpoint, "_write", 4),
+    "reading state back": (writer, "sha256", 6),
+    "agreeing on a checkpoint": (writer.Writing, "complete", 4),
+    "writing the manifest": (writer, "write_manifest", 4),
     "renaming": (Path, "rename", 6),
-    "deleting old checkpoints": (checkpoint, "prune", 4),
+    "deleting old checkpoints": (saver, "prune", 4),
     "deleting": (shutil, "rmtree", 8),
     "writing the model": (trainer, "save_model", 1),
 }
-OF_PROCESS_0 = ("writing the manifest", "renaming", "deleting old checkpoints", "deleting")
+OF_RANK_0 = ("writing the manifest", "renaming", "deleting old checkpoints", "deleting")
 AT_A_TIME = "at a time"
 
 
@@ -68,7 +69,7 @@ AT_A_TIME = "at a time"
 class Plan:
     """place: of `PLACES` or `AT_A_TIME`. call: number of the call there; after: its end. seconds: since the start.
 
-    together: both processes die."""
+    together: both ranks die."""
 
     rank: int
     together: bool
@@ -80,7 +81,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """hit: kills by place; alone: how many left the other process behind; opened: checkpoints that were verified."""
+    """hit: kills by place; alone: how many left the other rank behind; opened: checkpoints that were verified."""
 
     hit: Counter[str] = field(default_factory=Counter)
     alone: int = 0
@@ -95,7 +96,7 @@ def draw(chance: random.Random, seconds: float) -> Plan:
     if chance.random() < 0.25:  # perhaps before they have met, where one alone would wait for the other
         return Plan(rank, True, AT_A_TIME, seconds=chance.uniform(0, seconds))
     place = chance.choice(list(PLACES))
-    rank = 0 if place in OF_PROCESS_0 else rank
+    rank = 0 if place in OF_RANK_0 else rank
     return Plan(rank, together, place, chance.randint(1, PLACES[place][2]), chance.random() < 0.5)
 
 
@@ -118,7 +119,7 @@ def arm(plan: Plan) -> None:
 
 
 def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | None) -> None:
-    """A process of a run, in a process of its own."""
+    """A rank of a run, in a process of its own."""
     output = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -136,9 +137,8 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
 
 
 def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
-    """Start the processes, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.warm"])
+    """Start the ranks, kill as planned; exit codes. Raises AssertionError, with what they printed, for a hang."""
+    context = pool.warm_context()
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     port = next(pool._ports)
     args = [(rank, port, folder, job, plan) for rank in range(WORLD)]
@@ -212,13 +212,13 @@ def kill(inputs: Path, folder: Path, kills: int, sharding: str, seed: int) -> Ou
 
 
 def main(kills: int = 100, seed: int = 0) -> None:
-    """Print a table for half of the kills with weights on each process, and for half under ZeRO-3."""
+    """Print a table for half of the kills with weights on each rank, and for half under ZeRO-3."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         inputs = write_inputs(folder / "inputs")
         for home, count in (("replicated", kills - kills // 2), ("zero3", kills // 2)):
             outcome = kill(inputs, folder / home, count, home, seed)
-            hit = f"{outcome.hit.total()} kills, {home}: {outcome.alone} of one process alone"
+            hit = f"{outcome.hit.total()} kills, {home}: {outcome.alone} of one rank alone"
             runs = f"{outcome.runs} runs that ended, {outcome.starts} starts, {outcome.opened} checkpoints verified"
             print(f"\n{hit}, {runs}\n\n| moment | kills |\n|---|---|")
             for place in (*PLACES, AT_A_TIME):

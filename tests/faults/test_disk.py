@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,12 +34,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture
+def whole(straight: Callable[..., Path]) -> Any:
     """What a run with room leaves behind."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    pools(2).run(run, recipe(inputs, folder, sharding="zero3"), None)
-    return contents(folder)
+    return contents(straight(2, sharding="zero3"))
 
 
 def fill(disk: Path, saved: Path) -> None:
@@ -52,10 +50,10 @@ def fill(disk: Path, saved: Path) -> None:
 def run_out(rank: int, world_size: int, recipe: config.Recipe, disk: Path, room_again: bool) -> tuple[str, list[str]]:
     """Train; the disk is full from step 4 on, until a checkpoint has failed if there is to be ``room_again``.
 
-    Returns how the run ended, and the lines told.
+    Returns how the run ended, and what it logged.
     """
     step, event = log.RunLog.step, log.RunLog.event
-    told: list[str] = []
+    lines: list[str] = []
 
     def filling(self: log.RunLog, record: dict[str, Any]) -> None:
         step(self, record)
@@ -63,7 +61,7 @@ def run_out(rank: int, world_size: int, recipe: config.Recipe, disk: Path, room_
             fill(disk, Path(recipe.train.output_dir) / "checkpoints" / "step-3")
 
     def noting(self: log.RunLog, text: str) -> None:
-        told.append(text)
+        lines.append(text)
         event(self, text)
         if rank == 0 and room_again and "could not be written" in text:
             (disk / "ballast").unlink()
@@ -72,8 +70,8 @@ def run_out(rank: int, world_size: int, recipe: config.Recipe, disk: Path, room_
         try:
             run(rank, world_size, recipe, None)
         except Exception as error:
-            return f"{type(error).__name__}: {error}", told
-    return "done", told
+            return f"{type(error).__name__}: {error}", lines
+    return "done", lines
 
 
 def opened(run_dir: Path) -> list[str]:
@@ -81,14 +79,14 @@ def opened(run_dir: Path) -> list[str]:
     return [checkpoint.open_checkpoint(path, Communicator()).folder.name for path in checkpoint.checkpoints(run_dir)]
 
 
-def test_it_goes_on_and_is_told(pools: Pools, inputs: Path, disk: Path, whole: Any) -> None:
+def test_it_continues_and_says_so(pools: Pools, inputs: Path, disk: Path, whole: Any) -> None:
     run_dir = disk / "run"
     answers = pools(2).run(run_out, recipe(inputs, run_dir, sharding="zero3"), disk, True)
     assert [ended for ended, _ in answers] == ["done", "done"]
     [line] = [text for text in answers[0][1] if "could not be written" in text]
-    assert line.startswith("checkpoint step-6 could not be written on process ")
+    assert line.startswith("checkpoint step-6 could not be written on rank ")
     assert "No space left on device" in line
-    assert line.endswith("going on, the newest one is step-3 (1 not written so far)")
+    assert line.endswith("training continues, the newest one is step-3 (1 not written so far)")
     assert answers[0][1][-1] == f"done: {run_dir / 'model'}, 1 checkpoints not written"
     assert opened(run_dir) == ["step-9", "step-3"]
     (records, files), (its_records, its_files) = whole, contents(run_dir)
@@ -102,16 +100,16 @@ def test_it_goes_on_and_is_told(pools: Pools, inputs: Path, disk: Path, whole: A
 def test_it_ends_with_the_cause(
     pools: Pools, inputs: Path, disk: Path, whole: Any, on_save_error: str, failed: str
 ) -> None:
-    """At once under stop, at the end in any case; with room it goes on from what is there."""
+    """At once under stop, at the end in any case; with room it resumes from what is there."""
     run_dir = disk / "run"
     made = recipe(inputs, run_dir, sharding="zero3", on_save_error=on_save_error)
-    for ended, told in pools(2).run(run_out, made, disk, False):
-        assert ended.startswith(f"SaveError: checkpoint {failed} could not be written on process ")
+    for ended, lines in pools(2).run(run_out, made, disk, False):
+        assert ended.startswith(f"SaveError: checkpoint {failed} could not be written on rank ")
         assert "No space left on device" in ended
-        assert sum("could not be written" in text for text in told) == (failed == "step-9")
+        assert sum("could not be written" in text for text in lines) == (failed == "step-9")
     assert opened(run_dir) == ["step-3"]
     assert not list((run_dir / "checkpoints").glob("*.partial"))
     (disk / "ballast").unlink()
-    told = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
-    assert told[0].startswith("going on after step 3")
+    lines = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
+    assert lines[0].startswith("going on after step 3")
     assert contents(run_dir) == whole

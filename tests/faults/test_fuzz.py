@@ -22,6 +22,7 @@ from hypothesis.strategies import SearchStrategy
 
 from ows_ds import checkpoint, config, files
 from ows_ds.bench import study
+from ows_ds.checkpoint.manifest import seal
 from ows_ds.cli.main import main
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
@@ -167,8 +168,8 @@ def read_scores(folder: Path, content: bytes) -> None:
 def save(folder: Path) -> Path:
     """A checkpoint's manifest."""
     place = checkpoint.folder_of(folder, 3)
-    pieces = [Shard("a", (2, 2), 0, torch.ones(4))]
-    checkpoint.save(place, pieces, {"method": {"steps": 3}}, Communicator())
+    shards = [Shard("a", (2, 2), 0, torch.ones(4))]
+    checkpoint.save(place, shards, {"method": {"steps": 3}}, Communicator())
     return place / checkpoint.MANIFEST
 
 
@@ -187,7 +188,7 @@ def read_manifest(folder: Path, content: bytes) -> None:
         tree = json.loads(content)
         if isinstance(tree, dict):  # one whose digest is wrong would be read no further
             tree.pop("sha256", None)
-            content = checkpoint._sealed(tree)
+            content = seal(tree)
     (place / checkpoint.MANIFEST).write_bytes(content)
     checkpoint.find(folder, "auto", Communicator())
     checkpoint.open_checkpoint(place, Communicator())
@@ -195,7 +196,7 @@ def read_manifest(folder: Path, content: bytes) -> None:
 
 def read_rows(folder: Path, content: bytes) -> None:
     (folder / "rows.jsonl").write_bytes(content)
-    source = config.Source(str(folder / "rows.jsonl"))
+    source = config.Source(path=str(folder / "rows.jsonl"))
     encode_rows(read(source, "data.train"), TOKENIZER, 16, on_bad_row="skip")
     encode_rows(read(source, "data.train"), TOKENIZER, 16)
 

@@ -10,9 +10,14 @@ from tests.faults.kills import kill
 
 
 @pytest.mark.parametrize(
-    ("kills", "seed"), [(5, 1), pytest.param(50, 0, marks=pytest.mark.slow)], ids=["a few", "many"]
+    ("kills", "seed", "sharding"),
+    [
+        (3, 1, "zero3"),
+        pytest.param(5, 1, "replicated", marks=pytest.mark.ci),
+        pytest.param(50, 0, "replicated", marks=pytest.mark.slow),
+        pytest.param(50, 0, "zero3", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
 def test_kills(inputs: Path, tmp_path: Path, sharding: str, kills: int, seed: int) -> None:
     outcome = kill(inputs, tmp_path, kills, sharding, seed)
     assert outcome.hit.total() == kills

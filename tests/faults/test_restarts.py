@@ -1,30 +1,34 @@
-"""Launchers that start all processes anew after a fault: the run goes on from its newest checkpoint by itself."""
+"""Launchers that restart all ranks after a fault: the run resumes from its newest checkpoint by itself."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ows_ds import config
 from tests.conftest import ROOT
 from tests.launch.test_launchers import LIMIT, launchers
-from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
-from tests.train.test_trainer import contents, run
+from tests.train.test_trainer import contents
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["kill", "memory"])
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, launcher: str, fault: str) -> None:
-    settings: dict[str, Any] = {"sharding": "zero3"}
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", **settings), None)
+@pytest.mark.parametrize(
+    ("launcher", "fault"),
+    [
+        pytest.param("torchrun", "kill", marks=pytest.mark.ci),
+        pytest.param("torchrun", "memory", marks=pytest.mark.slow),
+        pytest.param("accelerate", "kill", marks=pytest.mark.slow),
+    ],
+)
+def test_a_restarted_run_resumes(
+    inputs: Path, straight: Callable[..., Path], tmp_path: Path, launcher: str, fault: str
+) -> None:
     file = tmp_path / "recipe.yaml"
-    file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", resume="auto", **settings)))
+    file.write_text(config.to_yaml(recipe(inputs, tmp_path / "run", resume="auto", sharding="zero3")))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     words, _ = launchers()[launcher]
@@ -35,4 +39,4 @@ def test_a_restarted_run_goes_on(pools: Pools, inputs: Path, tmp_path: Path, lau
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "run" / "fault").exists()
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "run") == contents(straight(2, sharding="zero3"))

@@ -1,4 +1,4 @@
-"""``ows-ds`` in which one process meets with a fault: ``python -m tests.faults.worker FAULT RANK STEP train ...``.
+"""``ows-ds`` in which one rank fails: ``python -m tests.faults.worker FAULT RANK STEP train ...``.
 
 The fault comes in the forward pass of optimizer step STEP (from 1), and never after a launcher's restart.
 """
@@ -37,7 +37,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 
 def inject(fault: str, step: int) -> None:
-    """Let this process meet with it."""
+    """Let this process fail."""
     take, batch = trainer._Steps.take, trainer.Job.batch
     current = -1
 

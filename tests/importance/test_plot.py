@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 
 from ows_ds import config
-from ows_ds.importance.plot import plot, strip
+from ows_ds.importance.plot import plot, text_chart
 from ows_ds.importance.scores import Scores
 
 SCORES = Scores("outlier", 13.0, "f" * 64, (0.0019, 0.0005, 0.0064), 1234)
-KINDS = get_args(config.hints()["sampling.importance"])
+KINDS = get_args(config.Sampling.model_fields["importance"].annotation)
 
 
 @pytest.mark.parametrize(
@@ -42,27 +42,27 @@ def test_plot(tmp_path: Path, scores: list[tuple[str, Scores]], monkeypatch: pyt
     )
 
 
-def test_strip() -> None:
-    assert strip(replace(SCORES, layers=(0.0, 0.005, 0.01)), height=2).splitlines() == [
+def test_text_chart() -> None:
+    assert text_chart(replace(SCORES, layers=(0.0, 0.005, 0.01)), height=2).splitlines() == [
         "1.00 % │    █",
         "       │  █ █",
         " layer  0",
         "        outlier ratio (tau 13): 0.000 % (layer 0) to 1.000 % (layer 2)",
     ]
-    assert strip(Scores("alpha", 0.0, "", (2.0, 4.0, 3.0), 0), height=2).splitlines() == [
+    assert text_chart(Scores("alpha", 0.0, "", (2.0, 4.0, 3.0), 0), height=2).splitlines() == [
         "     4 │  █ ▄",
         "       │█ █ █",
         " layer  0",
         "        alpha (sampled by 1/alpha): 2 (layer 0) to 4 (layer 1)",
     ]
-    assert "0.00 %" in strip(replace(SCORES, layers=(0.0, 0.0)))
+    assert "0.00 %" in text_chart(replace(SCORES, layers=(0.0, 0.0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layers", [1, 35, 36, 70, 80, 126])
 def test_strip_fits_in_80_columns(kind: str, layers: int) -> None:
     one = Scores(kind, 13.0, "", tuple(0.123456 + 1e-4 * layer for layer in range(layers)), 0)
-    lines = strip(one).splitlines()
+    lines = text_chart(one).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.count("█") for line in lines) == 4 * layers - sum(
         line.count(mark) for line in lines for mark in "▁▂▃▄▅▆▇"

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from ows_ds import score
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, interval
 from ows_ds.errors import UserError
-from ows_ds.importance.scores import Scores, _blocks, score
+from ows_ds.importance import outliers
+from ows_ds.importance.metrics import measure
+from ows_ds.importance.outliers import blocks, outlier_scores
+from ows_ds.importance.scores import Scores
 from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
 from tests.support.families import FAMILIES, tiny
 
@@ -72,7 +77,9 @@ def test_equation_2_in_every_family(family: str, tied: bool) -> None:
     model.get_submodule(layers.layers[1].name).eval()
     modes = [m.training for m in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    scores = score(Replicated(model, Communicator()), layers, [padded(rows[:2]), None, padded(rows[2:])], tau=3.0)
+    scores = outlier_scores(
+        Replicated(model, Communicator()), layers, [padded(rows[:2]), None, padded(rows[2:])], tau=3.0
+    )
 
     assert scores.layers == pytest.approx(expected, rel=1e-12)
     assert (scores.metric, scores.tau, scores.tokens, scores.format) == ("outlier", 3.0, sum(LENGTHS), 1)
@@ -114,37 +121,40 @@ def test_by_hand() -> None:
     # Layer 1: A = (5 -> 5 * 8 = 40, 10), mean 25; tau 2: none above 50.
     toy = Toy([[1.0, -1.0], [-2.0, 2.0], [0.0, 9.0]], [[8.0, 1.0]])
     batch = {"input_ids": torch.tensor([[3, 4, 7]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    scores = score(Replicated(toy, Communicator()), toy.layers(), [batch], tau=2.0)
+    scores = outlier_scores(Replicated(toy, Communicator()), toy.layers(), [batch], tau=2.0)
     assert scores.layers == (1 / 6, 0.0)
     assert scores.tokens == 2
     assert toy.seen == [{"use_cache": False, "training": False, "grad": False}]
     assert toy.training
     # tau 1: above 22.5 is still the one; above 25 is the 40. An entry equal to the threshold does not count.
-    assert score(Replicated(toy, Communicator()), toy.layers(), [batch], tau=1.0).layers == (1 / 6, 1 / 2)
-    assert score(Replicated(toy, Communicator()), toy.layers(), [batch], tau=4.0).layers == (0.0, 0.0)
+    assert outlier_scores(Replicated(toy, Communicator()), toy.layers(), [batch], tau=1.0).layers == (1 / 6, 1 / 2)
+    assert outlier_scores(Replicated(toy, Communicator()), toy.layers(), [batch], tau=4.0).layers == (0.0, 0.0)
 
 
 def test_without_mask_every_token_counts() -> None:
     toy = Toy([[1.0, -1.0]], [[8.0, 1.0]])
     assert (
-        score(Replicated(toy, Communicator()), toy.layers(), [{"input_ids": torch.tensor([[3, 4]])}], 1.0).tokens == 2
+        outlier_scores(
+            Replicated(toy, Communicator()), toy.layers(), [{"input_ids": torch.tensor([[3, 4]])}], 1.0
+        ).tokens
+        == 2
     )
 
 
 def test_no_tokens_and_infinite_activations() -> None:
     toy = Toy([[1.0, -1.0]], [[8.0, 1.0]])
     with pytest.raises(UserError, match=r"data\.train: '0 calibration tokens'"):
-        score(Replicated(toy, Communicator()), toy.layers(), [None], 1.0)
+        outlier_scores(Replicated(toy, Communicator()), toy.layers(), [None], 1.0)
     toy.stack[1].weight.data[0, 0] = math.inf
     with pytest.raises(RuntimeError, match="of 1 are not finite"):
-        score(Replicated(toy, Communicator()), toy.layers(), [{"input_ids": torch.tensor([[3]])}], 1.0)
+        outlier_scores(Replicated(toy, Communicator()), toy.layers(), [{"input_ids": torch.tensor([[3]])}], 1.0)
 
 
 def test_hooks_and_mode_are_put_back_after_an_error() -> None:
     toy = Toy([[1.0, -1.0]], [[8.0, 1.0]])
     batch = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.tensor([[1]])}
     with pytest.raises(RuntimeError, match=r"the input of stack\.0\.weight has 2 rows where the batch has 1 tokens"):
-        score(Replicated(toy, Communicator()), toy.layers(), [batch], 1.0)
+        outlier_scores(Replicated(toy, Communicator()), toy.layers(), [batch], 1.0)
     assert toy.training
     assert not any(m._forward_pre_hooks for m in toy.modules())
 
@@ -153,7 +163,7 @@ def test_hooks_and_mode_are_put_back_after_an_error() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 40])
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
 def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chunk: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr("ows_ds.importance.scores._BLOCK", chunk)
+    monkeypatch.setattr(outliers, "BLOCK", chunk)
     shape = (5, 7)
     parameter = nn.Parameter(torch.arange(35.0).view(shape))
     seen = torch.zeros(shape)
@@ -163,7 +173,7 @@ def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chun
         comm.rank, comm.world_size = index, world_size
         weights = Replicated(nn.Linear(1, 1), Communicator())
         weights.comm = comm
-        for features, block in _blocks(weights, Matrix("w", shape, ("w",), inputs_first), parameter):
+        for features, block in blocks(weights, Matrix("w", shape, ("w",), inputs_first), parameter):
             assert block.numel() <= max(chunk, 7)
             assert block.shape[1] == features.stop - features.start
             seen.view(-1)[block.flatten().long()] += 1
@@ -171,6 +181,25 @@ def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chun
     assert torch.equal(seen, torch.ones(shape))
     assert torch.equal(sums, parameter.detach().sum(1 if inputs_first else 0))
     assert interval(35, 39, 40) == (35, 35)
+
+
+# ---- score, for scripts
+
+
+def test_score_takes_a_model_weights_or_a_path(tmp_path: Path) -> None:
+    tiny("llama", True, torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    batches = [padded(sequences()[:2]), padded(sequences()[2:])]
+    weights, layers = Replicated(model, Communicator()), find_layers(model)
+    expected = outlier_scores(weights, layers, batches, tau=3.0)
+    assert score(model, batches, tau=3.0) == score(weights, iter(batches), tau=3.0) == expected
+    assert score(tmp_path / "model", batches, tau=3.0) == score(str(tmp_path / "model"), batches, tau=3.0) == expected
+    for metric in ("rm", "bi", "alpha"):
+        assert score(model, batches, metric) == measure(weights, layers, [metric], lambda: batches, 3.0)[metric]
+    with pytest.raises(UserError, match="metric: 'reverse' is invalid: expected one of outlier, rm, bi, alpha"):
+        score(model, batches, "reverse")
+    with pytest.raises(UserError, match=r"model\.path"):
+        score(tmp_path / "none", batches)
 
 
 # ---- files of scores
@@ -196,7 +225,7 @@ def test_write_and_read(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "scores.json"
     SCORES.write(path)
-    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         replace(SCORES, tau=1.0).write(path)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ows_ds.distributed.communicator import Communicator, join
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3, resolve_config
-from ows_ds.importance.scores import score
+from ows_ds.importance.outliers import outlier_scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
 from tests.support.pool import Pools
@@ -113,7 +113,9 @@ def measure(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     def one(weights: Weights) -> dict[str, Any]:
         weights.comm.sent.clear()
         listening = Listening(weights.comm)
-        scores = score(weights, find_layers(weights.module, weights.shape), batches(rank, world_size, folder), TAU)
+        scores = outlier_scores(
+            weights, find_layers(weights.module, weights.shape), batches(rank, world_size, folder), TAU
+        )
         return {"scores": scores, "calls": list(listening.calls), "sent": dict(weights.comm.sent)}
 
     def zero3(model: nn.Module, dtype: str) -> Zero3:

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from ows_ds import config
-from ows_ds.config import Source
+from ows_ds.config import Source, changed
 from ows_ds.data.batches import Batches, collate
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
@@ -72,7 +71,7 @@ def deepspeed_on_cpus() -> Iterator[None]:
 
 
 def rows_of(inputs: Path, tokenizer: Any, name: str) -> list[Any]:
-    return list(encode_rows(read(Source(str(inputs / f"{name}.jsonl")), f"data.{name}"), tokenizer, 64)[0])
+    return list(encode_rows(read(Source(path=str(inputs / f"{name}.jsonl")), f"data.{name}"), tokenizer, 64)[0])
 
 
 def collated(rows: list[Any]) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def our_run(pools: Pools, still: Path, tmp_path_factory: pytest.TempPathFactory)
     """A run of our trainer in float32 on two processes, and the order of its rows."""
     folder = tmp_path_factory.mktemp("ours") / "run"
     plain = recipe(still, folder, optim={**STEADY, "eps": EPS})
-    return folder, pools(2).run(ours, replace(plain, model=replace(plain.model, dtype="float32")))[0]
+    return folder, pools(2).run(ours, changed(plain, {"model.dtype": "float32"}))[0]
 
 
 @pytest.mark.parametrize("kind", ["trainer", "zero3", pytest.param("trl", marks=needs_trl)])

@@ -1,4 +1,4 @@
-"""One run of two processes without any launcher, which those of all launchers must equal, and two hosts."""
+"""One run of two ranks without any launcher, which those of all launchers must equal, and two hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERIOD = 8  # a stop after a few steps falls within the first
 
 
 def launched(inputs: Path, run_dir: Path, **train: Any) -> config.Recipe:
-    """Two processes accumulate two micro-batches each; one checkpoint is kept, the last."""
+    """Two ranks accumulate two micro-batches each; one checkpoint is kept, the last."""
     all_of_them = {
         "sharding": "zero3",
         "steps": 12,
@@ -42,7 +42,7 @@ def same(run_dir: Path, expected: Any) -> None:
     records, files = contents(run_dir)
     assert files == expected[1]
     assert records == expected[0]
-    assert records[2]["comm_bytes"]["gradients"] > 0  # of two processes that share the work
+    assert records[2]["comm_bytes"]["gradients"] > 0  # of two ranks that share the work
 
 
 @pytest.fixture(scope="session")

@@ -79,8 +79,8 @@ def test_an_example_trains(pools: Pools, model: Path, tmp_path: Path, path: Path
     assert loss(tmp_path / "out") < loss(model) - 0.05
 
 
-@pytest.mark.slow
 @parametrize
+@pytest.mark.slow
 def test_an_example_starts_as_it_says(model: Path, tmp_path: Path, path: Path) -> None:
     words = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
     words = [sys.executable] if path.stem == "plain" else words

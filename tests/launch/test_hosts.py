@@ -1,4 +1,4 @@
-"""Every launcher over two hosts: two processes, ZeRO-3, and the weights of two processes without any launcher."""
+"""Every launcher over two hosts: two ranks, ZeRO-3, and the weights of two ranks without any launcher."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(hosts: Hosts, inputs: Path, folder: Path, launchers: Mapping[str, list
 
 
 def shown(*begins: str, **changes: str) -> list[str]:
-    """The command of docs/launch.md that begins so, up to `ows_ds`, with a process on each host in place of eight.
+    """The command of docs/launch.md that begins so, up to `ows_ds`, with a rank on each host in place of eight.
 
     changes: further words to replace, by what stands before them.
     """
@@ -92,6 +92,7 @@ def c10d(*options: str) -> dict[str, list[str]]:
     return dict.fromkeys(NAMES, torchrun(*meeting, *options))
 
 
+@pytest.mark.ci
 def test_accelerate(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any) -> None:
     same(train(hosts, inputs, tmp_path, accelerate("zero3_nodes.yaml"), sharding="auto"), expected)
 
@@ -112,7 +113,7 @@ def test_torchrun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, mee
 @pytest.mark.slow
 @pytest.mark.parametrize("meeting", [static, c10d])
 def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, meeting: Any) -> None:
-    """`torchrun --max-restarts`: all processes start anew, and the run goes on from its newest checkpoint.
+    """`torchrun --max-restarts`: all ranks restart, and the run resumes from its newest checkpoint.
 
     Also where one host is late: in torchrun's store the early one finds addresses of processes that are dead.
     """
@@ -132,7 +133,7 @@ def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path,
 
     try:
         until_step(run_dir, 4, check)
-        with hosts.resident_slice() as [_, second]:
+        with hosts.frozen() as [_, second]:
             os.kill(second, signal.SIGKILL)
             time.sleep(5)
         codes = [agent.wait(LIMIT) for agent in agents.values()]
@@ -147,24 +148,25 @@ def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_a_host_whose_name_leads_home(inputs: Path, tmp_path: Path, expected: Any) -> None:
-    """Debian's habit: gloo would offer 127.0.1.1 to the other host. It is told, and what is told helps."""
+    """Debian's habit: gloo would offer 127.0.1.1 to the other host. The message says so, and what it says helps."""
     need("ip")
-    (tmp_path / "told").mkdir()
+    (tmp_path / "refused").mkdir()
     with Hosts(tmp_path, {"n1": "127.0.1.1"}) as both:
-        file = tmp_path / "told" / "recipe.yaml"
-        file.write_text(config.to_yaml(launched(inputs, tmp_path / "told" / "run", timeout_seconds=20)))
+        file = tmp_path / "refused" / "recipe.yaml"
+        file.write_text(config.to_yaml(launched(inputs, tmp_path / "refused" / "run", timeout_seconds=20)))
         commands = {name: [*words, "train", "--config", str(file)] for name, words in static().items()}
-        codes = both.run(commands, tmp_path / "told")
+        codes = both.run(commands, tmp_path / "refused")
         assert 0 not in codes.values()
         assert (
             "ows-ds: error: GLOO_SOCKET_IFNAME: None is invalid: n1 resolves to 127.0.1.1, where other hosts cannot "
             "reach it: set it to the network interface, such as eth0\n"
-        ) in (tmp_path / "told" / "n1.log").read_text()
-        assert not (tmp_path / "told" / "run").exists()
+        ) in (tmp_path / "refused" / "n1.log").read_text()
+        assert not (tmp_path / "refused" / "run").exists()
         environment = {"GLOO_SOCKET_IFNAME": "eth0"}
         same(train(both, inputs, tmp_path, static(), environment=environment), expected)
 
 
+@pytest.mark.ci
 def test_mpirun(hosts: Hosts, inputs: Path, tmp_path: Path, expected: Any, sshd: Path) -> None:
     """Over ssh: `sshd` must be there."""
     need("mpirun")

@@ -1,4 +1,4 @@
-"""Jobs of a real SLURM controller on two hosts: told to stop, they save, are requeued, and end as if nothing was."""
+"""Jobs of a real SLURM controller on two hosts: asked to stop, they save, are requeued, and end as if never stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.train.test_trainer import contents, run
 
 # a job of a higher partition, that needs all nodes
 PUSH_OUT = ("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
-TOLD = 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1  # in a mask of signals
+SIGNALS = 1 << signal.SIGUSR1 - 1 | 1 << signal.SIGTERM - 1  # in a mask of signals
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +43,29 @@ def write(inputs: Path, folder: Path, **train: Any) -> Path:
     return file
 
 
-def tell(cluster: Slurm, job: int, run_dir: Path, *words: str) -> None:
-    """Have a client's command tell the job to stop, after some steps.
+def signalled(cluster: Slurm, job: int, run_dir: Path, *words: str) -> None:
+    """Have a client's command ask the job to stop, after some steps.
 
     Its processes stand still until the signal has come to them, so that no run is too fast for SLURM.
     """
     cluster.wait(job, "RUNNING")
     until_step(run_dir, 2, lambda: cluster.runs(job))
-    with cluster.hosts.resident_slice() as ranks:
+    with cluster.hosts.frozen() as ranks:
         assert len(ranks) == 2
         cluster.client(*words)
         end = time.monotonic() + LIMIT
-        while not all(told(pid) for pid in ranks):
+        while not all(reached(pid) for pid in ranks):
             assert time.monotonic() < end, "the signal does not come"
             time.sleep(0.1)
 
 
-def told(pid: int) -> bool:
+def reached(pid: int) -> bool:
     """Whether the process has a signal before it, or was let go by SLURM to see it."""
     status = Path(f"/proc/{pid}/status").read_text()
     mask, state = (re.search(rf"^{key}:\s+(\w+)", status, re.MULTILINE) for key in ("ShdPnd", "State"))
     assert mask is not None
     assert state is not None
-    return bool(int(mask[1], 16) & TOLD) or state[1] != "T"
+    return bool(int(mask[1], 16) & SIGNALS) or state[1] != "T"
 
 
 def stopped_after(log: str) -> list[int]:
@@ -73,8 +73,8 @@ def stopped_after(log: str) -> list[int]:
     return [int(step) for step in re.findall(r"stopped by a signal after step (\d+) of", log)]
 
 
-def ends_as_if_nothing_was(cluster: Slurm, job: int, folder: Path, expected: Any) -> str:
-    """Wait for the job's end; its output. It was stopped once, in the middle of a period, and went on."""
+def ends_as_if_never_stopped(cluster: Slurm, job: int, folder: Path, expected: Any) -> str:
+    """Wait for the job's end; its output. It was stopped once, in the middle of a period, and resumed."""
     state = cluster.wait(job, "COMPLETED")
     log = Path(state["StdOut"]).read_text()
     [step] = stopped_after(log)
@@ -85,7 +85,8 @@ def ends_as_if_nothing_was(cluster: Slurm, job: int, folder: Path, expected: Any
     return log
 
 
-def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any) -> None:
+@pytest.mark.ci
+def test_a_preempted_job_ends_as_if_never_stopped(cluster: Slurm, inputs: Path, tmp_path: Path, expected: Any) -> None:
     """`ows-ds launch --slurm` submits it; a job of a higher partition pushes it out."""
     (tmp_path / "cluster.yaml").write_text(
         yaml.safe_dump(
@@ -105,10 +106,10 @@ def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tm
     words += ["--log.progress", "plain", "--train.resume", "auto"]
     said = cluster.client(*words)
     job = int(re.findall(r"job (\d+):", said)[0])
-    tell(cluster, job, tmp_path / "run", *PUSH_OUT)
+    signalled(cluster, job, tmp_path / "run", *PUSH_OUT)
     dry = cluster.client(*words, dry_run)  # while the job waits
     assert dry.replace("(goes on)", "(new)") == (tmp_path / "run" / "job.sbatch").read_text()
-    log = ends_as_if_nothing_was(cluster, job, tmp_path, expected)
+    log = ends_as_if_never_stopped(cluster, job, tmp_path, expected)
     assert "exit code 75 after start 1: the job is requeued" in log
 
 
@@ -126,7 +127,7 @@ def test_a_preempted_job_ends_as_if_nothing_was(cluster: Slurm, inputs: Path, tm
 def test_job_scripts(
     cluster: Slurm, pools: Pools, inputs: Path, tmp_path: Path, expected: Any, name: str, launcher: str, nodes: int
 ) -> None:
-    """Each way to start two processes, told to stop and requeued by the script."""
+    """Each way to start two ranks, asked to stop and requeued by the script."""
     text, count = re.subn(
         r"^launcher=\w+", f"launcher={launcher}", Path(script(f"{name}.sbatch")).read_text(), flags=re.M
     )
@@ -138,26 +139,26 @@ def test_job_scripts(
     words = [*sbatch[3:], "--log.progress", "plain"]
     job = cluster.submit(*options, f"--output={tmp_path}/job.log", str(tmp_path / "job.sbatch"), *words)
     # as SLURM itself before a time limit
-    tell(cluster, job, tmp_path / "run", "scancel", "--batch", "--signal=USR1", str(job))
+    signalled(cluster, job, tmp_path / "run", "scancel", "--batch", "--signal=USR1", str(job))
     if name == "70b":  # computes activations again
         pools(2).run(run, launched(inputs, tmp_path / "whole", gradient_checkpointing=True), None)
         expected = contents(tmp_path / "whole")
-    ends_as_if_nothing_was(cluster, job, tmp_path, expected)
+    ends_as_if_never_stopped(cluster, job, tmp_path, expected)
 
 
 @pytest.mark.slow
-def test_preemption_that_tells_the_processes_alone(
+def test_preemption_that_signals_the_ranks_alone(
     inputs: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, expected: Any
 ) -> None:
     """SLURM's default: SIGTERM to the steps and none to the batch shell."""
     need("ip", "slurmctld", "slurmd", "sbatch")
     folder = tmp_path_factory.mktemp("slurm")
-    with Hosts(folder) as hosts, slurm(hosts, folder, told="idle_on_node_suspend") as cluster:
+    with Hosts(folder) as hosts, slurm(hosts, folder, parameters="idle_on_node_suspend") as cluster:
         options = ["--ntasks-per-node=1", "--gpus-per-node=1", "--partition=low", f"--output={tmp_path}/job.log"]
         words = [str(write(inputs, tmp_path)), "--log.progress", "plain"]
         job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
-        tell(cluster, job, tmp_path / "run", *PUSH_OUT)
-        ends_as_if_nothing_was(cluster, job, tmp_path, expected)
+        signalled(cluster, job, tmp_path / "run", *PUSH_OUT)
+        ends_as_if_never_stopped(cluster, job, tmp_path, expected)
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         job = cluster.submit(*options, script("several_nodes.sbatch"), *words)
         cluster.wait(job, "RUNNING")
         until_step(tmp_path / "run", 4, lambda: cluster.runs(job))
-        with hosts.resident_slice() as [first, _]:
+        with hosts.frozen() as [first, _]:
             subprocess.run([*cable, "down"], check=True)
         end = time.monotonic() + LIMIT
         # if the cable came back while both live, they would go on, and save
@@ -186,6 +187,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         same(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_the_exit_code_decides(cluster: Slurm, tmp_path: Path) -> None:
     """What stands in for `python -m ows_ds` exits with a code for each start; a signal makes it 75."""
     stub = tmp_path / "stub"

@@ -1,8 +1,9 @@
-"""The methods that OWS is compared with, over processes and shards, against independent implementations."""
+"""The methods that OWS is compared with, over ranks and shards, against independent implementations."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,20 @@ from tests.optim.test_ows import BASE, galore
 from tests.optim.test_period import SETTINGS
 from tests.support.families import tiny
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
-from tests.support.training import RATIOS, batch, distance, home, mean_loss, one_step, run_ows, whole_weights
+from tests.support.tiny_run import cut, recipe
+from tests.support.training import (
+    HOMES,
+    RATIOS,
+    SHARDINGS,
+    batch,
+    distance,
+    home,
+    mean_loss,
+    one_step,
+    run_ows,
+    whole_weights,
+    worlds,
+)  # fmt: skip
 from tests.train.test_trainer import contents, run
 
 STEPS = 10
@@ -27,6 +40,7 @@ LISA: dict[str, Any] = {
     "gamma": 1.5, "period": 3, "rank": None, "lr": 5e-3, "seed": 1, "weight_decay": 0.1, "max_grad_norm": 0.5,
 }  # fmt: skip
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+DTYPES = tuple(TOLERANCE)
 
 
 def names_of(model: Any, layers: tuple[int, ...], always: bool) -> list[str]:
@@ -83,9 +97,9 @@ def run_lisa(rank: int, world_size: int, sharding: str, kind: str, dtype: torch.
     return whole_weights(weights), tuple(sets)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "dtype"), worlds(HOMES, DTYPES, also=[(1, "zero3", DTYPES[0]), (3, "zero3", DTYPES[0])])
+)
 @pytest.mark.parametrize(("kind", "always_on"), [("uniform", "full"), ("decreasing", "none")])
 def test_lisa_equals_torch_adamw(
     pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, kind: str, always_on: str
@@ -98,9 +112,9 @@ def test_lisa_equals_torch_adamw(
         assert distance(weights, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "dtype"), worlds(HOMES, DTYPES, also=[(3, "replicated", DTYPES[0])])
+)
 def test_galore_equals_galore_torch(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype) -> None:
     settings = {**BASE, "eps": 1e-8, "accumulation": 2, "gamma": 3, "scheme": "fixed"}
     result = pools(world_size).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
@@ -135,10 +149,10 @@ def run_badam(rank: int, world_size: int, sharding: str, order: str, dtype: torc
     return whole_weights(weights)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "dtype", "order"),
+    worlds(HOMES, DTYPES, ["ascending", "descending"], also=[(3, "zero3", DTYPES[0], "descending")]),
+)
 def test_badam_equals_plain_torch(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, order: str) -> None:
     for weights in pools(world_size).run(run_badam, sharding, order, dtype):
         assert distance(weights, badam(dtype, order)) < TOLERANCE[dtype]
@@ -184,7 +198,7 @@ def _state_of(ows: OWS) -> dict[str, list[Tensor]]:
     return {name: list(state.values()) for name, state in ows.active.full.states().items()}
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@SHARDINGS
 def test_lisa_frees_what_leaves_and_moves_nothing_else(pools: Pools, sharding: str) -> None:
     for found in pools(2).run(freed, sharding):
         assert sum(left for left, _, _ in found) > 0
@@ -195,14 +209,14 @@ def test_lisa_frees_what_leaves_and_moves_nothing_else(pools: Pools, sharding: s
     ("method", "sharding"), [("lisa", "zero3"), ("lisa-d", "replicated"), ("galore", "zero3"), ("badam", "zero3")]
 )
 def test_methods_resume_bit_identically_and_export(
-    pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str
+    pools: Pools, inputs: Path, straight: Callable[..., Path], tmp_path: Path, method: str, sharding: str
 ) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", method=method, sharding=sharding), None)
-    pools(2).run(run, recipe(inputs, tmp_path / "parts", method=method, sharding=sharding), 5)
-    pools(2).run(run, recipe(inputs, tmp_path / "parts", method=method, sharding=sharding, resume="auto"), None)
-    records, files = contents(tmp_path / "whole")
-    assert contents(tmp_path / "parts") == (records, files)
+    whole = straight(2, method=method, sharding=sharding)
+    parts = cut(whole, tmp_path / "parts")
+    pools(2).run(run, recipe(inputs, parts, method=method, sharding=sharding, resume="auto"), None)
+    records, files = contents(whole)
+    assert contents(parts) == (records, files)
     assert records[-1]["eval_loss"] < records[0]["eval_loss"]
     assert "model/model.safetensors" in files
     # no scores are computed where none are needed
-    assert not (tmp_path / "whole" / "scores.json").exists()
+    assert not (whole / "scores.json").exists()

@@ -1,8 +1,9 @@
-"""Full fine-tuning, LoRA, DoRA, HiFT and MeZO, over processes and shards, against independent implementations."""
+"""Full fine-tuning, LoRA, DoRA, HiFT and MeZO, over ranks and shards, against independent implementations."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,15 @@ from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, resolve_
 from ows_ds.methods.hift import groups, turns
 from ows_ds.methods.mezo import BLOCK, noise
 from ows_ds.model.layers import find_layers
-from tests.methods.test_methods import TOLERANCE
+from tests.methods.test_methods import DTYPES, TOLERANCE
 from tests.support.families import tiny
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
-from tests.support.training import NAMES, batch, distance, mean_loss, micro_batches, whole_weights
+from tests.support.tiny_run import cut, recipe
+from tests.support.training import HOMES, NAMES, batch, distance, mean_loss, micro_batches, whole_weights, worlds
 from tests.train.test_trainer import contents, run
 
 STEPS, ACCUMULATION = 11, 2
 LR, DECAY, NORM = 5e-3, 0.1, 0.5
-SHARDINGS = pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 def settings(method: str, dtype: torch.dtype, **sampling: Any) -> config.Recipe:
@@ -122,13 +120,20 @@ def adamw(method: str, dtype: torch.dtype, family: str, tied: bool) -> tuple[dic
     return before, {name: p.detach().clone() for name, p in merged.named_parameters()}
 
 
-@SHARDINGS
-@WORLDS
-@DTYPES
-@pytest.mark.parametrize(("method", "tied"), [("full", True), ("full", False), ("lora", False), ("dora", False)])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "dtype", "which"),
+    worlds(
+        HOMES,
+        DTYPES,
+        [("full", True), ("full", False), ("lora", False), ("dora", False)],
+        also=[(1, "zero3", DTYPES[0], ("full", True)), (3, "zero3", DTYPES[0], ("full", False)),
+              (3, "zero3", DTYPES[0], ("lora", False)), (3, "replicated", DTYPES[0], ("dora", False))],
+    ),
+)  # fmt: skip
 def test_equals_torch_adamw_and_peft(
-    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, method: str, tied: bool
+    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, which: tuple[str, bool]
 ) -> None:
+    method, tied = which
     expected, merged = adamw(method, dtype, "llama", tied)
     first = dict(start(method, dtype, "llama", tied).named_parameters())
     for weights, final, course, _ in pools(world_size).run(run_method, method, sharding, dtype, "llama", tied, {}):
@@ -173,13 +178,14 @@ def hift(dtype: torch.dtype, order: str, tied: bool) -> tuple[dict[str, Tensor],
     return {name: p.detach().clone() for name, p in parameters.items()}, names, rates
 
 
-@SHARDINGS
-@WORLDS
-@DTYPES
-@pytest.mark.parametrize(("order", "tied"), [("ascending", True), ("descending", False), ("random", False)])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "dtype", "order"),
+    worlds(HOMES, DTYPES, ["ascending", "descending", "random"], also=[(3, "zero3", DTYPES[0], "random")]),
+)
 def test_hift_equals_its_algorithm(
-    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, order: str, tied: bool
+    pools: Pools, world_size: int, sharding: str, dtype: torch.dtype, order: str
 ) -> None:
+    tied = order == "ascending"
     expected, names, rates = hift(dtype, order, tied)
     assert len(names) == 5
     assert 2 * len(names) < STEPS  # the third round has begun, with the moments of the second
@@ -219,9 +225,7 @@ def mezo(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
-@SHARDINGS
-@WORLDS
-@DTYPES
+@pytest.mark.parametrize(("world_size", "sharding", "dtype"), worlds(HOMES, DTYPES, also=[(3, "zero3", DTYPES[0])]))
 def test_mezo_equals_the_two_point_formula(pools: Pools, world_size: int, sharding: str, dtype: torch.dtype) -> None:
     results = pools(world_size).run(run_method, "mezo", sharding, dtype, "llama", False, {})
     for weights, _, _, norm in results:
@@ -243,8 +247,7 @@ def moved(rank: int, world_size: int, sharding: str, dtype: torch.dtype) -> dict
     return whole_weights(weights)
 
 
-@SHARDINGS
-@WORLDS
+@pytest.mark.parametrize(("world_size", "sharding"), worlds(HOMES, also=[(1, "replicated"), (3, "zero3")]))
 def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world_size: int, sharding: str) -> None:
     device = torch.device("cpu")
     for weights in pools(world_size).run(moved, sharding, torch.float32):
@@ -258,18 +261,24 @@ def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world_size: int,
     assert len(set(entries.tolist())) > 0.98 * len(entries)  # no block is drawn twice
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "hift", "mezo"])
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [("full", "zero3"), ("lora", "zero3"), ("hift", "zero3"), ("mezo", "zero3"), ("full", "replicated")]
+    + [
+        pytest.param(method, sharding, marks=pytest.mark.slow)
+        for method, sharding in [("dora", "zero3"), *((m, "replicated") for m in ("lora", "dora", "hift", "mezo"))]
+    ],
+)
 def test_resumes_bit_identically_and_exports(
-    pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str
+    pools: Pools, inputs: Path, straight: Callable[..., Path], tmp_path: Path, method: str, sharding: str
 ) -> None:
     optim = {"lr": 1e-2 if method != "mezo" else 1e-3}
-    made = functools.partial(recipe, inputs, method=method, sharding=sharding, optim=optim)
-    pools(2).run(run, made(tmp_path / "whole"), None)
-    pools(2).run(run, made(tmp_path / "parts"), 5)
-    pools(2).run(run, made(tmp_path / "parts", resume="auto"), None)
-    records, files = contents(tmp_path / "whole")
-    assert contents(tmp_path / "parts") == (records, files)
+    settings: dict[str, Any] = {"method": method, "sharding": sharding, "optim": optim}
+    whole = straight(2, **settings)
+    parts = cut(whole, tmp_path / "parts")
+    pools(2).run(run, recipe(inputs, parts, resume="auto", **settings), None)
+    records, files = contents(whole)
+    assert contents(parts) == (records, files)
     assert "model/model.safetensors" in files
     assert not any("adapter" in name for name in files)
     losses = [record["eval_loss"] for record in records if "eval_loss" in record]

@@ -1,4 +1,4 @@
-"""How far layers move and what projectors keep: against the weights and gradients themselves, on two processes."""
+"""How far layers move and what projectors keep: against the weights and gradients themselves, on two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OWS over processes and shards against the one-process reference and against galore_torch."""
+"""OWS over ranks and shards against the one-process reference and against galore_torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,24 @@ from ows_ds.optim.reference import Reference
 from ows_ds.optim.sampling import Sampler
 from tests.support.families import tiny
 from tests.support.pool import Pools
-from tests.support.training import RATIOS, batch, distance, home, mean_loss, micro_batches, run_ows, whole_weights
+from tests.support.training import (
+    HOMES,
+    RATIOS,
+    SHARDINGS,
+    batch,
+    distance,
+    home,
+    mean_loss,
+    micro_batches,
+    run_ows,
+    whole_weights,
+    worlds,
+)  # fmt: skip
 
 STEPS = 9
 BASE: dict[str, Any] = {
     "gamma": 1.5, "period": 4, "rank": 6, "update_proj_gap": 3, "lr": 5e-3, "scale": 0.5, "seed": 3, "projector": "svd",
+    "max_grad_norm": None,
 }  # fmt: skip
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "plain": ("llama", False, {}),
@@ -59,9 +72,14 @@ def reference(case: str, accumulation: int, refresh_batch: str = "full") -> tupl
     return {name: p.detach().clone() for name, p in model.named_parameters()}, tuple(sets)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "case"),
+    worlds(
+        HOMES,
+        CASES,
+        also=[(1, "zero3", "tied low-rank decay"), (3, "zero3", "sketch"), (3, "replicated", "conv1d reset fixed")],
+    ),
+)
 def test_equals_reference(pools: Pools, world_size: int, sharding: str, case: str) -> None:
     family, tied, more = CASES[case]
     accumulation = 1 if world_size == 3 else 2
@@ -75,7 +93,7 @@ def test_equals_reference(pools: Pools, world_size: int, sharding: str, case: st
         assert distance(result["weights"], expected) < 1e-6
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@SHARDINGS
 def test_first_micro_batch_refresh_and_checkpointing(pools: Pools, sharding: str) -> None:
     settings = {**BASE, **BIASED, "accumulation": 3, "refresh_batch": "first"}
     results = pools(1).run(run_ows, sharding, "llama", False, torch.float64, STEPS, settings, True)
@@ -128,13 +146,19 @@ def galore(dtype: torch.dtype, steps: int, gamma: float = BASE["gamma"]) -> tupl
     return {name: p.detach().clone() for name, p in parameters.items()}, tuple(sets)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "accumulation", "dtype"),
+    worlds(
+        HOMES,
+        [1, 4],
+        [torch.float64, torch.float32],
+        also=[(1, "replicated", 4, torch.float64), (3, "zero3", 1, torch.float64)],
+    ),
+)
 def test_equals_galore_torch(
-    pools: Pools, world_size: int, sharding: str, accumulation: int, dtype: torch.dtype, tolerance: float
+    pools: Pools, world_size: int, sharding: str, accumulation: int, dtype: torch.dtype
 ) -> None:
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}[dtype]
     settings = {**BASE, "eps": 1e-8, "accumulation": accumulation}
     result = pools(world_size).run(run_ows, sharding, "llama", False, dtype, STEPS, settings)[0]
     expected, sets = galore(dtype, STEPS)
@@ -171,7 +195,7 @@ def test_what_cannot_work_is_refused(key: str, settings: dict[str, Any]) -> None
     assert caught.value.key == key
 
 
-def test_wrong_order_of_calls_is_told() -> None:
+def test_a_wrong_order_of_calls_is_refused() -> None:
     model = tiny("llama")
     ows = OWS(model, RATIOS, rank=4, gamma=1, accumulation=2)
     with pytest.raises(RuntimeError, match="step after 0 of accumulation = 2"):
@@ -231,8 +255,8 @@ def stepped(rank: int, world_size: int, sharding: str, refresh: str, sizes: list
 
 
 @pytest.mark.parametrize("refresh", ["full", "sketch"])
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-def test_micro_batches_may_change_and_weights_be_folded_for_a_while(pools: Pools, sharding: str, refresh: str) -> None:
+@SHARDINGS
+def test_micro_batches_may_change_and_weights_be_merged_for_a_while(pools: Pools, sharding: str, refresh: str) -> None:
     [same, _] = pools(2).run(stepped, sharding, refresh, [1] * 6)
     [others, _] = pools(2).run(stepped, sharding, refresh, [3, 1, 2, 1, 3, 2])
     assert distance(others["inside"], same["inside"]) < 1e-10
@@ -243,7 +267,7 @@ def test_micro_batches_may_change_and_weights_be_folded_for_a_while(pools: Pools
             assert distance(run["inside"], run["before"]) > 0
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+@SHARDINGS
 def test_a_step_that_was_given_up_is_one_that_was_skipped(pools: Pools, sharding: str) -> None:
     [begun, _] = pools(2).run(stepped, sharding, "full", [1, None, 2])
     [whole, _] = pools(2).run(stepped, sharding, "full", [1, 2])

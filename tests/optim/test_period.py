@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ows_ds.optim.refresh
@@ -20,6 +16,7 @@ from ows_ds.optim.layout import RefreshPlan, plan_refresh
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.update import BlockBuffer
 from ows_ds.train.loss import token_losses
+from tests.support.alive import Alive
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, home, mean_loss, micro_batches, one_step, whole_weights
@@ -62,42 +59,35 @@ def test_untrained_weights_keep_every_bit(pools: Pools, sharding: str, dtype: to
 # ------------------------------------------------------------------ what leaves is gone
 
 
-def state_elements(planned: int) -> int:
-    """Entries of all storages alive under tensors of RANK columns: coordinates, gradients, moments, projectors.
-
-    Looks again where there are more than planned: gloo's thread lets go of a message a moment after it has arrived.
-    """
-    for _ in range(20):
-        gc.collect()
-        storages = {}
-        for thing in gc.get_objects():
-            if isinstance(thing, Tensor) and thing.dim() == 2 and thing.shape[1] == RANK:
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes() // thing.element_size()
-        if sum(storages.values()) <= planned:
-            break
-        time.sleep(0.05)
-    return sum(storages.values())
+def entries(tensor: Tensor) -> int:
+    """Of the storage under a tensor of RANK columns: coordinates, gradients, moments, projectors."""
+    is_state = tensor.dim() == 2 and tensor.shape[1] == RANK
+    return tensor.untyped_storage().nbytes() // tensor.element_size() if is_state else 0
 
 
 def elements_over_steps(
     rank: int, world_size: int, sharding: str, always_on: str
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
-    model = tiny("llama", True, torch.float32)
-    ows = OWS(home(model, sharding, world_size), RATIOS, always_on=always_on, **SETTINGS)
+    weights = home(tiny("llama", True, torch.float32), sharding, world_size)
+    with Alive(entries, new=False, looks=100) as state:
+        ows = OWS(weights, RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
-        one_step(ows, rank, world_size)
+        with state:
+            one_step(ows, rank, world_size)
         plan = ows.plan
         # values, gradients; of this process's rows: the gradients' sums over processes, two moments
         buffers = (2 * plan.rows + 3 * plan.stride) * RANK
         entered = {block.name for block in plan.blocks if ows.state_values()["clocks"][block.name] == 0}
         projectors = sum(m.short for u in plan.blocks if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
-        counted.append((state_elements(planned), planned, ows.layer_set))
+        gc.collect()
+        counted.append((state.now(planned), planned, ows.layer_set))
     ows.close()
     del ows
-    counted.append((state_elements(0), 0, ()))
+    gc.collect()
+    counted.append((state.now(), 0, ()))
     return counted
 
 
@@ -112,44 +102,15 @@ def test_no_state_of_a_layer_that_left_is_alive(pools: Pools, sharding: str, alw
 # ------------------------------------------------------------------ full gradients
 
 
-class FullGradients(TorchDispatchMode):
-    """Counts new tensors of a sampled weight's size: how many were made, and the most alive at once."""
+def watching(ows: OWS, exact: bool) -> Alive:
+    """Counts new tensors of a sampled weight's size.
 
-    def __init__(self, shapes: set[tuple[int, ...]], exact: bool) -> None:
-        """exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many)."""
-        super().__init__()
-        self.shapes = shapes | {shape[::-1] for shape in shapes}
-        self.sizes = {a * b for a, b in shapes}
-        self.exact = exact
-        self.made = self.most = 0
-        self.storages: list[StorageWeakRef] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in inputs:
-                continue  # a view, or written in place
-            if tuple(tensor.shape) in self.shapes or (not self.exact and tensor.numel() in self.sizes):
-                self.made += 1
-                self.storages.append(StorageWeakRef(tensor.untyped_storage()))
-                self.most = max(self.most, self.alive())
-        return result
-
-    def alive(self) -> int:
-        """How many are alive now: their memory, whatever tensors it is seen through."""
-        for _ in range(4):
-            self.storages = [storage for storage in self.storages if not storage.expired()]
-            if self.storages:
-                time.sleep(0.01)  # gloo's thread lets go of what it has reduced a moment after it says so
-        return len(self.storages)
-
-
-@contextmanager
-def watching(ows: OWS, exact: bool) -> Iterator[FullGradients]:
-    blocks = [ows.layers.layers[i] for i in ows.layer_set]
-    with FullGradients({m.shape for block in blocks for m in block.matrices}, exact) as mode:
-        yield mode
+    exact: of such a shape, not only of as many entries (ZeRO-3's flat gather buffers have as many).
+    """
+    shapes = {m.shape for i in ows.layer_set for m in ows.layers.layers[i].matrices}
+    shapes |= {shape[::-1] for shape in shapes}
+    sizes = {a * b for a, b in shapes}
+    return Alive(lambda t: int(tuple(t.shape) in shapes or (not exact and t.numel() in sizes)), looks=4)
 
 
 def full_gradients(
@@ -169,7 +130,7 @@ def full_gradients(
             loss = mean_loss(ows.weights, ids) / accumulation
             with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
-            counts.append((mode.made, mode.most, mode.alive()))
+            counts.append((mode.made, mode.most, mode.now()))
             assert all(p.grad is None for p in ows.module.parameters())
         if not ows.nothing_to_train:
             seen.append((plan is not None, counts, len(owned), len(plan.owners) if plan else 0))

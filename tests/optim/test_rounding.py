@@ -1,8 +1,10 @@
-"""Stochastic rounding at the merge: the same bits on every process, at any number of them, after a resume."""
+"""Stochastic rounding at the merge: the same bits on every rank, at any world size, after a resume."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,12 +14,12 @@ from torch import Tensor
 from tests.optim.test_period import SETTINGS
 from tests.support.families import tiny
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
-from tests.support.training import home, run_ows, whole_weights
+from tests.support.tiny_run import cut, recipe
+from tests.support.training import HOMES, SHARDINGS, home, run_ows, whole_weights, worlds
 from tests.train.test_trainer import contents, run
 
 
-def fold_all(rank: int, world_size: int, sharding: str) -> dict[str, Tensor]:
+def merge_all(rank: int, world_size: int, sharding: str) -> dict[str, Tensor]:
     """All matrices after a merge of the same coordinates; a shard of most of them begins within a block."""
     weights = home(tiny("llama", False, torch.bfloat16), sharding, world_size)
     weights.after_step()
@@ -31,16 +33,15 @@ def fold_all(rank: int, world_size: int, sharding: str) -> dict[str, Tensor]:
     return whole_weights(weights)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_equal_coordinates_fold_to_equal_bits(pools: Pools, world_size: int, sharding: str) -> None:
-    expected = fold_all(0, 1, "replicated")
-    for weights in pools(world_size).run(fold_all, sharding):
+@pytest.mark.parametrize(("world_size", "sharding"), worlds(HOMES, also=[(1, "zero3"), (3, "zero3")]))
+def test_equal_coordinates_merge_to_equal_bits(pools: Pools, world_size: int, sharding: str) -> None:
+    expected = merge_all(0, 1, "replicated")
+    for weights in pools(world_size).run(merge_all, sharding):
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-def test_processes_agree_and_training_repeats(pools: Pools, sharding: str) -> None:
+@SHARDINGS
+def test_ranks_agree_and_training_repeats(pools: Pools, sharding: str) -> None:
     settings = {**SETTINGS, "merge_rounding": "stochastic"}
 
     def trained(settings: dict[str, object]) -> list[dict[str, Tensor]]:
@@ -54,13 +55,14 @@ def test_processes_agree_and_training_repeats(pools: Pools, sharding: str) -> No
     assert any(not torch.equal(nearest[name], first[name]) for name in first)
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-def test_resumed_run_is_bit_identical(pools: Pools, inputs: Path, tmp_path: Path, sharding: str) -> None:
-    optim = {"merge_rounding": "stochastic"}
-    whole, parts, nearest = (tmp_path / name for name in ("whole", "parts", "nearest"))
-    pools(2).run(run, recipe(inputs, whole, optim=optim, sharding=sharding), None)
-    pools(2).run(run, recipe(inputs, parts, optim=optim, sharding=sharding), 5)
-    pools(2).run(run, recipe(inputs, parts, optim=optim, sharding=sharding, resume="auto"), None)
+@SHARDINGS
+def test_resumed_run_is_bit_identical(
+    pools: Pools, inputs: Path, straight: Callable[..., Path], tmp_path: Path, sharding: str
+) -> None:
+    settings: dict[str, Any] = {"optim": {"merge_rounding": "stochastic"}, "sharding": sharding}
+    whole = straight(2, **settings)
+    parts = cut(whole, tmp_path / "parts")
+    pools(2).run(run, recipe(inputs, parts, resume="auto", **settings), None)
     assert contents(parts) == contents(whole)
-    pools(2).run(run, recipe(inputs, nearest, sharding=sharding), None)
-    assert contents(nearest)[1]["model/model.safetensors"] != contents(whole)[1]["model/model.safetensors"]
+    nearest = contents(straight(2, sharding=sharding))[1]
+    assert nearest["model/model.safetensors"] != contents(whole)[1]["model/model.safetensors"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ from tests.optim.test_period import SETTINGS, watching
 from tests.optim.test_projection import energy, top
 from tests.support.families import tiny
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
-from tests.support.training import RATIOS, batch, home, mean_loss, micro_batches, one_step
+from tests.support.tiny_run import cut, recipe
+from tests.support.training import HOMES, RATIOS, SHARDINGS, batch, home, mean_loss, micro_batches, one_step, worlds
 from tests.train.test_trainer import contents, run
 
-WORLDS = pytest.mark.parametrize("world_size", [1, 2, 3])
-SHARDINGS = pytest.mark.parametrize("sharding", ["replicated", "zero3"])
 # rank 3: sketches have 14 columns, of as many entries as no weight
 SKETCH: dict[str, Any] = {**SETTINGS, "gamma": 2.0, "refresh": "sketch", "update_proj_gap": 4, "rank": 3}
 
@@ -60,10 +58,9 @@ def course(
     return seen
 
 
-@WORLDS
-@SHARDINGS
+@pytest.mark.parametrize(("world_size", "sharding"), worlds(HOMES, also=[(1, "replicated"), (3, "zero3")]))
 def test_no_full_gradient_ever(pools: Pools, sharding: str, world_size: int) -> None:
-    """Nor other bytes than the plan tells, nor other projectors than on the other processes."""
+    """Nor other bytes than the plan tells, nor other projectors than on the other ranks."""
     results = pools(world_size).run(course, sharding, 1 if world_size == 3 else 2)
     passes = [one for one, *_ in results[0]]
     assert {second for one in passes for second in one} == {False, True}
@@ -152,16 +149,17 @@ def test_a_sketch_leaves_nothing_behind() -> None:
     ows.close()
 
 
-@pytest.mark.parametrize(("world_size", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "replicated")])
-def test_resumes_bit_identically(pools: Pools, inputs: Path, tmp_path: Path, world_size: int, sharding: str) -> None:
+@pytest.mark.parametrize(("world_size", "sharding"), worlds(HOMES, also=[(3, "replicated")]))
+def test_resumes_bit_identically(
+    pools: Pools, inputs: Path, straight: Callable[..., Path], tmp_path: Path, world_size: int, sharding: str
+) -> None:
     """From a checkpoint between the two passes: embedding and head take their second one in the step after it."""
     optim = {"refresh": "sketch", "always_on": "low_rank", "update_proj_gap": 3}
-    made = functools.partial(recipe, inputs, optim=optim, sharding=sharding, save_steps=4, save_total_limit=3)
-    pools(world_size).run(run, made(tmp_path / "whole"), None)
-    pools(world_size).run(run, made(tmp_path / "parts"), 5)
-    pools(world_size).run(run, made(tmp_path / "parts", resume="auto"), None)
-    records, files = contents(tmp_path / "whole")
-    assert contents(tmp_path / "parts") == (records, files)
-    manifest = (tmp_path / "whole" / "checkpoints" / "step-4" / "manifest.json").read_text()
-    assert "sketch_basis/" in manifest
+    settings: dict[str, Any] = {"optim": optim, "sharding": sharding, "save_steps": 4, "save_total_limit": 3}
+    whole = straight(world_size, **settings)
+    parts = cut(whole, tmp_path / "parts", 4)
+    pools(world_size).run(run, recipe(inputs, parts, resume="auto", **settings), None)
+    records, files = contents(whole)
+    assert contents(parts) == (records, files)
+    assert "sketch_basis/" in (whole / "checkpoints" / "step-4" / "manifest.json").read_text()
     assert any("sketches" in record["comm_bytes"] for record in records) == (world_size > 1)

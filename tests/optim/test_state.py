@@ -42,7 +42,9 @@ def train(method: Method, steps: int, rank: int, world_size: int) -> None:
         method.train_step([lambda ids=ids: mean_loss(method.weights, ids)])
 
 
-def round_trip(rank: int, world_size: int, kind: str, sharding: str, tool: str, folder: Path) -> list[dict[str, Tensor]]:
+def round_trip(
+    rank: int, world_size: int, kind: str, sharding: str, tool: str, folder: Path
+) -> list[dict[str, Tensor]]:
     """The weights at the end of a run, and of one that another process takes up in between."""
     from accelerate import Accelerator
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ows_ds.optim.ows import OWS
-from ows_ds.planner.memory import Job, gathers, traffic
+from ows_ds.planner.step import StepSpec
+from ows_ds.planner.traffic import gathers, traffic
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, home, mean_loss, micro_batches
@@ -26,7 +27,7 @@ def sent_by_steps(
         home(tiny("llama", False, torch.float32), sharding, world_size), RATIOS, gamma=2, scheme="fixed",
         update_proj_gap=3, period=100, always_on=always_on, accumulation=accumulation, **settings,
     )  # fmt: skip
-    job = Job(
+    spec = StepSpec(
         ows.layers, method, ows.layer_set, RANK, always_on, refresh, itemsize=4, accumulation=accumulation,
         world_size=world_size, sharded=sharding == "zero3",
     )  # fmt: skip
@@ -40,7 +41,7 @@ def sent_by_steps(
         sent = {name: size - before.get(name, 0) for name, size in ows.comm.sent.items()}
         counted = {name: size for name, size in sent.items() if size and name not in NOT_PLANNED}
         due = step % 3 == 0 and method == "ows"
-        seen.append((counted, traffic(job, due, rank), gathers(job), sent.get("weights", 0)))
+        seen.append((counted, traffic(spec, due, rank), gathers(spec), sent.get("weights", 0)))
     ows.close()
     return seen
 

@@ -9,13 +9,14 @@ import pytest
 
 from ows_ds.errors import UserError
 from ows_ds.planner.cluster import LAUNCH, Cluster, collective, read_cluster
-from ows_ds.planner.memory import Job, traffic
-from ows_ds.planner.roofline import Messages, Times, Work, messages, times, work
+from ows_ds.planner.roofline import Times, Work, times, work
+from ows_ds.planner.step import StepSpec
+from ows_ds.planner.traffic import Messages, messages, traffic
 from tests.planner.test_memory import FIVE, SEVEN
 
 # 100 GB/s and 1 us inside a node, 10 GB/s and 5 us between nodes
-NODE = Cluster(1, 4, nvlink=100, nvlink_latency=1, network=10, network_latency=5, reach=1)
-TWO = replace(NODE, nodes=2)
+NODE = Cluster(nodes=1, gpus=4, nvlink=100, nvlink_latency=1, network=10, network_latency=5, reach=1)
+TWO = NODE.model_copy(update={"nodes": 2})
 
 
 def test_a_ring_inside_a_node() -> None:
@@ -23,7 +24,7 @@ def test_a_ring_inside_a_node() -> None:
     assert collective(NODE, 3e9) == pytest.approx(LAUNCH + 3e-6 + 0.03)
     assert collective(NODE, 3e9, messages=10) == pytest.approx(10 * LAUNCH + 30e-6 + 0.03)
     assert collective(NODE, 6e9, rounds=2) == pytest.approx(LAUNCH + 6e-6 + 0.06)  # an all-reduce
-    assert collective(replace(NODE, gpus=1), 3e9) == collective(NODE, 0) == 0
+    assert collective(NODE.model_copy(update={"gpus": 1}), 3e9) == collective(NODE, 0) == 0
 
 
 def test_rings_between_nodes() -> None:
@@ -33,7 +34,7 @@ def test_rings_between_nodes() -> None:
     expected = LAUNCH + 5e-6 + 0.1 + 3e-6 + 6e9 / 100e9
     assert collective(TWO, 7e9, algorithm="hierarchical") == pytest.approx(expected)
     assert collective(TWO, 7e9) == pytest.approx(expected)  # 0.160 s against 0.175 s
-    slow = replace(TWO, network=1)
+    slow = TWO.model_copy(update={"network": 1})
     assert collective(slow, 7e9) == min(collective(slow, 7e9, algorithm=name) for name in ("ring", "hierarchical"))
 
 
@@ -46,12 +47,12 @@ def test_few_bytes_pay_latency_alone() -> None:
 
 
 def test_clusters_by_name_and_file(tmp_path: Path) -> None:
-    assert read_cluster("8xA100-80") == Cluster(1, 8)
+    assert read_cluster("8xA100-80") == Cluster(nodes=1, gpus=8)
     four = read_cluster("4x8xH100", {"network": 25.0, "price": None})
     assert (four.nodes, four.gpus, four.world_size, four.tflops, four.network) == (4, 8, 32, 989, 25)
     file = tmp_path / "mine.yaml"
     file.write_text("like: 2x8xH100\nmemory: 94\n")
-    assert read_cluster(str(file)) == replace(read_cluster("2x8xH100"), memory=94)
+    assert read_cluster(str(file)) == read_cluster("2x8xH100").model_copy(update={"memory": 94})
     assert (four.of_size(4).gpus, four.of_size(16).nodes) == (4, 2)
     with pytest.raises(ValueError, match="12 GPUs"):
         four.of_size(12)
@@ -92,13 +93,13 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 def test_flops_of_llama2_7b() -> None:
     """2 T per entry forward and as much backward; attention 2 T s q, and twice that."""
-    job = Job(SEVEN, "mezo", rows=1, length=512)
+    spec = StepSpec(SEVEN, "mezo", rows=1, length=512)
     entries, attention, head = 32 * 202_375_168, 32 * 2 * 512 * 512 * 4096, 32000 * 4096
-    frozen = work(job)
+    frozen = work(spec)
     assert frozen["forward"].flops == 2 * (2 * 512 * entries + attention)  # two passes
     assert frozen["loss"].flops == 2 * 2 * 511 * head
     assert "backward" not in frozen
-    full = work(Job(SEVEN, "full", rows=1, length=512))
+    full = work(StepSpec(SEVEN, "full", rows=1, length=512))
     assert full["backward"].flops == 2 * 2 * 512 * entries + 2 * attention
     assert full["loss"].flops == 3 * 2 * 511 * head
     # value, two moments and gradient in float32, both ways or twice, and the weight: 34 bytes an entry
@@ -107,7 +108,7 @@ def test_flops_of_llama2_7b() -> None:
 
 def test_flops_of_coordinates() -> None:
     """A low-rank layer: 2 T r (m + n) more each way, and 2 T r times the longer side."""
-    lean = Job(SEVEN, layer_set=FIVE, always_on="none", rank=128)
+    lean = StepSpec(SEVEN, layer_set=FIVE, always_on="none", rank=128)
     plain, done = work(replace(lean, layer_set=(0,))), work(replace(lean, layer_set=(0, 1)))
     sides = 4 * 2 * 4096 + 3 * (4096 + 11008)
     longer = 4 * 4096 + 3 * 11008
@@ -122,13 +123,13 @@ def test_flops_of_coordinates() -> None:
 
 
 def test_messages_and_times() -> None:
-    job = Job(SEVEN, layer_set=FIVE, world_size=4, accumulation=2)
-    sent = messages(job, traffic(job), traffic(job, True, 3), 0.01)
+    spec = StepSpec(SEVEN, layer_set=FIVE, world_size=4, accumulation=2)
+    sent = messages(spec, 0.01)
     assert sent["full_rank_gradients"].count == 4  # embedding and head, twice
     assert (sent["grad_norm"].rounds, sent["gradients"].count) == (2, 6)  # a layer each, and what is always on
-    assert sent["projectors"].sent == pytest.approx(0.01 * traffic(job, True, 3)["projectors"])
+    assert sent["projectors"].sent == pytest.approx(0.01 * traffic(spec, True, 3)["projectors"])
     assert sent["refresh_gradients"].count == pytest.approx(0.01 * 35 * 2)
-    gpu = replace(NODE, tflops=1, memory_bandwidth=1000)
+    gpu = NODE.model_copy(update={"tflops": 1, "memory_bandwidth": 1000})
     found = times(gpu, {"forward": Work(2e12, 1e9), "update": Work(0, 1e12)}, {"gradients": Messages(3e9)})
     assert found.work == {"forward": 2, "update": 1}
     assert found.links["gradients"] == collective(gpu, 3e9)

@@ -10,7 +10,8 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
-from ows_ds.planner.memory import Job, traffic
+from ows_ds.planner.step import StepSpec
+from ows_ds.planner.traffic import traffic
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, mean_loss, micro_batches
@@ -42,10 +43,10 @@ def courses(
     config["zero_optimization"] |= dict(zip(names, limits, strict=True))
     weights: Weights = Zero3(model, config, join("cpu"))
     ows = OWS(weights, RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches)
-    job = Job(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
-              checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
-    job = Replays(model.config, config["zero_optimization"]).complete(job)
-    assert job.gathered is not None
+    spec = StepSpec(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
+                    checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
+    spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
+    assert spec.gathered is not None
     coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
     fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())
 
@@ -65,22 +66,30 @@ def courses(
                 first = list(course)
         ows.step()
         ows.zero_grad()
-        planned = ([fetch.entries for fetch in job.gathered.course], traffic(job)["weights"])
+        planned = ([fetch.entries for fetch in spec.gathered.course], traffic(spec)["weights"])
         seen.append(((first, ows.comm.sent["weights"] - before), planned))
     ows.close()
     return seen[2:]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("always_on", ["none", "full"])
-@pytest.mark.parametrize("limits", LIMITS)
+CASES = [
+    pytest.param(
+        limits, always_on, checkpointing, marks=[pytest.mark.slow] if checkpointing != (always_on == "full") else []
+    )
+    for limits in LIMITS
+    for always_on in ("none", "full")
+    for checkpointing in (False, True)
+]
+
+
+@pytest.mark.parametrize(("limits", "always_on", "checkpointing"), CASES)
 def test_every_use(pools: Pools, limits: tuple[int, int, int], always_on: str, checkpointing: bool) -> None:
     for seen in pools(2).run(courses, "llama", limits, always_on, checkpointing, 1):
         for measured, planned in seen:
             assert measured == planned
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow), "gemma2"])
 def test_other_families_and_micro_batches(pools: Pools, family: str) -> None:
     for seen in pools(2).run(courses, family, LIMITS[2], "none", False, 3):
         for measured, planned in seen:

@@ -18,7 +18,9 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector, find_layers
 from ows_ds.optim.ows import OWS
-from ows_ds.planner.memory import Job, likely_set, memory, per_method, state, traffic
+from ows_ds.planner.memory import memory, state
+from ows_ds.planner.step import StepSpec, likely_set
+from ows_ds.planner.traffic import traffic
 from ows_ds.train.loss import token_losses
 from tests.support.families import FAMILIES, tiny
 
@@ -57,8 +59,8 @@ class Alive(TorchDispatchMode):
 
 @functools.cache
 def steps(
-    method: str, always_on: str, checkpointing: bool, wide: bool, dtype: str, side: str = "std"
-) -> tuple[Job, int, dict[bool, int], int]:
+    method: str, always_on: str, checkpointing: bool, wide: bool, dtype: str
+) -> tuple[StepSpec, int, dict[bool, int], int]:
     """What was planned; bytes between steps; the peak of a step without and with refresh; activations.
 
     wide: a large vocabulary and few tokens, so that the loss is the peak; otherwise it is a layer's backward pass.
@@ -75,7 +77,7 @@ def steps(
             "model": {"path": "none", "dtype": dtype},
             "method": {"name": method},
             "sampling": {"gamma": 1, "scheme": "fixed", "period": 100},
-            "optim": {"rank": RANK, "update_proj_gap": 2, "always_on": always_on, "side": side},
+            "optim": {"rank": RANK, "update_proj_gap": 2, "always_on": always_on},
             "train": {"output_dir": "none", "global_batch_size": rows},
         }
     )
@@ -105,48 +107,46 @@ def steps(
             alive.peak, between = 0, alive.now()
             run.train_step([loss])
             peaks[step == 2] = alive.peak
-    job = Job(
-        layers.with_side(side), method, layer_set, RANK, always_on, itemsize=BYTES[dtype], rows=rows, length=length,
+    spec = StepSpec(
+        layers, method, layer_set, RANK, always_on, itemsize=BYTES[dtype], rows=rows, length=length,
         checkpointing=checkpointing, foreach=False,
     )  # fmt: skip
-    return job, between, peaks, kept
+    return spec, between, peaks, kept
 
 
 METHODS = [("ows", "none"), ("ows", "full"), ("ows", "low_rank"), ("galore", "none"), ("lisa", "full")]
 METHODS += [("full", "full"), ("lora", "full"), ("dora", "full"), ("mezo", "full")]
-CASES = [(*method, checkpointing, wide) for method in METHODS for checkpointing in (False, True) for wide in (0, 1)]
+# always: the peak in a layer without checkpointing, in the loss with it
+CASES = [
+    pytest.param(*method, checkpointing, wide, marks=[pytest.mark.slow] if checkpointing != bool(wide) else [])
+    for method in METHODS
+    for checkpointing in (False, True)
+    for wide in (0, 1)
+]
 
 
 @pytest.mark.parametrize(("method", "always_on", "checkpointing", "wide"), CASES)
 def test_peaks_of_real_steps(method: str, always_on: str, checkpointing: bool, wide: int) -> None:
     """Within 5 %: of a plain step, and of one with refresh."""
-    job, between, peaks, kept = steps(method, always_on, checkpointing, bool(wide), "float32")
-    assert sum(state(job).values()) == pytest.approx(between, rel=1e-3)  # but for step counts and the batch
+    spec, between, peaks, kept = steps(method, always_on, checkpointing, bool(wide), "float32")
+    assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)  # but for step counts and the batch
     for refresh, peak in peaks.items():
-        assert memory(job, refresh).peak == pytest.approx(peak, rel=0.05)
+        assert memory(spec, refresh).peak == pytest.approx(peak, rel=0.05)
     if method not in ("mezo", "dora") and not checkpointing:
-        planned = memory(job, True).phases["loss"]["activations"]
-        hidden = job.layers.embeddings[0].shape[1]
+        planned = memory(spec, True).phases["loss"]["activations"]
+        hidden = spec.layers.embeddings[0].shape[1]
         # when the loss is there, the last hidden states are gone, and gradients of them and of the head have come
-        planned += (2 * (job.tokens - job.rows) - job.tokens) * hidden * 4 - (job.tokens - job.rows) * hidden * 4
-        planned += job.head.shape[0] * hidden * 4 * (job.head.name in {**job.full_rank, **job.plan.matrices})
+        planned += (2 * (spec.tokens - spec.rows) - spec.tokens) * hidden * 4 - (spec.tokens - spec.rows) * hidden * 4
+        planned += spec.head.shape[0] * hidden * 4 * (spec.head.name in {**spec.full_rank, **spec.plan.matrices})
         assert kept == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["ows", "full", "lora"])
 def test_peaks_in_bfloat16(method: str) -> None:
-    job, between, peaks, _ = steps(method, "none", False, True, "bfloat16")
-    assert sum(state(job).values()) == pytest.approx(between, rel=1e-3)
+    spec, between, peaks, _ = steps(method, "none", False, True, "bfloat16")
+    assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)
     for refresh, peak in peaks.items():
-        assert memory(job, refresh).peak == pytest.approx(peak, rel=0.05)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_peaks_by_side(side: str) -> None:
-    job, between, peaks, _ = steps("galore", "none", False, True, "float32", side)
-    assert sum(state(job).values()) == pytest.approx(between, rel=1e-3)
-    for refresh, peak in peaks.items():
-        assert memory(job, refresh).peak == pytest.approx(peak, rel=0.05)
+        assert memory(spec, refresh).peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("always_on", ["none", "full", "low_rank"])
@@ -161,9 +161,9 @@ def test_state_is_exact(rank: int | None, always_on: str) -> None:
     ids = torch.ones(2, 5, dtype=torch.int64)
     ows.train_step([lambda: ows.module(input_ids=ids).logits.sum()])
     assert not ows.active.full.grads  # spent
-    job = Job(ows.layers, "ows" if rank else "lisa", ows.layer_set, rank or 128, always_on, itemsize=4)
+    spec = StepSpec(ows.layers, "ows" if rank else "lisa", ows.layer_set, rank or 128, always_on, itemsize=4)
     blocks, full = ows.active.buffer.blocks.values(), ows.active.full.states().values()
-    assert state(job) == {
+    assert state(spec) == {
         "weights": sum(p.nbytes for p in ows.module.parameters()),
         "coordinates": sum(block.values.nbytes for block in blocks),
         "gradients": sum(block.grads.nbytes for block in blocks),
@@ -178,7 +178,8 @@ def test_state_is_exact(rank: int | None, always_on: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_planned(family: str, tied: bool) -> None:
     layers = find_layers(tiny(family, tied))
-    for method, planned in per_method(Job(layers, layer_set=(0, 2), rank=5), ["ows", "lisa", "full", "lora"]).items():
+    for method in ("ows", "lisa", "full", "lora"):
+        planned = memory(StepSpec(layers, method, (0, 2), rank=5))
         assert planned.peak > sum(planned.state.values()) > 0, method
 
 
@@ -201,7 +202,7 @@ def llama(count: int, hidden: int, between: int, keys: int, vocabulary: int) -> 
 
 SEVEN = llama(32, 4096, 11008, 4096, 32000)
 FIVE = (0, 8, 16, 24, 31)
-LEAN = Job(SEVEN, layer_set=FIVE, always_on="none", checkpointing=True)
+LEAN = StepSpec(SEVEN, layer_set=FIVE, always_on="none", checkpointing=True)
 # 4 * 4096 + 3 * 11008 rows of matrices, 2 * 4096 / 128 of vectors, in each of 5 layers
 ROWS = 5 * (49408 + 64)
 
@@ -233,10 +234,10 @@ def test_budgets() -> None:
             assert memory(five, refresh).peak <= most
             assert memory(twelve, refresh).peak <= memory(five, refresh).peak + 1e9
     big = llama(80, 8192, 28672, 1024, 128256)
-    job = Job(big, layer_set=FIVE, length=4096, checkpointing=True, world_size=8, sharded=True)
-    assert memory(job).peak <= memory(job, True).peak < 40e9
-    peaks = {name: one.peak for name, one in per_method(LEAN, ["ows", "galore", "lisa", "full"]).items()}
-    assert sorted(peaks, key=lambda name: peaks[name]) == ["ows", "galore", "lisa", "full"]
+    spec = StepSpec(big, layer_set=FIVE, length=4096, checkpointing=True, world_size=8, sharded=True)
+    assert memory(spec).peak <= memory(spec, True).peak < 40e9
+    peaks = [memory(replace(LEAN, method=name)).peak for name in ("ows", "galore", "lisa", "full")]
+    assert peaks == sorted(peaks)
 
 
 def test_chunks_bound_the_loss() -> None:
@@ -258,34 +259,16 @@ def test_sharding_divides() -> None:
 def test_gradient_traffic_is_a_sixteenth() -> None:
     """Of the sampled layers' matrices, r = 128: 1 / 16 in bytes (float32 against bfloat16), 1 / 32 in entries."""
     bare = replace(SEVEN, layers=tuple(Block(u.name, u.matrices, ()) for u in SEVEN.layers))
-    job = Job(bare, layer_set=FIVE, always_on="none", world_size=4)
-    low_rank = traffic(job)["gradients"]
-    full_rank = traffic(replace(job, method="lisa"))["full_rank_gradients"]
+    spec = StepSpec(bare, layer_set=FIVE, always_on="none", world_size=4)
+    low_rank = traffic(spec)["gradients"]
+    full_rank = traffic(replace(spec, method="lisa"))["full_rank_gradients"]
     assert low_rank == 5 * 49408 * 128 * 4 * 3 // 4 == 94_863_360
     assert full_rank == 5 * 202_375_168 * 2 * 3 // 4 == 1_517_813_760
     assert full_rank == 16 * low_rank
     # with biases and norms, which both send in float32: within 0.2 %
-    job = replace(job, layers=SEVEN)
-    sent = traffic(replace(job, method="lisa"))
-    assert sent["full_rank_gradients"] + sent["gradients"] > 15.97 * traffic(job)["gradients"]
-
-
-def test_sides() -> None:
-    """right keeps rank numbers a token for every matrix, left all inputs, std those of the wide matrices."""
-    grouped = replace(LEAN, layers=llama(32, 4096, 11008, 1024, 32000), checkpointing=False)
-    kept, sent = {}, {}
-    for side in ("std", "right", "left"):
-        job = replace(grouped, layers=grouped.layers.with_side(side), world_size=2)
-        kept[side] = memory(job).phases["loss"]["activations"]
-        sent[side] = traffic(job)["gradients"] // (128 * 4)
-    # wide are keys and values, which share their input, and down
-    assert kept["std"] - kept["right"] == 5 * 512 * (4096 + 11008 - 3 * 128) * 2
-    # inputs of queries to values, of gate and up, of down; o's lie there anyway, as attention's output
-    assert kept["left"] - kept["right"] == 5 * 512 * (2 * 4096 + 11008 - 7 * 128) * 2
-    outputs, inputs, longer = 2 * 4096 + 2 * 1024 + 2 * 11008 + 4096, 6 * 4096 + 11008, 4 * 4096 + 3 * 11008
-    assert {side: rows - 5 * 64 // 2 for side, rows in sent.items()} == {
-        "std": 5 * longer // 2, "right": 5 * outputs // 2, "left": 5 * inputs // 2,
-    }  # fmt: skip
+    spec = replace(spec, layers=SEVEN)
+    sent = traffic(replace(spec, method="lisa"))
+    assert sent["full_rank_gradients"] + sent["gradients"] > 15.97 * traffic(spec)["gradients"]
 
 
 def test_traffic_alone_is_nothing() -> None:

@@ -13,7 +13,8 @@ from ows_ds import config
 from ows_ds.cli.main import main
 from ows_ds.importance.scores import Scores
 from ows_ds.planner import plan as planning
-from ows_ds.planner.memory import Job, memory, state
+from ows_ds.planner.memory import memory, state
+from ows_ds.planner.step import StepSpec
 from tests.support.families import tiny
 
 WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.5", "--train.global_batch_size", "16"]
@@ -49,10 +50,10 @@ def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[
     assert (found["model"], found["cluster"]["nodes"], found["cluster"]["memory"]) == ("m", 2, 40)
     [one] = [x for x in found["whole cluster"] if (x["home"], x["checkpointing"]) == ("replicated", False)]
     assert one["layers"] == {"expected": 2, "planned for": 3}
-    job = Job(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world_size=16)
-    assert one["state"] == state(job)
-    assert one["phases"] == memory(job).phases
-    assert one["peak"] == max(memory(job).peak, memory(job, True).peak)
+    spec = StepSpec(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world_size=16)
+    assert one["state"] == state(spec)
+    assert one["phases"] == memory(spec).phases
+    assert one["peak"] == max(memory(spec).peak, memory(spec, True).peak)
     assert {x["home"] for x in found["whole cluster"]} == {"replicated", "zero3", "hpz"}
     assert set(found["scaling"]) == {"replicated", "zero3", "hpz"}
     assert max(map(int, found["scaling"]["replicated"])) == 1024

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,9 @@ def components(state: dict[str, int], phase: dict[str, int]) -> dict[str, int]:
 
 def check(setting: Setting, method: str, sharding: Any, world_size: int) -> None:
     """Each component within 5 %; bytes by operation to the last."""
-    setting = replace(resolve(replace(setting, device="cpu", threads=1, sharding=sharding), False), inside=False)
+    setting = resolve(
+        setting.model_copy(update={"device": "cpu", "threads": 1, "sharding": sharding}), False
+    ).model_copy(update={"inside": False})
     memory, traffic = measure(setting, method, world_size)
     for kind in ("step", "refresh"):
         if memory[kind] is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from benchmarks import scaling
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.cluster import Cluster, read_cluster
-from ows_ds.planner.forecast import Replays, scaled, under
+from ows_ds.planner.forecast import Planner, Replays
 from tests.planner.test_forecast import recipe
 from tests.support.families import tiny
 
@@ -30,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def one(model: Any, method: str, home: str, cluster: Cluster, world_size: int = 16) -> Any:
     asked = recipe(data={"max_length": 16}, optim={"rank": 4}, sampling={"gamma": 1}, train={"global_batch_size": 4})
-    [asked] = under(asked, [method]).values()
-    return scaled(asked, model, cluster, world_size, home, replays=Replays(model.config))
+    planner = Planner(asked, model, replays=Replays(model.config)).under(method)
+    return planner.scaled(cluster, world_size, home)
 
 
 @pytest.mark.parametrize("system", scaling.SYSTEMS)
@@ -41,13 +40,15 @@ def test_between_the_bounds(model: Any, system: str) -> None:
     seconds, waiting = scaling.step_seconds(found)
     assert sum(found.times.work.values()) <= seconds <= found.times.serial * (1 + 1e-9)
     assert waiting == pytest.approx(seconds - sum(found.times.work.values()))
-    slow = one(model, *scaling.SYSTEMS[system], replace(NODE, network=0.001, network_latency=1e4))
+    slow = one(model, *scaling.SYSTEMS[system], NODE.model_copy(update={"network": 0.001, "network_latency": 1e4}))
     assert scaling.step_seconds(slow)[1] > 100 * waiting
 
 
 def test_links_without_time(model: Any) -> None:
     """Over links that cost nothing but the start of a message, hidden as it can be, only arithmetic is left."""
-    free = replace(NODE, nvlink=1e9, network=1e9, nvlink_latency=0, network_latency=0, tflops=1e-6)
+    free = NODE.model_copy(
+        update={"nvlink": 1e9, "network": 1e9, "nvlink_latency": 0, "network_latency": 0, "tflops": 1e-6}
+    )
     found = one(model, "ows", "zero3", free)
     seconds, waiting = scaling.step_seconds(found)
     assert waiting < 1e-3 * seconds

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ows_ds.runs.page import report
-from tests.support.hosts import need
 from tests.runs.test_report import write_run
+from tests.support.hosts import need
 
 QUIET = (
     "--disable-quic",

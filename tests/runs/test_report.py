@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from ows_ds.cli import main
-from ows_ds.runs.charts import _thinned, curves
-from ows_ds.runs.records import read
+from ows_ds.checkpoint.manifest import Manifest, write_manifest
+from ows_ds.cli.main import main
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import SHAPES, configuration
+from ows_ds.runs.charts import curves, thinned
+from ows_ds.runs.records import read
 
 HOSTILE = "<script>alert('x')</script>\"&"
 SETS = {1: [0, 3], 2: [0, 3], 3: [1], 4: []}
@@ -89,7 +90,7 @@ def write_run(folder: Path, path: str = "base", **recipe: Any) -> Path:
 
 
 def report(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    code = main.main(["report", *words])
+    code = main(["report", *words])
     said = capsys.readouterr()
     return code, said.err or said.out
 
@@ -105,8 +106,8 @@ def test_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert page.row("training loss, last 10 steps") == ["1.8000"]  # of three
     assert page.row("tokens a second, median") == ["12.5"]
     assert page.row("time in steps") == ["0:04:00"]
-    assert page.row("peak memory of a process") == ["4.00 GiB"]
-    assert page.row("sent by a process in a step") == ["3.5 MiB"]
+    assert page.row("peak memory of a rank") == ["4.00 GiB"]
+    assert page.row("sent by a rank in a step") == ["3.5 MiB"]
     assert page.row("faults") == ["3"]
     assert page.row("step 3") == ["grad_norm was inf"]
     assert page.row("metrics.jsonl") == ["1 lines cannot be read"]
@@ -142,11 +143,10 @@ def test_memory_is_planned_where_the_shapes_are_known(tmp_path: Path) -> None:
     (tmp_path / "base" / "config.json").write_text(json.dumps(shape | {"num_attention_heads": 2}))
     run = write_run(tmp_path / "run", str(tmp_path / "base"))
     assert read(run).planned is None  # of how many processes?
-    (run / "checkpoints" / "step-4").mkdir(parents=True)
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2, "facts": {"sharding": "zero3"}}')
+    write_manifest(run / "checkpoints" / "step-4", Manifest(2, {"sharding": "zero3"}, [], {}))
     assert read(run).n_layers == 4
     sharded = read(run).planned
-    (run / "checkpoints" / "step-4" / "manifest.json").write_text('{"world_size": 2}')
+    write_manifest(run / "checkpoints" / "step-4", Manifest(2, {}, [], {}))
     replicated = read(run).planned
     assert sharded is not None
     assert replicated is not None
@@ -219,9 +219,9 @@ def test_a_run_that_has_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "No step is recorded yet." in (run / "report.html").read_text()
 
 
-def test_long_curves_are_thinned() -> None:
+def test_long_curves_arethinned() -> None:
     points = [(step, float(step)) for step in range(1, 10_001)]
-    thin = _thinned(points)
+    thin = thinned(points)
     assert len(thin) == 400
     assert thin[-1] == (10_000, 9_988.0)  # the mean of 25
     assert len(curves({"a": points}, "x", "y", "label")) < 40_000

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,9 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         "16 sequences a step: 8 processes x 1 x 2 micro-batches",
     ]
     with pytest.raises(UserError, match=r"train.global_batch_size: 16 is invalid: expected a multiple of 24"):
-        job.check(recipe(tmp_path), replace(cluster, nodes=3, processes_per_node=8))
+        job.check(recipe(tmp_path), cluster.model_copy(update={"nodes": 3, "processes_per_node": 8}))
     assert "memory of a GPU at most not planned" in found
-    of_80 = replace(cluster, gpu_memory=80.0)
+    of_80 = cluster.model_copy(update={"gpu_memory": 80.0})
     assert "memory of a GPU at most 79.9 GB of 80 GB" in job.check(recipe(tmp_path), of_80, int(79.9e9))
     with pytest.raises(UserError, match=r"cluster.gpu_memory: 80.0 is invalid: .* 80.1 GB are planned"):
         job.check(recipe(tmp_path), of_80, int(80.1e9))

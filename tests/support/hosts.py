@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import ROOT
 
@@ -51,7 +53,7 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     # transformers writes into a tokenizer's file whether it was there
-    **{name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ},
+    **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "COVERAGE_PROCESS_CONFIG") if name in os.environ},
 }
 
 
@@ -67,11 +69,15 @@ def need(*programs: str) -> None:
     if "unshare failed" in tried.stderr:  # by the kernel
         pytest.skip(f"hosts are network namespaces, which this machine does not give: {tried.stderr.strip()}")
     assert tried.returncode == 0, tried.stderr
-    install([program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])])
+    with FileLock(Path(tempfile.gettempdir()) / "ows_ds-tests-apt.lock"):  # of the other test session
+        install([program for program in programs if not shutil.which(program, path=ENVIRONMENT["PATH"])])
 
 
 def install(programs: Sequence[str]) -> None:
-    """Install ``programs`` by apt-get; skips where there is no apt-get or no package index can be reached."""
+    """Install ``programs`` by apt-get; skips where there is no apt-get or no package index can be reached.
+
+    Only slow tests may.
+    """
     if not programs:
         return
     packages = [name for program in programs for name in PACKAGES[program]]
@@ -194,11 +200,11 @@ class Hosts:
 
     def clear(self) -> None:
         """Kill what still trains: torchrun's processes have sessions of their own, and outlive it if it is killed."""
-        with self.resident_slice() as left:
+        with self.frozen() as left:
             _signal(left, signal.SIGKILL)
 
     @contextlib.contextmanager
-    def resident_slice(self) -> Iterator[list[int]]:
+    def frozen(self) -> Iterator[list[int]]:
         """The processes that train, without their launchers, stand still as long as the context lasts; their ids."""
         ranks = []
         for holder in self._holders.values():

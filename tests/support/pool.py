@@ -1,6 +1,6 @@
-"""Persistent worlds of processes for tests: gloo on the CPU, a file store, hard time limits, every rank's traceback.
+"""Persistent worlds of ranks for tests: gloo on the CPU, a file store, hard time limits, every rank's traceback.
 
-A test hands a function of a module to all processes of a world and gets each rank's result back:
+A test hands a function of a module to all ranks of a world and gets each rank's result back:
 
     def total(rank: int, world: int, start: int) -> int:
         tensor = torch.tensor([start + rank])
@@ -10,9 +10,9 @@ A test hands a function of a module to all processes of a world and gets each ra
     def test_total(pools: Pools) -> None:
         assert pools(3).run(total, 10) == [33, 33, 33]
 
-Processes live on between calls, so torch and DeepSpeed are imported once; what they can share by accident (random
-streams, garbage, the default dtype) is put back before each call. After a failure the process group is tried, and
-where it no longer works the processes are replaced before the next call.
+Ranks are forked from a process that has imported torch and DeepSpeed, and live on between calls; what these can share
+by accident (random streams, garbage, the default dtype) is reset before each. After a failure the process group is
+tried, and where it no longer works the ranks are replaced before the next call.
 """
 
 from __future__ import annotations
@@ -43,6 +43,13 @@ LOG_LINES = 40  # of what a rank printed during a call that failed
 
 # DeepSpeed names shared memory after the port, so that no two worlds of a machine may have the same.
 _ports = itertools.count(20000 + os.getpid() % 4000 * 10)
+
+
+def warm_context() -> Any:
+    """Processes of this multiprocessing context are forked from one that has imported all that takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.warm"])
+    return context
 
 
 class RanksFailed(AssertionError):
@@ -108,7 +115,7 @@ class Pool:
         for pipe in self._pipes:
             pipe.close()  # an idle worker leaves when its pipe ends
         for process in self._processes:
-            process.join(2.0)
+            process.join(10.0)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -143,7 +150,7 @@ class Pool:
     def _start(self) -> None:
         self.close()
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        context = multiprocessing.get_context("spawn")
+        context = warm_context()
         port = next(_ports)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -295,7 +302,7 @@ def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeou
         CUDA_VISIBLE_DEVICES="",
     )
     # The same ninja whether or not the environment is activated: two versions of it would take turns at compiling
-    # DeepSpeed's operator anew, which takes minutes.
+    # DeepSpeed's operator again, which takes minutes.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.pop("LOCAL_SIZE", None)  # with it DeepSpeed reduces in shared memory that a killed world leaves behind
 

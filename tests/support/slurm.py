@@ -14,8 +14,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.support.hosts import ADDRESSES, ENVIRONMENT, LIMIT, NAMES, Hosts
 
-# Jobs of the partition `high` push those of `low` out, which are told before (preempt_send_user_signal). A job that is
-# requeued may start again as soon as its credentials have expired: cred_expire, in seconds.
+# Jobs of the partition `high` push those of `low` out, which get a signal before (preempt_send_user_signal). A requeued
+# job may start again as soon as its credentials have expired: cred_expire, in seconds.
 CONFIGURATION = """
 ClusterName=ows
 SlurmctldHost=n0
@@ -42,7 +42,7 @@ KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=1,bf_interval=1
-SlurmctldParameters={told}
+SlurmctldParameters={parameters}
 GresTypes=gpu
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
@@ -93,10 +93,10 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm(hosts: Hosts, folder: Path, told: str = "preempt_send_user_signal") -> Iterator[Slurm]:
-    """A cluster with two idle nodes. told: slurmctld's parameters."""
+def slurm(hosts: Hosts, folder: Path, parameters: str = "preempt_send_user_signal") -> Iterator[Slurm]:
+    """A cluster with two idle nodes. parameters: slurmctld's."""
     nodes = "\n".join(f"NodeName={n} NodeAddr={a} CPUs=2 Gres=gpu:1" for n, a in ADDRESSES.items())
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, nodes=nodes, told=told))
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, nodes=nodes, parameters=parameters))
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     (folder / "state").mkdir()
     one = Slurm(hosts, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,12 @@ def recipe(
             "log": {"progress": "none"},
         }
     )
+
+
+def cut(whole: Path, run_dir: Path, step: int = 6) -> Path:
+    """Make ``run_dir`` of the run ``whole``, as if it had died before its next checkpoint after ``step``."""
+    shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns("model"))
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    return run_dir

@@ -1,10 +1,12 @@
-"""Small training runs that tests start on several processes and compare with one process."""
+"""Small training runs that tests start on several ranks and compare with one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,16 @@ from tests.support.families import tiny
 SEQUENCES, LENGTH, VOCABULARY = 24, 9, 64
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 RATIOS = [0.3, 0.1, 0.4]  # of the three layers of the tiny models
+HOMES = ("replicated", "zero3")
+SHARDINGS = pytest.mark.parametrize("sharding", HOMES)
+
+
+def worlds(*axes: Iterable[Any], also: Container[tuple[Any, ...]] = ()) -> list[Any]:
+    """Arguments (world_size, one of each axis): all at two ranks, at one and three ``also``; the rest is slow."""
+    return [
+        pytest.param(*case, marks=() if case[0] == 2 or case in also else pytest.mark.slow)
+        for case in itertools.product((2, 1, 3), *axes)
+    ]
 
 
 def batch(step: int) -> Tensor:

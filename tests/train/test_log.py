@@ -21,7 +21,9 @@ from ows_ds.train.log import PICTURE, RunLog, as_json, check_trackers, keep_unti
 
 
 def recipe(progress: Any = "auto", trackers: tuple[str, ...] = ()) -> Recipe:
-    return Recipe(Model("m"), Train("o"), log=Log(list(trackers), progress))
+    return Recipe(
+        model=Model(path="m"), train=Train(output_dir="o"), log=Log(trackers=list(trackers), progress=progress)
+    )
 
 
 QUIET = recipe("none")

@@ -6,7 +6,6 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ows_ds import config
+from ows_ds.config import changed
 from ows_ds.errors import Failed
 from ows_ds.optim.ows import OWS
 from ows_ds.train import log, trainer
@@ -244,7 +244,7 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
 def test_a_plain_step_waits_for_the_device_once(pools: Pools, inputs: Path, tmp_path: Path, packing: bool) -> None:
     size = {"global_batch_size": 4, "micro_batch_size": 1} if packing else {}
     asked = recipe(inputs, tmp_path, {"gamma": 2.0, "period": 5}, {"update_proj_gap": 9}, sharding="replicated", **size)
-    asked = replace(asked, data=replace(asked.data, packing=packing, max_length=100 if packing else 64))
+    asked = changed(asked, {"data.packing": packing, "data.max_length": 100 if packing else 64})
     plain = 0
     for seen in pools(2).run(looks, asked):
         for changes, found, count in seen:

@@ -1,0 +1,257 @@
+"""What one rank does in a training step, as shapes and settings; and how its layers are read.
+
+Letters, here and in the modules that count: b, e bytes of a weight's entry and of a coordinate's; T tokens of a
+micro-batch; h hidden size; V vocabulary; w ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
+from ows_ds.optim.layout import COLUMNS, Plan, RefreshPlan, make_plan, plan_refresh
+from ows_ds.optim.projection import sketch_width
+from ows_ds.planner.gathering import Gathered
+
+LOW_RANK = ("ows", "galore")
+SAMPLED = (*LOW_RANK, "lisa", "lisa-d", "badam")
+ADAPTERS = ("lora", "dora")
+
+Part = Matrix | Vector
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One rank's part of a training step. Numbers of DeepSpeed are entries."""
+
+    layers: ModelLayers
+    method: str = "ows"
+    layer_set: tuple[int, ...] = ()  # ignored by methods that train all layers
+    rank: int = 128  # r
+    always_on: str = "full"
+    refresh: str = "full"
+    refresh_batch: str = "full"
+    lora_rank: int = 8
+    itemsize: int = 2  # b
+    rows: int = 1  # sequences of a micro-batch
+    length: int = 512  # tokens of each
+    labelled: int | None = None  # tokens of the micro-batch with a loss; None: all
+    accumulation: int = 1
+    checkpointing: bool = False
+    whole_logits: bool = False  # the model changes its head's output, as Gemma 2, so that the loss takes all at once
+    world_size: int = 1
+    sharded: bool = False
+    max_live: int = 500_000_000  # DeepSpeed's stage3_max_live_parameters
+    foreach: bool = True  # Adam works on all tensors at once, as torch does on GPUs
+    bucket: int = 500_000_000  # DeepSpeed's reduce_bucket_size
+    gathered: Gathered | None = None  # what ZeRO-3 gathers; None: only bounds are known
+
+    @property
+    def wide(self) -> int:
+        """e: bytes of an entry of coordinates' gradients, of moments and of masters."""
+        return max(4, self.itemsize)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows * self.length
+
+    @property
+    def labels(self) -> int:
+        """Tokens of a micro-batch with a loss: all but the first of each sequence, if nothing else is known."""
+        return self.tokens - self.rows if self.labelled is None else self.labelled
+
+    @property
+    def hidden(self) -> int:
+        """h."""
+        return self.head.shape[1]
+
+    @property
+    def head(self) -> Matrix:
+        """The head, or the embedding that it is tied to."""
+        return self.layers.embeddings[-1]
+
+    @property
+    def outside(self) -> list[Part]:
+        """Embeddings, head, final vectors."""
+        return [*self.layers.embeddings, *self.layers.final]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each weight of the model."""
+        inside = [part for block in self.layers.layers for part in parts_of(block)]
+        return [numel(part) for part in (*self.outside, *inside)]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether matrices train in low-rank subspaces."""
+        return self.method in LOW_RANK
+
+    @property
+    def sampled(self) -> tuple[int, ...]:
+        """Transformer layers that train."""
+        drawn = self.method in (*SAMPLED, "hift") and self.method != "galore"
+        return self.layer_set if drawn else tuple(range(len(self.layers.layers)))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What lies in the coordinate buffer."""
+        blocks = [self.layers.layers[i] for i in self.sampled] if self.method in SAMPLED else []
+        if not self.low_rank:
+            blocks = [Block(block.name, (), block.vectors) for block in blocks]
+        if self.method in SAMPLED and self.always_on != "none":
+            matrices = self.layers.embeddings if self.always_on == "low_rank" else ()
+            blocks.append(Block("always", matrices, self.layers.final))
+        return make_plan(blocks, self.rank if self.low_rank else COLUMNS, self.world_size)
+
+    @property
+    def projected(self) -> list[Matrix]:
+        """Matrices with coordinates, in the order of their rows."""
+        return list(self.plan.matrices.values())
+
+    def refresh_plan(self, long: bool = False) -> RefreshPlan:
+        """Who finds which projector; long: with slots of the longer sides."""
+        return plan_refresh(self.projected, self.world_size, long)
+
+    @property
+    def sketch_columns(self) -> int:
+        """Columns of the buffer of sketches."""
+        return max((sketch_width(self.rank, min(m.shape)) for m in self.projected), default=0)
+
+    @property
+    def refresh_passes(self) -> int:
+        """Micro-batches of a step whose full gradients a refresh uses."""
+        return self.accumulation if self.refresh_batch == "full" else 1
+
+    @cached_property
+    def full_rank(self) -> dict[str, int]:
+        """Entries of each weight with a master of its own, by name: trained at full rank, or an adapter."""
+        blocks = [self.layers.layers[i] for i in self.sampled]
+        if self.method in ADAPTERS:
+            return {name: size for block in blocks for name, size in self._adapters(block).items()}
+        parts: list[Part] = []
+        if self.method in ("full", "hift"):
+            parts = [part for block in blocks for part in parts_of(block)]
+            parts += self.outside if self.method == "full" else []
+        elif self.method in SAMPLED:
+            parts = [] if self.low_rank else [m for block in blocks for m in block.matrices]
+            parts += self.layers.embeddings if self.always_on == "full" else ()
+        return {part.name: numel(part) for part in parts}
+
+    def _adapters(self, block: Block) -> dict[str, int]:
+        sizes = {f"{m.name}.A": self.lora_rank * m.in_features for m in block.matrices}
+        sizes |= {f"{m.name}.B": self.lora_rank * m.out_features for m in block.matrices}
+        return sizes | ({f"{m.name}.m": m.out_features for m in block.matrices} if self.method == "dora" else {})
+
+    @property
+    def deepspeed_trains(self) -> bool:
+        """DeepSpeed's own optimizer trains, which has no float64."""
+        return self.sharded and self.method in ("full", *ADAPTERS) and self.itemsize < 8
+
+    @property
+    def outside_trains(self) -> bool:
+        """Embedding, head or final norm train, and gradients run down to the input."""
+        return self.method == "full" or (self.method in SAMPLED and self.always_on != "none")
+
+    def share(self, *sizes: int) -> int:
+        """Entries of weights of these sizes that one rank has."""
+        return sum(math.ceil(size / self.world_size) for size in sizes)
+
+    def walk(self, refresh: bool = False) -> Iterator[tuple[Block, str]]:
+        """Each layer with its kind: how its matrices train in a pass.
+
+        low, full (also for a projector that is searched), adapters, "frozen" with gradients passing, "" without.
+        """
+        passing = self.outside_trains
+        for index, block in enumerate(self.layers.layers):
+            kind = "frozen" if passing else ""
+            if self.method != "mezo" and index in self.sampled:
+                kind = "adapters" if self.method in ADAPTERS else "low" if self.low_rank and not refresh else "full"
+            passing = passing or bool(kind)
+            yield block, kind
+
+
+def numel(part: Part) -> int:
+    """Entries of a weight."""
+    return part.numel if isinstance(part, Vector) else part.shape[0] * part.shape[1]
+
+
+def parts_of(block: Block) -> list[Part]:
+    """Weights of a layer."""
+    return [*block.matrices, *block.vectors]
+
+
+def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:
+    """A layer set to plan for: as many layers as are expected, or ``deviations`` standard deviations more.
+
+    The likeliest ones, always with the lowest that can be drawn: it decides how far down the backward pass runs.
+    """
+    expected = sum(probabilities)
+    count = expected + deviations * math.sqrt(sum(p * (1 - p) for p in probabilities))
+    possible = [i for i, p in enumerate(probabilities) if p > 0]
+    order = possible[:1] + sorted(possible[1:], key=lambda i: -probabilities[i])
+    return tuple(sorted(order[: min(len(order), math.ceil(count - 1e-9))]))
+
+
+# ------------------------------------------------------------------ a layer
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer's matrices by what they do, told by their shapes and order."""
+
+    attention: tuple[Matrix, ...]  # hidden -> queries, keys, values
+    output: Matrix
+    up: tuple[Matrix, ...]  # hidden -> between: one, two (gated), or the two in one
+    down: Matrix
+    between: int  # the MLP's inner width
+    made: int  # entries a token that the MLP keeps for its backward pass, frozen
+
+
+def split(block: Block, hidden: int) -> LayerParts:
+    """Raises ValueError for a layer that does not look like attention and an MLP."""
+    down = next((m for m in reversed(block.matrices) if m.out_features == hidden), None)
+    if down is None:
+        raise ValueError(f"{block.name} has no matrix that gives {hidden} features")
+    widths = (down.in_features, 2 * down.in_features)
+    up = tuple(m for m in block.matrices if m is not down and m.out_features in widths)
+    rest = [m for m in block.matrices if m is not down and m not in up]
+    if not up or not rest:
+        raise ValueError(f"{block.name} does not look like attention and an MLP")
+    output = next(m for m in reversed(rest) if m.out_features == hidden)
+    attention, made = tuple(m for m in rest if m is not output), sum(m.out_features for m in up)
+    if made > down.in_features:  # gated: the activation's output, too
+        made += down.in_features
+    return LayerParts(attention, output, up, down, down.in_features, made)
+
+
+def keeps_low_rank(matrix: Matrix) -> bool:
+    """Whether coordinates stand on the output side, so that X Q is kept for the backward pass in place of X."""
+    return matrix.tall != matrix.inputs_first
+
+
+def activations(spec: StepSpec, block: Block, kind: str) -> int:
+    """Bytes that a layer keeps from its forward pass for its backward pass. kind: see `StepSpec.walk`."""
+    if not kind:
+        return 0
+    b, e, hidden, parts = spec.itemsize, spec.wide, spec.hidden, split(block, spec.hidden)
+    through = sum(m.out_features for m in parts.attention) + parts.output.in_features + parts.made
+    token = through * b + 2 * hidden * 4  # norms work in float32
+    if kind in ("low", "full") and block.vectors:
+        token += 2 * hidden * b  # what the norms' weights are multiplied with
+    # inputs that are not kept anyway: one for all matrices that share it
+    for matrices, width in ((parts.attention, hidden), (parts.up, hidden), ((parts.down,), parts.between)):
+        if kind == "adapters":  # cast to the adapters' float32 one by one
+            token += width * b if b == e else width * e * len(matrices)
+        elif kind == "full" or (kind == "low" and not all(map(keeps_low_rank, matrices))):
+            token += width * b
+    if kind == "adapters":
+        token += spec.lora_rank * e * len(block.matrices) + (0 if b == e else parts.output.in_features * e)
+        if spec.method == "dora":  # both products, which the magnitude scales
+            token += 2 * b * sum(m.out_features for m in block.matrices)
+    if kind == "low":
+        token += spec.rank * b * sum(map(keeps_low_rank, block.matrices))
+    return spec.tokens * token
