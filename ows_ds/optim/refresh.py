@@ -200,6 +200,7 @@ class FullGradients(Refresh):
         self._refreshed = plan.owners
         dtype, device = self.active.weight_dtype, self.active.weights.device
         self._found = _gather(self.comm, plan, self.projectors, self.active.r, dtype, device, "projectors")
+        self.projectors = {}  # from here on `ActiveSet` has them: a copy here would double their memory
 
     def energy(self) -> dict[int, Tensor]:
         device, energy = self.active.weights.device, {}

@@ -21,6 +21,7 @@ from ows_ds.bench.setting import OURS, RIVALS, How, Setting, resolve
 from ows_ds.bench.tracking import Tracker, peak
 from ows_ds.bench.trial import Trial, batch_of, ours, sampled
 from ows_ds.bench.workers import WorkerError, Workers
+from ows_ds.config.settings import parse
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, Shape
 from ows_ds.planner import memory as planner
@@ -64,21 +65,21 @@ def test_what_is_left_out_is_filled_in(given: Setting, cuda: bool, expected: tup
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (Setting(tokens=0), "--tokens: 0 is invalid: expected an integer of at least 1"),
-        (Setting(layers="few"), "--layers: 'few' is invalid: expected an integer of at least 1, or all"),
-        (Setting(shape="gpt"), "--shape: 'gpt' is invalid: expected one of llama2-7b, llama2-13b, llama2-70b"),
-        (Setting(shape="llama2-7b", hidden=8), "--hidden: 8 is invalid: expected --shape or --hidden, not both"),
-        (Setting(gamma=2), "--gamma: 2 is invalid: expected at most 1, the number of layers"),
-        (Setting(hidden=64), "--rank: 128 is invalid: expected at most 64, the smallest side of a matrix"),
-        (Setting(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is invalid: expected --heads that share 64"),
-        (Setting(device="cuda"), "--device: 'cuda' is invalid: expected cpu: no GPU is to be seen"),
-        (Setting(model="nowhere"), "--model: 'nowhere' is invalid: expected the folder of a model of the LLaMA kind"),
-        (Setting(model="m", vocab=7), "--vocab: 7 is invalid: leave it out where --model is given"),
+        (dict(tokens=0), "--tokens: 0 is invalid: expected an integer of at least 1"),
+        (dict(layers="few"), "--layers: 'few' is invalid: expected an integer of at least 1, or all"),
+        (dict(shape="gpt"), "--shape: 'gpt' is invalid: expected one of llama2-7b, llama2-13b, llama2-70b"),
+        (dict(shape="llama2-7b", hidden=8), "--hidden: 8 is invalid: expected --shape or --hidden, not both"),
+        (dict(gamma=2), "--gamma: 2 is invalid: expected at most 1, the number of layers"),
+        (dict(hidden=64), "--rank: 128 is invalid: expected at most 64, the smallest side of a matrix"),
+        (dict(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is invalid: expected --heads that share 64"),
+        (dict(device="cuda"), "--device: 'cuda' is invalid: expected cpu: no GPU is to be seen"),
+        (dict(model="nowhere"), "--model: 'nowhere' is invalid: expected the folder of a model of the LLaMA kind"),
+        (dict(model="m", vocab=7), "--vocab: 7 is invalid: leave it out where --model is given"),
     ],
 )
-def test_settings_that_cannot_be(given: Setting, line: str) -> None:
+def test_settings_that_cannot_be(given: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as caught:
-        resolve(given, False)
+        resolve(parse(Setting, given, "--"), False)
     assert str(caught.value).startswith(line)
 
 
@@ -108,11 +109,11 @@ def test_lists_and_sweeps() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [How(rounds=0), How(steps=0), How(warm_up=-1), How(world_size=1), How(output=__file__)]
+    "given", [{"rounds": 0}, {"steps": 0}, {"warm_up": -1}, {"world_size": 1}, {"output": __file__}]
 )
-def test_how_that_cannot_be(given: How) -> None:
+def test_how_that_cannot_be(given: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        settings.check(given)
+        settings.check(parse(How, given, "--"))
 
 
 def test_the_limit_is_as_deep_as_what_it_is_compared_with() -> None:
@@ -376,7 +377,7 @@ def test_numbers() -> None:
 def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str, results: dict[str, Any]) -> None:
     summary = {
         "format": 1, "date": "2026-01-01", "command": "ows-ds bench", "processes": 1, "hardware": "a machine",
-        "versions": {"torch": "2"}, "what": what, "setting": settings.asdict(TINY), "sweep": None,
+        "versions": {"torch": "2"}, "what": what, "setting": TINY.model_dump(), "sweep": None,
         "points": [{"value": None, "results": results}],
     }  # fmt: skip
     swept = summary | {"sweep": "gamma", "points": [{"value": value, "results": results} for value in (1, 2)]}
