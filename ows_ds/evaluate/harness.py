@@ -7,9 +7,8 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +20,11 @@ from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
 from ows_ds.model.pretrained import free_memory, suppress_output
 from ows_ds.runs.results import Score, number
 
-GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
+TASKS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
 PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besides torch and transformers
 
 
-@dataclass
-class Tasks:
+class Tasks(NamedTuple):
     """asked: tasks and groups (lm_eval's), in the order that was given. every: the tasks in them, by name."""
 
     asked: list[Any]
@@ -43,11 +41,11 @@ def require() -> None:
 
 
 def load_tasks(evaluation: Evaluation) -> Tasks:
-    """The tasks with their data sets. Raises UserError (``--tasks``) for one that is unknown or has no data here."""
+    """The tasks with their data sets. Raises UserError (``--tasks``) for one that is unknown or lacks its data."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    paths = [GROUPS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
+    paths = [TASKS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
     manager = TaskManager(include_path=paths, include_defaults=False)
     files = {name for name in evaluation.names if name.endswith(".yaml") and Path(name).is_file()}
     if not all(name in files or _complete(name, manager.task_index) for name in evaluation.names):
@@ -62,7 +60,7 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
         try:
             found = manager.load(name)
         except Exception as error:  # whatever a task's code and a data set's raise
-            right = f"expected tasks whose data sets can be had here ({type(error).__name__}: {first_line(error)})"
+            right = f"expected tasks whose data sets can be loaded here ({type(error).__name__}: {first_line(error)})"
             raise UserError("--tasks", name, right) from error
         inside = {child for group in found.get("groups", {}).values() for child in group.child_names}
         tops = {**found.get("groups", {}), **found["tasks"]}
@@ -91,7 +89,7 @@ def _complete(name: Any, index: dict[str, Any]) -> bool:
 
 
 def check_limit(tasks: Tasks, evaluation: Evaluation, world_size: int) -> None:
-    """Refuse (UserError) fewer questions than processes: lm-evaluation-harness does not take a process without any."""
+    """Refuse (UserError) fewer questions than ranks: lm-evaluation-harness fails on a rank without any."""
     from lm_eval.evaluator_utils import get_sample_size
 
     for name, task in tasks.every.items():
@@ -104,9 +102,9 @@ def check_limit(tasks: Tasks, evaluation: Evaluation, world_size: int) -> None:
 def measure(
     subject: Subject, tasks: Tasks, evaluation: Evaluation, runtime: Runtime
 ) -> tuple[dict[str, Any], list[Score]]:
-    """What the model says of itself, and its scores, which only rank 0 has. Collective.
+    """Facts about the model, and its scores, which only rank 0 has. Collective.
 
-    The model is loaded on every process, which takes its part of the questions.
+    Every rank loads the model and takes its part of the questions.
     """
     from lm_eval import evaluator
 
@@ -117,7 +115,7 @@ def measure(
         with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), suppress_output():  # it prints what it finds out about batches
+        with redirect_stdout(sys.stderr), suppress_output():
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -129,7 +127,7 @@ def measure(
             )
     del model
     free_memory()
-    for task in tasks.every.values():  # which keep the answers of this model
+    for task in tasks.every.values():  # they keep the answers of this model
         task._instances = None
     return {**subject.about, **facts}, [] if found is None else list(scores(found, tasks.asked))
 
@@ -161,7 +159,7 @@ def scores(found: dict[str, Any], asked: Sequence[Any]) -> Iterator[Score]:
 
 
 def _walk(items: Sequence[Any], depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """Tasks and groups (lm_eval's), each group before its parts, with how deep they lie."""
+    """Tasks and groups (lm_eval's), each group before its parts, with their depth."""
     for one in items:
         yield one, depth
         if not hasattr(one, "task_name"):
@@ -173,11 +171,11 @@ def _leaves(one: Any) -> list[Any]:
 
 
 def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime) -> Any:
-    """lm_eval's model of the files at ``path``, on this process's device."""
+    """lm_eval's model of the files at ``path``, on this rank's device."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        """Knows its processes from the launcher, on CPUs and over hosts too; what they gather travels as JSON."""
+        """Takes its ranks from the launcher, on CPUs and over hosts too; results are gathered as JSON."""
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
             return runtime.comm.all_gather(tensor.reshape(-1))
@@ -205,15 +203,12 @@ def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime
 
 
 def _gathered(metrics: dict[str, dict[tuple[str, str], list[Any]]], comm: Communicator) -> list[Any]:
-    """All processes' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
-    rows = [[task, *key, _plain(values)] for task, found in metrics.items() for key, values in found.items()]
-    gathered = []
-    for one in comm.all_gather_object(rows, "evaluation"):
-        whole: dict[str, dict[tuple[str, str], list[Any]]] = {}
-        for task, metric, filtered, values in one:
-            whole.setdefault(task, {})[metric, filtered] = values
-        gathered.append(whole)
-    return gathered
+    """All ranks' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
+    rows = [[task, [[*key, _plain(values)] for key, values in found.items()]] for task, found in metrics.items()]
+    return [
+        {task: {(metric, kind): values for metric, kind, values in found} for task, found in one}
+        for one in comm.all_gather_object(rows, "evaluation")
+    ]
 
 
 def _plain(value: Any) -> Any:
