@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ows_ds.config.settings import Count, Expected, Number, Settings, Wrong, parse
+from ows_ds.config.settings import Count, Expected, Number, Settings, Wrong, as_number, parse
 from ows_ds.errors import UserError
 from ows_ds.files import read_yaml
 
 LAUNCH = 8.4e-6  # seconds before the first round of any collective: NCCL's tuner, ring, protocol Simple (tuning.cc)
-Positive = Annotated[Number, Field(gt=0, lt=1e12)]
-NotNegative = Annotated[Number, Field(ge=0, lt=1e12)]
+Positive = Annotated[float, Field(gt=0, lt=1e12), BeforeValidator(as_number)]
+NotNegative = Annotated[float, Field(ge=0, lt=1e12), BeforeValidator(as_number)]
 
 
 class Cluster(Settings):
