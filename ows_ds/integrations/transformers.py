@@ -37,9 +37,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ows_ds import checkpoint
 from ows_ds.distributed.communicator import fail_together, join
+from ows_ds.distributed.ds_config import check_by_deepspeed, check_config, resolve_config
 from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.errors import UserError
 from ows_ds.importance.scores import Scores, score
 from ows_ds.model.fingerprint import fingerprint

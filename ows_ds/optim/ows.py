@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ows_ds.compat.torch import foreach_mul_, foreach_norm, mark_step_called
 from ows_ds.config import check_sketch
 from ows_ds.distributed.adopt import as_weights
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, interval, load_weights, weight_shards
@@ -244,7 +245,7 @@ class OWS(torch.optim.Optimizer):
         if self._refresh is not None:
             self._finish_refresh()
         self._reduced = grads = self._buffer.reduce()
-        squares = [norm.square() for norm in torch._foreach_norm(grads)] if grads else []
+        squares = [norm.square() for norm in foreach_norm(grads)] if grads else []
         # nothing is added but what is not finite, of which no basis must be made
         squares += [torch.linalg.vector_norm(sketch.grads) * 0 for sketch in self._sketches]
         squares += self._full.squares()
@@ -277,7 +278,7 @@ class OWS(torch.optim.Optimizer):
         """
         if self._reduced is None:
             self.reduce()
-        self._opt_called = True  # else torch's schedulers would miss a call of `step`
+        mark_step_called(self)
         for name in self._found:
             self._detach(self.plan.matrices[name])
         self._found = {}
@@ -409,7 +410,7 @@ class OWS(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if grads:
-            torch._foreach_mul_(grads, clip)
+            foreach_mul_(grads, clip)
         self._buffer.update(hyper)
         self._full.update(hyper, clip)
         vectors = [vector for block in self.plan.blocks for vector in block.vectors]

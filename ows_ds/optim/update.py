@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ows_ds.compat.torch import foreach_zero_
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import ReadShard, Shard
 from ows_ds.optim.layout import Layout, Plan, group_in_order
@@ -236,7 +237,7 @@ class CoordinateBuffer:
     def zero_grad(self) -> None:
         """Forget the gradients."""
         if self.blocks:
-            torch._foreach_zero_([block.grads for block in self.blocks.values()])
+            foreach_zero_([block.grads for block in self.blocks.values()])
 
     # ------------------------------------------------------------------ state
 
