@@ -121,7 +121,7 @@ class OWS(torch.optim.Optimizer):
         self.weights: Weights = as_weights(model)
         self.comm = self.weights.comm
         self.module = self.weights.module
-        self.layers: ModelLayers = find_layers(self.module, self.weights.shape).with_side(side)
+        self.layers: ModelLayers = find_layers(self.module, self.weights.shape)
         self.low_rank = rank is not None
         self.rank = COLUMNS if rank is None else rank
         self.period, self.update_proj_gap, self.accumulation = period, update_proj_gap, accumulation
@@ -543,7 +543,7 @@ class OWS(torch.optim.Optimizer):
         name, buffer = matrix.name, self._buffer
         direct = name not in self._lookups
         values, grad = buffer.value(name), buffer.grad(name)
-        coordinates = collect(matrix.shape, values, projector, grad, direct, matrix.across)
+        coordinates = collect(matrix.shape, values, projector, grad, direct)
         coordinates.decay = decay
         # called when all the leaf's uses have had their turn, though they bring autograd nothing
         coordinates.values.register_hook(lambda _: buffer.arrived(name))
@@ -628,7 +628,7 @@ class OWS(torch.optim.Optimizer):
         if not plan.owners:
             return
 
-        across = {name for name in plan.owners if self.plan.matrices[name].across}
+        across: set[str] = set()
 
         def find(name: str, gradient: Tensor) -> Tensor:
             previous = self._projectors.get(name)

@@ -77,7 +77,7 @@ class Reference:
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parts = find_layers(self.model).with_side(self.side)
+        self.parts = find_layers(self.model)
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
@@ -166,10 +166,10 @@ class Reference:
                 state.coming = None
             self.sketch(state, gradient if matrix.tall else gradient.T, seed)
         elif state.age % self.update_proj_gap == 0:
-            new = find_projector(seen, self.rank, self.projector, seed, state.projector, matrix.across)
+            new = find_projector(seen, self.rank, self.projector, seed, state.projector)
             self.turn(state, new.to(gradient.dtype))
         state.age += 1
-        return None if state.projector is None else low_rank_gradient(gradient, state.projector, matrix.across)
+        return None if state.projector is None else low_rank_gradient(gradient, state.projector)
 
     def turn(self, state: State, new: Tensor) -> None:
         """Go on in the subspace of the projector ``new``."""

@@ -164,7 +164,7 @@ class Sketch:
             sums = self.grads[slice(*plan.slots[matrix.name]), : basis.shape[1]]
             # of one entry's memory: never written to, only its gradient is of interest
             zeros = torch.zeros((), dtype=basis.dtype, device=self._device).expand_as(sums)
-            across, direct = second != matrix.across, matrix.name not in lookups
+            across, direct = second, matrix.name not in lookups
             self.coordinates[matrix.name] = collect(matrix.shape, zeros, basis, sums, direct, across)
 
     def finish(self, rank: int) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ def job_of(recipe: Recipe, model: Model, choice: Choice, layer_set: LayerSet, re
         right = f"expected a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
         raise UserError("train.global_batch_size", recipe.train.global_batch_size, right)
     job = Job(
-        model.layers.with_side(optim.side),
+        model.layers,
         recipe.method.name,
         layer_set,
         optim.rank,
