@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, get_scheduler
 
 from ows_ds import OWS
+from ows_ds.distributed.adopt import as_weights
 from ows_ds.importance.scores import score
 from ows_ds.model.layers import find_layers
-from ows_ds.distributed.adopt import as_weights
 
 MICRO_BATCHES = 2  # a step, on each process
 

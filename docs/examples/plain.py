@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, get_scheduler
 
 from ows_ds import OWS
+from ows_ds.distributed.adopt import as_weights
 from ows_ds.importance.scores import score
 from ows_ds.model.layers import find_layers
-from ows_ds.distributed.adopt import as_weights
 
 path, out = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -154,9 +154,9 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
 
     def refresh() -> int:
         assert isinstance(method, OWS)
-        method.update_proj_gap = 1  # at its end the coming step decides what is due
+        method.active.update_proj_gap = 1  # at its end the coming step decides what is due
         step()
-        method.update_proj_gap = NEVER
+        method.active.update_proj_gap = NEVER
         steps = 2 if setting.refresh == "sketch" else 1
         for _ in range(steps):
             step()
@@ -182,7 +182,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         job = Replays(model.config, runtime.ds_config["zero_optimization"], adapt).complete(job)
     kept = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
     trial = Trial(weights.module, kept, step, method, comm, job=job)
-    if isinstance(method, OWS) and method.low_rank:
+    if isinstance(method, OWS) and method.active.low_rank:
         trial.refresh = refresh
     return trial
 

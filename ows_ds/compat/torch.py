@@ -11,27 +11,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# One kernel for many tensors. torch documents these functions ("foreach"), but under private names only.
+# On a GPU one kernel for many tensors. torch documents these functions ("foreach"), but under private names only.
 
 
-def foreach_copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Each target <- its source."""
-    torch._foreach_copy_(list(targets), list(sources))
-
-
-def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
-    """Multiply each tensor by ``factor``, in place."""
-    torch._foreach_mul_(list(tensors), factor)
-
-
-def foreach_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor, ()."""
-    return list(torch._foreach_norm(list(tensors)))
-
-
-def foreach_zero_(tensors: Sequence[Tensor]) -> None:
+def zero_all(tensors: Sequence[Tensor]) -> None:
     """Set all entries to zero."""
     torch._foreach_zero_(list(tensors))
+
+
+def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each tensor by a scalar on its device, in place and without waiting for it."""
+    if tensors:
+        torch._foreach_mul_(list(tensors), factor)
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of squares of each tensor, ()."""
+    return [norm.square() for norm in torch._foreach_norm(list(tensors))] if tensors else []
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Each target <- its source."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def times_written(tensor: Tensor) -> int:
@@ -39,7 +41,7 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-def mark_step_called(optimizer: torch.optim.Optimizer) -> None:
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Let torch's schedulers take a skipped step for one: they warn until `Optimizer.step` was called."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 

@@ -660,3 +660,35 @@ MAY_CHANGE = {
     "data": {"train", "eval", "eval_subset", "eval_split", "cache"},
     "sampling": {"scores", "calibration_samples", "calibration_batch_size"},
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OWSConfig:
+    """Stand-in until the models are there."""
+
+    gamma: float = 5.0
+    period: int = 50
+    scheme: str = "bernoulli"
+    rank: int | None = 128
+    update_proj_gap: int = 200
+    scale: float = 1.0
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    projector: str = "randomized"
+    refresh: str = "full"
+    refresh_batch: str = "full"
+    moments_on_refresh: str = "keep"
+    merge_rounding: str = "nearest"
+    always_on: str = "full"
+    accumulation: int = 1
+    seed: int = 0
+
+
+OWSConfig.model_fields = {f.name: f for f in dataclasses.fields(OWSConfig)}  # type: ignore[attr-defined]
+
+
+def parse(kind: Any, tree: Any, prefix: str = "") -> Any:
+    return kind(**tree)

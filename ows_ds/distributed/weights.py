@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ows_ds.compat.torch import foreach_copy_
+from ows_ds.compat.torch import copy_all
 from ows_ds.distributed.communicator import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
@@ -193,7 +193,7 @@ class Replicated:
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         if parameters:
             shaped = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
-            foreach_copy_([p.data for p in parameters], shaped)
+            copy_all([p.data for p in parameters], shaped)
 
     def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None

@@ -31,7 +31,7 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write, parse_json, read_text
 from ows_ds.importance.calibrate import Select, calibrate
-from ows_ds.importance.probabilities import METRIC_OF
+from ows_ds.importance.probabilities import METRIC_OF, importance
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import Matrix, ModelLayers
 
@@ -213,3 +213,17 @@ def _blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterat
 def _is_ratio(value: Any) -> bool:
     """Whether a value from JSON is a number that a float can hold, finite and not below 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def ratios_of(scores: str | Path | Scores | Sequence[float], weights: Weights, n_layers: int) -> Sequence[float]:
+    """One number >= 0 a layer, from a file of scores (refused for another model), `Scores`, or the numbers themselves.
+
+    Raises UserError (``sampling.scores``). Collective for a file.
+    """
+    if isinstance(scores, str | Path):
+        scores = Scores.read(Path(scores))
+        scores.check(fingerprint(weights), n_layers)
+    ratios = importance(scores.metric, n_layers, scores.layers) if isinstance(scores, Scores) else scores
+    if len(ratios) != n_layers:
+        raise UserError(_KEY, f"{len(ratios)} ratios", f"expected one for each of the {n_layers} layers")
+    return ratios

@@ -16,16 +16,16 @@ import numpy as np
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Weights
 from ows_ds.model.layers import Matrix, ModelLayers, Vector
-from ows_ds.optim.adamw import AdamW, Group
+from ows_ds.optim.adamw import Group
 from ows_ds.optim.sampling import LayerSet
 
 
-def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -> AdamW:
-    """AdamW on one group a step."""
+def groups_of(recipe: Recipe, weights: Weights, layers: ModelLayers) -> list[Group]:
+    """What trains together, in the order of the turns."""
     seed = recipe.train.seed if recipe.sampling.seed is None else recipe.sampling.seed
     module: Any = weights.module
     heads = {name for name, one in module.named_modules() if one is module.get_output_embeddings()}
-    return AdamW(weights, turns(groups(layers, heads), recipe.sampling.order, seed), **adamw)
+    return turns(groups(layers, heads), recipe.sampling.order, seed)
 
 
 def groups(layers: ModelLayers, heads: set[str]) -> list[Group]:

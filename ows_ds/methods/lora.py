@@ -14,8 +14,6 @@ from torch import nn
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.model.layers import ModelLayers
-from ows_ds.optim.adamw import AdamW, Group
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:
@@ -38,12 +36,6 @@ def adapt(recipe: Recipe, model: Any) -> Any:
     )
     torch.manual_seed(recipe.train.seed)
     return get_peft_model(model, config)
-
-
-def build(recipe: Recipe, weights: Weights, layers: ModelLayers, **adamw: Any) -> AdamW:
-    """AdamW on the adapters."""
-    names = tuple(name for name, _ in weights.module.named_parameters() if "lora_" in name)
-    return AdamW(weights, [Group(names, tuple(range(len(layers.layers))))], close=merge, **adamw)
 
 
 def base(weights: Weights) -> dict[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, stream, weight_shards
 from ows_ds.model.layers import ModelLayers
+from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, always
 
@@ -36,10 +37,8 @@ def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.
         yield first, drawn[first - block * BLOCK : last - block * BLOCK]
 
 
-class MeZO(torch.optim.Optimizer):
+class MeZO(Method):
     """Two-point steps on all weights of a model. Interface: `ows_ds.methods.Method`."""
-
-    nothing_to_train = False
 
     def __init__(
         self, weights: Weights, *, n_layers: int, lr: float, epsilon: float, weight_decay: float,
@@ -57,11 +56,6 @@ class MeZO(torch.optim.Optimizer):
         self.layer_set: LayerSet = tuple(range(n_layers))
         self.steps = self.skipped = 0
         self.grad_norm: Tensor | None = None
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the coming step."""
-        return float(self.param_groups[0]["lr"])
 
     @torch.no_grad()
     def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
@@ -112,32 +106,21 @@ class MeZO(torch.optim.Optimizer):
                 wide = torch.promote_types(run.dtype, torch.float32)
                 run.copy_(run.to(wide).mul_(1.0 if flat else decay).add_(z, alpha=vectors if flat else matrices))
 
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-    def projector_energy(self) -> dict[int, Tensor]:
-        """There are no projectors."""
-        return {}
-
-    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
-        """There are no coordinates."""
-        return {}
-
-    def pieces(self) -> list[Shard]:
-        """This process's part of the weights. Between two steps only."""
+    def shards(self) -> list[Shard]:
+        """This rank's part of the weights. Between two steps only."""
         self.weights.after_step()
         return weight_shards(self.weights, self._parameters, self._parameters)
 
-    def numbers(self) -> dict[str, Any]:
+    def state_values(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
         return {"steps": self.steps, "skipped": self.skipped, "lr": self.lr}
 
     @torch.no_grad()
-    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
-        """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
+    def load_shards(self, values: dict[str, Any], read: ReadShard) -> None:
+        """Continue from where `shards` and `state_values` were taken, at any world size, over any kind of weights."""
         self.weights.after_step()
         load_weights(self.weights, self._parameters, self._parameters, read)
-        self.steps, self.skipped, self.param_groups[0]["lr"] = numbers["steps"], numbers["skipped"], numbers["lr"]
+        self.steps, self.skipped, self.param_groups[0]["lr"] = values["steps"], values["skipped"], values["lr"]
 
 
 def build(recipe: Recipe, weights: Weights, layers: ModelLayers) -> MeZO:

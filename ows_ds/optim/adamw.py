@@ -16,9 +16,10 @@ from torch import Tensor
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, weight_shards
 from ows_ds.distributed.zero3 import Zero3AdamW
 from ows_ds.errors import UserError
-from ows_ds.optim.full_rank import FullRank, load_states, state_shards, steps_of
+from ows_ds.optim.full_rank import FullRank, adam_steps, load_states, state_shards
+from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet
-from ows_ds.optim.update import Accept, AdamWSettings, always
+from ows_ds.optim.update import Accept, AdamWSettings, always, clip_factor
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,12 @@ class Group:
     layers: LayerSet
 
 
-class AdamW(torch.optim.Optimizer):
+class BlockAdamW(Method):
     """torch's AdamW on one group of weights a step, the groups taking turns; moments of a group are kept.
 
     With several groups the learning rate is that at the beginning of the round: it changes when each had its turn.
     Interface: `ows_ds.methods.Method`.
     """
-
-    nothing_to_train = False
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class AdamW(torch.optim.Optimizer):
         return self.groups[self.steps % len(self.groups)]
 
     @property
-    def layer_set(self) -> LayerSet:
+    def layer_set(self) -> LayerSet:  # type: ignore[override]
         """The layers that train in the coming step."""
         return self.group.layers
 
@@ -97,6 +96,8 @@ class AdamW(torch.optim.Optimizer):
         for compute in losses:
             loss = compute()
             self.weights.backward(loss)
+            if self._full is not None:
+                self._full.end_pass()
             total += loss.detach()
         self._accept = functools.partial(accept, total)
         self.step()
@@ -107,30 +108,27 @@ class AdamW(torch.optim.Optimizer):
         """AdamW's step with the gradients that the backward passes have brought; the next group enters. Collective."""
         group = self.param_groups[0]
         self._round_lr = self.lr
-        hyper = AdamWSettings(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
+        settings = AdamWSettings(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
         if isinstance(self.weights, Zero3AdamW):
-            self.grad_norm = self.weights.step(hyper.full(), hyper.vectors())
+            self.grad_norm = self.weights.step(settings.full_rank(), settings.vectors())
             taken = self._accept(self.grad_norm)
             self.weights.after_step()
         else:
-            taken = self._step_on_shards(hyper)
+            taken = self._step_on_shards(settings)
         self.skipped += not taken
         self.steps += 1
         if self._full is not None and len(self.groups) > 1:
             self._full.leave(list(self._full.parameters), keep=True)
             self._enter()
 
-    def _step_on_shards(self, hyper: AdamWSettings) -> bool:
+    def _step_on_shards(self, settings: AdamWSettings) -> bool:
         """Whether the step was taken."""
         assert self._full is not None
         self.weights.after_step()
         self.grad_norm = norm = self.comm.all_reduce(torch.stack(self._full.squares()).sum(), "grad_norm").sqrt()
         taken = self._accept(norm)
         if taken:
-            clip = torch.ones_like(norm)
-            if self.max_grad_norm is not None:
-                clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            self._full.update(hyper, clip)
+            self._full.update(settings, clip_factor(norm, self.max_grad_norm))
         else:
             self._full.zero_grad()
         return taken
@@ -157,16 +155,8 @@ class AdamW(torch.optim.Optimizer):
     def _states(self) -> dict[str, dict[str, Tensor]]:
         return self.weights.states if isinstance(self.weights, Zero3AdamW) else self._full.states()  # type: ignore[union-attr]
 
-    def projector_energy(self) -> dict[int, Tensor]:
-        """There are no projectors."""
-        return {}
-
-    def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
-        """There are no coordinates."""
-        return {}
-
-    def pieces(self) -> list[Shard]:
-        """This process's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
+    def shards(self) -> list[Shard]:
+        """This rank's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()
         names = [name for name in self._parameters if name in self._states]
         states = {name: self._states[name] for name in names}
@@ -174,7 +164,7 @@ class AdamW(torch.optim.Optimizer):
             self.weights, self._parameters, names
         )
 
-    def numbers(self) -> dict[str, Any]:
+    def state_values(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
         return {
             "steps": self.steps,
@@ -182,23 +172,23 @@ class AdamW(torch.optim.Optimizer):
             "lr": self.param_groups[0]["lr"],
             "round_lr": self._round_lr,
             "groups": [list(group.names) for group in self.groups],
-            "full_steps": steps_of(self._states),
+            "full_rank_steps": adam_steps(self._states),
         }
 
     @torch.no_grad()
-    def restore(self, numbers: dict[str, Any], read: ReadShard) -> None:
-        """Continue from where `pieces` and `numbers` were taken, at any world size, over any kind of weights."""
-        if numbers["groups"] != [list(group.names) for group in self.groups]:
+    def load_shards(self, values: dict[str, Any], read: ReadShard) -> None:
+        """Continue from where `shards` and `state_values` were taken, at any world size, over any kind of weights."""
+        if values["groups"] != [list(group.names) for group in self.groups]:
             raise UserError("method.name", "other weights", "resume with the method and model of the checkpoint")
         self.weights.after_step()
-        names = list(numbers["full_steps"])
+        names = list(values["full_rank_steps"])
         load_weights(self.weights, self._parameters, names, read)
         if self._full is not None:
             self._full.leave(list(self._full.parameters))
             self._full.enter({name: self._parameters[name] for name in names})
-        load_states(self.weights, self._parameters, self._states, numbers["full_steps"], read)
-        self.steps, self.skipped = numbers["steps"], numbers["skipped"]
-        self.param_groups[0]["lr"], self._round_lr = numbers["lr"], numbers["round_lr"]
+        load_states(self.weights, self._parameters, self._states, values["full_rank_steps"], read)
+        self.steps, self.skipped = values["steps"], values["skipped"]
+        self.param_groups[0]["lr"], self._round_lr = values["lr"], values["round_lr"]
         if self._full is not None:
             self._full.leave([name for name in names if name not in self.group.names], keep=True)
             self._full.enter({n: self._parameters[n] for n in self.group.names if n not in self._full.parameters})

@@ -26,21 +26,20 @@ class Coordinates:
     values: (max(m, n), r), a leaf. projector: (min(m, n), r). Both of the weight's dtype.
     grad: where linear modules add the gradient of ``values``, its shape, float32 or wider; None: autograd brings it.
     decay: factor on the frozen weight: weight decay acts on decay * W + L R^T as a whole.
-    across: the other way round, values on the shorter side and the projector on the longer one (a `Sketch`, or as
-    `ows_ds.model.layers.Matrix.across` says).
+    transposed: values on the shorter side, the projector on the longer one (the second pass of a `Sketch`).
     """
 
     shape: tuple[int, int]
     values: Tensor
     projector: Tensor
     decay: float = 1.0
-    across: bool = False
+    transposed: bool = False
     grad: Tensor | None = None
 
     @property
     def left(self) -> bool:
         """Whether the values are L."""
-        return is_tall(self.shape) != self.across
+        return is_tall(self.shape) != self.transposed
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -58,8 +57,8 @@ class Coordinates:
         return None
 
 
-def collect(
-    shape: tuple[int, int], values: Tensor, projector: Tensor, grad: Tensor, direct: bool, across: bool = False
+def make_coordinates(
+    shape: tuple[int, int], values: Tensor, projector: Tensor, grad: Tensor, direct: bool, transposed: bool = False
 ) -> Coordinates:
     """Coordinates whose gradients are added to ``grad``, in its dtype.
 
@@ -68,7 +67,7 @@ def collect(
     """
     leaf = values.detach().requires_grad_()
     if direct:
-        return Coordinates(shape, leaf, projector, across=across, grad=grad)
+        return Coordinates(shape, leaf, projector, transposed=transposed, grad=grad)
 
     def add(leaf: Tensor) -> None:
         assert leaf.grad is not None
@@ -76,7 +75,7 @@ def collect(
         leaf.grad = None
 
     leaf.register_post_accumulate_grad_hook(add)
-    return Coordinates(shape, leaf, projector, across=across)
+    return Coordinates(shape, leaf, projector, transposed=transposed)
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -23,12 +23,9 @@ def is_tall(shape: tuple[int, ...] | torch.Size) -> bool:
     return shape[0] >= shape[1]
 
 
-def low_rank_gradient(gradient: Tensor, projector: Tensor, across: bool = False) -> Tensor:
-    """R (max(m, n), r) in the projector's dtype from G (m, n), any dtype, and Q (min(m, n), r).
-
-    across, here and below: the sides are exchanged (`ows_ds.model.layers.Matrix.across`).
-    """
-    return _product(gradient if is_tall(gradient.shape) != across else gradient.T, projector)
+def low_rank_gradient(gradient: Tensor, projector: Tensor) -> Tensor:
+    """R (max(m, n), r) in the projector's dtype from G (m, n), any dtype, and Q (min(m, n), r)."""
+    return _product(gradient if is_tall(gradient.shape) else gradient.T, projector)
 
 
 def _product(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -39,10 +36,10 @@ def _product(matrix: Tensor, factor: Tensor) -> Tensor:
     return torch.cat([some.to(factor.dtype) @ factor for some in matrix.split(rows)])
 
 
-def exact_projector(gradient: Tensor, rank: int, across: bool = False) -> Tensor:
+def exact_projector(gradient: Tensor, r: int) -> Tensor:
     """Q (min(m, n), r), float32, from an exact singular value decomposition of G (m, n) in float32."""
     left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-    return (right[:rank].T if is_tall(gradient.shape) != across else left[:, :rank]).contiguous()
+    return (right[:r].T if is_tall(gradient.shape) else left[:, :r]).contiguous()
 
 
 def start_basis(short: int, width: int, seed: int, previous: Tensor | None = None) -> Tensor:
@@ -74,44 +71,40 @@ def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
     return q.float(), factor.T.float()
 
 
-def leading(columns: Tensor, rank: int) -> Tensor:
+def leading(columns: Tensor, r: int) -> Tensor:
     """(n, r), float32, orthonormal: the top left singular vectors of columns (n, k), k >= r, the strongest first."""
-    q, r = orthonormal(columns)
-    _, vectors = torch.linalg.eigh(r.double() @ r.double().T)
-    return q @ vectors[:, -rank:].flip(-1).float()
+    q, upper = orthonormal(columns)
+    _, vectors = torch.linalg.eigh(upper.double() @ upper.double().T)
+    return q @ vectors[:, -r:].flip(-1).float()
 
 
-def randomized_projector(
-    gradient: Tensor, rank: int, seed: int, previous: Tensor | None = None, across: bool = False
-) -> Tensor:
+def randomized_projector(gradient: Tensor, r: int, seed: int, previous: Tensor | None = None) -> Tensor:
     """Q (min(m, n), r), float32: randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4).
 
     seed: of the noise that it starts with, beside the ``previous`` projector (min(m, n), r) where there is one, which
     saves a round. About 2 * rounds * m * n * (r + OVERSAMPLING) multiply-adds, in place of an SVD's m * n * min(m, n)
     times ten or more.
     """
-    matrix = gradient.T if is_tall(gradient.shape) == across else gradient
-    width = min(rank + OVERSAMPLING, *matrix.shape)
+    matrix = gradient if is_tall(gradient.shape) else gradient.T
+    width = min(r + OVERSAMPLING, *matrix.shape)
     image = start_basis(matrix.shape[1], width, seed, previous).to(matrix.device)
     for _ in range(ROUNDS if previous is None else ROUNDS_FROM_PREVIOUS):
         # orthonormalised between products: powers of G^T G alone would drown all but the first direction
         image = _product(matrix.T, orthonormal(_product(matrix, orthonormal(image)[0]))[0])
     # G^T times an orthonormal basis of (nearly) G's range: its singular vectors are G's
-    return leading(image, rank)
+    return leading(image, r)
 
 
-def find_projector(
-    gradient: Tensor, rank: int, method: str, seed: int = 0, previous: Tensor | None = None, across: bool = False
-) -> Tensor:
+def find_projector(gradient: Tensor, r: int, method: str, seed: int = 0, previous: Tensor | None = None) -> Tensor:
     """Q by ``method``: ``svd``, or ``randomized`` from ``seed`` and the ``previous`` projector."""
     if method == "svd":
-        return exact_projector(gradient, rank, across)
-    return randomized_projector(gradient, rank, seed, previous, across)
+        return exact_projector(gradient, r)
+    return randomized_projector(gradient, r, seed, previous)
 
 
-def sketch_width(rank: int, short: int) -> int:
+def sketch_width(r: int, short: int) -> int:
     """Columns of a sketch: more than twice the rank, for two products make one round, and there is no other."""
-    return min(2 * rank + OVERSAMPLING, short)
+    return min(2 * r + OVERSAMPLING, short)
 
 
 def rotation(old: Tensor, new: Tensor) -> Tensor:

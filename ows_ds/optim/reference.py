@@ -68,7 +68,6 @@ class Reference:
     refresh_batch: str = "full"
     moments_on_refresh: str = "keep"
     always_on: str = "full"
-    side: str = "std"
     seed: int = 0
 
     step_number: int = 0

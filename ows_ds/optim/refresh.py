@@ -1,85 +1,151 @@
-"""Gradients on their way to projectors, in one of two ways.
+"""New projectors: gradients on their way to their leading directions, in one of two ways with one interface.
 
-`Refresh`: full gradients, streamed out of the backward pass, one matrix at a time.
+    plans -> begin -> backward passes -> reduce -> take -> (the step) -> after_step
+                                              `-> skip, where the step is not taken
 
-    backward reaches W      G  (every process, its own part of the batch)
+`FullGradients`: full gradients, streamed out of the backward pass, one matrix at a time. `take` gives projectors for
+the step in hand.
+
+    backward reaches W      G  (every rank, its own part of the batch)
         reduce              G  summed, on W's owner only; the others drop theirs
         owner               one micro-batch: Q = projector(G),  R = G Q  (its low-rank gradient) is added up, G is freed
                             more: G is added up
     ... next W ...
-    finish                  owners, all at once: Q and R of the sums;  all_gather of all Q
+    reduce                  owners, all at once: Q and R of the sums;  all_gather of all Q
 
-`Sketch`: two products of G with known matrices, as the coordinates' backward pass gives them; no G anywhere.
+`Sketches`: two products of G with known matrices, as the coordinates' backward pass gives them; no G anywhere.
+`after_step` gives projectors for the steps that follow.
 
-    first pass              Y = G Omega (long, w)    reduce_scatter -> owner: its orthonormal basis    all_gather
-    second pass             Z = G^T basis (short, w) reduce_scatter -> owner: its leading r directions all_gather
+    first step              Y = G Omega (long, w)    reduce_scatter -> owner: its orthonormal basis    all_gather
+    second step             Z = G^T basis (short, w) reduce_scatter -> owner: its leading r directions all_gather
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.model.layers import Matrix
-from ows_ds.optim.layout import RefreshPlan
-from ows_ds.optim.low_rank import Coordinates, collect
-from ows_ds.optim.projection import leading, low_rank_gradient, orthonormal
-
-FindProjector = Callable[[str, Tensor], Tensor]
+from ows_ds.model.layers import Block, Matrix
+from ows_ds.optim.active_set import ActiveSet
+from ows_ds.optim.layout import Plan, RefreshPlan, plan_refresh
+from ows_ds.optim.low_rank import Coordinates, make_coordinates
+from ows_ds.optim.projection import (
+    find_projector,
+    leading,
+    low_rank_gradient,
+    orthonormal,
+    sketch_width,
+    start_basis,
+)
 
 
 class Refresh:
-    """One refresh of the projectors of some matrices; alive from before a forward pass until `finish`.
+    """The interface. This base refreshes nothing."""
 
-    micro_batches: backward passes whose gradients the projector is found from. With one, an owner keeps nothing of a
-    gradient's size; with more, an accumulator for each matrix it owns.
+    def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
+        self.active, self.config, self.comm = active, config, active.weights.comm
+        self.bases: dict[str, Tensor] = {}
+        """By matrix, (long, w): what a first pass of sketches has found, until the second one begins."""
+
+    def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
+        """Who finds what in the coming step. due: the blocks of ``plan`` that need new projectors."""
+        return []
+
+    def begin(self, plans: Sequence[RefreshPlan], step: int) -> None:
+        """Arm the coming step, number ``step``, for ``plans``, the same on all ranks."""
+
+    def set_accumulation_steps(self, steps: int) -> None:
+        """Before the first backward pass: how many there will be."""
+
+    def after_backward(self) -> None:
+        """After each backward pass. Collective."""
+
+    def reduce(self) -> None:
+        """After the step's last backward pass. Collective."""
+
+    def not_finite(self) -> list[Tensor]:
+        """Scalars, 0 where all that was gathered is finite."""
+        return []
+
+    def energy(self) -> dict[int, Tensor]:
+        """See `ows_ds.optim.ows.OWS.projector_energy`."""
+        return {}
+
+    def take(self) -> dict[str, Tensor]:
+        """Projectors (short, r) by matrix that the step in hand is taken with, once."""
+        return {}
+
+    def after_step(self) -> dict[str, Tensor]:
+        """Projectors (short, r) by matrix for the coming steps. Collective."""
+        return {}
+
+    def skip(self) -> None:
+        """The step in hand is not taken: nothing that was found is used."""
+
+    def cancel(self) -> None:
+        """Forget what was begun."""
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+
+    def second_bases(self) -> dict[str, Tensor]:
+        """By matrix, (long, w): what the coming step's second sketches are taken with."""
+        return {}
+
+    def _seed(self, name: str, step: int) -> int:
+        """Of a matrix's randomness in a step, on whatever rank."""
+        return zlib.crc32(f"{self.config.seed}/{step}/{name}".encode())
+
+
+class FullGradients(Refresh):
+    """Projectors of full gradients.
+
+    With one micro-batch an owner keeps nothing of a gradient's size; with more, a sum for each matrix it owns.
     """
 
-    def __init__(
-        self,
-        comm: Communicator,
-        plan: RefreshPlan,
-        parameters: Mapping[str, nn.Parameter],
-        micro_batches: int,
-        find: FindProjector,
-        take: Callable[[str, Tensor], Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        across: Collection[str] = (),
-    ) -> None:
-        """parameters: the weights of the plan's matrices, which require gradients until `finish` or `cancel`.
-
-        find: (name, G) -> Q, float32. take: is given the name and R (max(m, n), r), over all that was seen, of each
-        matrix that this process owns, as soon as it is found. dtype: of the low-rank gradients. device: of the
-        projectors. across: names of the matrices whose sides are exchanged.
-        """
-        self.comm = comm
-        self.plan = plan
-        self.parameters = dict(parameters)
-        self.projectors: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this process owns
-        self._dtype, self._device = dtype, device
-        self._find, self._take, self._across = find, take, across
-        self.set_accumulation_steps(micro_batches)
+    def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
+        super().__init__(active, config)
+        self.plan: RefreshPlan | None = None  # of what is under way
+        self.projectors: dict[str, Tensor] = {}  # what this rank has found
+        self.set_accumulation_steps(config.accumulation)
+        self._step = 0
+        self._found: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this rank owns
+        self._refreshed: Collection[str] = ()
+        self._left: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
-        self._handles = []
-        for name, parameter in self.parameters.items():
+        self._handles: list[Any] = []
+
+    def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
+        return [plan_refresh([matrix for block in due for matrix in block.matrices], self.comm.world_size)]
+
+    def begin(self, plans: Sequence[RefreshPlan], step: int) -> None:
+        """Detach the (merged) matrices and let their full gradients through."""
+        self._refreshed, self._squares = (), {}
+        [plan] = plans
+        if not plan.owners:
+            return
+        self.plan, self.projectors, self._step = plan, {}, step
+        self._left = dict.fromkeys(plan.owners, self._passes)
+        for name in plan.owners:
+            self.active.detach(name)
+            parameter = self.active.parameters[name]
             parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name, plan.owners[name])))
 
-    def set_accumulation_steps(self, micro_batches: int) -> None:
-        """Before the first backward pass: how many there will be."""
-        self._streamed = micro_batches == 1
-        self._left = dict.fromkeys(self.parameters, micro_batches)
+    def set_accumulation_steps(self, steps: int) -> None:
+        self._passes = 1 if self.config.refresh_batch == "first" else steps
+        if self.plan is not None:
+            self._left = dict.fromkeys(self.plan.owners, self._passes)
 
-    def _hook(self, name: str) -> Any:
-        owner = self.plan.owners[name]
-
+    def _hook(self, name: str, owner: int) -> Any:
         def stream(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
@@ -87,30 +153,41 @@ class Refresh:
             self._left[name] -= 1
             if self.comm.rank != owner:
                 return
-            if self._streamed:
+            if self._passes == 1:
                 self._project(name, gradient)
             elif name in self._sums:
                 self._sums[name].add_(gradient)
             else:
-                self._sums[name] = gradient.to(self._dtype)
+                self._sums[name] = gradient.to(self.active.dtype)
 
         return stream
 
     def _project(self, name: str, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, dtype=self._dtype)
+        dtype, added = self.active.dtype, self.active.buffer.grad(name)
+        norm = torch.linalg.vector_norm(gradient, dtype=dtype)
         if not bool(norm.isfinite()):
-            # no projector is made of it; the norm of all gradients tells every process to skip the step
-            self._take(name, gradient.new_full((), math.nan))
+            # no projector is made of it; the norm of all gradients lets every rank skip the step
+            added.add_(gradient.new_full((), math.nan))
             return
+        seed, previous = self._seed(name, self._step), self.active.projectors.get(name)
+        found = find_projector(gradient, self.active.r, self.config.projector, seed, previous)
         # rounded as it will be stored, so that R and later coordinates share one subspace
-        projector = self._find(name, gradient).to(self.parameters[name].dtype)
-        self.projectors[name] = projector
-        low_rank = low_rank_gradient(gradient, projector.to(self._dtype), name in self._across)
-        self.squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), norm]).double().square()
-        self._take(name, low_rank)
+        self.projectors[name] = projector = found.to(self.active.weight_dtype)
+        low_rank = low_rank_gradient(gradient, projector.to(dtype))
+        self._squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), norm]).double().square()
+        added.add_(low_rank)
 
-    def finish(self, rank: int) -> dict[str, Tensor]:
-        """All projectors (min(m, n), r) by matrix name, in the weights' dtype, on every process. Collective."""
+    def after_backward(self) -> None:
+        if self.config.refresh_batch == "first" and self.plan is not None:
+            self.reduce()
+            for name, projector in self._found.items():
+                self.active.attach(name, projector)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        plan = self.plan
+        if plan is None:
+            return
         missing = [name for name, left in self._left.items() if left]
         if missing:
             raise RuntimeError(
@@ -120,17 +197,100 @@ class Refresh:
         for name in list(self._sums):  # nothing is sent here: all owners work at the same time
             self._project(name, self._sums.pop(name))
         self.cancel()
-        dtype = next(iter(self.parameters.values())).dtype
-        return _gather(self.comm, self.plan, self.projectors, rank, dtype, self._device, "projectors")
+        self._refreshed = plan.owners
+        dtype, device = self.active.weight_dtype, self.active.weights.device
+        self._found = _gather(self.comm, plan, self.projectors, self.active.r, dtype, device, "projectors")
+
+    def energy(self) -> dict[int, Tensor]:
+        device, energy = self.active.weights.device, {}
+        for layer, block in enumerate(self.active.layers.layers):
+            names = [matrix.name for matrix in block.matrices if matrix.name in self._refreshed]
+            if names:
+                mine = [self._squares[name].to(device) for name in names if name in self._squares]
+                energy[layer] = sum(mine, torch.zeros(2, dtype=torch.float64, device=device))
+        return energy
+
+    def take(self) -> dict[str, Tensor]:
+        found, self._found = self._found, {}
+        return found
+
+    def skip(self) -> None:
+        for name in self.take():
+            self.active.detach(name)
 
     def cancel(self) -> None:
-        """Freeze the weights again and stop listening."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._sums.clear()
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
+        for name in self.plan.owners if self.plan is not None else ():
+            self.active.parameters[name].requires_grad_(False)
+        self.plan, self._found = None, {}
+
+
+class Sketches(Refresh):
+    """Projectors of sketches over two steps."""
+
+    def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
+        super().__init__(active, config)
+        self.sketches: list[Sketch] = []
+
+    def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
+        first = [matrix for block in due for matrix in block.matrices]
+        second = [matrix for matrix in plan.matrices.values() if matrix.name in self.bases]
+        return [plan_refresh(first, self.comm.world_size, True), plan_refresh(second, self.comm.world_size)]
+
+    def begin(self, plans: Sequence[RefreshPlan], step: int) -> None:
+        """Let the coming step take first and second sketches of gradients."""
+        active = self.active
+        for second, plan in enumerate(plans):
+            if not plan.owners:
+                continue
+            matrices = [active.plan.matrices[name] for name in plan.owners]
+            bases = {}
+            for matrix in matrices:
+                if second:
+                    bases[matrix.name] = self.bases.pop(matrix.name)
+                    continue
+                width, name = sketch_width(active.r, matrix.short), matrix.name
+                start = start_basis(matrix.short, width, self._seed(name, step), active.projectors.get(name))
+                bases[name] = start.to(active.weights.device, active.weight_dtype)
+            sketch = Sketch(self.comm, plan, matrices, bases, active.dtype, bool(second), active.lookups)
+            self.sketches.append(sketch)
+            for name, coordinates in sketch.coordinates.items():
+                for hook in active.hooks[name]:
+                    hook.sketch = coordinates
+
+    def not_finite(self) -> list[Tensor]:
+        return [torch.linalg.vector_norm(sketch.grads) * 0 for sketch in self.sketches]
+
+    @torch.no_grad()
+    def after_step(self) -> dict[str, Tensor]:
+        projectors: dict[str, Tensor] = {}
+        for sketch in self._end():
+            (projectors if sketch.second else self.bases).update(sketch.finish(self.active.r))
+        return projectors
+
+    def skip(self) -> None:
+        self.bases.update(self.second_bases())
+        self._end()
+
+    def _end(self) -> list[Sketch]:
+        sketches, self.sketches = self.sketches, []
+        for hook in (hook for one in sketches for name in one.coordinates for hook in self.active.hooks[name]):
+            hook.sketch = None
+        return sketches
+
+    def cancel(self) -> None:
+        self._end()
+
+    def zero_grad(self) -> None:
+        for sketch in self.sketches:
+            sketch.grads.zero_()
+
+    def second_bases(self) -> dict[str, Tensor]:
+        second = (sketch for sketch in self.sketches if sketch.second)
+        return {name: one.projector for sketch in second for name, one in sketch.coordinates.items()}
 
 
 class Sketch:
@@ -164,12 +324,12 @@ class Sketch:
             sums = self.grads[slice(*plan.slots[matrix.name]), : basis.shape[1]]
             # of one entry's memory: never written to, only its gradient is of interest
             zeros = torch.zeros((), dtype=basis.dtype, device=self._device).expand_as(sums)
-            across, direct = second, matrix.name not in lookups
-            self.coordinates[matrix.name] = collect(matrix.shape, zeros, basis, sums, direct, across)
+            direct = matrix.name not in lookups
+            self.coordinates[matrix.name] = make_coordinates(matrix.shape, zeros, basis, sums, direct, second)
 
-    def finish(self, rank: int) -> dict[str, Tensor]:
-        """By matrix, in the bases' dtype, on every process: the second pass's basis (long, w), or, after it, the
-        projector (short, r). Collective.
+    def finish(self, r: int) -> dict[str, Tensor]:
+        """By matrix, in the bases' dtype, on every rank: the second pass's basis (long, w), or, after it, the projector
+        (short, r). Collective.
         """
         width = self.grads.shape[1]
         mine = self.comm.reduce_scatter(self.grads, "sketches")
@@ -179,9 +339,9 @@ class Sketch:
             if owner == self.comm.rank:
                 start, stop = self.plan.slots[name]
                 sketch = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
-                found[name] = leading(sketch, rank) if self.second else orthonormal(sketch)[0]
+                found[name] = leading(sketch, r) if self.second else orthonormal(sketch)[0]
         dtype = next(iter(self.coordinates.values())).projector.dtype
-        columns, what = (rank, "projectors") if self.second else (width, "sketch_bases")
+        columns, what = (r, "projectors") if self.second else (width, "sketch_bases")
         gathered = _gather(self.comm, self.plan, found, columns, dtype, self._device, what)
         if self.second:
             return gathered
@@ -197,12 +357,12 @@ def _gather(
     device: torch.device,
     what: str,
 ) -> dict[str, Tensor]:
-    """What each owner ``found``, (rows of its slot, <= columns), on every process, padded with zeros. Collective."""
+    """What each owner ``found``, (rows of its slot, <= columns), on every rank, padded with zeros. Collective."""
     part = torch.zeros(plan.stride, columns, dtype=dtype, device=device)
     first = comm.rank * plan.stride
     for name, matrix in found.items():
         start, stop = plan.slots[name]
         part[start - first : stop - first, : matrix.shape[1]] = matrix
-    whole = comm.all_gather(part, what)
+    gathered = comm.all_gather(part, what)
     # cloned, so that a matrix that leaves gives its memory back
-    return {name: whole[start:stop].clone() for name, (start, stop) in plan.slots.items()}
+    return {name: gathered[start:stop].clone() for name, (start, stop) in plan.slots.items()}

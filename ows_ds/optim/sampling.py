@@ -44,19 +44,19 @@ class Sampler:
         hits = np.ceil(ends - self._stream.random())
         return tuple(sorted(int(i) for i in order[np.diff(hits) > 0]))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The stream's position, JSON-able."""
         return dict(self._stream.bit_generator.state)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where ``state`` was taken."""
         self._stream.bit_generator.state = state
 
 
 class Cycle:
     """One layer after the other, round after round, with an interface like `Sampler`'s.
 
-    order: ``ascending`` from the input, ``descending`` from the output, ``random``: anew in each round.
+    order: ``ascending`` from the input, ``descending`` from the output, ``random``: again in each round.
     """
 
     def __init__(self, n_layers: int, order: str, seed: int) -> None:
@@ -74,10 +74,10 @@ class Cycle:
         stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, turn])))
         return (int(stream.permutation(self.n_layers)[place]),)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """How many were drawn, JSON-able."""
         return {"drawn": self._drawn}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where ``state`` was taken."""
         self._drawn = int(state["drawn"])

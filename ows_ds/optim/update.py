@@ -1,12 +1,12 @@
-"""The coordinates that train, their gradients, and torch's AdamW on this process's part of them.
+"""The coordinates that train, their gradients, and torch's AdamW on this rank's part of them.
 
-Every process holds all coordinates as the forward pass uses them, and all their gradients, which its backward pass
-makes; float32 masters and moments exist only for the rows that a process owns. A step is, unit by unit,
+Every rank holds all coordinates as the forward pass uses them, and all their gradients, which its backward pass makes;
+float32 masters and moments exist only for the rows that a rank owns. A step is, block by block,
 
-    all processes' gradients --reduce_scatter--> own rows --AdamW--> own rows --all_gather--> all processes' coordinates
+    all ranks' gradients --reduce_scatter--> own rows --AdamW--> own rows --all_gather--> all ranks' coordinates
 
-The reduction of a unit starts as soon as its last gradient is there, while the backward pass runs on; AdamW works on
-all units at once.
+The reduction of a block starts as soon as its last gradient is there, while the backward pass runs on; AdamW works on
+all blocks at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ows_ds.compat.torch import foreach_zero_
+from ows_ds.compat.torch import zero_all
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import ReadShard, Shard
 from ows_ds.optim.layout import Layout, Plan, group_in_order
@@ -27,12 +27,17 @@ from ows_ds.optim.layout import Layout, Plan, group_in_order
 STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
 
 Accept = Callable[[Tensor, Tensor], bool]
-"""(this process's loss, the norm of all processes' gradients) -> whether the step is taken."""
+"""(this rank's loss, the norm of all ranks' gradients) -> whether the step is taken."""
 
 
 def always(loss: Tensor, norm: Tensor) -> bool:
     """An `Accept` that does not look, and so does not wait for the device."""
     return True
+
+
+def clip_factor(norm: Tensor, largest: float | None) -> Tensor:
+    """What gradients of global ``norm``, (), are multiplied with so that it is at most ``largest``; None: 1."""
+    return torch.ones_like(norm) if largest is None else (largest / (norm + 1e-6)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,17 @@ class AdamWSettings:
         """For biases and norms: not decayed, as usual."""
         return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": 0.0}
 
-    def full(self) -> dict[str, Any]:
+    def full_rank(self) -> dict[str, Any]:
         """For weights trained at full rank."""
         return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
 
 
 class BlockBuffer:
-    """The coordinates of one unit.
+    """The coordinates of one block.
 
-    values: (rows, r), of the weights' dtype, the same on every process. grads: (rows, r), float32 (float64 where the
-    weights are float64): this process's sums. Of this process's rows only, (stride, r), of the gradients' dtype:
-    master, what AdamW works on; reduced_grads, the gradients' sums over processes; exp_avg, exp_avg_sq. Master lies in
+    values: (rows, r), of the weights' dtype, the same on every rank. grads: (rows, r), float32 (float64 where the
+    weights are float64): this rank's sums. Of this rank's rows only, (stride, r), of the gradients' dtype:
+    master, what AdamW works on; reduced_grads, the gradients' sums over ranks; exp_avg, exp_avg_sq. Master lies in
     ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one.
     """
 
@@ -72,8 +77,8 @@ class BlockBuffer:
         self, layout: Layout, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layout, self.comm = layout, comm
-        self.values = torch.zeros(layout.rows, layout.rank, dtype=weight_dtype, device=device)
-        self.grads = torch.zeros(layout.rows, layout.rank, dtype=dtype, device=device)
+        self.values = torch.zeros(layout.rows, layout.r, dtype=weight_dtype, device=device)
+        self.grads = torch.zeros(layout.rows, layout.r, dtype=dtype, device=device)
         own = self.values[slice(*layout.part(comm.rank))]
         self.master = own if weight_dtype == dtype else own.to(dtype)
         self.reduced_grads = self.grads if comm.world_size == 1 else torch.zeros_like(self.master)
@@ -97,7 +102,7 @@ class BlockBuffer:
         return self._pending is not None
 
     def start_reduce(self) -> None:
-        """Begin to sum the gradients over processes. Collective."""
+        """Begin to sum the gradients over ranks. Collective."""
         self._pending = self.comm.start_reduce_scatter(self.grads, self.reduced_grads, "gradients")
 
     def reduce(self) -> Tensor:
@@ -110,20 +115,20 @@ class BlockBuffer:
         return self.reduced_grads
 
     def start_publish(self) -> Pending:
-        """Begin to bring every process's rows of master into all processes' values. Collective."""
+        """Begin to bring every rank's rows of master into all ranks' values. Collective."""
         own = self.values[slice(*self.layout.part(self.comm.rank))]
         if own.dtype != self.master.dtype:
             own.copy_(self.master)
         return self.comm.start_all_gather(own, self.values, "coordinates")
 
     def full_tensor(self) -> Tensor:
-        """(rows, r): all processes' master. Collective where it is not in `values`."""
+        """(rows, r): all ranks' master. Collective where it is not in `values`."""
         if self.values.dtype == self.master.dtype:
             return self.values
         return self.comm.all_gather(self.master, "merge")
 
     def fill(self, name: str, value: Tensor) -> None:
-        """Set a slot, on every process, to ``value``: its first entries in row order; the rest stays."""
+        """Set a slot, on every rank, to ``value``: its first entries in row order; the rest stays."""
         first, last = self.layout.slots[name]
         self.values[first:last].view(-1)[: value.numel()] = value.reshape(-1)
         rows = self.local_rows(name)
@@ -132,12 +137,12 @@ class BlockBuffer:
             self.master[rows] = self.values[start + rows.start : start + rows.stop].to(self.master)
 
     def local_rows(self, name: str) -> slice | None:
-        """Where the slot's rows lie in this process's part, None if none do."""
+        """Where the slot's rows lie in this rank's part, None if none do."""
         return self.layout.local(self.layout.slots[name], self.comm.rank)
 
 
 class CoordinateBuffer:
-    """The coordinates of all units of a plan, which may change between steps, and one AdamW over them."""
+    """The coordinates of all blocks of a plan, which may change between steps, and one AdamW over them."""
 
     def __init__(
         self, plan: Plan, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
@@ -152,7 +157,7 @@ class CoordinateBuffer:
         self.change(plan)
 
     def change(self, plan: Plan) -> None:
-        """Units that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
+        """Blocks that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
         old = self.blocks
         self.plan = plan
         self.blocks = {
@@ -189,39 +194,41 @@ class CoordinateBuffer:
     # ------------------------------------------------------------------ a step
 
     def await_gradients(self, blocks: Sequence[str]) -> None:
-        """In the coming step, reduce these units in this order, each as soon as `arrived` was called for all of it."""
+        """In the coming step, reduce these blocks in this order, each as soon as `arrived` was called for all of it."""
         self._queue = [self.blocks[name] for name in blocks if self.comm.world_size > 1]
         self._order = [*self._queue, *(block for block in self.blocks.values() if block not in self._queue)]
         for block in self._queue:
             block.awaited = set(block.layout.slots)
 
     def last_pass(self, last: bool) -> None:
-        """Whether the coming backward pass is the step's last: only then does a unit's last gradient complete it."""
+        """Whether the coming backward pass is the step's last: only then does a block's last gradient complete it."""
         self._overlap = last
 
     def arrived(self, name: str) -> None:
-        """A backward pass has added all it has to the slot's gradients. Collective where that completes a unit."""
+        """A backward pass has added all it has to the slot's gradients. Collective where that completes a block."""
         block = self.block(name)
         if block.reducing:
-            raise RuntimeError(f"a gradient of {name} came after its unit's gradients were on their way")
+            raise RuntimeError(f"a gradient of {name} came after its block's gradients were on their way")
         if self._overlap:
             block.awaited.discard(name)
             while self._queue and not self._queue[0].awaited:
                 self._queue.pop(0).start_reduce()
 
     def reduce(self) -> list[Tensor]:
-        """(stride, r) of each unit: this process's rows of the sum of all processes' gradients. Collective."""
+        """(stride, r) of each block: this rank's rows of the sum of all ranks' gradients. Collective."""
         self._queue = []
-        for block in self._order:  # what was awaited in vain keeps its place: on another process it may have arrived
+        for (
+            block
+        ) in self._order:  # what was awaited without effect keeps its place: on another rank it may have arrived
             if not block.reducing:
                 block.start_reduce()
         return [block.reduce() for block in self.blocks.values()]
 
-    def update(self, hyper: AdamWSettings) -> None:
-        """One AdamW step on this process's rows with what `reduce` gave, then all rows on every process. Collective."""
+    def update(self, settings: AdamWSettings) -> None:
+        """One AdamW step on this rank's rows with what `reduce` gave, then all rows on every rank. Collective."""
         if self._adamw is not None:
             for group in self._adamw.param_groups:
-                group.update(hyper.matrices() if group["kind"] == "matrices" else hyper.vectors())
+                group.update(settings.matrices() if group["kind"] == "matrices" else settings.vectors())
             self._adamw.step()
             self._adamw.zero_grad()
         for block in self.blocks.values():
@@ -230,20 +237,20 @@ class CoordinateBuffer:
         self.publish()
 
     def publish(self) -> None:
-        """Every process's masters into all processes' values. Collective."""
+        """Every rank's masters into all ranks' values. Collective."""
         for pending in [block.start_publish() for block in self.blocks.values()]:
             pending.wait()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         if self.blocks:
-            foreach_zero_([block.grads for block in self.blocks.values()])
+            zero_all([block.grads for block in self.blocks.values()])
 
     # ------------------------------------------------------------------ state
 
     @property
     def steps(self) -> dict[tuple[str, str], float]:
-        """Adam's step counts, by unit and kind."""
+        """Adam's step counts, by block and kind."""
         return {(n, kind): float(count) for n, block in self.blocks.items() for kind, count in block.steps.items()}
 
     def set_steps(self, steps: Mapping[tuple[str, str], float]) -> None:
@@ -251,20 +258,20 @@ class CoordinateBuffer:
         for (name, kind), count in steps.items():
             self.blocks[name].steps[kind].fill_(count)
 
-    def pieces(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[Shard]:
         """This process's rows of what a checkpoint holds, padding left out."""
         for name, block in self.blocks.items():
             layout = block.layout
-            first = layout.part(self.comm.rank)[0] * layout.rank
+            first = layout.part(self.comm.rank)[0] * layout.r
             for kind in STATE:
-                run = getattr(block, kind).reshape(-1)[: max(0, layout.used * layout.rank - first)]
-                yield Shard(f"{kind}/{name}", (layout.used, layout.rank), first, run)
+                run = getattr(block, kind).reshape(-1)[: max(0, layout.used * layout.r - first)]
+                yield Shard(f"{kind}/{name}", (layout.used, layout.r), first, run)
 
-    def read(self, read: ReadShard) -> None:
-        """Set everything but step counts to what `pieces` gave. Collective."""
+    def load(self, read: ReadShard) -> None:
+        """Set everything but step counts to what `shards` gave. Collective."""
         for name, block in self.blocks.items():
             layout = block.layout
-            first, last = (min(row, layout.used) * layout.rank for row in layout.part(self.comm.rank))
+            first, last = (min(row, layout.used) * layout.r for row in layout.part(self.comm.rank))
             for kind in STATE:
                 tensor = getattr(block, kind)
                 tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)

@@ -170,7 +170,7 @@ def state(job: Job) -> dict[str, int]:
     # peft keeps adapters of bfloat16 models in float32; DeepSpeed has all weights in one format
     adapters = sum(job.full_rank.values()) if job.method in ADAPTERS else 0
     mine = sum(math.ceil(size / w) for size in job.full_rank.values())
-    rows, own = plan.rows * plan.rank, plan.stride * plan.rank
+    rows, own = plan.rows * plan.r, plan.stride * plan.r
     return {
         "weights": sum(math.ceil(size / w) if job.sharded else size for size in sizes) * b
         + (math.ceil(adapters / w) * b if job.sharded else adapters * e),
@@ -180,7 +180,7 @@ def state(job: Job) -> dict[str, int]:
         "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if job.deepspeed_trains else 0),
         "moments": 2 * own * e + 2 * mine * e,
         "masters": mine * e + (own * e if b < e else 0),
-        "projectors": sum(m.short for m in plan.matrices.values()) * plan.rank * b,
+        "projectors": sum(m.short for m in plan.matrices.values()) * plan.r * b,
         **({"buckets": job.bucket * b} if job.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
     }
 
@@ -508,7 +508,7 @@ def _update(job: Job) -> int:
     found = [0]
     for kind in ("matrices", "vectors"):
         local = [layout.local(layout.segments.get(kind, (0, 0)), 0) for layout in plan.layouts]
-        sizes = [(rows.stop - rows.start) * plan.rank for rows in local if rows is not None]
+        sizes = [(rows.stop - rows.start) * plan.r for rows in local if rows is not None]
         found += [_roots(job, some) for some in group_in_order(sizes)]
     shares = {name: math.ceil(size / job.world_size) for name, size in job.full_rank.items()}
     parts = [*job.layers.final, *(part for block in job.layers.layers for part in block.vectors)]
@@ -532,7 +532,7 @@ def _gather(job: Job) -> int:
     """Bytes of the all-gather of projectors, and of the old ones that are still there."""
     plan = plan_refresh(list(job.plan.matrices.values()), job.world_size)
     kept = sum(m.short for m in job.plan.matrices.values())
-    return ((job.world_size + 1) * plan.stride + kept) * job.plan.rank * job.itemsize
+    return ((job.world_size + 1) * plan.stride + kept) * job.plan.r * job.itemsize
 
 
 # ------------------------------------------------------------------ traffic
@@ -558,7 +558,7 @@ def traffic(job: Job, refresh: bool = False, index: int = 0) -> dict[str, int]:
         last = plan_refresh(matrices, w)
         sent["projectors"] = last.stride * job.rank * b * (w - 1)
         merged = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
-        sent["merge"] = merged * plan.rank * e * (w - 1) if b < e else 0
+        sent["merge"] = merged * plan.r * e * (w - 1) if b < e else 0
         if job.refresh == "sketch":
             first = plan_refresh(matrices, w, True)
             sent["sketches"] = (first.stride + last.stride) * _width(job) * e * (w - 1)

@@ -56,12 +56,12 @@ def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, A
 
     everything: also the weights that have never trained, which otherwise are those of the base model.
     """
-    pieces, rest = method.pieces(), []
+    pieces, rest = method.shards(), []
     if everything:
         parameters, there = dict(method.weights.module.named_parameters()), {piece.name for piece in pieces}
         rest = [name for name in parameters if f"weight/{name}" not in there]
         pieces += weight_shards(method.weights, parameters, rest)
-    return pieces, {"method": method.numbers(), "never_trained": rest}
+    return pieces, {"method": method.state_values(), "never_trained": rest}
 
 
 def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, everything: bool) -> str:
@@ -89,4 +89,4 @@ def restore(method: Method, opened: Checkpoint) -> None:
     method.weights.after_step()
     parameters = dict(method.weights.module.named_parameters())
     load_weights(method.weights, parameters, opened.numbers["never_trained"], opened.read)
-    method.restore(opened.numbers["method"], opened.read)
+    method.load_shards(opened.numbers["method"], opened.read)

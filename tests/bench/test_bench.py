@@ -148,15 +148,15 @@ def test_every_method_takes_steps_in_the_same_layers() -> None:
         if trial.refresh is None:
             assert name not in ("ows", "ows-lean", "galore")
             continue
-        before = {key: value.clone() for key, value in method._projectors.items()}
+        before = {key: value.clone() for key, value in method.active.projectors.items()}
         assert before
         trial.step()
-        assert all(torch.equal(before[key], value) for key, value in method._projectors.items())
+        assert all(torch.equal(before[key], value) for key, value in method.active.projectors.items())
         assert trial.refresh() == 2
-        assert not any(torch.equal(before[key], value) for key, value in method._projectors.items())
-        after = dict(method._projectors)
+        assert not any(torch.equal(before[key], value) for key, value in method.active.projectors.items())
+        after = dict(method.active.projectors)
         trial.step()
-        assert all(after[key] is value for key, value in method._projectors.items())
+        assert all(after[key] is value for key, value in method.active.projectors.items())
 
 
 def test_rivals_train_what_they_say() -> None:

@@ -15,11 +15,11 @@ from tests.support.pool import Pools
 def test_foreach() -> None:
     with unchanged("torch", "torch._foreach_copy_, _mul_, _norm or _zero_"):
         one, two = torch.tensor([3.0, 4.0]), torch.zeros(2)
-        ours.foreach_copy_([two], [one])
-        ours.foreach_mul_([two], torch.tensor(2.0))
+        ours.copy_all([two], [one])
+        ours.scale_all([two], torch.tensor(2.0))
         assert two.tolist() == [6, 8]
-        assert ours.foreach_norm([one, two]) == [5, 10]
-        ours.foreach_zero_([two])
+        assert ours.squared_norms([one, two]) == [25, 100]
+        ours.zero_all([two])
         assert two.tolist() == [0, 0]
 
 
@@ -37,7 +37,7 @@ def test_a_skipped_step_is_no_missing_step() -> None:
         warnings.simplefilter("error")
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        ours.mark_step_called(optimizer)
+        ours.mark_stepped(optimizer)
         schedule.step()
 
 

@@ -55,7 +55,9 @@ def test_an_epoch_visits_every_row_at_most_once() -> None:
 
 
 def test_batches_that_cannot_be_made() -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_size: 4 is invalid: expected at most the number of rows, 3"):
+    with pytest.raises(
+        UserError, match=r"train\.global_batch_size: 4 is invalid: expected at most the number of rows, 3"
+    ):
         Batches(range(3), 4, 1, 1, 0, seed=0)
     with pytest.raises(UserError, match=r"train\.global_batch_size: 4 is invalid: expected a multiple of 3"):
         Batches(range(9), 4, 1, 3, 0, seed=0)

@@ -107,7 +107,9 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     assert steps.counts.first_bad.startswith(f"{path}:2: give the columns")
     with pytest.raises(UserError, match=r"data\.train: .*r\.jsonl:2"):
         opened([Source(str(path))], 4)
-    with pytest.raises(UserError, match=r"train\.global_batch_size: 3 is invalid: expected at most 2, as many as a block"):
+    with pytest.raises(
+        UserError, match=r"train\.global_batch_size: 3 is invalid: expected at most 2, as many as a block"
+    ):
         opened([Source(str(path))], 4, data, batch=3)
 
 

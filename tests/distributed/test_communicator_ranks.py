@@ -245,7 +245,7 @@ def train(rank: int, world_size: int) -> dict[str, tuple[str, float]]:
         start = time.monotonic()
         said = ""
         try:
-            OWS(weights, scores=RATIOS, **settings)
+            OWS(weights, RATIOS, **settings)
         except RankMismatchError as error:
             said = str(error)
         results[mistake] = (said, time.monotonic() - start)

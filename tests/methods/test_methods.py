@@ -149,7 +149,7 @@ def test_cycles_visit_every_layer_once_a_round() -> None:
     for _ in range(15):
         if len(drawn) == 7:
             resumed = Cycle(5, "random", 3)
-            resumed.restore(cycle.state())
+            resumed.load_shards(cycle.state())
             cycle = resumed
         drawn.append(cycle.draw()[0])
     rounds = [drawn[i : i + 5] for i in (0, 5, 10)]
@@ -160,10 +160,10 @@ def test_cycles_visit_every_layer_once_a_round() -> None:
 def freed(rank: int, world_size: int, sharding: str) -> list[tuple[int, int, bool]]:
     """After each change of the set: state tensors that left, how many are alive, and whether frozen weights moved."""
     model = tiny("llama", False, torch.bfloat16)
-    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on="none", **{**SETTINGS, "rank": None})
+    ows = OWS(home(model, sharding, world_size), RATIOS, always_on="none", **{**SETTINGS, "rank": None})
     found = []
     for _ in range(5):
-        before, active = whole_weights(ows.weights), set(ows._full.parameters)
+        before, active = whole_weights(ows.weights), set(ows.active.full.parameters)
         blocks = [ows.layers.layers[i] for i in ows.layer_set]
         trained = {part.name for block in blocks for part in (*block.matrices, *block.vectors)}
         state = {
@@ -171,7 +171,7 @@ def freed(rank: int, world_size: int, sharding: str) -> list[tuple[int, int, boo
         }
         for _ in range(SETTINGS["period"]):
             one_step(ows, rank, world_size)
-        left = active - set(ows._full.parameters)
+        left = active - set(ows.active.full.parameters)
         alive = sum(not reference.expired() for name in left for reference in state[name])
         after = whole_weights(ows.weights)
         moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -181,7 +181,7 @@ def freed(rank: int, world_size: int, sharding: str) -> list[tuple[int, int, boo
 
 
 def _state_of(ows: OWS) -> dict[str, list[Tensor]]:
-    return {name: list(state.values()) for name, state in ows._full.states().items()}
+    return {name: list(state.values()) for name, state in ows.active.full.states().items()}
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])

@@ -51,7 +51,7 @@ SLOTS = {"q": (0, 6), "v": (6, 9), "bias": (9, 12), "norm": (12, 13)}
 def test_layout_by_hand(
     world_size: int, rows: int, parts: list[tuple[int, int]], local: list[tuple[slice | None, slice | None]]
 ) -> None:
-    layout = lay_out(LAYER, rank=2, world_size=world_size)
+    layout = lay_out(LAYER, r=2, world_size=world_size)
     assert layout.slots == SLOTS
     assert layout.segments == {"matrices": (0, 9), "vectors": (9, 13)}
     assert (layout.rows, layout.stride, layout.used) == (rows, rows // world_size, 13)
@@ -91,7 +91,7 @@ def test_bytes_are_within_the_budget() -> None:
 
 @pytest.mark.parametrize("blocks", [[], [Block("bare", (), ())]])
 def test_empty_set(blocks: list[Block]) -> None:
-    plan = make_plan(blocks, rank=4, world_size=3)
+    plan = make_plan(blocks, r=4, world_size=3)
     assert (plan.rows, plan.stride, plan.matrices) == (0, 0, {})
     assert [(layout.slots, layout.segments, layout.used) for layout in plan.layouts] == [({}, {}, 0)] * len(blocks)
     assert plan.bytes_per_step() == {"gradients": 0, "coordinates": 0}
@@ -165,7 +165,7 @@ def test_every_row_of_a_slot_has_one_owner(blocks: list[Block], rank: int, world
 def test_describe() -> None:
     said = make_plan([LAYER, ALWAYS], 2, 3).describe()
     assert json.loads(json.dumps(said)) == {
-        "rank": 2, "world_size": 3, "order": ["layer", "always"],
+        "r": 2, "world_size": 3, "order": ["layer", "always"],
         "blocks": {
             "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
             "always": {"rows": 3, "slots": {"final": [0, 2]}},

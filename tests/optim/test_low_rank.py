@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.model.layers import Matrix, find_layers
-from ows_ds.optim.low_rank import Coordinates, FrozenLinear, LowRankHook, collect
+from ows_ds.optim.low_rank import Coordinates, FrozenLinear, LowRankHook, make_coordinates
 from ows_ds.optim.projection import is_tall, low_rank_gradient
 from tests.support.families import FAMILIES, tiny
 
@@ -64,17 +64,24 @@ def dense(weight: Tensor, attached: Coordinates) -> Tensor:
 @pytest.mark.parametrize("inputs_first", [False, True])
 @pytest.mark.parametrize("decay", [None, 1.0, 0.9])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sides", SIDES)
 def test_frozen_linear(
-    sides: tuple[int, int], across: bool, bias: bool, decay: float | None, inputs_first: bool, tokens: tuple[int, ...]
+    sides: tuple[int, int],
+    transposed: bool,
+    bias: bool,
+    decay: float | None,
+    inputs_first: bool,
+    tokens: tuple[int, ...],
 ) -> None:
     """decay: None without coordinates."""
     outputs, inputs = sides
     stored = random(inputs, outputs, seed=1) if inputs_first else random(outputs, inputs, seed=1)
     attached = [] if decay is None else [coordinates_of(stored, decay)]
-    if attached and across:
-        attached = [Coordinates(stored.shape, attached[0].projector, attached[0].values.detach(), decay, across=True)]
+    if attached and transposed:
+        attached = [
+            Coordinates(stored.shape, attached[0].projector, attached[0].values.detach(), decay, transposed=True)
+        ]
     given = {"x": random(*tokens, inputs, seed=2), **({"bias": random(outputs, seed=3)} if bias else {})}
     given |= {"values": attached[0].values.detach()} if attached else {}
     head = random(*tokens, outputs, seed=6)
@@ -115,7 +122,7 @@ def test_gradients_go_straight_into_their_place(tall: bool) -> None:
     """Added, in the place's dtype, in as many passes as come; the leaf's hook is called once a pass, after all uses."""
     module = module_of("Linear", 7, 5) if tall else module_of("Linear", 5, 7)
     alone, place = coordinates_of(module.weight, 0.9), random(7, RANK, seed=8)
-    direct = collect(alone.shape, alone.values.detach(), alone.projector, place, True)
+    direct = make_coordinates(alone.shape, alone.values.detach(), alone.projector, place, True)
     direct.decay = alone.decay
     before, calls = place.clone(), []
     direct.values.register_hook(lambda gradient: calls.append((gradient, float((place - before).norm()))))
@@ -136,7 +143,7 @@ def test_gradients_of_bfloat16_add_up_in_float32() -> None:
     module = module_of("Linear", 7, 5, dtype=torch.bfloat16)
     attached = coordinates_of(module.weight, 1.0, torch.bfloat16)
     place = torch.full((7, RANK), 1000.0)
-    LowRankHook(module, False).coordinates = collect(
+    LowRankHook(module, False).coordinates = make_coordinates(
         attached.shape, attached.values.detach(), attached.projector, place, True
     )
     for _ in range(4):
@@ -361,11 +368,11 @@ def test_lookup_in_a_wide_table() -> None:
 
 
 @pytest.mark.parametrize("beside", [False, True])
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "Embedding"])
 def test_a_sketch_is_a_product_of_the_gradient(
-    kind: str, sides: tuple[int, int], across: bool, beside: bool
+    kind: str, sides: tuple[int, int], transposed: bool, beside: bool
 ) -> None:
     """G Omega or G^T basis arrives at zeros, the coordinates beside it get what they would get, the output stays."""
     if kind == "Embedding":
@@ -384,12 +391,12 @@ def test_a_sketch_is_a_product_of_the_gradient(
 
     shape = (weight.shape[0], weight.shape[1])
     tall = whole.grad if is_tall(shape) else whole.grad.T
-    basis = random(max(shape) if across else min(shape), 4, seed=9)
-    zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if across else max(shape), 4)
+    basis = random(max(shape) if transposed else min(shape), 4, seed=9)
+    zeros = torch.zeros((), dtype=torch.float64).expand(min(shape) if transposed else max(shape), 4)
     sums = random(*zeros.shape)  # added to, as a later micro-batch does
-    product = sums + (tall.T if across else tall) @ basis
+    product = sums + (tall.T if transposed else tall) @ basis
     attachment = LowRankHook(module, False)
-    sketch = collect(shape, zeros, basis, sums, kind != "Embedding", across)
+    sketch = make_coordinates(shape, zeros, basis, sums, kind != "Embedding", transposed)
     attachment.coordinates, attachment.sketch = attached, sketch
     y = module(x)
     (y * head).sum().backward()

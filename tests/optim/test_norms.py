@@ -26,7 +26,7 @@ def watch(rank: int, world_size: int, sharding: str, refresh: str, always_on: st
     """Of every step: its layers, the energies, how far layers moved, and how far their weights did."""
     model = tiny("llama", False, torch.float64)
     ows = OWS(
-        home(model, sharding, world_size), scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=PERIOD, update_proj_gap=GAP,
+        home(model, sharding, world_size), RATIOS, gamma=2, scheme="fixed", rank=5, period=PERIOD, update_proj_gap=GAP,
         always_on=always_on, lr=1e-2, accumulation=2, refresh=refresh,
     )  # fmt: skip
     before, seen, first = whole_weights(ows.weights), [], {}
@@ -39,7 +39,7 @@ def watch(rank: int, world_size: int, sharding: str, refresh: str, always_on: st
         ows.step()
         ows.zero_grad()
         if step == 0:
-            first = {name: projector.clone() for name, projector in ows._projectors.items()}
+            first = {name: projector.clone() for name, projector in ows.active.projectors.items()}
         after = whole_weights(ows.weights)
         change = lengths(ows, {name: after[name] - before[name] for name in after})
         energies = {layer: float(kept / whole) for layer, (kept, whole) in sums.items()}

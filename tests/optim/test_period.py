@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ows_ds.optim.ows
-from ows_ds.distributed.communicator import Communicator
+import ows_ds.optim.refresh
 from ows_ds.optim.layout import RefreshPlan, plan_refresh
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.update import BlockBuffer
@@ -33,9 +33,7 @@ SETTINGS: dict[str, Any] = {"gamma": 1.2, "period": 3, "rank": RANK, "update_pro
 
 def bits_over_periods(rank: int, world_size: int, sharding: str, dtype: torch.dtype) -> list[tuple[set[str], set[str]]]:
     """For each period: the weights that changed, and those that trained."""
-    ows = OWS(
-        home(tiny("llama with biases", False, dtype), sharding, world_size), scores=RATIOS, always_on="none", **SETTINGS
-    )
+    ows = OWS(home(tiny("llama with biases", False, dtype), sharding, world_size), RATIOS, always_on="none", **SETTINGS)
     periods = []
     for _ in range(4):
         before = whole_weights(ows.weights)
@@ -86,14 +84,14 @@ def elements_over_steps(
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
     model = tiny("llama", True, torch.float32)
-    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on=always_on, **SETTINGS)
+    ows = OWS(home(model, sharding, world_size), RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
         one_step(ows, rank, world_size)
         plan = ows.plan
         # values, gradients; of this process's rows: the gradients' sums over processes, two moments
         buffers = (2 * plan.rows + 3 * plan.stride) * RANK
-        entered = {block.name for block in plan.blocks if ows.numbers()["clocks"][block.name] == 0}
+        entered = {block.name for block in plan.blocks if ows.state_values()["clocks"][block.name] == 0}
         projectors = sum(m.short for u in plan.blocks if u.name not in entered for m in u.matrices) * RANK
         planned = buffers + projectors
         counted.append((state_elements(planned), planned, ows.layer_set))
@@ -161,11 +159,11 @@ def full_gradients(
     # weights of 48 x 32, 32 x 48, 32 x 32 and 16 x 32; no activation has one of these shapes or as many entries
     model = tiny("llama", False, torch.float32)
     settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "refresh_batch": refresh_batch}
-    ows = OWS(home(model, sharding, world_size), scores=RATIOS, always_on="none", **settings)
+    ows = OWS(home(model, sharding, world_size), RATIOS, always_on="none", **settings)
     seen = []
     for _ in range(6):
-        refresh = ows._refresh
-        owned = [] if refresh is None else [n for n, owner in refresh.plan.owners.items() if owner == rank]
+        plan = ows.refresh.plan
+        owned = [] if plan is None else [n for n, owner in plan.owners.items() if owner == rank]
         counts = []
         for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
@@ -174,7 +172,7 @@ def full_gradients(
             counts.append((mode.made, mode.most, mode.alive()))
             assert all(p.grad is None for p in ows.module.parameters())
         if not ows.nothing_to_train:
-            seen.append((refresh is not None, counts, len(owned), len(refresh.plan.owners) if refresh else 0))
+            seen.append((plan is not None, counts, len(owned), len(plan.owners) if plan else 0))
         with watching(ows, sharding == "zero3") as mode:
             ows.step()
         ows.zero_grad()
@@ -211,15 +209,13 @@ def order_of_work(rank: int, world_size: int, accumulation: int) -> tuple[list[s
     """What a step with a refresh does on this process: reductions of gradients, and projectors it finds."""
     events = []
     weights = home(tiny("llama", False, torch.float32), "replicated", world_size)
-    ows = OWS(weights, scores=RATIOS, always_on="none", accumulation=accumulation, **{**SETTINGS, "gamma": 3})
-    refresh = ows._refresh
-    assert refresh is not None
-    reduce, find = ows.comm.reduce, refresh._find
+    ows = OWS(weights, RATIOS, always_on="none", accumulation=accumulation, **{**SETTINGS, "gamma": 3})
+    plan, reduce, find = ows.refresh.plan, ows.comm.reduce, ows_ds.optim.refresh.find_projector
     ows.comm.reduce = lambda *a: (events.append("reduce"), reduce(*a))[1]  # type: ignore[method-assign,func-returns-value]
-    refresh._find = lambda *a: (events.append("find"), find(*a))[1]
-    one_step(ows, rank, world_size)
+    with mock.patch("ows_ds.optim.refresh.find_projector", lambda *a: (events.append("find"), find(*a))[1]):
+        one_step(ows, rank, world_size)
     ows.close()
-    return events, list(refresh.plan.owners.values()).count(rank)
+    return events, list(plan.owners.values()).count(rank)
 
 
 def test_owners_of_sums_find_projectors_at_the_same_time(pools: Pools) -> None:
@@ -239,14 +235,14 @@ def order_of_reductions(rank: int, world_size: int, sharding: str, accumulation:
     """For each step: whether it refreshes; which units' reductions begin, and when backward passes end."""
     always = "low_rank" if accumulation == 1 else "none"
     settings = {**SETTINGS, "gamma": 2.0, "accumulation": accumulation, "always_on": always}
-    ows = OWS(home(tiny("llama"), sharding, world_size), scores=RATIOS, **settings)
+    ows = OWS(home(tiny("llama"), sharding, world_size), RATIOS, **settings)
     begun = BlockBuffer.start_reduce
     events: list[str] = []
     seen = []
     try:
         BlockBuffer.start_reduce = lambda block: (events.append(block.layout.block.name), begun(block))[1]  # type: ignore
         for _ in range(12):
-            refreshes = ows._refresh is not None
+            refreshes = ows.refresh.plan is not None
             for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
                 ows.backward(mean_loss(ows.weights, ids) / accumulation)
                 events.append("backward")
@@ -305,16 +301,14 @@ class Waits(TorchDispatchMode):
 def waits(rank: int, world_size: int, sharding: str, always_on: str) -> list[tuple[bool, list[Any]]]:
     """For each step: whether anything is found anew after it, or in it; what waits for the device."""
     settings = {**SETTINGS, "gamma": 2.0, "max_grad_norm": 0.1, "weight_decay": 0.1, "period": 4, "update_proj_gap": 4}
-    ows = OWS(
-        home(tiny("llama", dtype=torch.bfloat16), sharding, world_size), scores=RATIOS, always_on=always_on, **settings
-    )
+    ows = OWS(home(tiny("llama", dtype=torch.bfloat16), sharding, world_size), RATIOS, always_on=always_on, **settings)
     seen = []
     for step in range(9):
         [ids] = micro_batches(step, rank, world_size, 1)
         batch = {"input_ids": ids, "labels": ids.clone()}
-        steps = [count for block in ows._buffer.blocks.values() for count in block.steps.values()]
-        steps += [p["step"] for state in (a.state for a, _ in ows._full._runs) for p in state.values()]
-        refreshes = ows._refresh is not None
+        steps = [count for block in ows.active.buffer.blocks.values() for count in block.steps.values()]
+        steps += [p["step"] for state in (a.state for a, _ in ows.active.full._runs) for p in state.values()]
+        refreshes = ows.refresh.plan is not None
         with Waits({count.data_ptr() for count in steps}) as mode:
             ows.train_step([lambda b=batch: token_losses(ows.weights, b)])
         seen.append((refreshes or ows.steps % 4 == 0 or ows.nothing_to_train, mode.found))
@@ -340,17 +334,14 @@ def test_nothing_waits_for_the_device(pools: Pools, sharding: str, always_on: st
 
 
 def draws_other_layers(rank: int, world_size: int) -> None:
-    share = Communicator.share
-
     class Odd(type(_weights(world_size).comm)):  # type: ignore[misc]
-        def share(self, value: Any, name: str = "share") -> Any:
+        def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
             drawn = super().broadcast_object(value, name)
             return [0, 2] if rank == 1 else drawn
 
     weights = _weights(world_size)
     weights.comm.__class__ = Odd
-    assert share is Communicator.share
-    OWS(weights, scores=RATIOS, scheme="fixed", **{**SETTINGS, "gamma": 1})
+    OWS(weights, RATIOS, scheme="fixed", **{**SETTINGS, "gamma": 1})
 
 
 def has_other_plan(rank: int, world_size: int) -> None:
@@ -360,11 +351,11 @@ def has_other_plan(rank: int, world_size: int) -> None:
             plan.owners["model.layers.0.mlp.up_proj.weight"] = 7
         return plan
 
-    ows_ds.optim.ows.plan_refresh = odd
+    ows_ds.optim.refresh.plan_refresh = odd
     try:
         OWS(_weights(world_size), scores=[1.0, 0.0, 0.0], **{**SETTINGS, "gamma": 1})
     finally:
-        ows_ds.optim.ows.plan_refresh = plan_refresh
+        ows_ds.optim.refresh.plan_refresh = plan_refresh
 
 
 def _weights(world_size: int) -> Any:
@@ -381,4 +372,4 @@ def test_other_layers_stop_all_processes(pools: Pools) -> None:
 def test_another_plan_stops_all_processes(pools: Pools) -> None:
     for error in pools(3).fail(has_other_plan, timeout=60):
         assert error is not None
-        assert "rank 1 has refresh: owners: model.layers.0.mlp.up_proj.weight: 7" in error
+        assert "rank 1 has refresh 0: owners: model.layers.0.mlp.up_proj.weight: 7" in error

@@ -189,7 +189,7 @@ def test_stream(scheme: str) -> None:
     p = probabilities(LLAMA2, 5)
     sampler = Sampler(p, scheme, seed=11)
     first = draws(sampler, 20)
-    state = json.loads(json.dumps(sampler.state()))
+    state = json.loads(json.dumps(sampler.state_dict()))
     later = draws(sampler, 20)
     assert first != later
 
@@ -198,10 +198,10 @@ def test_stream(scheme: str) -> None:
     assert draws(Sampler(p, scheme, seed=12), 20) != first
 
     other = Sampler(p, scheme, seed=0)
-    other.restore(state)
+    other.load_state_dict(state)
     assert draws(other, 20) == later
-    assert sampler.state() == other.state() != state
-    assert json.loads(json.dumps(sampler.state())) == sampler.state()
+    assert sampler.state_dict() == other.state() != state
+    assert json.loads(json.dumps(sampler.state_dict())) == sampler.state()
 
 
 def test_a_set_may_be_empty() -> None:

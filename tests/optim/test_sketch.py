@@ -33,15 +33,17 @@ def course(
     """For each step: the passes it takes, full gradients made, bytes sent and foreseen, projectors after it."""
     ows = OWS(
         home(tiny("llama", False, torch.float32), sharding, world_size),
-        scores=RATIOS, always_on="none", accumulation=accumulation, **SKETCH,
+        RATIOS, always_on="none", accumulation=accumulation, **SKETCH,
     )  # fmt: skip
     seen = []
     for _ in range(9):
         before, foreseen, passes = Counter(ows.comm.sent), Counter[str](), []
-        for sketch in ows._sketches:
+        for sketch in ows.refresh.sketches:
             passes.append(sketch.second)
-            rank_of_pass = ows.rank if sketch.second else None
-            foreseen.update(sketch.plan.bytes_of_pass(world_size, 2 * ows.rank + 8, rank_of_pass, weight_itemsize=4))
+            rank_of_pass = ows.active.r if sketch.second else None
+            foreseen.update(
+                sketch.plan.bytes_of_pass(world_size, 2 * ows.active.r + 8, rank_of_pass, weight_itemsize=4)
+            )
         made = 0
         for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
@@ -52,7 +54,7 @@ def course(
         ows.step()
         ows.zero_grad()
         sent = {name: n for name, n in (ows.comm.sent - before).items() if name in ("sketches", *foreseen)}
-        seen.append((passes, made, sent, {k: n for k, n in foreseen.items() if n}, dict(ows._projectors)))
+        seen.append((passes, made, sent, {k: n for k, n in foreseen.items() if n}, dict(ows.active.projectors)))
         assert "refresh_gradients" not in ows.comm.sent
     ows.close()
     return seen
@@ -80,17 +82,17 @@ def projectors_of_one_batch(rank: int, world_size: int, sharding: str, family: s
     """After a first and a second refresh that see the same batch under weights that stay."""
     ows = OWS(
         home(tiny(family, False, torch.float32), sharding, world_size),
-        scores=RATIOS, gamma=3, rank=8, period=100, update_proj_gap=3, lr=0.0, refresh="sketch", always_on="low_rank",
+        RATIOS, gamma=3, rank=8, period=100, update_proj_gap=3, lr=0.0, refresh="sketch", always_on="low_rank",
     )  # fmt: skip
     found = []
     for step in range(5):
-        assert bool(ows._projectors) == (step >= 2)
+        assert bool(ows.active.projectors) == (step >= 2)
         for ids in micro_batches(0, rank, world_size, 1):
             ows.backward(mean_loss(ows.weights, ids))
         ows.step()
         ows.zero_grad()
         if step in (1, 4):
-            found.append(dict(ows._projectors))
+            found.append(dict(ows.active.projectors))
     ows.close()
     return found
 
@@ -115,36 +117,36 @@ def test_the_projector_keeps_the_energy(pools: Pools, sharding: str, family: str
 
 def test_a_layer_that_has_just_entered_trains_from_its_third_step() -> None:
     model = tiny("llama")
-    ows = OWS(model, scores=RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none", lr=1e-2, weight_decay=0.1)
+    ows = OWS(model, RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none", lr=1e-2, weight_decay=0.1)
     names = [m.name for block in ows.layers.layers for m in block.matrices]
     vectors = [v.name for block in ows.layers.layers for v in block.vectors]
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(4):
-        assert [bool(ows._hooks[name][0].coordinates) for name in names] == [step >= 2] * len(names)
-        assert [bool(ows._hooks[name][0].sketch) for name in names] == [step < 2] * len(names)
+        assert [bool(ows.active.hooks[name][0].coordinates) for name in names] == [step >= 2] * len(names)
+        assert [bool(ows.active.hooks[name][0].sketch) for name in names] == [step < 2] * len(names)
         one_step(ows, 0, 1)
         ows.merge()
         now = dict(model.named_parameters())
         assert [torch.equal(now[name], start[name]) for name in names] == [step < 2] * len(names)
         assert not any(torch.equal(now[name], start[name]) for name in vectors)
     # Adam's count began with the first step that trained them
-    assert {float(n) for (_, kind), n in ows._buffer.steps.items() if kind == "matrices"} == {2.0}
-    assert {float(n) for (_, kind), n in ows._buffer.steps.items() if kind == "vectors"} == {4.0}
+    assert {float(n) for (_, kind), n in ows.active.buffer.steps.items() if kind == "matrices"} == {2.0}
+    assert {float(n) for (_, kind), n in ows.active.buffer.steps.items() if kind == "vectors"} == {4.0}
 
 
 def test_a_sketch_leaves_nothing_behind() -> None:
     """Values of zero take no memory and stay zero; after the passes only the projector is there."""
-    ows = OWS(tiny("llama"), scores=RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none")
-    for coordinates in ows._sketches[0].coordinates.values():
+    ows = OWS(tiny("llama"), RATIOS, gamma=3, rank=4, refresh="sketch", always_on="none")
+    for coordinates in ows.refresh.sketches[0].coordinates.values():
         assert coordinates.values.untyped_storage().nbytes() == 4
     one_step(ows, 0, 1)
-    for name, coordinates in ows._sketches[0].coordinates.items():
+    for name, coordinates in ows.refresh.sketches[0].coordinates.items():
         rows = coordinates.values.shape[0]
         assert rows == min(coordinates.shape)
         assert coordinates.projector.shape == (max(coordinates.shape), 16)
         assert is_tall(coordinates.shape) == (coordinates.factors[0] is coordinates.projector), name
     one_step(ows, 0, 1)
-    assert (ows._sketches, ows._bases) == ([], {})
+    assert (ows.refresh.sketches, ows.refresh.bases) == ([], {})
     assert isinstance(ows.module, nn.Module)
     ows.zero_grad()
     ows.close()

@@ -23,7 +23,7 @@ def sent_by_steps(
     """For each step: what was sent, what was planned, the bounds of gathers and what they sent."""
     settings: dict[str, Any] = {"rank": RANK if method == "ows" else None, "refresh": refresh}
     ows = OWS(
-        home(tiny("llama", False, torch.float32), sharding, world_size), scores=RATIOS, gamma=2, scheme="fixed",
+        home(tiny("llama", False, torch.float32), sharding, world_size), RATIOS, gamma=2, scheme="fixed",
         update_proj_gap=3, period=100, always_on=always_on, accumulation=accumulation, **settings,
     )  # fmt: skip
     job = Job(

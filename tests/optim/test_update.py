@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import Replicated
 from ows_ds.model.layers import Block, Matrix, Vector
-from ows_ds.optim.full_rank import FullRank, steps_of
+from ows_ds.optim.full_rank import FullRank, adam_steps
 from ows_ds.optim.layout import Plan, make_plan
 from ows_ds.optim.update import AdamWSettings, CoordinateBuffer
 
 RANK = 3
-HYPER = AdamWSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
+SETTINGS = AdamWSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
 
 
 def block(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> Block:
@@ -73,15 +73,15 @@ class Separate:
             self.values[name] = nn.Parameter(buffer.value(name).clone())
             self.optimizers[name] = torch.optim.AdamW([self.values[name]], lr=0.0)
 
-    def update(self, buffer: CoordinateBuffer, hyper: AdamWSettings) -> None:
+    def update(self, buffer: CoordinateBuffer, settings: AdamWSettings) -> None:
         for name, value in self.values.items():
             matrix = name in buffer.plan.matrices
             value.grad = buffer.grad(name).clone()
             self.optimizers[name].param_groups[0].update(
-                lr=hyper.lr * hyper.scale if matrix else hyper.lr,
-                betas=hyper.betas,
-                eps=hyper.eps,
-                weight_decay=hyper.weight_decay / hyper.scale if matrix else 0.0,
+                lr=settings.lr * settings.scale if matrix else settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay / settings.scale if matrix else 0.0,
             )
             self.optimizers[name].step()
 
@@ -96,11 +96,11 @@ class Separate:
                 assert torch.equal(block.exp_avg_sq[rows], state["exp_avg_sq"]), name
 
 
-def step(buffer: CoordinateBuffer, separate: Separate, hyper: AdamWSettings, seed: int) -> None:
+def step(buffer: CoordinateBuffer, separate: Separate, settings: AdamWSettings, seed: int) -> None:
     fill_gradients(buffer, seed)
-    separate.update(buffer, hyper)
+    separate.update(buffer, settings)
     buffer.reduce()
-    buffer.update(hyper)
+    buffer.update(settings)
     separate.assert_equals(buffer)
 
 
@@ -119,7 +119,7 @@ def test_equals_separate_adamws(dtype: torch.dtype, weight_decay: float) -> None
     start = [block.values.clone() for block in buffer.blocks.values()]
     separate.change(buffer)
     for index in range(6):
-        step(buffer, separate, replace(HYPER, weight_decay=weight_decay, lr=HYPER.lr / (1 + index)), index)
+        step(buffer, separate, replace(SETTINGS, weight_decay=weight_decay, lr=SETTINGS.lr / (1 + index)), index)
     assert set(buffer.steps.values()) == {6.0}
     moved = [block.values - old for block, old in zip(buffer.blocks.values(), start, strict=True)]
     assert all(float(one.abs().min()) > 0 for one in moved)
@@ -138,7 +138,7 @@ def test_bfloat16_weights_under_float32_masters() -> None:
         for index in range(3):
             fill_gradients(one, index)
             one.reduce()
-            one.update(HYPER)
+            one.update(SETTINGS)
     rounded, whole = buffer.blocks["a"], exact.blocks["a"]
     assert (rounded.values.dtype, rounded.master.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(rounded.master, whole.values)
@@ -166,12 +166,12 @@ def test_first_step_by_hand() -> None:
 
 
 def test_hyper_by_hand() -> None:
-    hyper = AdamWSettings(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
+    settings = AdamWSettings(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
     common = {"betas": (0.9, 0.99), "eps": 1e-8}
-    assert hyper.matrices() == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
-    assert hyper.full() == {"lr": 0.4, "weight_decay": 0.1, **common}
-    assert hyper.vectors() == {"lr": 0.4, "weight_decay": 0.0, **common}
-    assert replace(hyper, scale=0.0).matrices() == {"lr": 0.0, "weight_decay": 0.0, **common}
+    assert settings.matrices() == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
+    assert settings.full_rank() == {"lr": 0.4, "weight_decay": 0.1, **common}
+    assert settings.vectors() == {"lr": 0.4, "weight_decay": 0.0, **common}
+    assert replace(settings, scale=0.0).matrices() == {"lr": 0.0, "weight_decay": 0.0, **common}
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
@@ -182,7 +182,7 @@ def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
     block.values.fill_(1.0)
     for _ in range(3):
         buffer.reduce()
-        buffer.update(replace(HYPER, scale=scale))
+        buffer.update(replace(SETTINGS, scale=scale))
     rows = block.layout.segments["matrices"][1]
     expected = torch.tensor((1 - 0.01 * 0.1) ** 3, dtype=torch.float64)
     torch.testing.assert_close(block.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
@@ -192,7 +192,7 @@ def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
 def test_nothing_to_train() -> None:
     buffer = buffer_of()
     assert buffer.reduce() == []
-    buffer.update(HYPER)
+    buffer.update(SETTINGS)
     buffer.zero_grad()
     buffer.change(plan_of("c"))
     assert not buffer.value("c.m0").any()
@@ -206,14 +206,14 @@ def test_set_steps() -> None:
     assert buffer.steps == {("b", "matrices"): 7, ("b", "vectors"): 0}
     fill_gradients(buffer, 0)
     grads = buffer.grad("b.m0").clone()
-    separate.update(buffer, HYPER)
+    separate.update(buffer, SETTINGS)
     buffer.reduce()
-    buffer.update(HYPER)
+    buffer.update(SETTINGS)
     assert buffer.steps == {("b", "matrices"): 8, ("b", "vectors"): 1}
     assert torch.equal(buffer.value("b.v0"), separate.values["b.v0"].data)
     # step 8 of moments that begin now: N = (1 - b1) / (1 - b1^8) / sqrt((1 - b2) / (1 - b2^8)) * sign, eps aside
     size = (1 - 0.8) / (1 - 0.8**8) / math.sqrt((1 - 0.95) / (1 - 0.95**8))
-    expected = -HYPER.lr * HYPER.scale * size * grads.sign()
+    expected = -SETTINGS.lr * SETTINGS.scale * size * grads.sign()
     torch.testing.assert_close(buffer.value("b.m0"), expected, rtol=1e-3, atol=0)
 
 
@@ -237,7 +237,7 @@ def test_units_that_stay_go_on_and_others_begin_anew() -> None:
         separate.assert_equals(buffer)
         for _ in range(3):
             seed += 1
-            step(buffer, separate, HYPER, seed)
+            step(buffer, separate, SETTINGS, seed)
     assert buffer.steps["always", "vectors"] == 15
     assert buffer.steps["a", "matrices"] == 3
 
@@ -318,7 +318,7 @@ def test_a_gradient_that_comes_too_late() -> None:
     buffer.await_gradients(["c"])
     buffer.last_pass(True)
     buffer.arrived("c.m0")
-    with pytest.raises(RuntimeError, match=r"c\.m0 came after its unit's gradients were on their way"):
+    with pytest.raises(RuntimeError, match=r"c\.m0 came after its block's gradients were on their way"):
         buffer.arrived("c.m0")
 
 
@@ -337,7 +337,7 @@ def test_full_rank_is_adamw_on_the_weight() -> None:
     full = FullRank(Replicated(module, Communicator()), torch.float64)
     full.enter({"weight": module.weight})
     assert (module.weight.requires_grad, module.bias.requires_grad) == (True, False)
-    optimizer = torch.optim.AdamW([plain.weight.requires_grad_(True)], **HYPER.full())
+    optimizer = torch.optim.AdamW([plain.weight.requires_grad_(True)], **SETTINGS.full_rank())
     x = random(torch.empty(6, 5, dtype=torch.float64), 1)
     clip = torch.tensor(0.5, dtype=torch.float64)
     for _ in range(3):
@@ -347,12 +347,12 @@ def test_full_rank_is_adamw_on_the_weight() -> None:
             plain(part).square().sum().backward()
         plain.weight.grad.mul_(clip)
         assert torch.equal(full.grads["weight"] * clip, plain.weight.grad.flatten())
-        full.update(HYPER, clip)
+        full.update(SETTINGS, clip)
         full.zero_grad()
         optimizer.step()
         optimizer.zero_grad()
         assert torch.equal(module.weight, plain.weight)
-    assert steps_of(full.states()) == {"weight": 3.0}
+    assert adam_steps(full.states()) == {"weight": 3.0}
     full.leave(["weight"])
     assert not module.weight.requires_grad
     assert not full.states()
@@ -368,7 +368,7 @@ def test_full_rank_weights_that_stay_keep_their_state_and_others_start_anew() ->
 
     def step() -> None:
         module(x).square().sum().backward()
-        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.update(SETTINGS, torch.ones((), dtype=torch.float64))
         full.zero_grad()
 
     step()
@@ -377,12 +377,12 @@ def test_full_rank_weights_that_stay_keep_their_state_and_others_start_anew() ->
     assert full.states()["weight"].keys() == before.keys() == {"master", "exp_avg", "exp_avg_sq", "step"}
     assert all(torch.equal(tensor, before[kind]) for kind, tensor in full.states()["weight"].items())
     step()
-    assert steps_of(full.states()) == {"weight": 2.0, "bias": 1.0}
+    assert adam_steps(full.states()) == {"weight": 2.0, "bias": 1.0}
     full.leave(["weight"])
-    assert steps_of(full.states()) == {"bias": 1.0}
+    assert adam_steps(full.states()) == {"bias": 1.0}
     assert (module.weight.requires_grad, module.bias.requires_grad) == (False, True)
     full.enter({"weight": module.weight})
-    assert steps_of(full.states()) == {"bias": 1.0, "weight": 0.0}
+    assert adam_steps(full.states()) == {"bias": 1.0, "weight": 0.0}
     assert not full.states()["weight"]["exp_avg"].any()
 
 
@@ -390,13 +390,13 @@ def test_full_rank_keeps_the_state_of_weights_that_come_back() -> None:
     module, plain = linear(), linear()
     full = FullRank(Replicated(module, Communicator()), torch.float64)
     # biases do not decay
-    optimizers = {"weight": torch.optim.AdamW([plain.weight], **HYPER.full())}
-    optimizers["bias"] = torch.optim.AdamW([plain.bias], **HYPER.vectors())
+    optimizers = {"weight": torch.optim.AdamW([plain.weight], **SETTINGS.full_rank())}
+    optimizers["bias"] = torch.optim.AdamW([plain.bias], **SETTINGS.vectors())
     x = random(torch.empty(6, 5, dtype=torch.float64), 1)
     for name in ("weight", "bias", "weight", "bias"):
         full.enter({name: getattr(module, name)})
         module(x).square().sum().backward()
-        full.update(HYPER, torch.ones((), dtype=torch.float64))
+        full.update(SETTINGS, torch.ones((), dtype=torch.float64))
         full.leave([name], keep=True)
         plain.requires_grad_(False)
         getattr(plain, name).requires_grad_(True)
@@ -405,7 +405,7 @@ def test_full_rank_keeps_the_state_of_weights_that_come_back() -> None:
         optimizers[name].zero_grad()
         assert torch.equal(getattr(module, name), getattr(plain, name))
         assert not full.grads
-    assert steps_of(full.states()) == {"weight": 2.0, "bias": 2.0}
+    assert adam_steps(full.states()) == {"weight": 2.0, "bias": 2.0}
 
 
 def test_full_rank_adds_up_in_float32() -> None:
@@ -414,11 +414,11 @@ def test_full_rank_adds_up_in_float32() -> None:
     module.weight.fill_(1.0)
     full = FullRank(Replicated(module, Communicator()), torch.float32)
     full.enter({"weight": module.weight})
-    hyper = AdamWSettings(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
+    settings = AdamWSettings(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     for _ in range(8):
         module(x).sum().backward()
-        full.update(hyper, torch.ones(()))
+        full.update(settings, torch.ones(()))
         full.zero_grad()
     assert module.weight.dtype == torch.bfloat16
     torch.testing.assert_close(full.states()["weight"]["master"], torch.full((4,), 1 - 8e-3), rtol=1e-6, atol=0)
@@ -432,5 +432,5 @@ def test_full_rank_without_a_gradient() -> None:
     full.enter({"weight": module.weight})
     before = module.weight.clone()
     assert [float(square) for square in full.squares()] == [0.0]
-    full.update(HYPER, torch.ones((), dtype=torch.float64))
+    full.update(SETTINGS, torch.ones((), dtype=torch.float64))
     torch.testing.assert_close(module.weight, before * (1 - 0.01 * 0.1), rtol=1e-15, atol=0)

@@ -42,9 +42,7 @@ def courses(
     names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     config["zero_optimization"] |= dict(zip(names, limits, strict=True))
     weights: Weights = Zero3(model, config, join("cpu"))
-    ows = OWS(
-        weights, scores=RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches
-    )
+    ows = OWS(weights, RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches)
     job = Job(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
               checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
     job = Replays(model.config, config["zero_optimization"]).complete(job)

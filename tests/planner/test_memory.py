@@ -160,9 +160,9 @@ def test_state_is_exact(rank: int | None, always_on: str) -> None:
     )
     ids = torch.ones(2, 5, dtype=torch.int64)
     ows.train_step([lambda: ows.module(input_ids=ids).logits.sum()])
-    assert not ows._full.grads  # spent
+    assert not ows.active.full.grads  # spent
     job = Job(ows.layers, "ows" if rank else "lisa", ows.layer_set, rank or 128, always_on, itemsize=4)
-    blocks, full = ows._buffer.blocks.values(), ows._full.states().values()
+    blocks, full = ows.active.buffer.blocks.values(), ows.active.full.states().values()
     assert state(job) == {
         "weights": sum(p.nbytes for p in ows.module.parameters()),
         "coordinates": sum(block.values.nbytes for block in blocks),
@@ -170,7 +170,7 @@ def test_state_is_exact(rank: int | None, always_on: str) -> None:
         "moments": sum(2 * block.exp_avg.nbytes for block in blocks)
         + sum(one["exp_avg"].nbytes + one["exp_avg_sq"].nbytes for one in full),
         "masters": sum(one["master"].nbytes for one in full),
-        "projectors": sum(p.nbytes for p in ows._projectors.values()),
+        "projectors": sum(p.nbytes for p in ows.active.projectors.values()),
     }
 
 

@@ -82,7 +82,7 @@ def run_ows(
         model.disable_input_require_grads()
         model.train()
     weights = home(model, sharding, world_size)
-    ows = OWS(weights, scores=RATIOS, **settings)
+    ows = OWS(weights, RATIOS, **settings)
     sets = []
     for _ in range(steps):
         sets.append(ows.layer_set)

@@ -98,7 +98,7 @@ def test_heads_of_ows(tied: bool, always_on: str, refresh: bool, checkpointing: 
     ows = OWS(model, scores=[1.0, 1.0, 1.0], gamma=1, rank=5, scheme="fixed", always_on=always_on, weight_decay=0.1)
     if not refresh:
         ows.train_step([lambda: token_losses(ows.weights, batch(1))])
-        for each in (a.coordinates for some in ows._hooks.values() for a in some):
+        for each in (a.coordinates for some in ows.active.hooks.values() for a in some):
             if each is not None:
                 each.values.data.normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)  # one step's are small
                 each.grad = None  # so that autograd brings the gradient

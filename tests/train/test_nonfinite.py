@@ -37,7 +37,7 @@ def trained(
     accumulation = settings.get("accumulation", 1)
     seed, OWS._seed = OWS._seed, lambda self, name: zlib.crc32(name.encode())  # type: ignore[method-assign]
     try:
-        ows = OWS(home(tiny("llama"), sharding, world_size), scores=RATIOS, **{**SETTINGS, **settings})
+        ows = OWS(home(tiny("llama"), sharding, world_size), RATIOS, **{**SETTINGS, **settings})
         for number in batches:
             parts = micro_batches(number or 0, rank, world_size, accumulation)
             # of several micro-batches the last one: the first ones' gradients, and a refresh from the first, are finite
@@ -223,12 +223,12 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
     def watched(self: Any, step: int, last: bool) -> dict[str, Any]:
         nonlocal count
         ows, count = self.method, 0
-        steps = [one for unit in ows._buffer.units.values() for one in unit.steps.values()]
-        steps += [p["step"] for state in (a.state for a, _ in ows._full._runs) for p in state.values()]
-        refreshes = ows._refresh is not None
+        steps = [one for unit in ows.active.buffer.blocks.values() for one in unit.steps.values()]
+        steps += [p["step"] for state in (a.state for a, _ in ows.active.full._runs) for p in state.values()]
+        refreshes = ows.refresh.plan is not None
         with Waits({one.data_ptr() for one in steps}) as mode:
             record = take(self, step, last)
-        changes = refreshes or ows._refresh is not None or ows.steps % ows.period == 0 or "skipped" in record
+        changes = refreshes or ows.refresh.plan is not None or ows.steps % ows.config.period == 0 or "skipped" in record
         seen.append((changes, mode.found, count))
         return record
 

@@ -1,0 +1,341 @@
+"""The blocks that train now: what enters, what leaves, and what is attached to their modules meanwhile.
+
+enter     vectors listen for gradients; matrices wait for a projector, or train at full rank (`FullRank`)
+attach    a projector is there: low-rank hooks take the place of the modules' forward pass
+merge     W <- decay * W + L R^T, coordinates become zero
+leave     merged; projectors, coordinates and moments are freed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ows_ds.config import OWSConfig
+from ows_ds.distributed.weights import Weights
+from ows_ds.errors import UserError
+from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
+from ows_ds.optim.full_rank import FullRank
+from ows_ds.optim.layout import COLUMNS, Plan, make_plan
+from ows_ds.optim.low_rank import Coordinates, LowRankHook, make_coordinates
+from ows_ds.optim.projection import rotation
+from ows_ds.optim.sampling import LayerSet
+from ows_ds.optim.update import CoordinateBuffer
+
+ALWAYS = "always"  # name of the block of embedding, head and final norm
+
+
+class ActiveSet:
+    """What trains in the coming step.
+
+    Attributes:
+        layers: The model's layers.
+        buffer: Coordinates of the active blocks, their gradients and moments.
+        full: Weights that train at full rank.
+        hooks: By matrix, the hooks on the modules that use it.
+        projectors: By matrix of the active blocks, (short, r), in the weights' dtype.
+        clocks: By active block, its steps since it entered.
+        trained_names: All weights that have ever trained.
+        merged_norms: By layer, ||C|| of what was merged since the last step.
+    """
+
+    def __init__(self, weights: Weights, layers: ModelLayers, config: OWSConfig) -> None:
+        """Freezes all weights and puts hooks on the modules. Collective."""
+        self.weights, self.layers, self.config = weights, layers, config
+        module = weights.module
+        self.low_rank = config.rank is not None
+        self.update_proj_gap = config.update_proj_gap
+        self.r = COLUMNS if config.rank is None else config.rank
+        module.requires_grad_(False)
+        self.parameters = dict(module.named_parameters())
+        self.weight_dtype = next(iter(self.parameters.values())).dtype
+        self.dtype = torch.promote_types(self.weight_dtype, torch.float32)  # of masters, moments and gradients
+        self.lookups = {matrix.name for matrix in self.layers.embeddings}
+        self.always = Block(
+            ALWAYS,
+            self.layers.embeddings if config.always_on == "low_rank" else (),
+            self.layers.final if config.always_on != "none" else (),
+        )
+        self.layer_of = {block.name: index for index, block in enumerate(self.layers.layers)}
+        self.hooks: dict[str, list[LowRankHook]] = {}
+        for matrix in (m for block in (*self.layers.layers, self.always) for m in block.matrices):
+            modules = [module.get_submodule(name) for name in matrix.modules]
+            self.hooks[matrix.name] = [LowRankHook(one, weights.sharded) for one in modules]
+        self.projectors: dict[str, Tensor] = {}
+        self.clocks: dict[str, int] = {}
+        self.trained_names: set[str] = set()
+        self.merged_norms: dict[int, Tensor] = {}
+        self.steps = 0  # optimizer steps so far, which stochastic rounding depends on
+        self._vector_hooks: dict[str, RemovableHandle] = {}
+        nothing = make_plan((), self.r, weights.comm.world_size)
+        self.buffer = CoordinateBuffer(nothing, weights.comm, self.dtype, self.weight_dtype, weights.device)
+        self.full = FullRank(weights, self.dtype)
+        if config.always_on == "full":
+            self._enter_full_rank(self.layers.embeddings)
+
+    @property
+    def plan(self) -> Plan:
+        """Layout of the coordinates."""
+        return self.buffer.plan
+
+    # ------------------------------------------------------------------ enter and leave
+
+    def plan_of(self, layer_set: LayerSet) -> Plan:
+        """The plan of a set of layers and what is always trained."""
+        blocks = [self.layers.layers[i] for i in layer_set]
+        if not self.low_rank:  # their matrices train elsewhere, in `FullRank`
+            blocks = [Block(block.name, (), block.vectors) for block in blocks]
+        if self.always.matrices or self.always.vectors:
+            blocks.append(self.always)
+        return make_plan(blocks, self.r, self.weights.comm.world_size)
+
+    def due(self, plan: Plan) -> list[Block]:
+        """The blocks for whose matrices new projectors, or the first ones, are to be found from the coming step on."""
+        gap = self.update_proj_gap
+        return [block for block in plan.blocks if block.matrices and self.clocks.get(block.name, 0) % gap == 0]
+
+    def change(self, plan: Plan) -> None:
+        """From the old set to ``plan``: merge and free what leaves, carry over what stays, start what enters.
+
+        Collective.
+        """
+        if plan == self.plan:
+            return
+        stay = {block.name for block in plan.blocks}
+        for block in self.plan.blocks:
+            if block.name not in stay:
+                self.merge(block)
+                self._leave(block)
+        self.buffer.change(plan)
+        for block in plan.blocks:
+            if block.name not in self.clocks:
+                self.clocks[block.name] = 0
+                for vector in block.vectors:
+                    value = self.weights.full_tensor(self.parameters[vector.name])
+                    self.buffer.block(vector.name).fill(vector.name, value)
+                self._listen(block)
+                self._enter_full_rank(self._full_rank_matrices(block))
+
+    def drop(self) -> None:
+        """Forget the current set without merging."""
+        for block in self.plan.blocks:
+            self._leave(block)
+        self.buffer.change(make_plan((), self.r, self.weights.comm.world_size))
+
+    def restore(self, plan: Plan, clocks: dict[str, int]) -> None:
+        """After `drop`: ``plan``'s blocks, whose weights, coordinates and projectors are still to be set."""
+        self.clocks = clocks
+        self.buffer.change(plan)
+        for block in plan.blocks:
+            self._enter_full_rank(self._full_rank_matrices(block))
+            self._listen(block)
+
+    def close(self) -> None:
+        """Give the model its own forward passes back, every weight frozen; nothing is merged."""
+        self.drop()
+        self.full.leave(list(self.full.parameters))
+        for hook in (hook for hooks in self.hooks.values() for hook in hooks):
+            hook.remove()
+
+    def _full_rank_matrices(self, block: Block) -> tuple[Matrix, ...]:
+        """The matrices of a block of the plan that train at full rank beside it."""
+        if self.low_rank or block.name == ALWAYS:
+            return ()
+        return self.layers.layers[self.layer_of[block.name]].matrices
+
+    def _enter_full_rank(self, matrices: Iterable[Matrix]) -> None:
+        names = [matrix.name for matrix in matrices]
+        self.full.enter({name: self.parameters[name] for name in names})
+        self.trained_names.update(names)
+
+    def _listen(self, block: Block) -> None:
+        """Let the block's vectors train: their gradients go straight into the buffer."""
+
+        def hook_of(name: str, numel: int) -> Any:
+            def hook(parameter: Tensor) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                self.buffer.grad(name).view(-1)[:numel] += gradient.reshape(-1)
+                self.buffer.arrived(name)
+
+            return hook
+
+        for vector in block.vectors:
+            parameter = self.parameters[vector.name]
+            parameter.requires_grad_(True)
+            hook = hook_of(vector.name, vector.numel)
+            self._vector_hooks[vector.name] = parameter.register_post_accumulate_grad_hook(hook)
+        parts: tuple[Vector | Matrix, ...] = (*block.vectors, *block.matrices)
+        self.trained_names.update(part.name for part in parts)
+
+    def _leave(self, block: Block) -> None:
+        """Freeze a block and drop all that is kept for it but its moments, which go with the buffer."""
+        for vector in block.vectors:
+            self._vector_hooks.pop(vector.name).remove()
+            self.parameters[vector.name].requires_grad_(False)
+        for matrix in block.matrices:
+            self.projectors.pop(matrix.name, None)
+            self.detach(matrix.name)
+        del self.clocks[block.name]
+        self.full.leave(matrix.name for matrix in self._full_rank_matrices(block))
+
+    # ------------------------------------------------------------------ attach and merge
+
+    def coordinates(self, name: str) -> Coordinates | None:
+        """What is attached to a matrix. Tied modules share it, and with it one decay."""
+        return self.hooks[name][0].coordinates
+
+    def attach(self, name: str, projector: Tensor, decay: float = 1.0) -> None:
+        """Let the matrix's coordinates, as they are in the buffer, train in the projector's subspace."""
+        buffer, direct = self.buffer, name not in self.lookups
+        shape = self.plan.matrices[name].shape
+        coordinates = make_coordinates(shape, buffer.value(name), projector, buffer.grad(name), direct)
+        coordinates.decay = decay
+        # called when all the leaf's uses have had their turn, though they bring autograd nothing
+        coordinates.values.register_hook(lambda _: buffer.arrived(name))
+        for hook in self.hooks[name]:
+            hook.coordinates = coordinates
+
+    def detach(self, name: str) -> None:
+        """Nothing acts on the matrix any more."""
+        for hook in self.hooks[name]:
+            hook.coordinates = hook.sketch = None
+
+    def take(self, projectors: dict[str, Tensor]) -> None:
+        """Attach coordinates of zero in new subspaces to the (merged) matrices."""
+        moments = self.config.moments_on_refresh
+        # Adam has counted the steps before a first projector, too, in which there was nothing to train
+        restart = {
+            block.name
+            for block in self.plan.blocks
+            for matrix in block.matrices
+            if matrix.name in projectors and (moments == "reset" or matrix.name not in self.projectors)
+        }
+        for name, projector in projectors.items():
+            old = self.projectors.get(name)
+            if old is not None:
+                self._carry_moments(name, old, projector)
+            self.projectors[name] = projector
+            self.attach(name, projector)
+        self.buffer.set_steps({(block, "matrices"): 0.0 for block in restart})
+
+    def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
+        """What becomes of a matrix's moments when its subspace changes (``optim.moments_on_refresh``).
+
+        keep: nothing, as GaLore. reset: zero. rotate: the mean turns with the subspace; the second moment as that of
+        uncorrelated components would.
+        """
+        block, moments = self.buffer.block(name), self.config.moments_on_refresh
+        rows = block.local_rows(name)
+        if rows is None or moments == "keep":
+            return
+        mean, square = block.exp_avg[rows], block.exp_avg_sq[rows]
+        if moments == "reset":
+            mean.zero_()
+            square.zero_()
+        else:
+            turn = rotation(old, new).to(self.dtype)
+            mean.copy_(mean @ turn)
+            square.copy_(square @ turn.square())
+
+    def merge(self, block: Block) -> None:
+        """W <- decay * W + L R^T for the block's matrices, on this rank's part of W; coordinates become zero.
+
+        Collective under bfloat16: the float32 coordinates come together.
+        """
+        if not self.has_coordinates(block):
+            return
+        buffer = self.buffer.blocks[block.name]
+        values = buffer.full_tensor()
+        if block.name in self.layer_of:
+            self.merged_norms[self.layer_of[block.name]] = self.norm(block, values)
+        for matrix in block.matrices:
+            attached = self.coordinates(matrix.name)
+            if attached is None:
+                continue
+            mine, projector = values[slice(*buffer.layout.slots[matrix.name])], attached.projector.to(self.dtype)
+            left, right = (mine, projector) if attached.left else (projector, mine)
+            noise = f"{self.config.seed}/{self.steps}/{matrix.name}"
+            stochastic = self.config.merge_rounding == "stochastic"
+            parameter = self.parameters[matrix.name]
+            self.weights.merge(parameter, left, right, attached.decay, noise if stochastic else None)
+            buffer.fill(matrix.name, torch.zeros_like(mine))
+            attached.decay = 1.0
+
+    def merge_all(self) -> None:
+        """Merge all blocks. Not inside a step. Collective."""
+        self.weights.after_step()
+        for block in self.plan.blocks:
+            self.merge(block)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """See `ows_ds.optim.ows.OWS.merged`."""
+        self.weights.after_step()
+        resident = self.weights.resident_slice
+        found = {name: self.coordinates(name) for name in self.plan.matrices}
+        attached = {name: one for name, one in found.items() if one is not None}
+        decays = {name: one.decay for name, one in attached.items()}
+        slices = {name: resident(self.parameters[name])[1].to("cpu", copy=True) for name in attached}
+        kept = [(t, t.clone()) for block in self.buffer.blocks.values() for t in (block.values, block.master)]
+        norms = dict(self.merged_norms)
+        with torch.no_grad():
+            self.merge_all()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.weights.after_step()
+                for name, entries in slices.items():
+                    resident(self.parameters[name])[1].copy_(entries)
+                    attached[name].decay = decays[name]
+                for tensor, before in kept:
+                    tensor.copy_(before)
+            self.merged_norms = norms
+
+    def has_coordinates(self, block: Block) -> bool:
+        """Whether any of the block's matrices has coordinates."""
+        return any(self.coordinates(matrix.name) for matrix in block.matrices)
+
+    def norm(self, block: Block, values: Tensor | None = None) -> Tensor:
+        """Frobenius norm, (), of the coordinates of all of a block's matrices among its ``values`` (rows, r)."""
+        buffer = self.buffer.blocks[block.name]
+        values = buffer.values if values is None else values
+        rows = slice(*buffer.layout.segments["matrices"])
+        return torch.linalg.vector_norm(values[rows], dtype=self.dtype)
+
+    # ------------------------------------------------------------------ a step
+
+    def await_gradients(self) -> None:
+        """Let the gradients of layers whose every matrix has coordinates go as they come: the highest come first."""
+        complete = (b for b in self.plan.blocks if all(self.coordinates(m.name) for m in b.matrices))
+        self.buffer.await_gradients([block.name for block in complete if block.name != ALWAYS][::-1])
+
+    def after_update(self, decay: float) -> None:
+        """Bring the trained vectors into the model; ``decay`` the matrices' frozen weights (1: not at all)."""
+        vectors = [vector for block in self.plan.blocks for vector in block.vectors]
+        self.weights.write(
+            [self.parameters[vector.name] for vector in vectors],
+            [self.buffer.value(vector.name).view(-1)[: vector.numel] for vector in vectors],
+        )
+        for matrix in self.plan.matrices.values() if decay != 1.0 else ():
+            attached = self.coordinates(matrix.name)
+            if attached is not None:  # not yet, where only sketches of the matrix are taken
+                attached.decay *= decay
+
+
+def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: str) -> None:
+    """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
+    if gamma > len(layers.layers):
+        raise UserError("sampling.gamma", gamma, f"expected at most {len(layers.layers)}, the number of layers")
+    low_rank = [matrix for block in layers.layers for matrix in block.matrices]
+    low_rank += layers.embeddings if always_on == "low_rank" else ()
+    for matrix in low_rank if rank is not None else ():
+        if rank is not None and rank > matrix.short:
+            expected = f"expected at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
+            raise UserError("optim.rank", rank, expected)

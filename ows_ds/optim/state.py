@@ -1,0 +1,84 @@
+"""What a checkpoint holds of OWS, and how it is taken up again, at any world size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ows_ds.distributed.weights import ReadShard, Shard, interval, load_weights, weight_shards
+from ows_ds.errors import UserError
+from ows_ds.optim.full_rank import adam_steps, load_states, state_shards
+from ows_ds.optim.method import Method
+from ows_ds.optim.projection import sketch_width
+
+if TYPE_CHECKING:
+    from ows_ds.optim.ows import OWS
+
+
+class OWSState(Method):
+    """The state of `ows_ds.optim.ows.OWS`."""
+
+    def shards(self: OWS) -> list[Shard]:  # type: ignore[misc]
+        self.weights.after_step()
+        active, result = self.active, list(self.active.buffer.shards())
+        for kind, tensors in (("projector", active.projectors), ("sketch_basis", self.refresh.second_bases())):
+            for name, tensor in tensors.items():
+                start, stop = interval(tensor.numel(), self.comm.rank, self.comm.world_size)
+                result.append(Shard(f"{kind}/{name}", tuple(tensor.shape), start, tensor.reshape(-1)[start:stop]))
+        result += state_shards(self.weights, active.parameters, active.full.states())
+        return result + weight_shards(self.weights, active.parameters, sorted(active.trained_names))
+
+    def state_values(self: OWS) -> dict[str, Any]:  # type: ignore[misc]
+        active = self.active
+        decays = {name: attached.decay for name in active.plan.matrices if (attached := active.coordinates(name))}
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "rank": self.config.rank,
+            "layer_set": list(self.layer_set),
+            "probabilities": self.probabilities,
+            "sampler": self._sampler.state_dict(),
+            "clocks": dict(active.clocks),
+            "decays": decays,
+            "projectors": sorted(active.projectors),
+            "sketch_bases": sorted(self.refresh.second_bases()),
+            "adam_steps": [[*key, count] for key, count in active.buffer.steps.items()],
+            "full_rank_steps": adam_steps(active.full.states()),
+            "trained_names": sorted(active.trained_names),
+            "lr": self.param_groups[0]["lr"],
+        }
+
+    @torch.no_grad()
+    def load_shards(self: OWS, values: dict[str, Any], read: ReadShard) -> None:  # type: ignore[misc]
+        if values["rank"] != self.config.rank:
+            raise UserError("optim.rank", self.config.rank, f"expected {values['rank']}, the rank of the checkpoint")
+        if values["probabilities"] != self.probabilities:
+            expected = "expected those of the checkpoint: resume with its scores and gamma"
+            raise UserError("sampling", "other probabilities", expected)
+        active, r = self.active, self.active.r
+        self.weights.after_step()
+        self._drop()
+        self.steps, self.skipped = values["steps"], values["skipped"]
+        active.steps = self.steps
+        self.layer_set, active.trained_names = tuple(values["layer_set"]), set(values["trained_names"])
+        self._sampler.load_state_dict(values["sampler"])
+        self.param_groups[0]["lr"] = values["lr"]
+        load_weights(self.weights, active.parameters, values["trained_names"], read)
+
+        plan = active.plan_of(self.layer_set)
+        active.restore(plan, dict(values["clocks"]))
+        active.buffer.load(read)
+        active.buffer.set_steps({(block, kind): count for block, kind, count in values["adam_steps"]})
+        load_states(self.weights, active.parameters, active.full.states(), values["full_rank_steps"], read)
+        for matrix in plan.matrices.values():
+            name, device, dtype = matrix.name, self.device, active.weight_dtype
+            if name in values["projectors"]:
+                flat = read(f"projector/{name}", 0, matrix.short * r)
+                active.projectors[name] = flat.view(matrix.short, r).to(device, dtype)
+                active.attach(name, active.projectors[name], values["decays"].get(name, 1.0))
+            if name in values["sketch_bases"]:
+                width = sketch_width(r, matrix.short)
+                flat = read(f"sketch_basis/{name}", 0, matrix.long * width)
+                self.refresh.bases[name] = flat.view(matrix.long, width).to(device, dtype)
+        self._arm(self.refresh.plans(plan, active.due(plan)))
