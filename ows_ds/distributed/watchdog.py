@@ -89,7 +89,7 @@ class Watch:
         limit: float,
         leave: Callable[[str, int], None] | None = None,
     ) -> None:
-        """store: torch's, for this object alone. who: by rank, what `_who` gives. name: the same on all ranks, and of no
+        """store: torch's, for this object alone. who: by rank, what `_who` gives. name: the same on all ranks, of no
         other watch. limit: seconds. leave: (line, exit code) is called instead of ending the process.
         """
         self._store, self.rank, self.who, self._prefix = store, rank, who, f"watch/{name}"

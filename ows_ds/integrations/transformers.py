@@ -1,7 +1,6 @@
 """OWS in transformers' `Trainer`, and in what is made of it, such as TRL's `SFTTrainer`.
 
-    class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer):
-        """The mixin first."""
+    class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer): ...  # the mixin first
 
     trainer = OWSSFTTrainer(model, args, train_dataset=rows, ows={"gamma": 5, "rank": 128})
     trainer.train()
@@ -37,11 +36,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ows_ds import checkpoint
 from ows_ds.compat.transformers import CheckpointHooks
-from ows_ds.config import OWSConfig
+from ows_ds.config import OWSConfig, parse
 from ows_ds.distributed.communicator import fail_together, join
 from ows_ds.distributed.ds_config import check_by_deepspeed, check_config, resolve_config
 from ows_ds.distributed.launch import per_host
@@ -49,6 +48,7 @@ from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3
 from ows_ds.errors import UserError
 from ows_ds.importance.scores import Scores, score
+from ows_ds.integrations.refusals import check
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import DTYPES
@@ -98,10 +98,13 @@ class OWSTrainerMixin(CheckpointHooks):
         ZeRO-3, as the arguments or Accelerate have set it up, weights lie in its shards, and its optimizer is not used.
         Raises UserError for what does not go with OWS.
         """
-        given = _settings(ows or {})
+        given = dict(ows) if isinstance(ows, Mapping) else ows.model_dump(exclude_unset=True) if ows else {}
+        for name in FROM_ARGUMENTS.keys() & given.keys():
+            raise UserError(f"ows.{name}", given[name], f"leave it out: TrainingArguments has {FROM_ARGUMENTS[name]}")
+        parse(OWSConfig, given, "ows.")  # before the Trainer is made
         super().__init__(*args, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
-        _check(trainer, given.get("always_on", "full"))
+        check(trainer, given.get("always_on", "full"))
         self.ows_weights = weights = _weights(trainer)
         self.ows_base = fingerprint(weights)  # of the base model
         self._to_resume: checkpoint.Checkpoint | None = None
@@ -111,10 +114,8 @@ class OWSTrainerMixin(CheckpointHooks):
             scores = Scores.read(Path(scores))
         if isinstance(scores, Scores):
             scores.check(self.ows_base, len(find_layers(weights.module, weights.shape).layers))
-        self._ows_settings: dict[str, Any] = {
-            "seed": self.args.seed,
-            **given,
-            "scores": scores,
+        self.ows_scores = scores
+        from_arguments = {
             "lr": self.args.learning_rate,
             "betas": (self.args.adam_beta1, self.args.adam_beta2),
             "eps": self.args.adam_epsilon,
@@ -122,13 +123,14 @@ class OWSTrainerMixin(CheckpointHooks):
             "max_grad_norm": self.args.max_grad_norm or None,
             "accumulation": self.args.gradient_accumulation_steps,
         }
+        self.ows_config = parse(OWSConfig, {"seed": self.args.seed, **given, **from_arguments}, "ows.")
         self.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
         self.accelerator = _Accelerator(self.accelerator)
         trainer.callback_handler.callbacks.insert(0, _Closing(self))
         self._make_ows()
 
     def _make_ows(self) -> None:
-        self.optimizer = self.accelerator.ows = TrainerOWS(self.ows_weights, **self._ows_settings)
+        self.optimizer = self.accelerator.ows = TrainerOWS(self.ows_weights, self.ows_scores, self.ows_config)
 
     def close_ows(self) -> None:
         """Make the model a plain one again. The end of training does it."""
@@ -283,16 +285,20 @@ class TrainerOWS(OWS):
             self._norm = super().reduce()
         return self._norm
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.trained = tuple(self.layer_set)
         norm = self.reduce()
         if norm.isfinite():
             super().step(closure)
+            self._norm = None
         else:
             self.skip()
             logger.warning("step %d is skipped: the gradient's norm is %s", self.steps, float(norm))
-        self._norm = None
         self.zero_grad()
+
+    def skip(self) -> None:
+        super().skip()
+        self._norm = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the Trainer puts into optimizer.pt; the state itself is in `FOLDER`, a part of it from each rank."""
@@ -310,22 +316,6 @@ class _Closing(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.close_ows()
-
-
-def _settings(ows: OWSConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are given, checked by name."""
-    if isinstance(ows, Mapping):
-        given = dict(ows)
-    else:  # those of the arguments have values in any case
-        given = {name: getattr(ows, name) for name in OWSConfig.model_fields if name not in FROM_ARGUMENTS}
-        # TODO
-    known = sorted(set(OWSConfig.model_fields) - set(FROM_ARGUMENTS))
-    for name, value in given.items():
-        if name in FROM_ARGUMENTS:
-            raise UserError(f"ows.{name}", value, f"leave it out: TrainingArguments has {FROM_ARGUMENTS[name]}")
-        if name not in known:
-            raise UserError(f"ows.{name}", value, f"expected settings of OWS: {', '.join(known)}")
-    return given
 
 
 def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, samples: int) -> Scores:
@@ -369,49 +359,3 @@ def _weights(trainer: Trainer) -> Weights:
     settings = resolve_config(settings, dtype, micro, steps, comm.world_size, per_host(hosts), "deepspeed")
     check_by_deepspeed(settings, "deepspeed")
     return Zero3(model, settings, comm)
-
-
-def _check(trainer: Trainer, always_on: str) -> None:
-    """Refuse (UserError) what would go wrong or be without effect."""
-    args, accelerator = trainer.args, trainer.accelerator
-    sharded = getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    world_size, dtype = join(args.device).world_size, next(trainer.model.parameters()).dtype
-    checkpointing = args.gradient_checkpointing_kwargs or {}
-    # TRL replaces the model's forward pass, and Liger does so in `train`: the loss takes the head's weight itself
-    past_head = args.use_liger_kernel or "forward" in vars(trainer.model)
-    whose = "use_liger_kernel" if args.use_liger_kernel else type(trainer).__name__
-    precision, one_each = accelerator.mixed_precision, "start one process for each GPU, as torchrun does"
-    own = "leave it out: OWS is the optimizer, and TrainingArguments has its learning rate and schedule"
-    as_loaded = "expected no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
-    folder = "expected False: a checkpoint is one folder that all ranks write to"
-    for wrong, key, value, right in (
-        (not isinstance(trainer.model, PreTrainedModel), "model", type(trainer.model).__name__,
-         "expected a model of transformers, without adapters"),
-        (trainer.optimizer is not None or trainer.lr_scheduler is not None, "optimizers", trainer.optimizer, own),
-        (trainer.optimizer_cls_and_kwargs, "optimizer_cls_and_kwargs", trainer.optimizer_cls_and_kwargs, own),
-        (not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"), "optim", str(args.optim), own),
-        (trainer.model_init is not None, "model_init", trainer.model_init, "expected the model itself"),
-        (args.n_gpu > 1, "GPUs of this process", args.n_gpu, one_each),
-        (accelerator.num_processes != world_size, "processes of Accelerate", accelerator.num_processes,
-         f"{world_size} processes are there: with DeepSpeed on CPUs, make accelerate.PartialState(backend='gloo') first, "
-         "and give accelerator_config={'use_configured_state': True}"),
-        (trainer.is_fsdp_enabled, "fsdp", args.fsdp, "leave it out: weights are replicated or in ZeRO-3 shards"),
-        (getattr(accelerator, "parallelism_config", None) is not None, "parallelism_config", args.parallelism_config,
-         "leave it out: OWS has data parallelism only"),
-        (dtype not in DTYPES.values(), "model", dtype, f"load it in one of {', '.join(DTYPES)}"),
-        (precision not in ("no", "bf16") or (precision == "bf16" and dtype != torch.bfloat16),
-         "mixed precision", precision, as_loaded),
-        (args.torch_compile, "torch_compile", True, "expected False"),
-        (args.auto_find_batch_size, "auto_find_batch_size", True, "expected False, and a batch size"),
-        (args.save_on_each_node, "save_on_each_node", True, folder),
-        (args.load_best_model_at_end and args.save_only_model, "save_only_model", True,
-         "expected False: the best model is taken from a complete checkpoint"),
-        (checkpointing.get("use_reentrant"), "gradient_checkpointing_kwargs: use_reentrant", True,
-         "expected False: with frozen weights, reentrant checkpointing loses gradients"),
-        (past_head and always_on == "low_rank", "optim.always_on", always_on,
-         f"expected full or none: the loss of {whose} takes the head's weight, without the head's coordinates"),
-        (past_head and sharded, "deepspeed", "ZeRO-3",
-         f"leave it out: the loss of {whose} takes the head's weight, which would lie in shards"),
-    ):  # fmt: skip
-        if wrong:
-            raise UserError(key, value, right)

@@ -164,7 +164,7 @@ def _quantised(model: config.Model, why: str) -> UserError:
 
 
 def _find(model: config.Model) -> list[Path]:
-    """The checkpoint's safetensors files, in the order in which transformers looks for them; empty where there are none."""
+    """The checkpoint's safetensors files, in the order in which transformers looks for them; perhaps none."""
     from transformers.utils.hub import get_checkpoint_shard_files
 
     if path := _cached(model, "model.safetensors"):

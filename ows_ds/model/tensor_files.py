@@ -76,7 +76,7 @@ class Writer:
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], digest: Any = None) -> None:
         """tensors: what will be written, of which only shapes and dtypes count (on the meta device, for example).
 
-        digest: of hashlib, updated with all bytes as they are written; the file's, if that is in the order of ``names``.
+        digest: of hashlib, updated with all bytes that are written: the file's, if written in the order of ``names``.
         """
         self.names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
