@@ -128,7 +128,7 @@ MISTAKES = [
     (["export", "run"], "OUT_DIR: None is invalid: it is required: expected a folder"),
     (
         ["score", "--config", "r.yaml", "--metric", "rm,magnitude"],
-        "--metric: 'rm,magnitude' is invalid: expected one or more of outlier, reverse, uniform, decreasing, rm, bi, al",
+        "--metric: 'rm,magnitude' is invalid: expected one or more of outlier, reverse, uniform, decreasing, rm,",
     ),
     (["score", "--config", "r.yaml", "--metric", ""], "--metric: '' is invalid: expected one or more of outlier"),
     (["score", "--config", "r.yaml", "--metric"], "metric: '' is invalid: expected a value after it"),
