@@ -175,7 +175,7 @@ class Watch:
     def _talk_until_closed(self) -> None:
         world_size, beats, seen = len(self.who), 0, False
         after = (self.rank + 1) % world_size
-        # seconds are those that this thread has waited: clocks go on while a job is suspended
+        # seconds are those that this thread has waited: clocks run while a job is suspended
         last, quiet = None, 0.0
         space = self.who[self.rank]["space"]
         neighbours = [i for i, one in enumerate(self.who) if i != self.rank and one["space"] == space]

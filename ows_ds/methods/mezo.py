@@ -2,9 +2,9 @@
 
     g = (L(W + epsilon z) - L(W - epsilon z)) / (2 epsilon),    W <- W - lr g z,    z ~ N(0, 1) for every entry
 
-z is never stored: it is drawn again from the step's seed, block by block, so that a process can draw the part of it
-that its shard needs, and the whole is the same for any number of processes. Weights are changed in place on what each
-process holds. They are rounded to their own format three times a step (the authors' code: four).
+z is never stored: it is drawn again from the step's seed, block by block, so that a rank can draw the part of it
+that its shard needs, and the whole is the same for any number of ranks. Weights are changed in place on what each
+rank holds. They are rounded to their own format three times a step (the authors' code: four).
 """
 
 from __future__ import annotations

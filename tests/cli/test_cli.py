@@ -12,7 +12,8 @@ import yaml
 
 from ows_ds import config
 from ows_ds.bench.setting import How, Setting
-from ows_ds.cli.main import BENCHES, VERBS, main
+from ows_ds.cli.bench import BENCHES
+from ows_ds.cli.main import VERBS, main
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 
