@@ -94,6 +94,7 @@ def test_the_first_of_two_errors_is_the_cause(run: World) -> None:
         (UserError("data.train", "x", "expected a file"), "data.train: 'x' is invalid: expected a file", 2),
         (KeyboardInterrupt(), f"{ME}: KeyboardInterrupt", 1),
     ],
+    ids=["a mistake", "an interrupt"],
 )
 def test_mistakes_and_interrupts_stay_what_they_are(run: World, error: BaseException, line: str, code: int) -> None:
     watches = run.start(2)
