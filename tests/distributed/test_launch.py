@@ -15,7 +15,6 @@ import torch
 from ows_ds.distributed import zero3
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import Runtime
-from ows_ds.distributed.logs import show_log
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.forecast import Planner
@@ -28,12 +27,7 @@ from tests.support.tiny_run import recipe
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that torch makes while it compiles the operator. The log is shown, as on the command line."""
-    log = logging.getLogger("ows_ds")
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(log, name, getattr(log, name))
-    log.handlers = []
-    show_log()
+    """The file that torch makes while it compiles the operator."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     file = tmp_path / "deepspeed_shm_comm" / "lock"
     file.parent.mkdir()
