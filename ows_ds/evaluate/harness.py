@@ -27,6 +27,7 @@ PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besid
 class Tasks(NamedTuple):
     """asked: tasks and groups (lm_eval's), in the order that was given. every: the tasks in them, by name."""
 
+    manager: Any
     asked: list[Any]
     every: dict[str, Any]
 
@@ -75,7 +76,7 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
                 raise UserError("--tasks", task.task_name, "expected tasks that do not run what the model writes")
             if getattr(task, "MULTIMODAL", False):
                 raise UserError("--tasks", task.task_name, "expected tasks of text alone")
-    return Tasks(asked, every)
+    return Tasks(manager, asked, every)
 
 
 def _complete(name: Any, index: dict[str, Any]) -> bool:
@@ -124,6 +125,7 @@ def measure(
                 limit=evaluation.limit,
                 apply_chat_template=evaluation.apply_chat_template,
                 log_samples=False,
+                task_manager=tasks.manager,  # its own would read all files of tasks there are
             )
     del model
     free_memory()
