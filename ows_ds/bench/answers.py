@@ -13,7 +13,6 @@ from ows_ds.bench.study import Accuracy
 from ows_ds.config import Data
 from ows_ds.data.batches import held_out_batches
 from ows_ds.data.encode import encode
-from ows_ds.data.encoded import IGNORE
 from ows_ds.data.rows import Row
 from ows_ds.data.samples import DEFAULT_TASK
 from ows_ds.distributed.communicator import fail_together
@@ -28,14 +27,15 @@ def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:
     Raises UserError naming ``key`` for a row without a prompt before its answer.
     """
     encoded = encode(row, tokenizer, sys.maxsize, "assistant", data.format, key, data.template)
-    trained = [label != IGNORE for label in encoded["labels"]]
-    while trained and not trained[-1]:  # what a template adds after the last answer
-        trained.pop()
-    while trained and trained[-1]:
-        trained.pop()
-    if not trained:
+    end = len(encoded)
+    while end and not encoded.trained[end - 1]:  # what a template adds after the last answer
+        end -= 1
+    while end and encoded.trained[end - 1]:
+        end -= 1
+    if not end:
         raise UserError(key, row, "expected rows with a question and an answer")
-    return encoded["input_ids"][: len(trained)]
+    tokens: list[int] = encoded.input_ids[:end].tolist()
+    return tokens
 
 
 def final_answer(text: str) -> str:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ows_ds.compat.torch import storage_address
+
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 _OWNERS = ("ows_ds", "torch.optim", "galore_torch", "peft")  # packages whose objects are searched for tensors
 
@@ -91,8 +93,8 @@ class Tracker(TorchDispatchMode):
         """Count the tensor's storage once; ``component`` holds unless it is known and ``new``."""
         if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
             return
-        storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
+        storage, address = tensor.untyped_storage(), storage_address(tensor)
+        size = storage.nbytes()
         number = self._numbers.get(address)
         if number is None:
             number = self._numbers[address] = len(self._component)

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Expected, Number, Settings, Wrong
+from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Expected, Positive, Settings, Wrong
 
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
 Split = Annotated[
@@ -54,9 +54,8 @@ class Source(Settings):
     path: Annotated[str, Expected("a file, a folder or a name on the hub")] = Field(
         description="File, folder or name on the hub, as data.train alone."
     )
-    weight: Number | None = Field(
+    weight: Positive | None = Field(
         None,
-        gt=0,
         description="Its share of the rows of an epoch, in proportion to those of the others (1 where one has none); "
         "null for all: every row once an epoch.",
     )

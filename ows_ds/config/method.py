@@ -5,10 +5,21 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Expected, Number, Seed, Settings, Wrong
+from ows_ds.config.settings import (
+    MAY_CHANGE,
+    MOST,
+    Count,
+    Expected,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Wrong,
+)
 
 Betas = Annotated[
-    tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]],
+    tuple[Share, Share],
     Field(strict=False),  # a list as well
     Expected("a list of 2 numbers, each at least 0 and below 1, such as [0.9, 0.999]"),
 ]
@@ -25,21 +36,19 @@ class Method(Settings):
         "adapters of all linear layers; mezo all weights by forward passes alone.",
     )
     lora_rank: Count = Field(8, description="Rank of the adapters of lora and dora.")
-    lora_alpha: Number = Field(
-        16.0, gt=0, description="Numerator of the adapters' scale; the denominator is method.lora_rank."
+    lora_alpha: Positive = Field(
+        16.0, description="Numerator of the adapters' scale; the denominator is method.lora_rank."
     )
-    lora_dropout: Number = Field(
-        0.0, ge=0, lt=1, description="Share of an adapter's inputs that is zeroed in training."
-    )
-    epsilon: Number = Field(
-        1e-3, gt=0, description="Length of mezo's step to both sides of the weights, in units of its noise."
+    lora_dropout: Share = Field(0.0, description="Share of an adapter's inputs that is zeroed in training.")
+    epsilon: Positive = Field(
+        1e-3, description="Length of mezo's step to both sides of the weights, in units of its noise."
     )
 
 
 class SamplingCore(Settings):
     """What the recipe's sampling and `OWSConfig` share."""
 
-    gamma: Number = Field(5.0, gt=0, description="Expected number of sampled layers, in layers.")
+    gamma: Positive = Field(5.0, description="Expected number of sampled layers, in layers.")
     period: Count = Field(50, description="Optimizer steps between two draws (K).")
     scheme: Literal["bernoulli", "fixed"] = Field(
         "bernoulli", description="bernoulli draws each layer on its own; fixed draws exactly gamma layers."
@@ -66,7 +75,7 @@ class Sampling(SamplingCore):
         description="Course of badam and hift through the layers: from the input, from the output, or at random (badam "
         "again in each round, hift once before training).",
     )
-    tau: Number = Field(13.0, gt=0, description="An entry is an outlier when it exceeds tau times its layer's mean.")
+    tau: Positive = Field(13.0, description="An entry is an outlier when it exceeds tau times its layer's mean.")
     scores: str | None = Field(
         None,
         description="File of scores to use; null: scores.json in train.output_dir, computed when it is absent.",
@@ -90,18 +99,16 @@ class OptimCore(Settings):
         "side": "leave it out: the shorter side of each matrix is projected",
     }
 
-    lr: Number = Field(3e-4, ge=0, description="Peak learning rate.")
+    lr: NotNegative = Field(3e-4, description="Peak learning rate.")
     betas: Betas = Field((0.9, 0.999), description="Decay per step of Adam's first and second moment.")
-    eps: Number = Field(1e-8, gt=0, description="Added to the root of Adam's second moment.")
-    weight_decay: Number = Field(
-        0.0, ge=0, description="Decoupled decay of the effective weights, per step and learning rate."
+    eps: Positive = Field(1e-8, description="Added to the root of Adam's second moment.")
+    weight_decay: NotNegative = Field(
+        0.0, description="Decoupled decay of the effective weights, per step and learning rate."
     )
-    max_grad_norm: Number | None = Field(
-        1.0, gt=0, description="Largest global norm of the gradient; null: no clipping."
-    )
+    max_grad_norm: Positive | None = Field(1.0, description="Largest global norm of the gradient; null: no clipping.")
     rank: Count = Field(128, description="Dimension of the subspace of each matrix; at most its smaller side.")
     update_proj_gap: Count = Field(200, description="Active steps of a layer between two projectors (T_p).")
-    scale: Number = Field(1.0, gt=0, description="Factor on the projected update.")
+    scale: Positive = Field(1.0, description="Factor on the projected update.")
     projector: Literal["randomized", "svd"] = Field(
         "randomized", description="How the top singular vectors are found: randomized range finder, or exact svd."
     )

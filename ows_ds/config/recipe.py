@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import Method, Optim, Sampling
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Number, Seed, Settings, Wrong, model_in, unknown
+from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Positive, Seed, Settings, Wrong, model_in, unknown
 
 
 class Train(Settings):
@@ -23,7 +23,7 @@ class Train(Settings):
     }
 
     output_dir: str = Field(description="Folder of the run. Required.", json_schema_extra=MAY_CHANGE)
-    epochs: Number = Field(1.0, gt=0, le=MOST, description="Passes over the training rows.")
+    epochs: Positive = Field(1.0, le=MOST, description="Passes over the training rows.")
     steps: Count | None = Field(None, description="Optimizer steps; null: as many as train.epochs asks for.")
     global_batch_size: Count = Field(16, description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: Count = Field(

@@ -24,7 +24,7 @@ MOST = 2**31 - 1  # of any number of things
 MAY_CHANGE: dict[str, Any] = {"may_change_on_resume": True}  # for a key's json_schema_extra
 
 
-def _number(value: object) -> object:
+def as_number(value: object) -> object:
     """A number that is text, as YAML 1.1 reads 3e-4."""
     try:
         return float(value) if isinstance(value, str) else value
@@ -39,7 +39,11 @@ class Expected:
     words: str
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(as_number)]
+# the ranges first: after a validator they would not be in the JSON schema
+Positive = Annotated[float, Field(gt=0), BeforeValidator(as_number)]
+NotNegative = Annotated[float, Field(ge=0), BeforeValidator(as_number)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(as_number)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -185,9 +189,9 @@ def _drop(kind: type[Settings], tree: Any, key: str) -> None:
 
 
 def _value(made: Settings, key: str) -> object:
-    value: object = made
-    for name in key.split("."):
-        value = getattr(value, name)
+    value: Any = made
+    for name in key.replace("[", ".").replace("]", "").split("."):
+        value = value[int(name)] if isinstance(value, list) else getattr(value, name)
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ows_ds.compat.lm_eval import forget_answers, set_ranks, without_git
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
@@ -109,14 +110,12 @@ def measure(
     """
     from lm_eval import evaluator
 
-    # it asks git about the current folder, and what git says where there is no repository would be shown
-    evaluator.get_git_commit_hash = lambda: None
     comm = runtime.comm
     with on_disk(subject, comm) as path:
         with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), suppress_output():
+        with redirect_stdout(sys.stderr), suppress_output(), without_git():
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -130,7 +129,7 @@ def measure(
     del model
     free_memory()
     for task in tasks.every.values():  # they keep the answers of this model
-        task._instances = None
+        forget_answers(task)
     return {**subject.about, **facts}, [] if found is None else list(scores(found, tasks.asked))
 
 
@@ -200,7 +199,7 @@ def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime
         parallelize=evaluation.parallelize,
         use_safetensors=True,  # other files would be unpickled
     )
-    model._rank, model._world_size = runtime.comm.rank, runtime.comm.world_size
+    set_ranks(model, runtime.comm.rank, runtime.comm.world_size)
     return model
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ows_ds import checkpoint, config, files
+from ows_ds.compat.transformers import commit_hash
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated
@@ -125,7 +126,7 @@ def facts_of(module: nn.Module) -> dict[str, Any]:
     parameters = list(module.parameters())
     here = all(parameter.device.type != "meta" for parameter in parameters)
     return {
-        "commit": getattr(getattr(module, "config", None), "_commit_hash", None),
+        "commit": commit_hash(getattr(module, "config", None)),
         "fingerprint": fingerprint(Replicated(module, Communicator())) if here else None,
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in parameters),

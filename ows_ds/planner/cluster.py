@@ -3,7 +3,7 @@
     nodes x gpus, each GPU with memory and arithmetic; a fast link inside a node, a slower one between nodes
 
 A link moves n bytes in alpha + n / beta seconds (Hockney 1994): alpha its latency, beta its bandwidth. Collectives are
-those of rings (Thakur, Rabenseifner, Gropp 2005, section 4): w - 1 rounds, in each of which every process sends the
+those of rings (Thakur, Rabenseifner, Gropp 2005, section 4): w - 1 rounds, in each of which every rank sends the
 w-th part of the whole. Over several nodes that is one ring through all GPUs, or one ring between the nodes and one
 within (Cho et al. 2019, BlueConnect). Nothing here imports torch.
 """
@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from ows_ds.config.settings import Count, Expected, Number, Settings, Wrong, parse
+from ows_ds.config.settings import Count, Expected, Number, Settings, Wrong, as_number, parse
 from ows_ds.errors import UserError
 from ows_ds.files import read_yaml
 
 LAUNCH = 8.4e-6  # seconds before the first round of any collective: NCCL's tuner, ring, protocol Simple (tuning.cc)
-Positive = Annotated[Number, Field(gt=0, lt=1e12)]
-NotNegative = Annotated[Number, Field(ge=0, lt=1e12)]
+Positive = Annotated[float, Field(gt=0, lt=1e12), BeforeValidator(as_number)]
+NotNegative = Annotated[float, Field(ge=0, lt=1e12), BeforeValidator(as_number)]
 
 
 class Cluster(Settings):

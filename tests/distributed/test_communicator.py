@@ -90,6 +90,5 @@ def test_disagreement_says_what_differs() -> None:
     with pytest.raises(RankMismatchError) as caught:
         comm.assert_consistent("the layers of step 7", {"layers": [1, 3], "rank": 8})
     assert str(caught.value) == (
-        "the processes do not agree on the layers of step 7: "
-        "process 1 has layers: [1, 4] where rank 0 has layers: [1, 3]"
+        "the ranks do not agree on the layers of step 7: rank 1 has layers: [1, 4] where rank 0 has layers: [1, 3]"
     )

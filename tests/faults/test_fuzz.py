@@ -28,8 +28,8 @@ from ows_ds.config import recipe_keys
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
 from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.ds_config import read_config, resolve_config
 from ows_ds.distributed.weights import Shard
-from ows_ds.distributed.zero3 import read_config, resolve_config
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench
 from ows_ds.evaluate.setting import MTBench

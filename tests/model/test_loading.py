@@ -21,7 +21,7 @@ from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
-from ows_ds.model.loading import Source, whole
+from ows_ds.model.loading import Source, unsharded
 from ows_ds.model.pretrained import pretrained
 from ows_ds.model.tensor_files import Files, Writer
 from ows_ds.train.export import save_model
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     source = Source(config.Model(path=str(folder)), dtype)
     assert source.why_not is None
-    return source.fill(whole(CPU, True), CPU)
+    return source.fill(unsharded(CPU, True), CPU)
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

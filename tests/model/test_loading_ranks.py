@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_iter
 from ows_ds import config
 from ows_ds.distributed import weights, zero3
 from ows_ds.distributed.communicator import RankMismatchError, join
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import CHUNK, Replicated, Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, join_deepspeed, resolve_config
+from ows_ds.distributed.zero3 import Zero3, join_deepspeed
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.pretrained import pretrained

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
