@@ -9,7 +9,6 @@ what does the work, so that ``--help`` and mistakes answer at once.
 """
 
 import importlib
-import logging
 import os
 import sys
 import traceback
@@ -35,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SystemExit, which --help raises, passes through.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ows_ds").setLevel(logging.INFO)  # progress
     try:
         _run(_without_local_rank(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,10 +110,10 @@ def measure(
 
     comm = runtime.comm
     with on_disk(subject, comm) as path:
-        with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
+        with fail_together(comm), refusing(subject):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), suppress_output(), without_git():
+        with suppress_output(), without_git():
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
