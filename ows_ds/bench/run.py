@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from ows_ds.bench.setting import (
     points,
 )  # fmt: skip
 from ows_ds.bench.workers import Result
-from ows_ds.distributed.logs import show_log
 from ows_ds.tables import Table
 
 logger = logging.getLogger(__name__)
@@ -46,13 +43,11 @@ def bench(what: str, setting: Setting, how: How, command: str) -> None:
     swept = parse_sweep(how.sweep)
     settings = points(setting, swept, cuda)
     sweep, found = None if swept is None else swept[0], []
-    show_log()
-    with redirect_stdout(sys.stderr):
-        for one in settings:
-            value = None if sweep is None else getattr(one, sweep)
-            if sweep is not None:
-                logger.info("%s %s", sweep, value)
-            found.append({"value": value, "results": QUANTITIES[what].measure(one, names, how)})
+    for one in settings:
+        value = None if sweep is None else getattr(one, sweep)
+        if sweep is not None:
+            logger.info("%s %s", sweep, value)
+        found.append({"value": value, "results": QUANTITIES[what].measure(one, names, how)})
     summary = {
         "format": 1,
         **report.facts(command, how.world_size if what == "traffic" else 1),
