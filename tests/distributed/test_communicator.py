@@ -79,7 +79,7 @@ class Two(Communicator):
         super().__init__()
         self.other = other
 
-    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+    def all_gather_object(self, value: Any, name: str = "collect") -> list[Any]:
         """The second time the values themselves are collected."""
         assert name == "agree"
         return [value, self.other if not isinstance(value, str) else "another digest"]
