@@ -9,12 +9,12 @@ what does the work, so that ``--help`` and mistakes answer at once.
 """
 
 import importlib
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
+from ows_ds.distributed.logs import show_log
 from ows_ds.errors import Failed, UserError
 
 VERBS = {
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SystemExit, which --help raises, passes through.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ows_ds").setLevel(logging.INFO)  # progress
+    words = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
+    show_log(to_stderr=words[:1] in (["eval"], ["bench"], ["plan"]))
     try:
-        _run(_without_local_rank(list(sys.argv[1:] if argv is None else argv)))
+        _run(words)
     except UserError as error:
         print(*(f"ows-ds: error: {one}" for one in error.errors), sep="\n", file=sys.stderr, flush=True)
         return 2

@@ -47,12 +47,12 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 
 
 def with_weight(module: nn.Module, weight: Tensor) -> Any:
-    """A shallow copy of ``module`` that computes with ``weight``, a tensor, in place of its own parameters.
+    """A shallow copy of ``module`` that computes with ``weight``, a tensor, in place of its own weight.
 
     `torch.func.functional_call` would call the original module with its hooks.
     """
     shadow = copy.copy(module)
-    shadow.__dict__["_parameters"] = {"weight": weight}
+    shadow.__dict__["_parameters"] = {**module._parameters, "weight": weight}
     return shadow
 
 

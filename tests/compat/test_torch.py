@@ -41,14 +41,11 @@ def test_a_skipped_step_is_no_missing_step() -> None:
         schedule.step()
 
 
-@pytest.mark.parametrize("module", [nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)])
-def test_a_module_with_another_weight(module: nn.Module) -> None:
+def test_a_module_with_another_weight() -> None:
     with unchanged("torch", "Module._parameters"):
-        weight = torch.ones(3, 2)
-        inputs = torch.tensor([1, 2]) if isinstance(module, nn.Embedding) else torch.ones(2, 2)
-        expected = weight[inputs] if isinstance(module, nn.Embedding) else inputs @ weight.T
+        module, weight, inputs = nn.Embedding(3, 2), torch.ones(3, 2), torch.tensor([1, 2])
         own = dict(module.named_parameters())
-        assert torch.equal(ours.with_weight(module, weight)(inputs), expected)
+        assert torch.equal(ours.with_weight(module, weight)(inputs), weight[inputs])
         assert dict(module.named_parameters()) == own
 
 
