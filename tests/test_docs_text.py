@@ -47,7 +47,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
         assert key in hints
         if value and "..." not in value and "is invalid" not in value:
             field = hints[key]
-            TypeAdapter(Annotated[(field.annotation, *field.metadata)]).validate_python(yaml.safe_load(value))
+            TypeAdapter(Annotated[field.annotation, field]).validate_python(yaml.safe_load(value))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -200,8 +200,8 @@ def test_help_reads_at_80_columns(
     if verb in (["train"], ["score"]):
         assert all(f"--{key} " in out or f"--{key}, " in out for key in config.recipe_keys())
         flat = " ".join(out.split())
-        assert "(an integer; default: 128)" in flat
-        assert "(a list of 2 numbers, such as [0.9, 0.999]; default: [0.9, 0.999])" in flat
+        assert "(an integer of at least 1; default: 128)" in flat
+        assert "(a list of 2 numbers, each at least 0 and below 1, such as [0.9, 0.999]; default: [0.9, 0.999])" in flat
     if verb == ["bench", "time"]:
         assert all(
             f"--{name.replace('_', '-')} " in out for name in ("kv_heads", "update_proj_gap", "warm_up", "sweep")

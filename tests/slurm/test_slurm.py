@@ -136,7 +136,7 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         job.check(recipe(tmp_path), of_80, int(80.1e9))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(
-        UserError, match=r"train.output_dir: .* give a folder without checkpoints, or --train.resume auto"
+        UserError, match=r"train.output_dir: .* expected a folder without checkpoints, or --train.resume auto"
     ):
         job.check(recipe(tmp_path), cluster)
     assert f"output {tmp_path}/run (goes on)" in job.check(recipe(tmp_path, resume="auto"), cluster)
