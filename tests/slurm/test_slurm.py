@@ -139,7 +139,7 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         UserError, match=r"train.output_dir: .* expected a folder without checkpoints, or --train.resume auto"
     ):
         job.check(recipe(tmp_path), cluster)
-    assert f"output {tmp_path}/run (goes on)" in job.check(recipe(tmp_path, resume="auto"), cluster)
+    assert f"output {tmp_path}/run (resumed)" in job.check(recipe(tmp_path, resume="auto"), cluster)
     with pytest.raises(UserError, match=r"train.resume: .* give auto, or never"):
         job.check(recipe(tmp_path, resume=str(tmp_path)), cluster)
 
