@@ -189,7 +189,7 @@ def test_a_full_disk_stops_all_processes_and_leaves_no_model(pools: Pools, tmp_p
     write_model(tmp_path / "model", "5GB")
     first, second = pools(2).run(cannot_write, tmp_path / "model", tmp_path / "out")
     assert first == "OSError: No space left on device"
-    assert second == "Disagreement: rank 0: OSError: No space left on device"
+    assert second == "RankMismatchError: rank 0: OSError: No space left on device"
     assert not (tmp_path / "out").exists()
 
 
