@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +26,7 @@ PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besid
 class Tasks(NamedTuple):
     """asked: tasks and groups (lm_eval's), in the order that was given. every: the tasks in them, by name."""
 
+    manager: Any
     asked: list[Any]
     every: dict[str, Any]
 
@@ -76,7 +75,7 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
                 raise UserError("--tasks", task.task_name, "expected tasks that do not run what the model writes")
             if getattr(task, "MULTIMODAL", False):
                 raise UserError("--tasks", task.task_name, "expected tasks of text alone")
-    return Tasks(asked, every)
+    return Tasks(manager, asked, every)
 
 
 def _complete(name: Any, index: dict[str, Any]) -> bool:
@@ -111,10 +110,10 @@ def measure(
 
     comm = runtime.comm
     with on_disk(subject, comm) as path:
-        with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
+        with fail_together(comm), refusing(subject):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), suppress_output(), without_git():
+        with suppress_output(), without_git():
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -123,6 +122,7 @@ def measure(
                 limit=evaluation.limit,
                 apply_chat_template=evaluation.apply_chat_template,
                 log_samples=False,
+                task_manager=tasks.manager,  # its own would read all files of tasks there are
             )
     del model
     free_memory()

@@ -129,7 +129,7 @@ class _Answers:
         """A file of new answers, and facts about the model. Collective: ranks share the questions."""
         comm, name = self.comm, results.file_name(subject.name)
         with on_disk(subject, comm) as path:
-            with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
+            with fail_together(comm), refusing(subject):
                 speaker = mt_bench.Speaker(path, subject, self.evaluation, self.bench, self.runtime)
                 facts = {**facts_of(speaker.model), "template": speaker.template}
             with fail_together(comm):
@@ -149,7 +149,8 @@ class _Answers:
 def _result(measure: Measure, subject: Subject, settings: dict[str, Any]) -> Result:
     """The model's result, with scores on rank 0 alone. Collective."""
     begin, started = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    model, found = measure(subject)
+    with redirect_stdout(sys.stderr):
+        model, found = measure(subject)
     packages = (*harness.PACKAGES, "torch", "transformers", "tokenizers")
     versions: dict[str, str | None] = {"ows_ds": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in packages}

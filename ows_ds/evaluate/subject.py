@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,7 @@ def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
                 subject.results.mkdir(exist_ok=True)
                 folder = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)
                 path = f"{stack.enter_context(folder)}/model"
-                with redirect_stdout(sys.stderr):
-                    export(subject.run, Path(path), subject.step)
+                export(subject.run, Path(path), subject.step)
         yield str(comm.broadcast_object(path))
         comm.barrier()  # all have read it
 

@@ -21,7 +21,6 @@ from ows_ds.train.screen import screen
 from ows_ds.train.trackers import Trackers, picture
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from rich.console import Console
 
 Record = dict[str, Any]
@@ -81,7 +80,7 @@ class RunLog:
         n_layers: int,
         main: bool,
         recipe: Recipe,
-        accelerator: Accelerator | None = None,
+        accelerator: Any = None,
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:

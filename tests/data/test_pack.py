@@ -143,7 +143,7 @@ def test_models_that_see_a_neighbour_are_detected() -> None:
     forward = honest.model.forward
     honest.model.forward = lambda *args, position_ids, **more: forward(*args, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "told", lambda rows: nullcontext())
+        patch.setattr(attention, "known_rows", lambda rows: nullcontext())
         assert not attention.keeps_apart(Replicated(honest, Communicator()), 64)
 
 

@@ -71,7 +71,7 @@ def test_first_difference(other: Any, value: Any, says: str) -> None:
 
 
 class Two(Communicator):
-    """Rank 0 of two, where the other one always says ``other``."""
+    """Rank 0 of two whose other process always says ``other``."""
 
     world_size = 2
 
@@ -79,13 +79,13 @@ class Two(Communicator):
         super().__init__()
         self.other = other
 
-    def all_gather_object(self, value: Any, name: str = "all_gather_object") -> list[Any]:
-        """The second time the values themselves are gathered."""
+    def all_gather_object(self, value: Any, name: str = "collect") -> list[Any]:
+        """The second time the values themselves are collected."""
         assert name == "agree"
         return [value, self.other if not isinstance(value, str) else "another digest"]
 
 
-def test_a_mismatch_says_what_differs() -> None:
+def test_disagreement_says_what_differs() -> None:
     comm = Two({"layers": [1, 4], "rank": 8})
     with pytest.raises(RankMismatchError) as caught:
         comm.assert_consistent("the layers of step 7", {"layers": [1, 3], "rank": 8})

@@ -32,6 +32,7 @@ from ows_ds.distributed.ds_config import read_config, resolve_config
 from ows_ds.distributed.weights import Shard
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench
+from ows_ds.evaluate.setting import MTBench
 from ows_ds.importance.scores import Scores
 from ows_ds.planner import cluster
 from ows_ds.runs import page, results
@@ -233,6 +234,9 @@ def read_result(folder: Path, content: bytes) -> None:
         assert one_line(page._score(score, before)).isprintable()
 
 
+JUDGE = judge.Judge(MTBench(judge="http://localhost", judge_model="j"))
+
+
 def read_talk(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
     """Questions, answers, and a judge's prompts."""
     for name, text in zip(("q", "a", "p"), content, strict=True):
@@ -240,7 +244,7 @@ def read_talk(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
     asked = mt_bench.questions("q.jsonl")
     mt_bench.references(None, asked)
     said = mt_bench.by_question("a.jsonl", "--answers", asked, [one["question_id"] for one in asked])
-    list(judge._questions_to_judge(asked, said, {}, judge.OURS))
+    list(JUDGE.requests(asked, said, {}, "model"))
     with contextlib.suppress(UserError):  # for want of the other three
         judge.prompts("p.jsonl")
 
