@@ -61,7 +61,7 @@ def load_model(
 def pretrained(
     recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
 ) -> Any:
-    """The model of ``model.path``: whole, with entries on rank 0 alone, or in shards (ds_config). Collective.
+    """The model of ``model.path``: in full, with entries on rank 0 alone, or in shards (ds_config). Collective.
 
     Each rank reads its own part. Where transformers has to load the checkpoint, rank 0 logs why.
     Raises UserError (``model.path``) for what cannot be loaded.
