@@ -48,7 +48,7 @@ def courses(
                     checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
     spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
     assert spec.gathered is not None
-    coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
+    coordinator, course = weights._gathers._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
     fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())
 
     def watched(module: Any, forward: bool) -> None:

@@ -140,7 +140,7 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
     ):
         job.check(recipe(tmp_path), cluster)
     assert f"output {tmp_path}/run (resumed)" in job.check(recipe(tmp_path, resume="auto"), cluster)
-    with pytest.raises(UserError, match=r"train.resume: .* give auto, or never"):
+    with pytest.raises(UserError, match=r"train.resume: .* expected auto, or never"):
         job.check(recipe(tmp_path, resume=str(tmp_path)), cluster)
 
 
