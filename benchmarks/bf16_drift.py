@@ -31,13 +31,14 @@ from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
 from torch import Tensor, nn
 
-import ows_ds.optim.ows
+import ows_ds.optim.refresh
 from ows_ds.data.samples import word_problems
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, add_low_rank
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import Sampler
+from ows_ds.tables import png
 
 BATCH, LENGTH, VOCABULARY = 4, 32, 256  # sequences, tokens, bytes
 SEED = 0
@@ -175,8 +176,8 @@ def galore_torch(model: Any, args: argparse.Namespace, master: bool = False) -> 
 def lisa(model: Any, args: argparse.Namespace, master: bool = False) -> Method:
     """LISA as LMFlow's callback does it: one AdamW over all weights, and layers that are frozen and thawed.
 
-    Embedding, head and final norm always train. A frozen layer has no gradient, so that AdamW passes it over; its
-    moments stay until it returns.
+    Embedding, head and final norm always train. A frozen layer has no gradient, so that AdamW skips it; its moments
+    stay until it returns.
     """
     sampler = Sampler(probabilities([1.0] * args.layers, args.gamma), "fixed", SEED)
     steps = itertools.count()
@@ -198,12 +199,12 @@ def is_layers(name: str) -> bool:
 
 def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], dict[str, dict[str, Any]]]]:
     """By title: what makes the method, and its variants in bfloat16, by what they do about rounding."""
-    folds: dict[str, dict[str, Any]]
-    folds = {"nearest merge": {}, "stochastic merge": {"rounding": "stochastic"}, "float32 masters": {"master": True}}
-    no_master: dict[str, dict[str, Any]] = {"no masters": {}, "float32 masters": {"master": True}}
+    masters: dict[str, Any] = {"float32 masters": {"master": True}}
+    merges = {"nearest merge": {}, "stochastic merge": {"rounding": "stochastic"}, **masters}
+    no_master = {"no masters": {}, **masters}
     return {
-        "OWS": (functools.partial(ours, gamma=args.gamma, rank=args.rank), folds),
-        "OWS, all layers": (functools.partial(ours, gamma=args.layers, rank=args.rank), folds),
+        "OWS": (functools.partial(ours, gamma=args.gamma, rank=args.rank), merges),
+        "OWS, all layers": (functools.partial(ours, gamma=args.layers, rank=args.rank), merges),
         "GaLore (galore_torch)": (galore_torch, no_master),
         "LISA": (functools.partial(ours, gamma=args.gamma, rank=None), {"masters while active": {}}),
         "LISA (LMFlow's callback)": (lisa, no_master),
@@ -216,7 +217,7 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], 
 @contextmanager
 def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
     """Within it projectors are those of ``found``; what is not there is computed and kept there."""
-    exact, theirs, calls = ows_ds.optim.ows.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
+    exact, theirs, calls = ows_ds.optim.refresh.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
 
     def find(gradient: Tensor, rank: int, method: str, seed: int, *more: Any) -> Tensor:
         if seed not in found:  # it stands for step and matrix
@@ -230,7 +231,7 @@ def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
         return found[call].to(gradient.dtype)
 
     with (
-        mock.patch("ows_ds.optim.ows.find_projector", find),
+        mock.patch("ows_ds.optim.refresh.find_projector", find),
         mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", get),
     ):
         yield
@@ -348,23 +349,18 @@ def table(results: dict[str, Any], steps: Sequence[int]) -> str:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Mean drift of the layers' matrices over the steps, a panel a method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(results), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     labels = list(dict.fromkeys(label for result in results.values() for label in result["variants"]))
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axis, (title, result) in zip(axes, results.items(), strict=True):
-        for label, found in result["variants"].items():
-            percent = [100 * value for value in found["mean"]]
-            axis.plot(found["step"], percent, color=f"C{labels.index(label)}", marker=".", label=label)
-        axis.set(title=title, xlabel="step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("drift from float32 (% of the update)")
-    lines = {line.get_label(): line for axis in axes for line in axis.lines}
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines))
-    figure.savefig(path, dpi=120)
+    with png(path, 3.2 * len(results), 3.6, columns=len(results)) as figure:
+        for axis, (title, result) in zip(figure.axes, results.items(), strict=True):
+            for label, found in result["variants"].items():
+                percent = [100 * value for value in found["mean"]]
+                axis.plot(found["step"], percent, color=f"C{labels.index(label)}", marker=".", label=label)
+            axis.set(title=title, xlabel="step", yscale="log")
+            axis.sharey(figure.axes[0])
+            axis.grid(alpha=0.3, which="both")
+        figure.axes[0].set_ylabel("drift from float32 (% of the update)")
+        lines = {line.get_label(): line for axis in figure.axes for line in axis.lines}
+        figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -380,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("gamma", int, 2, "sampled layers"),
         ("period", int, 50, "steps between two draws"),
         ("rank", int, 16, "of the subspaces"),
-        ("refresh-gap", int, 200, "steps between two projectors"),
+        ("update-proj-gap", int, 200, "steps between two projectors"),
         ("workers", int, 2, "methods that run side by side, on one thread each"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning} ({default})")

@@ -1,4 +1,4 @@
-"""Peak memory of every process while a checkpoint is loaded into shards and while the model is written, and the time.
+"""Peak memory of every rank while a checkpoint is loaded into shards and while the model is written, and the time.
 
 A LLaMA with random weights is written once for each size, then loaded and exported by fresh processes. Counted is
 anonymous memory, ``RssAnon`` of ``/proc/self/status``, sampled every 2 ms, above what the process had before (after
@@ -101,14 +101,14 @@ def work(small: str, model: str, sharding: str, output: str) -> None:
         with Peak() as loading:
             weights, _ = load_model(recipe, runtime)
         parameters = list(weights.module.parameters())
-        resident_slice = sum(weights.resident_slice(parameter)[1].nbytes for parameter in parameters)
+        resident = sum(weights.resident_slice(parameter)[1].nbytes for parameter in parameters)
         largest = max(weights.resident_slice(p)[1].element_size() * math.prod(weights.shape(p)) for p in parameters)
         folder = Path(output) / Path(path).name
         tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
         with Peak() as exporting:
             save_model(weights, tokenizer, folder)
         found = {
-            "held": resident_slice,
+            "resident": resident,
             "largest": largest,
             "load": loading.bytes,
             "load_seconds": loading.seconds,
@@ -120,7 +120,7 @@ def work(small: str, model: str, sharding: str, output: str) -> None:
 
 
 def measure(small: Path, model: Path, sharding: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """What every process of a world of fresh processes found."""
+    """What every rank found, each in a fresh process."""
     folder.mkdir()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     root = Path(__file__).resolve().parent.parent
@@ -134,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure all sizes, shardings and worlds; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", default="0.5,1", help="sizes of the model, in GB (1e9 bytes)")
-    parser.add_argument("--worlds", default="2,4", help="numbers of processes")
+    parser.add_argument("--worlds", default="2,4", help="numbers of ranks")
     parser.add_argument("--shardings", default="zero3,replicated")
     parser.add_argument("--json", help="file for the numbers of every process")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
@@ -143,8 +143,9 @@ def main(words: Sequence[str] | None = None) -> None:
         work(*given.work)
         return
     results = []
-    print("| model, MB | sharding | processes | held, MB | largest tensor, MB | peak of loading | of held + largest |"
-          " s | peak of export beyond held | s |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
+    print("| model, MB | sharding | ranks | resident, MB | largest tensor, MB | peak of loading | of resident + largest"
+          " | s | peak of export beyond resident | s |\n"
+          "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         write_model(temporary / "small", 1)
@@ -158,9 +159,9 @@ def main(words: Sequence[str] | None = None) -> None:
                     ranks = measure(temporary / "small", model, sharding, world_size, output)
                     worst = max(ranks, key=lambda rank: rank["load"])
                     results.append({"bytes": size, "sharding": sharding, "world_size": world_size, "ranks": ranks})
-                    share = max(rank["load"] / (rank["held"] + rank["largest"]) for rank in ranks)
+                    share = max(rank["load"] / (rank["resident"] + rank["largest"]) for rank in ranks)
                     seconds = [max(rank[key] for rank in ranks) for key in ("load_seconds", "export_seconds")]
-                    numbers = [worst["held"] / 1e6, worst["largest"] / 1e6, worst["load"] / 1e6]
+                    numbers = [worst["resident"] / 1e6, worst["largest"] / 1e6, worst["load"] / 1e6]
                     print(
                         f"| {size / 1e6:.0f} | {sharding} | {world_size} | "
                         + " | ".join(f"{number:.0f}" for number in numbers)

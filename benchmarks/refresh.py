@@ -13,7 +13,6 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ows_ds.bench.report import facts, heading
+from ows_ds.bench.report import facts, heading, sections
+from ows_ds.bench.worker import timed
 from ows_ds.data.batches import collate
 from ows_ds.data.encode import encode
 from ows_ds.data.rows import load_rows
@@ -40,17 +40,11 @@ from ows_ds.optim.projection import (
     sketch_width,
     start_basis,
 )
+from ows_ds.tables import Table
 from ows_ds.train.loss import token_losses
 
 SHAPES = {"4096 x 4096": (4096, 4096), "11008 x 4096": (11008, 4096)}  # of LLaMA 2 7B, the latter also transposed
 TOKENS = 512  # a gradient's rank is at most the number of its tokens
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def times(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, float]:
@@ -65,8 +59,8 @@ def times(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, work in ways.items():
-            found[name].append(seconds(work))
-    exact = seconds(lambda: exact_projector(gradient, rank))
+            found[name].append(timed(work))
+    exact = timed(lambda: exact_projector(gradient, rank))
     return {"exact": exact, **{name: statistics.median(some) for name, some in found.items()}}
 
 
@@ -93,8 +87,8 @@ def gradients(layers: Sequence[int], sequences: int) -> list[dict[str, Tensor]]:
 
 def kept(gradient: Tensor, projector: Tensor, exact: Tensor) -> float:
     """The share of the exact subspace's energy."""
-    energies = [float(low_rank_gradient(gradient, q.float()).double().square().sum()) for q in (projector, exact)]
-    return energies[0] / energies[1]
+    found, most = (float(low_rank_gradient(gradient, q.float()).double().square().sum()) for q in (projector, exact))
+    return found / most
 
 
 def sketched(first: Tensor, second: Tensor, rank: int) -> Tensor:
@@ -105,7 +99,7 @@ def sketched(first: Tensor, second: Tensor, rank: int) -> Tensor:
     return leading(tall[1].T @ basis, rank)
 
 
-def energies(batches: Sequence[dict[str, Tensor]], rank: int) -> dict[str, list[float]]:
+def projector_energy(batches: Sequence[dict[str, Tensor]], rank: int) -> dict[str, list[float]]:
     """By way: the share that each matrix's projector keeps."""
     found: dict[str, list[float]] = {}
     for name, before in batches[0].items():
@@ -126,16 +120,18 @@ def energies(batches: Sequence[dict[str, Tensor]], rank: int) -> dict[str, list[
 
 def report(measured: dict[str, dict[str, float]], shares: dict[str, list[float]], lines: list[str]) -> str:
     """Markdown."""
-    lines += ["", "## Time of a projector", ""]
-    lines += ["| gradient | exact SVD [s] | from noise [s] | x faster | from the previous projector [s] | x faster |"]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
+    times = []
     for shape, one in measured.items():
         exact, cold, warm = one["exact"], one["cold"], one["warm"]
-        lines.append(f"| {shape} | {exact:.1f} | {cold:.2f} | {exact / cold:.0f} | {warm:.2f} | {exact / warm:.0f} |")
-    lines += ["", "## Energy kept, as a share of the exact subspace's", ""]
-    lines += ["| projector | least of all matrices | mean |", "|---|---:|---:|"]
-    lines += [f"| {way} | {min(some):.5f} | {statistics.mean(some):.5f} |" for way, some in shares.items()]
-    return "\n".join(lines) + "\n"
+        row = [f"{exact:.1f}", f"{cold:.2f}", f"{exact / cold:.0f}", f"{warm:.2f}", f"{exact / warm:.0f}"]
+        times.append([shape, *row])
+    head = ["gradient", "exact SVD [s]", "from noise [s]", "x faster", "from the previous projector [s]", "x faster"]
+    kept = [[way, f"{min(some):.5f}", f"{statistics.mean(some):.5f}"] for way, some in shares.items()]
+    shown = [
+        Table("time of a projector", head, times),
+        Table("energy kept, as a share of the exact subspace's", ["projector", "least of all matrices", "mean"], kept),
+    ]
+    return "\n".join([*lines, *sections(shown)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -153,11 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/refresh.py", *(sys.argv[1:] if arguments is None else arguments)])
     known = facts(command, 1)
     measured = {name: times(SHAPES[name], args.rank, args.rounds) for name in args.shapes}
-    shares = energies(gradients(args.layers, args.sequences), args.rank)
-    lines = heading("Refresh of projectors", known, threads=", 2 threads")
-    lines += [
-        f"* rank {args.rank}, float32; {args.sequences} sequences a batch; {len(next(iter(shares.values())))} matrices"
-    ]
+    shares = projector_energy(gradients(args.layers, args.sequences), args.rank)
+    count = len(next(iter(shares.values())))
+    lines = heading("Refresh of projectors", known, ", on 2 threads")
+    lines += [f"* rank {args.rank}, float32; {args.sequences} sequences a batch; {count} matrices"]
     text = report(measured, shares, lines)
     print(text)
     if args.output is not None:

@@ -20,7 +20,6 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = read_model(given.model)
     found = {}
     for name, (network, latency) in NETWORKS.items():
-        cluster = replace(node, network=network, network_latency=latency)
+        cluster = node.model_copy(update={"network": network, "network_latency": latency})
         found[name] = simulate(model, recipe, cluster, given.largest, given.algorithm)
     shown, said = [*tables(found), sent(found)], notes(model, recipe, node)
     print(terminal(shown, said))

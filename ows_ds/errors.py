@@ -1,4 +1,4 @@
-"""Mistakes of the user, each told in one line."""
+"""Mistakes of the user, each shown on one line."""
 
 import reprlib
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def shorten(value: object) -> str:
 
 
 class Failed(Exception):
-    """The end of a run, on all ranks, that no setting is to blame for: told in one line, exit code 1.
+    """The end of a run, on all ranks, that no setting is to blame for: shown on one line, exit code 1.
 
     Its ``__cause__``, where it has one, is this rank's own error.
     """

@@ -6,10 +6,14 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ows_ds.integrations.transformers import use_ows
+from ows_ds.integrations.transformers import OWSTrainerMixin
+
+
+class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer): ...  # the mixin first
+
 
 path, out = sys.argv[1:]
-trainer = SFTTrainer(
+trainer = OWSSFTTrainer(
     path,
     SFTConfig(
         out,
@@ -23,7 +27,7 @@ trainer = SFTTrainer(
         use_cpu=not torch.cuda.is_available(),
     ),
     train_dataset=Dataset.from_list([{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(64)]),
+    ows={"gamma": 5, "rank": 128, "period": 4},
 )
-use_ows(trainer, gamma=5, rank=128, period=4)  # the one line
 trainer.train()
 trainer.save_model(out)

@@ -7,11 +7,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
-    Trainer,
     TrainingArguments,
 )
 
-from ows_ds.integrations.transformers import use_ows
+from ows_ds.integrations.transformers import OWSTrainer
 
 path, out = sys.argv[1:]
 args = TrainingArguments(
@@ -27,12 +26,12 @@ args = TrainingArguments(
 )
 tokenizer = AutoTokenizer.from_pretrained(path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-trainer = Trainer(
+trainer = OWSTrainer(
     AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16"),
     args,
     train_dataset=[tokenizer(f"{i} plus {i} is {2 * i}.") for i in range(64)],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    ows={"gamma": 5, "rank": 128, "period": 4},
 )
-use_ows(trainer, gamma=5, rank=128, period=4)  # the one line
-trainer.train()  # resume_from_checkpoint=True goes on
+trainer.train()  # with resume_from_checkpoint=True it resumes
 trainer.save_model(out)

@@ -12,7 +12,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from ows_ds import OWS, score
 from ows_ds.distributed.communicator import join
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.train.export import save_model
 
 path, out = sys.argv[1:]

@@ -1,10 +1,10 @@
-"""`ows-ds bench quality`: train the variants of a study, measure them, report. Goes on where it was stopped.
+"""`ows-ds bench quality`: train the variants of a study, measure them, report. Resumes where it was stopped.
 
 OUTPUT/
     study.yaml                          the study, everything filled in, and a hash of its rows
     base.json                           loss and accuracy of the model before training
     runs/VARIANT/lr-L-seed-S/           an ordinary run directory, and
-        result.json                     there when the run is complete and measured; see `_measure_run`
+        result.json                     there when the run is complete and measured; see `_Work._measure_run`
     quality.json, quality.md            the result so far (see `ows_ds.bench.report`)
     loss.png, scores.png                training loss of the variants; the layers' scores
 """
@@ -15,17 +15,19 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from ows_ds import config, files, methods
+from ows_ds import config, files, methods, tables
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
 from ows_ds.config import Data, Recipe, accumulation, changed, sources
@@ -33,33 +35,36 @@ from ows_ds.data.rows import load_rows
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError
-from ows_ds.files import atomic_write
+from ows_ds.files import write_text
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.model.pretrained import free_memory, load_model, load_tokenizer
 from ows_ds.train import trainer
 from ows_ds.train.context import mean_loss
 
+logger = logging.getLogger(__name__)
+
 
 def quality(
     plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None, as_json: bool, command: str
 ) -> None:
-    """Run what is left of ``plan`` into ``output`` and report. Collective over the launcher's processes.
+    """Run what is left of ``plan`` into ``output`` and report. Collective over the launcher's ranks.
 
-    seeds, variants: only these now (the first seed always comes along); None: all. as_json: standard output gets the
-    result as JSON and nothing else, progress goes to standard error. command: what was typed, for the report.
-    Raises UserError for whatever the user can put right, before anything is written where no model is needed to see it.
+    seeds, variants: only these now (the first seed is always included); None: all. as_json: standard output gets the
+    result as JSON and nothing else. command: as typed, for the report. Raises UserError for whatever the user can put
+    right, before anything is written where no model is needed to see it.
     """
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         _check(plan, output, seeds, variants)
-        runtime = start(study.recipe_of(plan, study.grid(plan)[0], output))
-        work = _Work(plan, output, runtime)
+        work = _Work(plan, output, start(study.recipe_of(plan, study.grid(plan)[0], output)), command)
         work.begin()
         while (run := work.next(variants, seeds)) is not None:
             work.run(run)
-            work.report(command)
-        summary = work.report(command)
-    if runtime.comm.rank == 0:
-        print(json.dumps(summary, indent=2, allow_nan=False) if as_json else report.terminal(summary))
+            work.report()
+        summary = work.report()
+    if work.main and as_json:
+        print(json.dumps(summary, indent=2, allow_nan=False))
+    elif work.main:
+        print(tables.terminal(report.study_tables(summary), report.study_notes(summary)))
 
 
 def _check(plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None) -> None:
@@ -86,50 +91,51 @@ def _rows(plan: Study, data: Data) -> dict[str, str]:
 
     Raises UserError for rows of test that are in one of the others, or that cannot be marked.
     """
-    resident_slice = plan.test_data(data)
-    given = {key: sources(data, key) for key in ("data.train", "data.eval")} | {
-        "test": sources(resident_slice, "data.eval")
-    }
-    rows = {
-        key: [
+    given = {key: sources(data, key) for key in ("data.train", "data.eval")}
+    given["test"] = sources(plan.test_data(data), "data.eval")
+    lines: dict[str, list[str]] = {}
+    for key, some in given.items():
+        rows = [
             row
             for one in some
             for row in load_rows(one.path, one.format, key, one.subset, one.split or "train", data.on_bad_row)
         ]
-        for key, some in given.items()
-        if some
-    }
-    lines = {key: [json.dumps(row, sort_keys=True, default=str) for row in some] for key, some in rows.items()}
+        if some:
+            lines[key] = [json.dumps(row, sort_keys=True, default=str) for row in rows]
     for key in ("data.train", "data.eval"):
         if set(lines["test"]) & set(lines.get(key, ())):
             raise UserError("test", plan.test, f"expected rows that are not in {key}: some are in both")
-    if plan.accuracy is not None:
-        for number, row in enumerate(rows["test"][: plan.accuracy.rows], start=1):
+    if plan.accuracy is not None:  # rows are those of test, the last key
+        for number, row in enumerate(rows[: plan.accuracy.rows], start=1):
             answers.check_row(row, f"{plan.test}: row {number}")
     return {key: hashlib.sha256("\n".join(some).encode()).hexdigest() for key, some in lines.items()}
 
 
 class _Work:
-    """A study under way. Files decide what is done; rank 0 reads them, and the others do as it says."""
+    """A study under way. Files record what is complete; rank 0 reads them and tells the others. All is collective."""
 
-    def __init__(self, plan: Study, output: Path, runtime: Runtime) -> None:
-        self.plan, self.output, self.runtime = plan, output, runtime
+    def __init__(self, plan: Study, output: Path, runtime: Runtime, command: str) -> None:
+        self.plan, self.output, self.runtime, self.command = plan, output, runtime, command
         self.comm, self.main = runtime.comm, runtime.comm.rank == 0
+
+    def _results(self) -> dict[Run, dict[str, Any]]:
+        """What `_measure_run` has recorded of every complete run."""
+        files = {run: self.output / run.folder / "result.json" for run in study.all_runs(self.plan)}
+        return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}
 
     def begin(self) -> None:
         """Take ``output`` for this study; measure the model before training."""
-        for run in study.grid(self.plan):
-            accumulation(study.recipe_of(self.plan, run, self.output), self.comm.world_size)
+        recipes = [study.recipe_of(self.plan, run, self.output) for run in study.grid(self.plan)]
+        for recipe in recipes:
+            accumulation(recipe, self.comm.world_size)
         with fail_together(self.comm):
             if self.main:
-                self._take_output()
+                self._take_output(recipes[0].data)
         if not self.comm.broadcast_object((self.output / "base.json").exists()):
-            self._say("the model before training")
-            recipe = study.recipe_of(self.plan, study.grid(self.plan)[0], self.output)
-            self._write(self.output / "base.json", self._measure(recipe))
+            self._log("quality: the model before training")
+            self._write(self.output / "base.json", self._measure(recipes[0]))
 
-    def _take_output(self) -> None:
-        data = study.recipe_of(self.plan, study.grid(self.plan)[0], self.output).data
+    def _take_output(self, data: Data) -> None:
         tree, file = self.plan.tree() | {"rows": _rows(self.plan, data)}, self.output / "study.yaml"
         if file.exists():
             begun = sorted(folder.name for folder in self.output.glob("runs/*"))
@@ -138,20 +144,22 @@ class _Work:
                 raise UserError("output", str(self.output), right)
         # a hidden file is another job's that has just begun with the same study
         elif self.output.exists() and any(not file.name.startswith(".") for file in self.output.iterdir()):
-            raise UserError("output", str(self.output), "expected an empty folder, or the one of a study to go on with")
-        with atomic_write(file) as partial:
-            partial.write_text(yaml.safe_dump(tree, sort_keys=False))
+            raise UserError("output", str(self.output), "expected an empty folder, or that of a study to resume")
+        write_text(file, yaml.safe_dump(tree, sort_keys=False))
 
     def next(self, variants: Sequence[str] | None, seeds: Sequence[int] | None) -> Run | None:
-        """The first run that is not complete; the same on all processes."""
-        run = study.next_run(self.plan, losses(results(self.plan, self.output)), variants, seeds) if self.main else None
-        shared = self.comm.broadcast_object(None if run is None else [run.variant, run.lr, run.seed])
+        """The first run that is not complete."""
+        run = None
+        if self.main:
+            losses = {run: result["chosen_on"] for run, result in self._results().items()}
+            run = study.next_run(self.plan, losses, variants, seeds)
+        shared = self.comm.broadcast_object(None if run is None else list(astuple(run)))
         return None if shared is None else Run(*shared)
 
     def run(self, run: Run) -> None:
-        """Train, measure, note the result, and drop what is no longer needed. Collective."""
-        done = len(results(self.plan, self.output)) if self.main else 0
-        self._say(f"run {done + 1} of {study.size(self.plan)}: {run.variant}, lr {run.lr:g}, seed {run.seed}")
+        """Train, measure, record the result, and delete what is no longer needed."""
+        done = len(self._results()) if self.main else 0
+        self._log("quality: run %d of %d: %s", done + 1, study.size(self.plan), run.folder.removeprefix("runs/"))
         folder = self.output / run.folder
         recipe = study.recipe_of(self.plan, run, self.output)
         known = self.comm.broadcast_object(self._scores_of_another(recipe, folder) if self.main else None)
@@ -159,7 +167,7 @@ class _Work:
             recipe = changed(recipe, {"sampling.scores": known})
         if not self.comm.broadcast_object((folder / "model").exists()):
             if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()  # metrics.jsonl tells of this run, not of those before it
+                torch.cuda.reset_peak_memory_stats()  # metrics.jsonl is about this run, not those before it
             try:
                 trainer.train(recipe)
             except UserError as error:
@@ -174,21 +182,20 @@ class _Work:
         """Scores that a run of this study has computed on the same model and rows for the same metric and threshold."""
         wanted = _scored_by(recipe)
         for file in sorted(self.output.glob("runs/*/*/scores.json")) if wanted else ():
-            if file.parent != own and (file.parent / "config.yaml").exists():
-                other = config.from_dict(files.read_yaml(file.parent / "config.yaml"))
-                if _scored_by(other) == wanted:
+            other = file.parent / "config.yaml"
+            if file.parent != own and other.exists():  # noqa: SIM102
+                if _scored_by(config.from_dict(files.read_yaml(other))) == wanted:
                     return str(file)
         return None
 
     def _measure_run(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
-        """What is kept of a run.
+        """A run's result.
 
         chosen_on: loss on data.eval after the last step, which chooses the learning rate. loss, right, rows: on test.
-        tokens, seconds: over all steps, evaluations left out. null: not measured, or not a finite number.
+        tokens, seconds: over all steps, without evaluations. null: not measured, or not a finite number.
         """
         at_end = changed(recipe, {"model.path": str(folder / "model"), "model.revision": None})
-        records = report.records(folder) if self.main else []
-        steps = [record for record in records if record["step"] > 0]
+        steps = [record for record in (report.records(folder) if self.main else ()) if record["step"] > 0]
         return {
             "chosen_on": steps[-1].get("eval_loss") if steps else None,
             **self._measure(at_end),
@@ -198,56 +205,40 @@ class _Work:
         }
 
     def _measure(self, recipe: Recipe) -> dict[str, Any]:
-        """Loss and answers of ``model.path`` on test. Collective."""
-        plan, accuracy = self.plan, self.plan.accuracy
-        data = plan.test_data(recipe.data)
+        """Loss and answers of ``model.path`` on test."""
+        accuracy, data = self.plan.accuracy, self.plan.test_data(recipe.data)
         recipe = changed(recipe.model_copy(update={"data": data}), {"train.gradient_checkpointing": False})
         weights, layers = load_model(recipe, self.runtime)
         tokenizer = load_tokenizer(recipe)
-        loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, plan.test, "test")
+        loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, self.plan.test, "test")
         found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "right": None, "rows": None}
         if accuracy is not None:
-            rows = load_rows(plan.test, data.format, "test", data.eval_subset, data.eval_split, data.on_bad_row)
+            rows = load_rows(self.plan.test, data.format, "test", data.eval_subset, data.eval_split, data.on_bad_row)
             rows = rows[: accuracy.rows]
-            found["rows"] = len(rows)
-            found["right"] = answers.count_right(
-                weights, tokenizer, rows, data, accuracy.max_new_tokens, accuracy.batch_size
-            )
+            found |= {"rows": len(rows), "right": answers.count_right(weights, tokenizer, rows, data, accuracy)}
         del weights, layers
         free_memory()
         return found
 
-    def report(self, command: str) -> dict[str, Any]:
-        """Write the tables and pictures of what is complete; the result as JSON-able values, on rank 0."""
+    def report(self) -> dict[str, Any]:
+        """Write the tables and pictures of what is complete; returns the result, on rank 0."""
         summary: dict[str, Any] = {}
         with fail_together(self.comm):
             if self.main:
                 base = json.loads((self.output / "base.json").read_text())
-                facts = report.facts(command, self.comm.world_size)
-                summary = report.summarize(self.plan, base, results(self.plan, self.output), facts)
-                report.write(self.plan, summary, self.output)
+                facts = report.facts(self.command, self.comm.world_size)
+                summary = report.summarize(self.plan, base, self._results(), facts)
+                report.write_study(self.plan, summary, self.output)
         return summary
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:
         with fail_together(self.comm):
             if self.main:
-                with atomic_write(path) as partial:
-                    partial.write_text(json.dumps(content, allow_nan=False) + "\n")
+                write_text(path, json.dumps(content, allow_nan=False) + "\n")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str, *values: Any) -> None:
         if self.main:
-            print(f"\nquality: {text}", flush=True)
-
-
-def results(plan: Study, output: Path) -> dict[Run, dict[str, Any]]:
-    """What `_Work._measure_run` noted of every complete run of ``plan``."""
-    files = {run: output / run.folder / "result.json" for run in study.all_runs(plan)}
-    return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}
-
-
-def losses(found: dict[Run, dict[str, Any]]) -> dict[Run, float | None]:
-    """What the learning rates are chosen on."""
-    return {run: result["chosen_on"] for run, result in found.items()}
+            logger.info(text, *values)
 
 
 def _scored_by(recipe: Recipe) -> tuple[Any, ...] | None:

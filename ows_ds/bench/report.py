@@ -1,13 +1,14 @@
-"""What a study found, as tables and pictures."""
+"""What a study found, as tables and pictures; and what all reports of a benchmark share."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,55 +16,99 @@ from typing import Any
 import torch
 
 from ows_ds import tables
-from ows_ds.bench.statistics import describe, t_test
 from ows_ds.bench.study import Run, Study, choose, size
-from ows_ds.files import atomic_write
+from ows_ds.checkpoint import version
+from ows_ds.files import write_text
 from ows_ds.importance.plot import plot
 from ows_ds.importance.scores import Scores
 from ows_ds.tables import Table
 
-METRICS = {"accuracy": "right answers [%]", "loss": "loss on test"}
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy")
+METRICS = {"accuracy": ("right answers [%]", 1), "loss": ("loss on test", 4)}  # title, digits
+_PACKAGES = (
+    "ows_ds", "torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy"
+)  # fmt: skip
 _WINDOW = 0.05  # of the steps: half the window that the training loss is averaged over
-Result = Mapping[str, Any]
+Values = Sequence[float | None]
+
+
+# ---- all reports
 
 
 def facts(command: str, world_size: int) -> dict[str, Any]:
-    """When, with what and on what."""
-    versions = {"python": platform.python_version()}
-    for name in ("ows_ds", *_PACKAGES):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Date, command, hardware and versions."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    hardware = f"{os.cpu_count()} cores of {_processor()}, {memory:.0f} GiB, {', '.join(gpus) or 'no GPU'}"
-    date = datetime.now(timezone.utc).date().isoformat()
-    return {"date": date, "command": command, "processes": world_size, "hardware": hardware, "versions": versions}
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    processor = model[1].strip() if model else platform.machine()
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": command,
+        "processes": world_size,
+        "hardware": f"{os.cpu_count()} cores of {processor}, {memory:.0f} GiB, {', '.join(gpus) or 'no GPU'}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in _PACKAGES if (found := version(name)) is not None},
+        },
+    }
 
 
-def heading(title: str, known: Mapping[str, Any], processes: str = "", threads: str = "") -> list[str]:
-    """Lines of Markdown that say what `facts` has found. processes, threads: behind the command and the hardware."""
+def heading(title: str, known: Mapping[str, Any], more: str = "") -> list[str]:
+    """Lines of Markdown with `facts`. more: behind the command."""
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-    return [
-        f"# {title}, {known['date']}",
-        "",
-        f"* command: `{known['command']}`{processes}",
-        f"* hardware: {known['hardware']}{threads}",
-        f"* versions: {versions}",
-    ]
+    command = f"* command: `{known['command']}`{more}"
+    return [f"# {title}, {known['date']}", "", command, f"* hardware: {known['hardware']}", f"* versions: {versions}"]
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def sections(shown: Iterable[Table]) -> list[str]:
+    """Lines of Markdown, a section a table."""
+    lines: list[str] = []
+    for one in shown:
+        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *tables.markdown(one)]
+    return lines
 
 
-def summarize(plan: Study, base: Result, results: Mapping[Run, Result], facts: Mapping[str, Any]) -> dict[str, Any]:
+def cells(results: Mapping[str, Any], row: Callable[[Any], list[str]]) -> list[list[str]]:
+    """A table's rows, a method each. row: the cells after the method's name."""
+    return [[n, f"failed: {one['failed']}"] if "failed" in one else [n, *row(one)] for n, one in results.items()]
+
+
+def write(output: Path, name: str, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
+    """NAME.json and NAME.md in ``output``."""
+    write_text(output / f"{name}.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(output / f"{name}.md", "\n".join(lines) + "\n")
+
+
+# ---- a study's numbers
+
+
+def describe(values: Values) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation (n - 1) over seeds, each None where there is none.
+
+    A value of None is a run without a finite result; then there is no mean.
+    """
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def t_test(values: Values, baseline: Values) -> tuple[float | None, float | None]:
+    """t and two-sided p of the independent samples t-test (equal variances); t > 0: ``values`` are larger.
+
+    (None, None) where a side has fewer than two values, or none vary.
+    """
+    from scipy import stats
+
+    if None in (*values, *baseline) or min(len(values), len(baseline)) < 2 or len({*values}) == len({*baseline}) == 1:
+        return None, None
+    t, p = map(float, stats.ttest_ind(values, baseline, equal_var=True))
+    return (t, p) if math.isfinite(t) and math.isfinite(p) else (None, None)
+
+
+def summarize(
+    plan: Study, base: Mapping[str, Any], results: Mapping[Run, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """quality.json: statistics of every variant at its chosen learning rate, over the seeds that are complete.
 
     Accuracies are in percent, losses in nats per token. mean, std (n - 1), t and p are null where there is none; t and
@@ -73,25 +118,26 @@ def summarize(plan: Study, base: Result, results: Mapping[Run, Result], facts: M
     variants: dict[str, Any] = {}
     for name, variant in plan.variants.items():
         lr = choose(plan, name, chosen_on)
-        seeds = [seed for seed in plan.seeds if lr is not None and Run(name, lr, seed) in results]
-        found = [results[Run(name, lr, seed)] for seed in seeds if lr is not None]
-        tried = [[rate, chosen_on.get(Run(name, rate, plan.seeds[0]))] for rate in variant.lrs]
+        runs = [] if lr is None else [Run(name, lr, seed) for seed in plan.seeds]
+        found = {run.seed: results[run] for run in runs if run in results}
+        accuracies = [_percent(one) for one in found.values()]
         variants[name] = {
             "lr": lr,
             "lr_at_edge": len(variant.lrs) > 1 and lr in (variant.lrs[0], variant.lrs[-1]),
-            "lrs_tried": [{"lr": rate, "loss_on_eval": loss} for rate, loss in tried],
-            "seeds": seeds,
-            "tokens": [result["tokens"] for result in found],
-            "seconds": [round(result["seconds"], 3) for result in found],
-            "loss": _metric([result["loss"] for result in found]),
-            "accuracy": _metric([_percent(result) for result in found]) if plan.accuracy else None,
+            "lrs_tried": [
+                {"lr": rate, "loss_on_eval": chosen_on.get(Run(name, rate, plan.seeds[0]))} for rate in variant.lrs
+            ],
+            "seeds": list(found),
+            "tokens": [one["tokens"] for one in found.values()],
+            "seconds": [round(one["seconds"], 3) for one in found.values()],
+            "loss": _metric([one["loss"] for one in found.values()]),
+            "accuracy": _metric(accuracies) if plan.accuracy else None,
         }
-    for name, variant in variants.items():
-        for metric in METRICS:
-            if variant[metric] is not None and plan.baseline not in (None, name):
+    for name, one in variants.items():
+        for metric in METRICS if plan.baseline not in (None, name) else ():
+            if one[metric] is not None:
                 other = variants[str(plan.baseline)][metric]
-                t, p = t_test(variant[metric]["values"], other["values"])
-                variant[metric] |= {"t": t, "p": p}
+                one[metric]["t"], one[metric]["p"] = t_test(one[metric]["values"], other["values"])
     return {
         "format": 1,
         **facts,
@@ -105,52 +151,46 @@ def summarize(plan: Study, base: Result, results: Mapping[Run, Result], facts: M
     }
 
 
-def _metric(values: list[float | None]) -> dict[str, Any]:
+def _metric(values: Values) -> dict[str, Any]:
     mean, std = describe(values)
     return {"values": values, "mean": mean, "std": std, "t": None, "p": None}
 
 
-def _percent(result: Result) -> float | None:
+def _percent(result: Mapping[str, Any]) -> float | None:
     return 100 * result["right"] / result["rows"] if result["rows"] else None
 
 
-def _tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Everything that is missing says so."""
-    tables = []
-    total = len(summary["seeds"])
-    for metric, what in METRICS.items():
-        digits = 1 if metric == "accuracy" else 4
-        before = summary["before"][metric]
-        if all(variant[metric] is None for variant in summary["variants"].values()):
-            continue
-        title = f"{what}, {_number(before, digits)} before training"
+# ---- a study's tables and pictures
+
+
+def study_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """One a metric; n/a where something is missing."""
+    found = []
+    for metric, (what, digits) in METRICS.items():
+
+        def fixed(value: float | None, digits: int = digits) -> str:
+            return tables.number(value, digits, fixed=True)
+
         rows = []
         for name, variant in summary["variants"].items():
-            one = variant[metric]
-            rows.append(
-                [
-                    name,
-                    "n/a" if variant["lr"] is None else f"{variant['lr']:g}" + ("*" if variant["lr_at_edge"] else ""),
-                    f"{len(variant['seeds'])} of {total}",
-                    f"{_number(one['mean'], digits)} ± {_number(one['std'], digits)}",
-                    "baseline" if name == summary["baseline"] else _number(one["t"], 2),
-                    "" if name == summary["baseline"] else "n/a" if one["p"] is None else f"{one['p']:.2g}",
-                ]
-            )
-        tables.append(Table(title, ["variant", "lr", "seeds", "mean ± std", "t", "p"], rows))
-    return tables
+            if (one := variant[metric]) is None:
+                continue
+            lr = "n/a" if variant["lr"] is None else f"{variant['lr']:g}" + ("*" if variant["lr_at_edge"] else "")
+            seeds = f"{len(variant['seeds'])} of {len(summary['seeds'])}"
+            compared = [fixed(one["t"], 2), "n/a" if one["p"] is None else f"{one['p']:.2g}"]
+            compared = ["baseline", ""] if name == summary["baseline"] else compared
+            rows.append([name, lr, seeds, f"{fixed(one['mean'])} ± {fixed(one['std'])}", *compared])
+        if rows:
+            title = f"{what}, {fixed(summary['before'][metric])} before training"
+            found.append(Table(title, ["variant", "lr", "seeds", "mean ± std", "t", "p"], rows))
+    return found
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def _notes(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to read the tables rightly."""
-    notes = []
+def study_notes(summary: Mapping[str, Any]) -> list[str]:
+    """How to read the tables."""
+    notes, variants = [], summary["variants"].values()
     if summary["runs_complete"] < summary["runs"]:
         notes.append(f"Not complete: {summary['runs_complete']} of {summary['runs']} runs.")
-    variants = summary["variants"].values()
     if any(variant["lr_at_edge"] for variant in variants):
         notes.append("* The learning rate is at an end of those that were tried; a better one may lie beyond.")
     if any(None in variant["loss"]["values"] for variant in variants):
@@ -165,39 +205,27 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def terminal(summary: Mapping[str, Any]) -> str:
-    """The tables for a terminal of 80 columns; colours only where there is one."""
-    return tables.terminal(_tables(summary), _notes(summary))
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """quality.md."""
+def markdown(summary: Mapping[str, Any]) -> list[str]:
+    """The lines of quality.md."""
     lines = heading("Quality", summary, f", {summary['processes']} process(es)")
     if summary["rows_answered"]:
         lines.append(f"* right answers: of {summary['rows_answered']} rows of test, generated greedily")
-    for one in _tables(summary):
-        lines += ["", f"## {one.title[0].upper()}{one.title[1:]}", "", *tables.markdown(one)]
-    grids = [
-        [name, f"{one['lr']:g}", _number(one["loss_on_eval"], 4), "chosen" if one["lr"] == variant["lr"] else ""]
+    tried = [
+        [name, f"{one['lr']:g}", tables.number(one["loss_on_eval"], 4, fixed=True),
+         "chosen" if one["lr"] == variant["lr"] else ""]
         for name, variant in summary["variants"].items()
-        if len(variant["lrs_tried"]) > 1
         for one in variant["lrs_tried"]
-    ]
-    if grids:
-        tried = Table("", ["variant", "lr", "loss on data.eval", ""], grids)
-        lines += ["", f"## Learning rates tried, seed {summary['seeds'][0]}", "", *tables.markdown(tried)]
-    lines += ["", *(f"* {note.removeprefix('* ')}" for note in _notes(summary))]
-    return "\n".join(lines) + "\n"
+        if len(variant["lrs_tried"]) > 1
+    ]  # fmt: skip
+    head = ["variant", "lr", "loss on data.eval", ""]
+    grids = [Table(f"learning rates tried, seed {summary['seeds'][0]}", head, tried)] if tried else []
+    notes = (f"* {note.removeprefix('* ')}" for note in study_notes(summary))
+    return [*lines, *sections([*study_tables(summary), *grids]), "", *notes]
 
 
-def write(plan: Study, summary: Mapping[str, Any], output: Path) -> None:
+def write_study(plan: Study, summary: Mapping[str, Any], output: Path) -> None:
     """quality.json, quality.md, loss.png and scores.png in ``output``, each complete or as it was before."""
-    for name, text in {
-        "quality.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
-        "quality.md": markdown(summary),
-    }.items():
-        with atomic_write(output / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write(output, "quality", summary, markdown(summary))
     curves = {
         name: [_losses(output / Run(name, variant["lr"], seed).folder) for seed in variant["seeds"]]
         for name, variant in summary["variants"].items()
@@ -218,12 +246,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _losses(folder: Path) -> list[float | None]:
+def _losses(folder: Path) -> Values:
     """Training loss of every step; None where nothing trained."""
     return [record["loss"] for record in records(folder) if record["step"] > 0]
 
 
-def smooth(losses: Sequence[float | None]) -> list[float | None]:
+def smooth(losses: Values) -> Values:
     """Mean over a window around each step, a tenth of the run wide, of the steps in it that have a loss."""
     reach = round(_WINDOW * len(losses))
     windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
@@ -231,30 +259,18 @@ def smooth(losses: Sequence[float | None]) -> list[float | None]:
     return [statistics.fmean(window) if window else None for window in known]
 
 
-def _plot_losses(curves: Mapping[str, list[list[float | None]]], path: Path) -> None:
+def _plot_losses(curves: Mapping[str, list[Values]], path: Path) -> None:
     """Training loss over steps, a line a variant: the mean over seeds, in a band from the least to the largest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, (name, seeds) in enumerate(curves.items()):
-        smoothed = list(zip(*map(smooth, seeds), strict=False))
-        points = [(step, [v for v in values if v is not None]) for step, values in enumerate(smoothed, start=1)]
-        points = [(step, values) for step, values in points if values]
-        steps = [step for step, _ in points]
-        style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
-        [line] = axes.plot(steps, [statistics.fmean(v) for _, v in points], style, linewidth=1.5, label=name)
-        axes.fill_between(
-            steps, [min(v) for _, v in points], [max(v) for _, v in points], color=line.get_color(), alpha=0.15, lw=0
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss [nats per token]")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2 if len(curves) > 5 else 1)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+    with tables.png(path) as figure:
+        [axes] = figure.axes
+        for number, (name, seeds) in enumerate(curves.items()):
+            steps = enumerate(zip(*map(smooth, seeds), strict=False), start=1)
+            points = {step: some for step, values in steps if (some := [v for v in values if v is not None])}
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            [line] = axes.plot([*points], [statistics.fmean(some) for some in points.values()], style, label=name)
+            band = [*map(min, points.values())], [*map(max, points.values())]
+            axes.fill_between([*points], *band, color=line.get_color(), alpha=0.15, lw=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="optimizer step", ylabel="training loss [nats per token]")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, ncols=2 if len(curves) > 5 else 1)

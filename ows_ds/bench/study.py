@@ -298,7 +298,7 @@ def next_run(
 
 
 def conflict(old: Mapping[str, Any], new: Mapping[str, Any], begun: Sequence[str]) -> str | None:
-    """What in the tree of a study contradicts the one that an output holds; None where it may go on.
+    """What in the tree of a study contradicts the one that an output holds; None where the study may resume.
 
     begun: variants with runs; they must stay as they were. Further seeds and other variants may come. Both trees have
     ``rows`` beside what `Study.tree` gives: a hash of the rows by key.

@@ -1,11 +1,11 @@
 """Bytes of live tensors through a piece of work, by component: exact and the same every time, on any device.
 
-Counted is every storage that an operation of torch gives out, from then until it is freed, and every one that was there
-before. What a kernel takes and gives back within itself is not seen, nor are the allocator's gaps.
+Counted is every storage that an operation of torch returns, until it is freed, and every one that was there before.
+What a kernel allocates and frees within itself is not seen, nor are the allocator's gaps.
 
     weights       the model's parameters, adapters among them
     gradients     of parameters and coordinates
-    optimizer     what else the method keeps: moments, float32 masters, coordinates, projectors
+    optimizer     the rest of the method's state: moments, float32 masters, coordinates, projectors
     activations   made in a forward pass and still alive
     buffers       all else: tensors of a backward pass and of an update, token ids, rotary tables
 """
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ows_ds.compat.torch import storage_address
+
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 _OWNERS = ("ows_ds", "torch.optim", "galore_torch", "peft")  # packages whose objects are searched for tensors
 
@@ -31,7 +33,7 @@ class Tracker(TorchDispatchMode):
     """Follows storages while it is entered. Enter `forward` around forward passes."""
 
     def __init__(self, model: nn.Module, weights: Iterable[Tensor], state: Any) -> None:
-        """weights: the model's tensors on this process. state: holds the method's beside them (see `held`)."""
+        """weights: the model's tensors on this rank. state: has the method's other tensors (see `state_tensors`)."""
         super().__init__()
         self._component: dict[int, str] = {}  # by the number of a storage
         self._numbers: dict[int, int] = {}  # of a live storage, by its address
@@ -39,8 +41,7 @@ class Tracker(TorchDispatchMode):
         self._phase = "buffers"
         self._model, self._state = model, state
         self._handles: list[Any] = []
-        for component, tensor in resident_slice(state):
-            self._see(tensor, component)
+        self._see_state()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self._see(parameter.grad, "gradients")
@@ -52,28 +53,24 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """What is made within counts as activations, and what its backward pass brings to weights as gradients.
+        """What is made within are activations; what its backward pass brings to weights are gradients.
 
-        So do parts of gradients that the method has kept when its own hooks are done.
+        So are parts of gradients that the method keeps when its own hooks are done.
         """
         self.close()
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 self._handles.append(parameter.register_hook(lambda grad: self._see(grad, "gradients")))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._see_kept))
+                kept = parameter.register_post_accumulate_grad_hook(lambda _: self._see_state("gradients"))
+                self._handles.append(kept)
         self._phase = "activations"
         try:
             yield
         finally:
             self._phase = "buffers"
 
-    def _see_kept(self, _: Tensor) -> None:
-        for component, tensor in resident_slice(self._state):
-            if component == "gradients":
-                self._see(tensor, component)
-
     def close(self) -> None:
-        """Listen to gradients no longer."""
+        """Remove the hooks on gradients."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -82,24 +79,25 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         # a view is of what is known, or of a copy within a kernel, as gloo's reduce-scatter makes one
-        if func.is_view:
-            return out
-        for one in tree_iter(out):
+        for one in () if func.is_view else tree_iter(out):
             if isinstance(one, Tensor):
                 self._see(one, self._phase, new=True)
         return out
+
+    def _see_state(self, only: str | None = None) -> None:
+        for component, tensor in state_tensors(self._state):
+            if only in (None, component):
+                self._see(tensor, component)
 
     def _see(self, tensor: Tensor, component: str = "buffers", new: bool = False) -> None:
         """Count the tensor's storage once; ``component`` holds unless it is known and ``new``."""
         if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
             return
-        storage = tensor.untyped_storage()
-        address = storage._cdata
+        storage, address = tensor.untyped_storage(), storage_address(tensor)
+        size = storage.nbytes()
         number = self._numbers.get(address)
         if number is None:
-            number = len(self._component)
-            self._numbers[address] = number
-            size = storage.nbytes()
+            number = self._numbers[address] = len(self._component)
             self._events.append((number, size))
             weakref.finalize(storage, self._gone, address, number, size).atexit = False
             self._component[number] = component
@@ -126,26 +124,24 @@ def peak(events: Iterable[tuple[int, int]], component: Mapping[int, str]) -> dic
     return best
 
 
-def resident_slice(owner: Any, grads: bool = False, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """("gradients" or "optimizer", tensor) of all tensors that ``owner`` holds, but for those inside modules.
+def state_tensors(owner: Any, grads: bool = False, seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """("gradients" or "optimizer", tensor) of all tensors that ``owner`` refers to, but for those inside modules.
 
-    What an attribute with "grad" in its name holds, and what is a tensor's ``.grad``, are gradients. Entered are
-    containers and objects of packages that optimizers come from.
+    Gradients are a tensor's ``.grad``, and what an attribute with "grad" in its name refers to. Searched are containers
+    and objects of packages that optimizers come from.
     """
     seen = set() if seen is None else seen
     if id(owner) in seen or isinstance(owner, nn.Module):
         return
     seen.add(id(owner))
+    parts: Iterable[tuple[str, Any]] = ()
     if isinstance(owner, Tensor):
         if isinstance(owner, nn.Parameter) and owner.grad is not None:
             yield "gradients", owner.grad
         yield "gradients" if grads else "optimizer", owner.data
-    elif isinstance(owner, Mapping):
-        for value in owner.values():
-            yield from resident_slice(value, grads, seen)
-    elif isinstance(owner, (list, tuple)):
-        for value in owner:
-            yield from resident_slice(value, grads, seen)
+    elif isinstance(owner, Mapping | list | tuple):
+        parts = (("", value) for value in (owner.values() if isinstance(owner, Mapping) else owner))
     elif type(owner).__module__.startswith(_OWNERS):
-        for name, value in vars(owner).items():
-            yield from resident_slice(value, grads or "grad" in name, seen)
+        parts = vars(owner).items()
+    for name, value in parts:
+        yield from state_tensors(value, grads or "grad" in name, seen)

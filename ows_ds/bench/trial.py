@@ -1,7 +1,7 @@
 """One method over one model in this process: steps that can be timed, watched and counted.
 
-Every method works on the same random tokens with one layer set, the same for all, and clips gradients to norm 1, as
-transformers' Trainer does by default. Ours are built as training builds them.
+Every method works on the same random tokens with the same layer set, and clips gradients to norm 1, as transformers'
+Trainer does by default. Ours are built as training builds them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ows_ds import methods
+from ows_ds import config, methods
 from ows_ds.bench.setting import ITEMSIZE, Setting
-from ows_ds.config import Recipe, changed, from_dict
+from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import start
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3, Zero3AdamW
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import find_layers
+from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.model.pretrained import DTYPES
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import LayerSet, Sampler
@@ -32,7 +32,7 @@ from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
 from ows_ds.train.loss import token_losses
 
-NEVER = 10**9  # steps: no draw and no refresh but those that are asked for
+NEVER = 10**9  # steps: draws and refreshes only where they are asked for
 SEED = 0
 LR = 1e-5
 
@@ -41,10 +41,14 @@ LR = 1e-5
 class Trial:
     """A method that is ready to take steps.
 
-    model: what is trained. weights: its tensors on this process. state: what holds the method's. step: one whole step.
-    refresh: takes a step or more with new projectors and returns how many; None: there are none. first_refreshes: that
-    is what the first step did, and it takes too long to be asked for. spec: what the planner is told, None for what it
-    does not know. watch: entered around each forward pass.
+    Attributes:
+        weights: The model's tensors on this rank.
+        step: Takes one whole step.
+        state: Has the method's other tensors.
+        refresh: Takes steps with new projectors and returns how many; None: there are no projectors.
+        first_refreshes: The first step was a refresh, which takes too long to be asked for again.
+        spec: The step as the planner sees it; None: the planner does not know the method.
+        watch: Entered around each forward pass.
     """
 
     model: Any
@@ -67,7 +71,7 @@ def build_model(setting: Setting) -> Any:
         model = tf.AutoModelForCausalLM.from_pretrained(setting.model, dtype=dtype).to(setting.device)
     else:
         shape = setting.widths
-        config = tf.LlamaConfig(
+        llama = tf.LlamaConfig(
             vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
             max_position_embeddings=max(2048, setting.tokens), tie_word_embeddings=False, pad_token_id=None,
@@ -75,7 +79,7 @@ def build_model(setting: Setting) -> Any:
         )  # fmt: skip
         torch.manual_seed(SEED)
         with torch.device(setting.device):
-            model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = tf.AutoModelForCausalLM.from_config(llama, dtype=dtype)
     model.config.use_cache = False
     if setting.inside:
         differentiate_input(model, 0)
@@ -86,7 +90,7 @@ def build_model(setting: Setting) -> Any:
 
 
 def differentiate_input(model: Any, layer: int) -> None:
-    """Let every backward pass run down to the input of ``layer``, if nothing below it needs a gradient anyway."""
+    """Let every backward pass run down to the input of ``layer``, even if nothing below it needs a gradient."""
 
     def enter(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         needed = args[0].requires_grad or not torch.is_grad_enabled()
@@ -96,69 +100,61 @@ def differentiate_input(model: Any, layer: int) -> None:
     model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
 
 
-def batch_of(setting: Setting, index: int = 0) -> dict[str, Tensor]:
-    """One sequence of random tokens, all of them trained; another one on each process."""
-    generator = torch.Generator().manual_seed(SEED + index)
+def batch_of(setting: Setting, rank: int = 0) -> dict[str, Tensor]:
+    """One sequence of random tokens, all with labels; another one on each rank."""
+    generator = torch.Generator().manual_seed(SEED + rank)
     ids = torch.randint(int(setting.vocab or 0), (1, setting.tokens), generator=generator)
     return {"input_ids": ids.to(setting.device), "labels": ids}
 
 
 def sampled(setting: Setting) -> LayerSet:
-    """The layers that ows and lisa draw, and whoever else trains some of them."""
+    """The layers that train where a method trains some of them."""
     return Sampler(probabilities([1.0] * setting.n_layers, int(setting.gamma or 1)), "fixed", SEED).draw()
 
 
-def recipe_of(setting: Setting, name: str) -> Recipe:
-    """The recipe of one of our methods: nothing is drawn or refreshed after the first step by itself."""
+def recipe_of(setting: Setting, name: str, world_size: int) -> Recipe:
+    """The recipe of one of our methods: no draw and no refresh after the first step."""
     lean = name in ("ows-lean", "badam")  # badam's definition
     zero3 = setting.sharding == "zero3" or name == "deepspeed"
     method = {"ows-lean": "ows", "deepspeed": "full"}.get(name, name)
-    return from_dict(
+    return config.from_dict(
         {
             "model": {"path": "random", "dtype": setting.dtype},
             "method": {"name": method, "lora_rank": setting.lora_rank},
             "sampling": {
-                "importance": "uniform",
-                "gamma": setting.gamma or 1,
-                "period": NEVER,
-                "scheme": "fixed",
+                "importance": "uniform", "gamma": float(setting.gamma or 1), "period": NEVER, "scheme": "fixed",
                 "order": "ascending",
             },
             "optim": {
-                "lr": LR,
-                "rank": setting.rank,
-                "update_proj_gap": NEVER,
-                "refresh": setting.refresh,
+                "lr": LR, "rank": setting.rank, "update_proj_gap": NEVER, "refresh": setting.refresh,
                 "always_on": "none" if lean else "full",
             },
             "train": {
-                "output_dir": ".",
-                "global_batch_size": 1,
-                "seed": SEED,
+                "output_dir": ".", "global_batch_size": world_size, "seed": SEED,
                 "sharding": "zero3" if zero3 else "replicated",
             },
         }
-    )
+    )  # fmt: skip
 
 
 def ours(setting: Setting, name: str, world_size: int) -> Trial:
-    """One of our methods, or DeepSpeed's own optimizer, over weights on every process or in shards. Collective."""
-    recipe = recipe_of(setting, name)
-    recipe = changed(recipe, {"train.global_batch_size": world_size})
+    """One of our methods, or DeepSpeed's own optimizer, over replicated weights or shards. Collective."""
+    recipe = recipe_of(setting, name, world_size)
     sharded = recipe.train.sharding == "zero3"
     runtime = start(recipe) if sharded or world_size > 1 else None
     comm = Communicator() if runtime is None else runtime.comm
+    ds_config = None if runtime is None else runtime.ds_config
     model = build_model(setting)
     layers = find_layers(model)
     methods.check(recipe, layers)
     model = methods.adapt(recipe, model)
     weights: Weights
-    if runtime is None or runtime.ds_config is None:
+    if ds_config is None:
         weights = Replicated(model, comm)
     elif methods.deepspeed_trains(recipe):
-        weights = Zero3AdamW(model, runtime.ds_config, comm, recipe.optim.max_grad_norm)
+        weights = Zero3AdamW(model, ds_config, comm, recipe.optim.max_grad_norm)
     else:
-        weights = Zero3(model, runtime.ds_config, comm)
+        weights = Zero3(model, ds_config, comm)
     method = methods.build(recipe, weights, layers, [1.0] * len(layers.layers), 1)
     batch = batch_of(setting, comm.rank)
 
@@ -171,7 +167,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
 
     def refresh() -> int:
         assert isinstance(method, OWS)
-        method.active.update_proj_gap = 1  # at its end the coming step decides what is due
+        method.active.update_proj_gap = 1  # at its end a step decides what the next one refreshes
         step()
         method.active.update_proj_gap = NEVER
         steps = 2 if setting.refresh == "sketch" else 1
@@ -180,34 +176,24 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         return steps + 1
 
     spec = StepSpec(
-        layers,
-        recipe.method.name,
-        tuple(method.layer_set),
-        setting.rank,
-        recipe.optim.always_on,
-        setting.refresh,
-        lora_rank=setting.lora_rank,
-        itemsize=ITEMSIZE[setting.dtype],
-        length=setting.tokens,
-        checkpointing=setting.gradient_checkpointing,
-        world_size=world_size,
-        sharded=sharded,
+        layers, recipe.method.name, tuple(method.layer_set), setting.rank, recipe.optim.always_on, setting.refresh,
+        lora_rank=setting.lora_rank, itemsize=ITEMSIZE[setting.dtype], length=setting.tokens,
+        checkpointing=setting.gradient_checkpointing, world_size=world_size, sharded=sharded,
         foreach=setting.device == "cuda",
-    )
-    if runtime is not None and runtime.ds_config is not None and not setting.inside:
-        replays = Replays(model.config, runtime.ds_config["zero_optimization"])
+    )  # fmt: skip
+    if ds_config is not None and not setting.inside:
+        replays = Replays(model.config, ds_config["zero_optimization"])
         spec = replays.complete(spec, functools.partial(methods.adapt, recipe))
-    kept = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
-    trial = Trial(weights.module, kept, step, method, comm, spec=spec)
+    local = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
+    trial = Trial(weights.module, local, step, method, comm, spec=spec)
     if isinstance(method, OWS) and method.active.low_rank:
         trial.refresh = refresh
     return trial
 
 
-def full_rank_bytes(setting: Setting, world_size: int, layers: Any) -> int:
-    """What a process sends where gradients of the sampled layers' weights are all-reduced whole, in their dtype."""
+def full_rank_bytes(setting: Setting, world_size: int, layers: ModelLayers) -> int:
+    """What a rank sends where the sampled layers' full gradients are all-reduced, in their dtype."""
     blocks = [layers.layers[i] for i in sampled(setting)]
-    count = sum(math.prod(m.shape) for u in blocks for m in u.matrices) + sum(
-        v.numel for u in blocks for v in u.vectors
-    )
+    count = sum(math.prod(matrix.shape) for block in blocks for matrix in block.matrices)
+    count += sum(vector.numel for block in blocks for vector in block.vectors)
     return 2 * math.ceil(count / world_size) * ITEMSIZE[setting.dtype] * (world_size - 1)

@@ -1,25 +1,12 @@
-"""A process with one method that takes steps when it is told to: `python -m ows_ds.bench.worker`.
-
-In and out are lines of JSON. First the job, {"setting": {...}, "method": name, "world_size": processes}, answered once the
-first step is taken; then questions until the input ends:
-
-    {"do": "time", "warm_up": n, "steps": n, "refresh": true}   {"seconds": [...], "refresh": [seconds, steps] or null}
-    {"do": "flops"}                                             {"flops": n}
-    {"do": "memory"}                                            {"step": {...}, "refresh": {...} or null, ...}
-    {"do": "traffic"}                                           {"step": {...}, "refresh": {...} or null, ...}
-
-Whatever fails is answered with {"failed": reason}, and the process ends.
-"""
+"""A process of one rank with one method, which takes steps when it is asked to (see `ows_ds.bench.workers`)."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -29,55 +16,53 @@ from ows_ds.bench.rivals import rival
 from ows_ds.bench.setting import OURS, Setting
 from ows_ds.bench.tracking import Tracker
 from ows_ds.bench.trial import Trial, full_rank_bytes, ours
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line
 from ows_ds.planner.memory import memory
 from ows_ds.planner.traffic import traffic
 
+Answer = dict[str, Any]
 
-def main() -> None:
-    """Serve one job on standard input and output."""
-    # what libraries print must not stand between the answers
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    warnings.filterwarnings("ignore")
+
+def serve(pipe: Connection, setting: Setting, method: str, rank: int, world_size: int, port: int) -> None:
+    """Answer questions, (name in `WORK`, arguments), until the pipe ends; first of all, after the first step.
+
+    Whatever fails is answered with {"failed": reason}, and the process ends.
+    """
+    if world_size > 1:  # as a launcher sets them
+        names: Answer = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    with open(os.devnull, "w") as nothing:  # for what libraries print
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
     try:
-        for answer in _serve():
-            print(json.dumps(answer), file=out, flush=True)
+        torch.set_num_threads(setting.threads)
+        torch.set_flush_denormal(True)  # random weights under a decaying Adam reach denormals, trained ones hardly
+        trial = (ours if method in OURS else rival)(setting, method, world_size)
+        first = timed(trial.step)  # finds the first projectors, and makes all that is made once
+        pipe.send({"first": first if trial.first_refreshes else None})
+        while True:
+            name, arguments = pipe.recv()
+            pipe.send(WORK[name](trial, setting, *arguments))
+    except EOFError:
+        pass
     except Exception as error:
-        print(json.dumps({"failed": reason(error)}), file=out, flush=True)
-        raise SystemExit(1) from error
+        pipe.send({"failed": reason(error)})
 
 
 def reason(error: BaseException) -> str:
     """One line for the row of a method that failed."""
     if isinstance(error, UserError):
-        return (
-            f"{error.key} {error.value}: {error.right}"
-            if error.value != "not installed"
-            else f"{error.key} is not installed"
-        )
+        missing = error.value == "not installed"
+        return f"{error.key} is not installed" if missing else f"{error.key} {error.value}: {error.right}"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _serve() -> Iterator[dict[str, Any]]:
-    job = json.loads(sys.stdin.readline())
-    setting = Setting(**job["setting"])
-    torch.set_num_threads(setting.threads)
-    torch.set_flush_denormal(True)  # random weights under a decaying Adam meet them, trained ones hardly
-    build = ours if job["method"] in OURS else rival
-    trial = build(setting, job["method"], job["world_size"])
-    sync: Callable[[], None] = torch.cuda.synchronize if setting.device == "cuda" else lambda: None
-    first = timed(trial.step, sync)  # finds the first projectors, and makes all that is made once
-    yield {"first": first if trial.first_refreshes else None}
-    for line in sys.stdin:
-        question = json.loads(line)
-        yield WORK[question.pop("do")](trial, setting, sync, **question)
-
-
-def timed(work: Callable[[], Any], sync: Callable[[], None]) -> float:
+def timed(work: Callable[[], Any]) -> float:
     """Seconds that ``work`` takes, on a GPU until it is done there."""
+    sync = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     sync()
     start = time.perf_counter()
     work()
@@ -85,37 +70,34 @@ def timed(work: Callable[[], Any], sync: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _time(
-    trial: Trial, setting: Setting, sync: Callable[[], None], warm_up: int, steps: int, refresh: bool
-) -> dict[str, Any]:
+def answer_time(trial: Trial, setting: Setting, warm_up: int, steps: int) -> Answer:
+    """Seconds of each of ``steps`` steps, and [seconds, steps] of a refresh or None."""
     for _ in range(warm_up):
         trial.step()
-    seconds = [timed(trial.step, sync) for _ in range(steps)]
-    more = None
-    if refresh and trial.refresh is not None:
-        count: list[int] = []
-        took = timed(lambda: count.append(trial.refresh()), sync)  # type: ignore[misc]
-        more = [took, count[0]]
-    return {"seconds": seconds, "refresh": more}
+    seconds = [timed(trial.step) for _ in range(steps)]
+    if (take := trial.refresh) is None:
+        return {"seconds": seconds, "refresh": None}
+    count: list[int] = []
+    return {"seconds": seconds, "refresh": [timed(lambda: count.append(take())), *count]}
 
 
-def _flops(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
-    """Of the matrix products of a step, a multiply-add being two: a count, which no other work on the machine moves."""
+def answer_flops(trial: Trial, setting: Setting) -> Answer:
+    """Of the matrix products of a step, a multiply-add being two: the same in every run."""
 
     def product(into: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    # torch counts those that are not in place
+    # torch does not count addmm in place
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
         trial.step()
     return {"flops": counter.get_total_flops()}
 
 
-def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
-    answer: dict[str, Any] = {}
-    kinds: dict[str, Callable[[], Any] | None] = {"step": trial.step, "refresh": trial.refresh}
-    for kind, work in kinds.items():
-        answer[kind] = answer[f"{kind}_planned"] = answer[f"{kind}_parts"] = answer[f"{kind}_allocated"] = None
+def answer_memory(trial: Trial, setting: Setting) -> Answer:
+    """See `ows_ds.bench.memory.measure`."""
+    answer: Answer = {}
+    for kind, work in {"step": trial.step, "refresh": trial.refresh}.items():
+        answer |= dict.fromkeys((kind, f"{kind}_planned", f"{kind}_parts", f"{kind}_allocated"))
         if work is None:
             continue
         if setting.device == "cuda":
@@ -135,44 +117,37 @@ def _memory(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[st
     return answer
 
 
-def _traffic(trial: Trial, setting: Setting, sync: Callable[[], None]) -> dict[str, Any]:
+def answer_traffic(trial: Trial, setting: Setting) -> Answer:
+    """See `ows_ds.bench.traffic.measure`."""
     comm, spec = trial.comm, trial.spec
     if comm is None or spec is None:
-        raise RuntimeError("it does not run on several processes")
+        raise RuntimeError("it does not run on several ranks")
     trial.step()
     step, _ = _sent(trial.step, comm.sent)
-    answer: dict[str, Any] = {
-        "step": step,
-        "step_planned": traffic(spec, index=comm.rank),
-        "refresh": None,
-        "refresh_planned": None,
-        "full_rank": full_rank_bytes(setting, comm.world_size, spec.layers),
-    }
+    planned = traffic(spec, index=comm.rank)
+    answer: Answer = {"step": dict(step), "step_planned": planned, "refresh": None, "refresh_planned": None}
+    answer["full_rank"] = full_rank_bytes(setting, comm.world_size, spec.layers)
     if trial.refresh is not None:
         sent, steps = _sent(trial.refresh, comm.sent)
-        # what the refresh sent beyond as many plain steps
-        answer["refresh"] = {op: size - step.get(op, 0) * int(steps) for op, size in sent.items()}
-        whole = traffic(spec, True, comm.rank)
-        answer["refresh_planned"] = {op: size - answer["step_planned"].get(op, 0) for op, size in whole.items()}
-    for key in ("refresh", "refresh_planned"):
-        if answer[key] is not None:
-            answer[key] = {op: size for op, size in answer[key].items() if size}
+        # what the refresh sends beyond as many plain steps
+        more = {op: size - step[op] * steps for op, size in sent.items()}
+        more_planned = {op: n - planned.get(op, 0) for op, n in traffic(spec, True, comm.rank).items()}
+        answer["refresh"], answer["refresh_planned"] = (
+            {op: size for op, size in one.items() if size} for one in (more, more_planned)
+        )
     return answer
 
 
-def _sent(work: Callable[[], Any], sent: Counter[str]) -> tuple[dict[str, int], Any]:
-    """Bytes that ``work`` sent, by operation, and what it returned."""
+def _sent(work: Callable[[], Any], sent: Counter[str]) -> tuple[Counter[str], Any]:
+    """Bytes that ``work`` sends, by operation, and what it returns."""
     before = Counter(sent)
     result = work()
-    return dict(sorted((sent - before).items())), result
+    return Counter(dict(sorted((sent - before).items()))), result
 
 
-WORK: dict[str, Callable[..., dict[str, Any]]] = {
-    "time": _time,
-    "flops": _flops,
-    "memory": _memory,
-    "traffic": _traffic,
+WORK: dict[str, Callable[..., Answer]] = {
+    "time": answer_time,
+    "flops": answer_flops,
+    "memory": answer_memory,
+    "traffic": answer_traffic,
 }
-
-if __name__ == "__main__":
-    main()

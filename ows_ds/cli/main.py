@@ -1,6 +1,6 @@
 """The command line: verbs, exit codes.
 
-0: done. 2: mistakes of the user, each told in one line on standard error. 75: stopped by a signal, with all that was
+0: done. 2: mistakes of the user, each shown on one line on standard error. 75: stopped by a signal, with all that was
 done saved: the same command resumes. 1: anything else, with its traceback, or with the first cause on the last line
 where several ranks end together.
 
@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from ows_ds.distributed.logs import show_log
 from ows_ds.errors import Failed, UserError
 
 VERBS = {
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SystemExit, which --help raises, passes through.
     """
+    words = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
+    show_log(to_stderr=words[:1] in (["eval"], ["bench"], ["plan"]))
     try:
-        _run(_without_local_rank(list(sys.argv[1:] if argv is None else argv)))
+        _run(words)
     except UserError as error:
         print(*(f"ows-ds: error: {one}" for one in error.errors), sep="\n", file=sys.stderr, flush=True)
         return 2
@@ -69,7 +72,7 @@ def _run(argv: list[str]) -> None:
     top = Parser(
         "VERB [options]",
         "Fine-tune language models with outlier-weighed layerwise sampling (OWS).",
-        "Exit status: 0 done; 2 mistakes in what was given, each told in one line; 75 stopped by a signal, saved, the "
+        "Exit status: 0 done; 2 mistakes in what was given, each shown on one line; 75 stopped by a signal, saved, the "
         "same command resumes; 1 anything else.",
     )
     top.add_choices("VERB", VERBS, "`ows-ds VERB --help` lists the options of a verb.")

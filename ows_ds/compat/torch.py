@@ -1,36 +1,73 @@
-"""Private names of torch (2.11 to 2.13)."""
+"""Private names of torch, as of 2.11 to 2.13."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# On a GPU one kernel for many tensors. torch documents these functions ("foreach"), but under private names only.
 
 
 def zero_all(tensors: Sequence[Tensor]) -> None:
-    """Set tensors to zero, in one kernel on a GPU."""
+    """Set all entries to zero."""
     torch._foreach_zero_(list(tensors))
 
 
 def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors in place by a scalar on their device, in one kernel on a GPU and without a wait for it."""
+    """Multiply each tensor by a scalar on its device, in place and without waiting for it."""
     if tensors:
         torch._foreach_mul_(list(tensors), factor)
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum of squares of each tensor, ()."""
+    """The sum of squares of each tensor, ()."""
     return [norm.square() for norm in torch._foreach_norm(list(tensors))] if tensors else []
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each of ``sources`` into its target, in one kernel on a GPU."""
+    """Each target <- its source."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
 
 
-def mark_stepped(optimizer: Any) -> None:
-    """Let torch's schedulers believe that ``optimizer`` has stepped: they warn of a first call without a step."""
-    optimizer._opt_called = True
+def times_written(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place. Nothing public tells whether a model has changed what it was given."""
+    return tensor._version
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's schedulers take a skipped step for one: they warn until `Optimizer.step` was called."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> Any:
+    """A shallow copy of ``module`` that computes with ``weight``, a tensor, in place of its own weight.
+
+    `torch.func.functional_call` would call the original module with its hooks.
+    """
+    shadow = copy.copy(module)
+    shadow.__dict__["_parameters"] = {**module._parameters, "weight": weight}
+    return shadow
+
+
+def storage_address(tensor: Tensor) -> int:
+    """A number for the tensor's storage: the data's address is the same for storages that follow one another."""
+    return tensor.untyped_storage()._cdata
+
+
+def default_store() -> Any:
+    """The store in which the ranks of the default process group met: a launcher may have made the group."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def build_directory(extension: str) -> Path:
+    """Where `torch.utils.cpp_extension` compiles an extension, which it names nowhere else before it waits there."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(extension, False))

@@ -179,7 +179,10 @@ def unknown(name: str, known: Iterable[str], renamed: Mapping[str, str], prefix:
 def _drop(kind: type[Settings], tree: Any, key: str) -> None:
     """Take a key out of ``tree``; a required text becomes ``?``."""
     *sections, last = key.partition("[")[0].split(".")
-    for section in sections:
+    for at, section in enumerate(sections):
+        if (rest := ".".join([*sections[at:], last])) in tree:  # an unknown key with dots in its name
+            del tree[rest]
+            return
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree, kind = tree[section], model_in(fields_of(kind)[section].annotation) or kind

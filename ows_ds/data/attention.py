@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
+from ows_ds.compat.transformers import attn_implementation, known_rows
 from ows_ds.data.batches import HOST, collate
 from ows_ds.data.encoded import Encoded
 from ows_ds.distributed.weights import Weights
@@ -17,38 +18,15 @@ from ows_ds.distributed.weights import Weights
 LEAK = 0.1  # of what a row's neighbour may do to it; rounding does less, attention all
 
 
-@contextmanager
-def told(rows: Tensor | None) -> Iterator[None]:
-    """Within it transformers knows which rows stand in a sequence, without a look at values on a GPU.
-
-    rows: `row_ids` of `batches.collate`; None: one row a sequence. It would find them from the positions, and wait
-    for the device in every forward pass: in `find_packed_sequence_indices`, and FlashAttention in every layer.
-    """
-    from transformers import masking_utils, modeling_flash_attention_utils
-
-    places: tuple[tuple[Any, str, Any], ...] = (
-        (masking_utils, "find_packed_sequence_indices", lambda position_ids: rows),
-        (modeling_flash_attention_utils, "_is_packed_sequence", lambda position_ids, batch_size: False),
-    )
-    before = [getattr(module, name) for module, name, _ in places]
-    for module, name, answer in places:
-        setattr(module, name, answer)
-    try:
-        yield
-    finally:
-        for (module, name, _), answer in zip(places, before, strict=True):
-            setattr(module, name, answer)
-
-
 def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model gets of a batch. There is no mask: padding is on the right, where under causal attention no token
-    sees it."""
+    """The model's arguments for a batch. There is no mask: padding is on the right, where under causal attention no
+    token sees it."""
     found: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "position_ids" not in batch:
         return found
-    found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows are not told apart
+    found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows would not be kept apart
     module: Any = weights.module
-    if "flash" in str(getattr(module.config, "_attn_implementation", "")):
+    if "flash" in attn_implementation(module.config):
         longest = int(batch["longest"])  # on the CPU
         found |= {"cu_seq_lens_q": batch["row_ends"], "cu_seq_lens_k": batch["row_ends"]}
         found |= {"max_length_q": longest, "max_length_k": longest}
@@ -57,29 +35,29 @@ def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def keeps_apart(weights: Weights, vocabulary: int) -> bool:
-    """Whether a packed row gives the same logits as alone, up to rounding, in the second of two sequences. Collective,
-    two forward passes of 32 tokens: a model's code, not its name, says what it does with positions."""
+    """Whether a packed row gives the same logits as alone, up to rounding, in the second of two sequences. Collective:
+    two forward passes of 32 tokens. A model's code, not its name, says what it does with positions."""
     module: Any = weights.module
     base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return False
 
     def row(first: int, last: int) -> Encoded:
-        return {"input_ids": [i % vocabulary for i in range(first, last)], "labels": [0] * (last - first)}
+        ids = numpy.arange(first, last, dtype=numpy.int32) % vocabulary
+        return Encoded(ids, numpy.ones(len(ids), bool), 0)
 
     def logits(sequences: Sequence[Sequence[Encoded]], packed: bool) -> Tensor:
         batch = collate(sequences, 0, packed)
         batch = {name: t if name in HOST else t.to(weights.device) for name, t in batch.items()}
-        with told(batch.get("row_ids")):
+        with known_rows(batch.get("row_ids")):
             found: Tensor = weights(**inputs(weights, batch)).logits
         weights.after_step()
         return found
 
-    first, second = row(1, 8), row(8, 17)
+    first, second, joined = row(1, 8), row(8, 17), row(1, 17)
     training = module.training
     module.eval()
     together = logits([[second], [first, second]], True)[1, 7:16]
-    joined = {"input_ids": [*first["input_ids"], *second["input_ids"]], "labels": [0] * 16}
     alone, seen = logits([[second], [joined]], False)
     module.train(training)
     difference = (together - alone[:9]).norm()

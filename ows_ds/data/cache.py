@@ -1,18 +1,18 @@
-"""Encoded rows on disk: made once by whichever process comes first, read by the others and by later runs.
+"""Encoded rows on disk: made once by the process that comes first, read by the others and by later runs.
 
-The name of an entry is a hash of all that it is made of, so an entry is right or absent, and any may be removed. What
-is wrong with rows is kept as well: it is as much a function of the same things.
+The name of an entry is a hash of all that it is made of, so an entry is valid or absent, and any may be removed.
+Mistakes in rows are kept as well: they are a function of the same things.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from ows_ds.config import Data, Source
 from ows_ds.data.encoded import Counts, EncodedRows
 from ows_ds.errors import UserError
+from ows_ds.files import atomic_write
 
-FORMAT = 1  # of an entry, and of what encoding makes: a change of either needs another number
+FORMAT = 2  # of an entry, and of what encoding makes: a change of either needs another number
 SETTINGS = ("max_length", "loss_on", "template", "on_bad_row")
-NAMES = ("tokens", "trained", "ends")
+NAMES = ("tokens", "trained", "ends", "targets")
 
 
 def place(data: Data) -> Path:
@@ -38,7 +39,7 @@ def place(data: Data) -> Path:
 
 
 def name(source: Source, content: str, tokenizer: Any, data: Data, key: str) -> str:
-    """Of the entry of ``source``, whose content has the hash ``content``. key: stands in what is said of mistakes."""
+    """Of the entry of ``source``, whose content has the hash ``content``. key: is named in messages about mistakes."""
     template = json.dumps(tokenizer.chat_template)
     facts = {
         "format": [FORMAT, *(importlib.metadata.version(package) for package in ("transformers", "tokenizers"))],
@@ -54,7 +55,7 @@ def name(source: Source, content: str, tokenizer: Any, data: Data, key: str) -> 
 def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]]) -> tuple[EncodedRows, Counts]:
     """What ``make`` gives, or gave before under this name. Where several processes ask, one makes it.
 
-    Raises UserError as ``make`` does. A folder that cannot be written to is done without.
+    Raises UserError as ``make`` does. Where the folder cannot be written to, nothing is kept.
     """
     from filelock import FileLock
 
@@ -73,25 +74,21 @@ def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]
         try:
             rows, counts = make()
         except UserError as error:
-            said = _as_json(error)
-            _write(path.with_suffix(".json"), lambda to: to.write_text(said))
+            value = error.value if isinstance(error.value, str | int | float | None) else repr(error.value)
+            text = json.dumps([error.key, value, error.right])
+            _write(path.with_suffix(".json"), lambda to: to.write_text(text))
             raise
         tensors = {name: torch.from_numpy(getattr(rows, name)) for name in NAMES}
-        about = {"counts": json.dumps(dataclasses.asdict(counts))}
-        _write(path, lambda to: save_file(tensors, to, about))
+        metadata = {"counts": json.dumps(dataclasses.asdict(counts))}
+        _write(path, lambda to: save_file(tensors, to, metadata))
         return rows, counts
     finally:
         lock.release()
 
 
-def _as_json(error: UserError) -> str:
-    value = error.value if isinstance(error.value, str | int | float | None) else repr(error.value)
-    return json.dumps([error.key, value, error.right])
-
-
 def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
-    """The entry at ``path``, mapped into memory; None where there is none that is whole. Raises the UserError that
-    stands in its place."""
+    """The entry at ``path``, mapped into memory; None where there is no complete one. Raises the UserError that was
+    kept in its place."""
     try:
         with safe_open(path, "pt") as file:
             rows = EncodedRows(*(file.get_tensor(name).numpy() for name in NAMES))
@@ -107,11 +104,6 @@ def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """The file at ``path``, whole or not at all; not at all where there is no room for it."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(partial))
-        os.replace(partial, path)
-    except (OSError, SafetensorError):
-        Path(partial).unlink(missing_ok=True)
+    """Write the file at ``path`` at once; there is none where the disk has no room for it."""
+    with contextlib.suppress(OSError, SafetensorError), atomic_write(path) as partial:
+        write(partial)

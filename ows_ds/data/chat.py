@@ -1,7 +1,7 @@
 """Chats -> text by a chat template, and the characters of it that are trained.
 
-A turn is a dict of `role` and `content`, or of `from` and `value` as ShareGPT has it; None stands for what is not
-there. Its key `train` (or `training`), true or false, or `weight`, 1 or 0, says whether it is trained.
+A message is a dict of `role` and `content`, or of `from` and `value` as ShareGPT has it; None stands for a missing
+value. Its key `train` (or `training`), true or false, or `weight`, 1 or 0, says whether it is trained.
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ SPEAKERS = {
     "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
     "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-"""Who speaks in ShareGPT's turns, and the role that templates know."""
+"""Speakers of ShareGPT's turns, and the roles that templates know."""
 FLAGS = ("train", "training", "weight")
+PAIRS = (("role", "from"), ("content", "value"))
 MARK = "\ue000"  # of private use
 
 
 @dataclass(frozen=True)
 class Turn:
-    """said: what the template gets: role, content, and whatever else the row has. train: None where the row says
-    nothing."""
+    """message: what the template gets: role, content, and whatever else the row has. train: None where the row does
+    not say."""
 
-    said: dict[str, Any]
+    message: dict[str, Any]
     train: bool | None = None
 
     @property
     def role(self) -> str:
-        """Who speaks."""
-        return str(self.said["role"])
+        """The speaker's role."""
+        return str(self.message["role"])
 
 
 def turns(messages: Sequence[dict[str, Any]]) -> list[Turn]:
-    """Turns that `mistake` let through."""
+    """Turns of messages without a `mistake`."""
     found = []
     for message in messages:
         flag = next((message[name] for name in FLAGS if message.get(name) is not None), None)
-        said = {k: v for k, v in message.items() if v is not None and k not in (*FLAGS, "from", "value")}
+        kept = {k: v for k, v in message.items() if v is not None and k not in (*FLAGS, "from", "value")}
         if message.get("role") is None:
-            said = {"role": SPEAKERS[message["from"]], **said}
+            kept = {"role": SPEAKERS[message["from"]], **kept}
         if message.get("content") is None:
-            said["content"] = message["value"]
-        found.append(Turn(said, None if flag is None else bool(flag)))
+            kept["content"] = message["value"]
+        found.append(Turn(kept, None if flag is None else bool(flag)))
     return found
 
 
 def mistake(messages: Any, column: str) -> str | None:
-    """What would be right where ``messages``, of that column, are no turns; None where they are."""
+    """What is expected where ``messages``, of that column, are no chat; None where they are one."""
     if not isinstance(messages, list) or not messages:
         return f"expected {column} as a list of at least one message"
     for message in messages:
@@ -68,9 +69,6 @@ def mistake(messages: Any, column: str) -> str | None:
     return None
 
 
-PAIRS = (("role", "from"), ("content", "value"))
-
-
 def is_text(value: Any) -> bool:
     """Whether a value is text that tokenizers take: JSON can also name halves of characters (\\ud83d)."""
     try:
@@ -79,22 +77,22 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def write(said: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[tuple[int, int]]]:
+def write(turns: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[tuple[int, int]]]:
     """The conversation as text, and the spans of characters, (first, past the last), that are trained.
 
     An assistant's span runs from where generation would start to its end mark (`_Chat.answer`). Of another turn, where
     its row says that it is trained, the content is. Under ``loss_on`` "all" there are no spans: all is trained.
 
-    Raises UserError naming ``key`` where the template refuses the turns, data.loss_on where it hides where they end.
+    Raises UserError naming ``key`` where the template refuses the turns, data.loss_on where it does not show their end.
     """
-    chat = _Chat([turn.said for turn in said], tokenizer, key)
+    chat = _Chat([turn.message for turn in turns], tokenizer, key)
     if loss_on == "all":
-        if any(turn.train is not None for turn in said):
+        if any(turn.train is not None for turn in turns):
             right = "expected assistant: a row says which of its turns are trained"
             raise UserError("data.loss_on", loss_on, right)
         return chat.text, []
     spans: list[tuple[int, int]] = []
-    for i, turn in enumerate(said):
+    for i, turn in enumerate(turns):
         if turn.role == "assistant" if turn.train is None else turn.train:
             span = chat.answer(i) if turn.role == "assistant" else chat.content(i)
             if span is None:
@@ -105,8 +103,8 @@ def write(said: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple
 
 
 class _Chat:
-    """A conversation in a template. No template is understood: what it writes of parts of the conversation, or of one
-    with a mark in a turn's place, shows where the turn stands."""
+    """A conversation in a template. The template is not parsed: what it writes for parts of the conversation, or for
+    one with a mark in place of a turn, shows where the turn stands."""
 
     def __init__(self, turns: list[dict[str, Any]], tokenizer: Any, key: str) -> None:
         self.turns, self.tokenizer, self.key = turns, tokenizer, key
@@ -120,10 +118,10 @@ class _Chat:
             raise UserError(self.key, turns, right) from error
 
     def _up_to(self, turns: list[dict[str, Any]]) -> str:
-        """``turns``, of which the last is an answer, without what the template writes after a whole conversation
-        (Phi-3: another end mark), which no answer to be gone on from has behind it."""
-        text, going_on = self.text if turns is self.turns else self._render(turns), self._render(turns, True)
-        common = next((i for i, (a, b) in enumerate(zip(text, going_on, strict=False)) if a != b), len(text))
+        """``turns``, of which the last is an answer, without what the template writes only after a complete
+        conversation (Phi-3: another end mark)."""
+        text, continued = self.text if turns is self.turns else self._render(turns), self._render(turns, True)
+        common = next((i for i, (a, b) in enumerate(zip(text, continued, strict=False)) if a != b), len(text))
         if common == len(text):
             return text
         # where a token ends: marks begin alike, "<|"
@@ -131,8 +129,8 @@ class _Chat:
         return text[: max((end for _, end in tokens if end <= common), default=0)]
 
     def answer(self, i: int) -> tuple[int, int] | None:
-        """From where turn i would be generated to its end mark; None where that does not show."""
-        if i == 0:  # there is no rendering of nothing: the turn begins with what it says
+        """From where turn i would be generated to its end mark; None where the template does not show it."""
+        if i == 0:  # an empty conversation cannot be rendered: the turn begins with its content
             shown = self.content(i)
             before = MARK if shown is None else self.text[: shown[0]]
         else:
@@ -146,14 +144,14 @@ class _Chat:
         if self.text.startswith(through) and len(through) >= start:
             # templates end a turn with a line break after its end mark; generation has stopped by then
             return start, start + len(through[start:].rstrip())
-        # Qwen3 writes an answer in another way when more follows: its end mark is found behind its content
+        # Qwen3 writes an answer differently when more follows: its end mark is found behind its content
         content, mark = self.content(i), self._up_to([*self.turns[:i], self._marked(i)]).partition(MARK)[2]
         if content is None or content[0] < start or not self.text.startswith(mark, content[1]):
             return None
         return start, content[1] + len(mark.rstrip())
 
     def content(self, i: int) -> tuple[int, int] | None:
-        """Where what turn i says stands; None where that does not show."""
+        """Where the content of turn i stands; None where the template does not show it."""
         before, mark, after = self._render([*self.turns[:i], self._marked(i), *self.turns[i + 1 :]]).partition(MARK)
         end = len(self.text) - len(after)
         shown = mark and self.text.startswith(before) and self.text.endswith(after) and end >= len(before)

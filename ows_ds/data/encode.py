@@ -1,14 +1,10 @@
-"""Rows -> tokens and labels.
-
-A row is a dict of columns (`rows.read`); encoded, it is `{"input_ids": [...], "labels": [...]}`, two lists of
-equal length, with label -100 where a token is not trained.
-"""
+"""Rows, dicts of columns (`rows.read`), -> tokens, and which of them are trained (`encoded.Encoded`)."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from ows_ds.data import chat
-from ows_ds.data.encoded import IGNORE, Builder, Counts, Encoded, EncodedRows
+from ows_ds.data.encoded import Builder, Counts, Encoded, EncodedRows
 from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of
 from ows_ds.errors import UserError
 
@@ -29,19 +25,21 @@ def encode(
     key: str = "data.train",
     template: str = "auto",
 ) -> Encoded:
-    """Tokens and labels of one row that `rows.read` let through, cut to `max_length` tokens from the right.
+    """One row that `rows.read` accepted, truncated on the right to `max_length` tokens.
 
-    Chats go through the tokenizer's chat template. Text rows are trained whole. Every other row is written as
+    Chats go through the tokenizer's chat template. Text rows are trained as a whole. Every other row is written as
     `template` says: "chat", one user and one assistant turn; "plain", as its format has it (`_plain`); "alpaca",
     Stanford Alpaca's prompt; "auto", chat where the tokenizer has a chat template, otherwise plain. What is not a
     chat ends with an end-of-sequence token. Under `loss_on` "assistant" the answer is trained with its end mark.
 
-    Raises UserError naming model.path when the tokenizer is a slow one (it does not tell which characters a
-    token covers), data.template when it does not fit tokenizer or row, `key` when the chat template refuses the
-    row, or data.loss_on when it hides where turns end.
+    Raises UserError naming model.path for a slow tokenizer (it does not give the characters of a token),
+    data.template where it does not fit tokenizer or row, `key` where the chat template refuses the row, or
+    data.loss_on where the template does not show where turns end.
     """
-    ids, labels = _tokens(row, tokenizer, loss_on, format, key, template)
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    kept = Builder()
+    ids, trained = _tokens(row, tokenizer, loss_on, format, key, template)
+    kept.add(ids[:max_length], trained[:max_length])
+    return kept.build()[0]
 
 
 def encode_rows(
@@ -58,9 +56,9 @@ def encode_rows(
     """`encode` every row, drop those without a trained token, and count what happened.
 
     The first token of a row has no prediction, so it does not count as trained. Under `on_bad_row` "skip", rows that
-    came as errors and those that the chat template refuses are skipped.
+    are errors and those that the chat template refuses are skipped.
     Raises UserError as `encode` does, naming the row's place, and, unless there `may_be_none`, naming `key`
-    when no row is left.
+    where no row is left.
     """
     kept, counts, without = Builder(), Counts(), 0
     for where, row in rows:
@@ -68,7 +66,7 @@ def encode_rows(
         try:
             if isinstance(row, UserError):
                 raise row
-            ids, labels = _tokens(row, tokenizer, loss_on, format, key, template)
+            ids, trained = _tokens(row, tokenizer, loss_on, format, key, template)
         except UserError as error:
             named = error if isinstance(row, UserError) else _placed(error, key, where)
             if error.key != key or on_bad_row == "stop":
@@ -77,14 +75,11 @@ def encode_rows(
             counts.first_bad = counts.first_bad or f"{where}: {error.right}"
             continue
         counts.truncated += len(ids) > max_length
-        anywhere = any(label != IGNORE for label in labels[1:])
-        ids, labels = ids[:max_length], labels[:max_length]
-        targets = sum(label != IGNORE for label in labels[1:])
-        if targets:
-            kept.add({"input_ids": ids, "labels": labels})
+        anywhere = any(trained[1:])
+        ids, trained = ids[:max_length], trained[:max_length]
+        if any(trained[1:]):
+            kept.add(ids, trained)
             counts.kept += 1
-            counts.tokens += len(ids)
-            counts.trained_tokens += targets
         else:
             without += not anywhere
             counts.dropped += 1
@@ -97,11 +92,12 @@ def encode_rows(
         if counts.bad:
             right += f"; {counts.bad} are bad, the first is {counts.first_bad}"
         raise UserError(key, f"{counts.rows} rows", right)
+    counts.tokens, counts.trained_tokens = len(kept.tokens), sum(kept.targets)
     return kept.build(), counts
 
 
 def _placed(error: UserError, key: str, where: str) -> UserError:
-    """What is wrong with a row, with its place: as the value where the row is to blame, else behind what is right."""
+    """``error`` with the row's place: as the value where the row is wrong, otherwise behind what is expected."""
     if error.key == key:
         return UserError(key, where, error.right)
     return UserError(error.key, error.value, f"{error.right} ({where})") if error.key == "data.loss_on" else error
@@ -109,8 +105,8 @@ def _placed(error: UserError, key: str, where: str) -> UserError:
 
 def _tokens(
     row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str
-) -> tuple[list[int], list[int]]:
-    """Tokens and labels of one row at full length."""
+) -> tuple[list[int], list[bool]]:
+    """Tokens of one row at full length, and whether each is trained."""
     name = format_of(row, format)
     if not tokenizer.is_fast:
         raise UserError(
@@ -121,18 +117,18 @@ def _tokens(
         right = "expected plain or alpaca, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError("data.template", template, right)
     is_chat = name != "text" and (template == "chat" or (template == "auto" and has_chat))
-    said = conversation(row, name)
-    if said is not None and not is_chat:
+    messages = conversation(row, name)
+    if messages is not None and not is_chat:
         if has_chat:
             raise UserError("data.template", template, "expected auto or chat for messages")
         right = "expected rows of another format, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError(key, "messages", right)
     if name == "text":
         text, spans = row["text"], [(0, len(row["text"]))]
-    elif said is not None:
-        text, spans = chat.write(chat.turns(said), tokenizer, loss_on, key)
+    elif messages is not None:
+        text, spans = chat.write(chat.turns(messages), tokenizer, loss_on, key)
     else:
-        task, more, answer = _said(row, name)
+        task, more, answer = _question(row, name)
         if is_chat:
             asked = f"{task}\n\n{more}" if more else task
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -146,21 +142,18 @@ def _tokens(
     encoding = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
     if is_chat and loss_on == "all":
-        return ids, list(ids)
-    labels = [
-        token if any(start < last and first < end for first, last in spans) else IGNORE
-        for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
-    ]
+        return ids, [True] * len(ids)
+    trained = [any(start < last and first < end for first, last in spans) for start, end in encoding["offset_mapping"]]
     if not is_chat and tokenizer.eos_token_id is not None:
         if ids[-1:] == [tokenizer.eos_token_id]:  # the tokenizer has put it there
             ids.pop()
-            labels.pop()
+            trained.pop()
         ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    return ids, labels
+        trained.append(True)
+    return ids, trained
 
 
-def _said(row: Row, name: str | None) -> tuple[str, str, str]:
+def _question(row: Row, name: str | None) -> tuple[str, str, str]:
     """The task, further input (or nothing) and the answer of a row that is neither a chat nor text."""
     if name == "alpaca":
         return row["instruction"], row.get("input") or "", row["output"]
@@ -183,6 +176,6 @@ def _plain(name: str | None, task: str, more: str, answer: str) -> tuple[str, st
 
 
 def _alpaca(name: str | None, task: str, more: str, answer: str) -> tuple[str, str]:
-    """The same in Stanford Alpaca's words, which tell a task with further input from one without."""
+    """The same in Stanford Alpaca's words, which differ for a task with further input and one without."""
     paired = ", paired with an input that provides further context" if more else ""
     return ALPACA.format(paired=paired, task=task, more=f"### Input:\n{more}\n\n" if more else ""), answer

@@ -1,17 +1,38 @@
-"""Encoded rows, kept as flat arrays, and what became of the rows they were made of."""
+"""Encoded rows as flat arrays, and what became of the rows they were made of."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
-Encoded = dict[str, list[int]]
-"""`input_ids` and `labels`, of equal length; IGNORE where a token is not trained."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Encoded:
+    """A row.
+
+    Attributes:
+        input_ids: int32, (tokens).
+        trained: bool, (tokens): whether the loss counts the token.
+        targets: how many tokens it counts: those trained, without the first token, which nothing predicts.
+    """
+
+    input_ids: numpy.ndarray
+    trained: numpy.ndarray
+    targets: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def labels(self) -> numpy.ndarray:
+        """int32, (tokens): the token, or IGNORE where it is not trained."""
+        return numpy.where(self.trained, self.input_ids, IGNORE)
 
 
 @dataclass
@@ -21,13 +42,13 @@ class Counts:
     Attributes:
         rows: rows read.
         kept: rows with at least one trained token.
-        dropped: rows without one, after cutting to the largest length.
-        truncated: rows that were cut, kept or dropped.
-        bad: rows that could not be used and were skipped.
+        dropped: rows without one, after truncation to the maximum length.
+        truncated: rows that were truncated, kept or dropped.
+        bad: invalid rows that were skipped.
         tokens: tokens of the kept rows.
         trained_tokens: those of them with a label.
-        first_dropped: where the first one dropped stands, and why; "" without any.
-        first_bad: the same of the first one skipped.
+        first_dropped: place of the first dropped row, and the reason; "" without any.
+        first_bad: the same of the first bad row.
     """
 
     rows: int = 0
@@ -42,10 +63,9 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         """Of both together."""
-        sums: dict[str, Any] = {
-            name: (mine or vars(other)[name]) if isinstance(mine, str) else mine + vars(other)[name]
-            for name, mine in vars(self).items()
-        }
+        sums: dict[str, Any] = {}
+        for name, mine in vars(self).items():
+            sums[name] = mine or getattr(other, name) if isinstance(mine, str) else mine + getattr(other, name)
         return Counts(**sums)
 
     def line(self, max_length: int) -> str:
@@ -58,34 +78,36 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedRows(Sequence[Encoded]):
-    """Rows one after the other. tokens: int32, (tokens of all rows); trained: bool, alike; ends: int64, (rows)."""
+class EncodedRows:
+    """Rows one after the other; a row is a view of them.
+
+    Attributes:
+        tokens: int32, (tokens of all rows).
+        trained: bool, the same shape.
+        ends: int64, (rows): where each row ends.
+        targets: int64, (rows): see `Encoded`.
+    """
 
     tokens: numpy.ndarray
     trained: numpy.ndarray
     ends: numpy.ndarray
+    targets: numpy.ndarray
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, at: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Encoded]: ...
+    def __iter__(self) -> Iterator[Encoded]:
+        return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, at: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
+    def __getitem__(self, at: int) -> Encoded:
         at = range(len(self))[at]
-        some = slice(self.ends[at - 1] if at else 0, self.ends[at])
-        ids = self.tokens[some]
-        return {"input_ids": ids.tolist(), "labels": numpy.where(self.trained[some], ids, IGNORE).tolist()}
+        tokens = slice(self.ends[at - 1] if at else 0, self.ends[at])
+        return Encoded(self.tokens[tokens], self.trained[tokens], int(self.targets[at]))
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        lengths: list[int] = numpy.diff(self.ends, prepend=0).tolist()
-        return lengths
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each row: int64."""
+        return numpy.diff(self.ends, prepend=0)
 
     @property
     def largest(self) -> int:
@@ -95,27 +117,33 @@ class EncodedRows(Sequence[Encoded]):
 
 @dataclass
 class Builder:
-    """Rows that become `EncodedRows`."""
+    """Collects rows for `EncodedRows`."""
 
     tokens: array[int] = field(default_factory=lambda: array("i"))
     trained: bytearray = field(default_factory=bytearray)
     ends: array[int] = field(default_factory=lambda: array("q"))
+    targets: array[int] = field(default_factory=lambda: array("q"))
 
-    def add(self, row: Encoded) -> None:
-        """One more."""
-        self.tokens.extend(row["input_ids"])
-        self.trained.extend(label != IGNORE for label in row["labels"])
+    def add(self, input_ids: Sequence[int], trained: Sequence[bool]) -> None:
+        """One more row."""
+        self.tokens.extend(input_ids)
+        self.trained.extend(trained)
         self.ends.append(len(self.tokens))
+        self.targets.append(sum(trained[1:]))
 
     def build(self) -> EncodedRows:
-        """All of them. The builder is of no more use: its memory is theirs."""
-        trained = numpy.asarray(self.trained, numpy.uint8).view(numpy.bool_)
-        return EncodedRows(numpy.asarray(self.tokens, numpy.int32), trained, numpy.asarray(self.ends, numpy.int64))
+        """All rows. They share the builder's memory, so nothing can be added afterwards."""
+        return EncodedRows(
+            numpy.asarray(self.tokens, numpy.int32),
+            numpy.asarray(self.trained, numpy.uint8).view(numpy.bool_),
+            numpy.asarray(self.ends, numpy.int64),
+            numpy.asarray(self.targets, numpy.int64),
+        )
 
 
 def joined(parts: Sequence[EncodedRows]) -> EncodedRows:
     """All rows of ``parts``, in order."""
     starts = numpy.cumsum([0, *(len(part.tokens) for part in parts)])
     ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
-    columns = ([part.tokens for part in parts], [part.trained for part in parts], ends)
-    return EncodedRows(*(numpy.concatenate(column) for column in columns))
+    columns: list[list[Any]] = [[p.tokens for p in parts], [p.trained for p in parts], ends, [p.targets for p in parts]]
+    return EncodedRows(*map(numpy.concatenate, columns))

@@ -11,8 +11,8 @@ def generator(*words: int) -> numpy.random.Generator:
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """``total`` in whole parts as ``weights`` to each other; what is left of rounding down goes to the largest rests,
-    the first one of equals."""
+    """``total`` in integers proportional to ``weights``; what rounding down leaves goes to the largest remainders, of
+    equal ones to the first."""
     exact = [total * weight / sum(weights) for weight in weights]
     parts = [int(share) for share in exact]
     for i in sorted(range(len(exact)), key=lambda i: (parts[i] - exact[i], i))[: total - sum(parts)]:
@@ -23,8 +23,8 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 def epoch(sizes: Sequence[int], weights: Sequence[float], seed: int, number: int) -> numpy.ndarray:
     """Indices of the rows of epoch ``number`` (from 0), in order: int64, as many as all sources have together.
 
-    sizes: rows of each source, which lie one after the other. A source is gone through in an order of its own, over
-    and over, whatever the epochs: of one whose share is smaller than it, the next epoch has the next rows.
+    sizes: rows of each source, which lie one after the other. A source repeats in an order of its own, independent of
+    epochs: where its share of an epoch is smaller than the source, the next epoch continues with the next rows.
     """
     found, start = [], 0
     for source, (size, share) in enumerate(zip(sizes, shares(sum(sizes), weights), strict=True)):

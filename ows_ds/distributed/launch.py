@@ -1,4 +1,4 @@
-"""From a recipe and a launcher's environment to processes that know each other, and a model spread over them."""
+"""From a recipe and a launcher's environment to ranks that know each other."""
 
 from __future__ import annotations
 
@@ -21,25 +21,20 @@ import torch.distributed as dist
 from ows_ds.config import Recipe, accumulation
 from ows_ds.distributed import rendezvous
 from ows_ds.distributed.communicator import Communicator, join
-from ows_ds.distributed.zero3 import (
-    DEFAULT_CONFIG,
-    check_by_deepspeed,
-    free_operator,
-    join_deepspeed,
-    read_config,
-    resolve_config,
-)
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, check_by_deepspeed, read_config, resolve_config
+from ows_ds.distributed.logs import show_log
+from ows_ds.distributed.zero3 import free_operator, join_deepspeed
 from ows_ds.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FORMED = "ows_ds/formed"  # in torchrun's store: how many process groups have come to be there
+FORMED = "ows_ds/formed"  # in torchrun's store: how many process groups have met there
 
 
 @dataclass
 class Runtime:
-    """The processes of this run. ds_config: the DeepSpeed configuration, None where weights are replicated."""
+    """The ranks of this run. ds_config: the DeepSpeed configuration, None where weights are replicated."""
 
     accelerator: Accelerator
     comm: Communicator
@@ -48,15 +43,18 @@ class Runtime:
 
 
 def start(recipe: Recipe) -> Runtime:
-    """Join the processes that the launcher started (one alone is a world of one). Collective.
+    """Join the ranks that the launcher started; without a launcher the world size is 1. Collective.
 
-    Raises UserError for a sharding or a DeepSpeed file that cannot be had, and for hosts that cannot meet.
+    It changes this process: variables of the environment that the launcher left out, the log (`show_log`), warnings
+    (`suppress_warnings`). Raises UserError for a sharding or a DeepSpeed file that cannot be had, and for hosts that
+    cannot meet.
     """
     import accelerate
     from accelerate.utils import InitProcessGroupKwargs
 
     environment = os.environ
     environment.update(rendezvous.discover(environment))
+    show_log(int(environment.get("RANK", 0)))
     launched = "LOCAL_RANK" in environment
     cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
@@ -66,19 +64,19 @@ def start(recipe: Recipe) -> Runtime:
         rendezvous.check(environment, backend)
     if launched and cuda:
         _check_gpus(environment, torch.cuda.device_count())
-    # without the backend, Accelerate with DeepSpeed on CPUs believes in a world of one on every process; with cpu=True
-    # it ignores DeepSpeed
+    # without the backend, Accelerate with DeepSpeed on CPUs takes the world size for 1 on every rank; with cpu=True it
+    # ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
     if not cuda:
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to find out
-        # two versions of ninja, the activated environment's and the system's, would take turns at compiling DeepSpeed's
-        # CPU operator anew
+        # two versions of ninja, the activated environment's and the system's, would compile DeepSpeed's CPU operator
+        # again in turns
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         free_operator()
     store = None
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
         store = _join_torchrun(environment, backend, timeout)
-    quieten()
+    suppress_warnings()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
         accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
     sharded = recipe.train.sharding == "zero3" or (
@@ -90,7 +88,7 @@ def start(recipe: Recipe) -> Runtime:
     if sharded and not dist.is_initialized():
         _alone(backend, timeout)
     elif dist.is_initialized() and accelerator.num_processes != dist.get_world_size():
-        raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} processes")
+        raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} ranks")
     if sharded:
         join_deepspeed()
     comm = join(accelerator.device)
@@ -109,7 +107,7 @@ def start(recipe: Recipe) -> Runtime:
 
 
 def _check_gpus(environment: Mapping[str, str], gpus: int) -> None:
-    """Refuse (UserError), on every process of this host, more processes than there are GPUs."""
+    """Refuse (UserError), on every rank of this host, more ranks than there are GPUs."""
     here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")  # the second is DeepSpeed's
     processes = int(here or int(environment["LOCAL_RANK"]) + 1)
     if processes > gpus:
@@ -117,24 +115,24 @@ def _check_gpus(environment: Mapping[str, str], gpus: int) -> None:
         raise UserError("processes of this host", processes, right)
 
 
-def quieten() -> None:
-    """Progress has one bar, ours; and optional kernels that nothing here uses need no mention."""
+def suppress_warnings() -> None:
+    """No second progress bar, and no warnings of what the user cannot change. Process-wide."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nothing here uses
     # DeepSpeed calls collectives by names that torch is about to rename
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    # and peft asks transformers by an old name, as we do: the new ones are not in all versions that will do
+    # peft uses old names of transformers, and so do we: the new ones are not in all supported versions
     warnings.filterwarnings("ignore", "`(is_gradient_checkpointing|gradient_checkpointing_enable)`", FutureWarning)
 
 
 def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timedelta) -> dist.Store:
-    """The process group of processes that torchrun, or Accelerate by it, has started, perhaps anew. Collective.
+    """The process group of ranks that torchrun, or Accelerate through it, has started or restarted. Collective.
 
-    With a fixed port torchrun keeps its store after a restart, and with it the addresses of the processes that were
-    there before: some would wait for these for ever. So each group that has formed in a store has keys of its own.
-    Returns the store, in which `FORMED` is to be counted up once all are there.
+    With a fixed port torchrun keeps its store after a restart, and with it the addresses of the ranks before: some
+    would wait for these forever. So each group that has formed in a store has its own keys. Returns the store, in which
+    `FORMED` is to be increased once all ranks are there.
     """
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     own = dist.PrefixStore(f"{FORMED}-{store.add(FORMED, 0)}", store)
@@ -144,7 +142,7 @@ def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timede
 
 
 def _alone(backend: str, timeout: timedelta) -> None:
-    """A process group of one, which DeepSpeed wants, without a port."""
+    """A process group of one rank, which DeepSpeed needs, without a port."""
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -152,9 +150,9 @@ def _alone(backend: str, timeout: timedelta) -> None:
 
 
 def per_host(hosts: list[str]) -> int | None:
-    """How many processes each host has, where they are as many on each and follow one another; otherwise None.
+    """How many ranks each host has, where all have as many and those of a host follow one another; otherwise None.
 
-    hosts: names, by process.
+    hosts: names, by rank.
     """
     size = hosts.count(hosts[0])
     groups = [hosts[first : first + size] for first in range(0, len(hosts), size)]
@@ -165,7 +163,7 @@ def per_host(hosts: list[str]) -> int | None:
 def _ds_config(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """The DeepSpeed file of the recipe, else the launcher's, else ours."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    # the launcher's file as it is written: Accelerate fills in "auto" for a number format that is not the recipe's
+    # the launcher's file itself: Accelerate has filled in "auto" for another number format than the recipe's
     path = recipe.train.ds_config or (os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if plugin else None)
     if path is not None and path != "none":
         return read_config(path)

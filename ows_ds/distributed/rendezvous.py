@@ -1,5 +1,5 @@
-"""Which process this is and where processes meet, where the launcher is SLURM's ``srun`` or ``mpirun``; and whether
-they can meet there. Other launchers set the variables themselves. Nothing is written to the environment here.
+"""Rank, world size and master address where the launcher is SLURM's ``srun`` or ``mpirun``, and whether other hosts can
+reach that address. Other launchers set the variables themselves. Nothing is written to the environment here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FIRST_PORT, PORTS = 10000, 20000  # below those that Linux hands out
 
 
 def discover(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this process.
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT of this rank.
 
-    Nothing where a launcher has set them already, or where there is but one process. What is set of MASTER_ADDR and
-    MASTER_PORT is kept. Under MPI it is collective, and MPI is left again. Raises UserError where mpi4py is missing.
+    Empty where a launcher has set them already, and at world size 1. What is set of MASTER_ADDR and MASTER_PORT is
+    kept. Under MPI it is collective, and MPI is finalized. Raises UserError where mpi4py is missing.
     """
     if "LOCAL_RANK" in environment:
         return {}
@@ -36,8 +36,8 @@ def discover(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """srun numbers the tasks by nodes, so that task 0 is on the first one."""
-    # 4(x2),3 tasks on the nodes, one after the other
+    """srun numbers the tasks node by node: task 0 is on the first node."""
+    # tasks of each node, such as 4(x2),3
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"])
     tasks = [int(count) for count, times in runs for _ in range(int(times or 1))]
     return {
@@ -83,14 +83,14 @@ def _from_mpi(environment: Mapping[str, str]) -> dict[str, str]:
         "MASTER_PORT": port,
     }
     node.Free()
-    MPI.Finalize()  # all that was wanted: a process that fails later must not wait for the others in MPI
+    MPI.Finalize()  # a rank that fails later must not wait for the others in MPI
     return found
 
 
 def own_address(environment: Mapping[str, str]) -> str:
     """This host's IPv4 address for others: of the network interface in `INTERFACES`, else of the host's own name.
 
-    Raises UserError for an interface without one, and where the name leads to the host itself alone.
+    Raises UserError for an interface without one, and where the name resolves to a loopback address.
     """
     for variable in INTERFACES:
         if name := environment.get(variable):
@@ -108,7 +108,7 @@ def own_address(environment: Mapping[str, str]) -> str:
 
 
 def check(environment: Mapping[str, str], backend: str) -> None:
-    """Refuse addresses at which processes on several hosts would wait for each other in vain.
+    """Refuse addresses at which ranks on several hosts would wait for each other forever.
 
     environment: with the variables of `discover`. backend: gloo or nccl.
     Raises UserError on the hosts concerned.
@@ -117,7 +117,7 @@ def check(environment: Mapping[str, str], backend: str) -> None:
     local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "0"  # the second is DeepSpeed's
     address = environment.get("MASTER_ADDR", "localhost")
     on_first_host = int(environment.get("RANK", 0)) == int(environment.get("LOCAL_RANK", 0))
-    if world == int(local) or (local == "0" and _loops(address)):  # by all signs on one host
+    if world == int(local) or (local == "0" and _loops(address)):  # all ranks seem to be on one host
         return
     if not on_first_host and (trouble := _loops(address)):
         raise UserError("MASTER_ADDR", address, f"expected the host of rank 0 as other hosts reach it ({trouble})")
@@ -126,11 +126,11 @@ def check(environment: Mapping[str, str], backend: str) -> None:
         right = f"{trouble}, where other hosts cannot reach it: set it to the network interface, such as eth0"
         raise UserError("GLOO_SOCKET_IFNAME", None, right)
     if backend == "nccl" and environment.get("NCCL_SOCKET_IFNAME") == "lo":
-        raise UserError("NCCL_SOCKET_IFNAME", "lo", "expected the network interface that leads to the other hosts")
+        raise UserError("NCCL_SOCKET_IFNAME", "lo", "expected the network interface to the other hosts")
 
 
 def _loops(name: str) -> str:
-    """What is wrong with a host's name or address if it leads back to the host that asks; empty: nothing."""
+    """What is wrong with a host's name or address where it leads back to the host that asks; else empty."""
     try:
         # gloo takes the first one, too
         first = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])

@@ -1,7 +1,7 @@
-"""Stopping on purpose: SIGTERM or SIGUSR1 lets the step in hand be finished and saved; a second one ends at once.
+"""Stopping on purpose: after SIGTERM or SIGUSR1 the current step is finished and saved; a second one ends at once.
 
 SLURM sends such a signal before a time limit and before a job is preempted. Processes that were asked to stop, and
-saved, exit with `EXIT_CODE`; a job script takes it as "start me again".
+saved, exit with `EXIT_CODE`, which tells a job script to start again.
 """
 
 import os
@@ -13,18 +13,18 @@ from contextlib import contextmanager
 
 from ows_ds.errors import Failed
 
-EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, a failure that another attempt mends
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# SLURM signals a step's launcher and its processes; launchers pass on what they get: one order arrives several times
+# SLURM signals a step's launcher and its processes, and launchers pass signals on: one request arrives several times
 SAME_SECONDS = 5.0
 
 
 class Stopped(Exception):
-    """A signal asked for it, and what was done so far is saved."""
+    """A signal asked for it, and the run is saved."""
 
 
 def ignore() -> None:
-    """Let nothing change the exit code any more: a launcher that sees one process leave may end the others."""
+    """Keep the exit code from here on: a launcher that sees one process exit may end the others by a signal."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -33,23 +33,23 @@ def ignore() -> None:
 def stop_on_signal() -> Iterator[threading.Event]:
     """Within it, the first of `SIGNALS` sets the event that is given; one after `SAME_SECONDS` more ends the process.
 
-    Also while the main thread waits in a collective: a thread looks for signals, and Python's own handlers would wait
-    until the collective returns. Outside of the main thread nothing is changed, and the event is never set.
+    Also while the main thread waits in a collective: a thread reads the signals, where Python's own handlers would run
+    after the collective. Outside of the main thread nothing is changed, and the event is never set.
 
-    After a `Failed` signals are ignored: it is still to be told why, and the launcher may end all at once.
+    After a `Failed` signals are ignored: the cause is still to be printed, and the launcher may end all processes.
     """
-    told = threading.Event()
+    stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield stop_requested
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     earlier_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # the handlers do nothing, but with one Python writes the signal's number to the pipe, whatever runs
+    # the handlers do nothing, but where there is one Python writes the signal's number to the pipe, whatever runs
     earlier = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    threading.Thread(target=_watch, args=(reader, told), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, stop_requested), daemon=True).start()
     try:
-        yield told
+        yield stop_requested
     except Failed:
         earlier = dict.fromkeys(SIGNALS, signal.SIG_IGN)
         raise
@@ -60,14 +60,14 @@ def stop_on_signal() -> Iterator[threading.Event]:
         os.close(writer)  # which ends the thread
 
 
-def _watch(reader: int, told: threading.Event) -> None:
+def _watch(reader: int, stop_requested: threading.Event) -> None:
     first = 0.0
     with open(reader, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
             if number[0] not in SIGNALS:
                 continue
-            if not told.is_set():
+            if not stop_requested.is_set():
                 first = time.monotonic()
-                told.set()
+                stop_requested.set()
             elif time.monotonic() - first > SAME_SECONDS:
                 os._exit(128 + number[0])

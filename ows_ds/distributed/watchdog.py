@@ -1,15 +1,15 @@
-"""Who ended, and why: so that all processes of a run end soon after the first one, each with that cause.
+"""Which rank ended, and why: all ranks of a run end soon after the first one, each with that cause.
 
-Processes share a store, a small dictionary (torch's, in which they met). Each has two threads here, which never touch
-the accelerator. One talks to the store about once a second:
+Ranks share a store, torch's, in which they met. Each has two threads here, which never touch the accelerator. One
+talks to the store about once a second:
 
-    beat/I      "3", "4", ...   process I lives; "left": it went in good order
-    cause       {"line", "code"}   why the run ends; the first to come writes it
-    seen        how many know the cause
+    beat/I      "3", "4", ...   rank I lives; "left": it has ended as it should
+    cause       {"line", "code"}   why the run ends; the first rank that knows writes it
+    seen        how many ranks know the cause
 
-It looks whether the next process beats, and whether the host's other processes exist. The other thread judges, and
-never waits for anything: when a cause is known, or the store is silent for too long, and the program does not end by
-itself, it writes the cause as the last line to standard error and ends the process.
+It checks that the beat of the next rank changes, and that the other processes of the host exist. The other thread never
+waits for anything: when a cause is known, or the store is silent for too long, and the program does not end by itself,
+it writes the cause as the last line to standard error and ends the process.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ows_ds.distributed import signals
 from ows_ds.distributed.communicator import Communicator, RankMismatchError
 from ows_ds.errors import Failed, UserError
 
-BEAT = 1.0  # seconds between two talks with the store
-GRACE = 5.0  # seconds that the program has to end by itself once a cause is known; and to tell the others
-DOUBT = 4.0  # seconds in which a process that lives has beaten for certain
-SHARE = 0.8  # of the limit: longest silence; collectives must not run into the limit before
+BEAT = 1.0  # seconds between two rounds of talk with the store
+GRACE = 5.0  # seconds that the program has to end by itself once a cause is known, and to tell the others
+DOUBT = 4.0  # seconds in which the beat of a rank that lives has changed for certain
+SHARE = 0.8  # of the limit, the longest silence: found out before collectives run into the limit
 LONGEST = 600  # characters of a cause
 
 # how torch, gloo and NCCL say that a collective or the store has failed: as a rule because another process has ended
@@ -46,11 +46,11 @@ CONSEQUENCE = re.compile(
 
 @contextlib.contextmanager
 def armed(comm: Communicator, limit: float) -> Iterator[None]:
-    """Within it no process waits longer than ``limit`` seconds for one that has ended. Collective.
+    """Within it no rank waits longer than ``limit`` seconds for one that has ended. Collective.
 
-    An error that leaves it is told to the other processes. Raises Failed, with the first cause in one line, in its
-    place where that is neither the user's mistake nor an interrupt; its ``__cause__`` is this process's own error, if
-    that was no consequence of another's end. Alone, nothing is watched and errors pass as they are.
+    The other ranks learn of an error that leaves it. Raises Failed, with the first cause in one line, in place of an
+    error that is neither the user's mistake nor an interrupt; its ``__cause__`` is this rank's own error, unless that
+    is a consequence of another rank's end. At world size 1 nothing is watched and errors pass as they are.
     """
     store = comm.store()
     if store is None:
@@ -78,7 +78,7 @@ def armed(comm: Communicator, limit: float) -> Iterator[None]:
 
 
 class Watch:
-    """The two threads of one process, from its making until `close`."""
+    """The two threads of one rank, until `close`."""
 
     def __init__(
         self,
@@ -89,17 +89,17 @@ class Watch:
         limit: float,
         leave: Callable[[str, int], None] | None = None,
     ) -> None:
-        """store: torch's, for this object alone. who: by process, what `_who` gives. name: the same on all processes,
-        and no other watch's. limit: seconds. leave: (line, exit code) is called in place of the process's end.
+        """store: torch's, for this object alone. who: by rank, what `_who` gives. name: the same on all ranks, of no
+        other watch. limit: seconds. leave: (line, exit code) is called instead of ending the process.
         """
         self._store, self.rank, self.who, self._prefix = store, rank, who, f"watch/{name}"
         self.silence = SHARE * limit
         self._leave = leave or _leave
         store.set_timeout(timedelta(seconds=max(1.0, min(limit, 10.0))))
         self.cause: dict[str, Any] | None = None
-        self._mine: dict[str, Any] | None = None  # what the program wants to be the cause
+        self._mine: dict[str, Any] | None = None  # what this rank proposes as the cause
         self._doubtful: str | None = None  # its error, which may be a consequence
-        self._told = threading.Event()  # all others know the cause
+        self._all_know = threading.Event()  # the cause
         self._known, self._wake, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._answers = 0  # of the store, to whole rounds of talk
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._judge)]
@@ -109,15 +109,15 @@ class Watch:
     # ------------------------------------------------------------------ the program's side
 
     def fail(self, error: BaseException) -> BaseException:
-        """Tell the other processes of an error. Returns what to raise: it, or a Failed with the first cause.
+        """Let the other ranks know of an error. Returns what to raise: it, or a Failed with the first cause.
 
         Takes at most 2 `DOUBT` + `GRACE` seconds.
         """
-        if isinstance(error, (signals.Stopped, Failed)):  # on all processes at once
+        if isinstance(error, (signals.Stopped, Failed)):  # on all ranks at once
             return error
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         mistake = isinstance(error, UserError)
-        agreed = mistake or isinstance(error, RankMismatchError)  # tells by itself whose it is
+        agreed = mistake or isinstance(error, RankMismatchError)  # names the rank itself
         own = str(error) if agreed else f"{self.name_of(self.rank)}: {text}"
         consequence = not agreed and CONSEQUENCE.search(text) is not None
         if consequence:
@@ -127,7 +127,7 @@ class Watch:
         self._wake.set()
         self._known.wait(2 * DOUBT)
         if self.rank == 0 or self._is_mine():  # the store may end with rank 0
-            self._told.wait(GRACE)
+            self._all_know.wait(GRACE)
         if mistake or not isinstance(error, Exception):
             return error
         failed = Failed(_one_line(own) if self.cause is None else self.cause["line"])
@@ -136,20 +136,20 @@ class Watch:
         return failed
 
     def close(self) -> None:
-        """Stop watching; the others see that this process went in good order, or with a cause that they know."""
+        """Stop watching. The others see that this rank has ended as it should, or with a cause that they know."""
         self._closed.set()
         self._wake.set()
         self._threads[0].join(GRACE)
 
     def name_of(self, rank: int) -> str:
-        """A process, in words."""
+        """A rank, in words."""
         return f"rank {rank} (host {self.who[rank]['host']}, pid {self.who[rank]['pid']})"
 
     def _silent(self, rank: int, seconds: float) -> str:
-        return f"{self.name_of(rank)} was not heard of for {seconds:.0f} s: it is gone, or the network to it"
+        return f"{self.name_of(rank)} has been silent for {seconds:.0f} s: it is gone, or the network to it"
 
     def _propose(self, line: str, code: int = 1, own: bool = False) -> None:
-        """own: it is this process's error, not what it has found out of another."""
+        """own: it is this rank's error, not what it has found out about another."""
         if self._mine is None:
             self._mine = {"line": _one_line(line), "code": code, "from": self.rank, "own": own}
 
@@ -167,15 +167,15 @@ class Watch:
     def _talk(self) -> None:
         try:
             self._talk_until_closed()
-        except Exception as error:  # torch has many kinds for a store that is gone
+        except Exception as error:  # torch has many kinds for a store that has ended
             if not self._closed.is_set():
-                line = f"{self.name_of(0)} is gone, or what started it: the store where processes meet does not answer"
+                line = f"{self.name_of(0)} is gone, or what started it: the store where ranks meet does not answer"
                 self._know({"line": _one_line(f"{line} ({type(error).__name__}: {error})")})
 
     def _talk_until_closed(self) -> None:
-        world_size, beats, told = len(self.who), 0, False
+        world_size, beats, seen = len(self.who), 0, False
         after = (self.rank + 1) % world_size
-        # seconds are those that this thread has waited: clocks run on while a job is suspended
+        # seconds are those that this thread has waited: clocks run while a job is suspended
         last, quiet = None, 0.0
         space = self.who[self.rank]["space"]
         neighbours = [i for i, one in enumerate(self.who) if i != self.rank and one["space"] == space]
@@ -200,15 +200,15 @@ class Watch:
                     self._blame(doubt)
                 if self._mine is not None:
                     self._write_cause()
-            if self.cause is not None and not told:
+            if self.cause is not None and not seen:
                 self._store.add(self._key("seen"), 1)
-                told = True
-            if told and self.rank != 0 and not self._is_mine():
+                seen = True
+            if seen and self.rank != 0 and not self._is_mine():
                 return
-            if told and self._store.add(self._key("seen"), 0) >= world_size:
-                self._told.set()
+            if seen and self._store.add(self._key("seen"), 0) >= world_size:
+                self._all_know.set()
             self._answers += 1
-            pause = BEAT / 10 if told or self._mine is not None else BEAT
+            pause = BEAT / 10 if seen or self._mine is not None else BEAT
             if not self._wake.wait(pause):
                 quiet, doubted = quiet + pause, doubted + pause
             self._wake.clear()
@@ -219,7 +219,7 @@ class Watch:
         if self._store.add(self._key("first"), 1) == 1:
             self._store.set(self._key("cause"), json.dumps(self._mine))
             self._know(self._mine)
-        elif (text := self._get("cause")) is not None:  # else the first one is about to write it
+        elif (text := self._get("cause")) is not None:  # else the first rank is about to write it
             self._know(json.loads(text))
 
     def _blame(self, before: list[str | None]) -> None:
@@ -250,12 +250,12 @@ class Watch:
 
 
 def exists(who: dict[str, Any]) -> bool:
-    """Whether a process of this host is there and no zombie. who: as `_who` gives it."""
+    """Whether a process of this host exists and is no zombie. who: as `_who` gives it."""
     return _started(who["pid"]) == who["started"]
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this host was started, in the kernel's words; None where it is no more."""
+    """When a process of this host was started, in the kernel's words; None where it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -264,7 +264,7 @@ def _started(pid: int) -> str | None:
 
 
 def _who() -> dict[str, Any]:
-    """This process. space: equal where processes see each other by their numbers."""
+    """This process. space: equal where processes see each other's ids."""
     host, pid = socket.gethostname(), os.getpid()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     space = f"{host} {boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,8 +1,7 @@
-"""One view of the model's weights, wherever they live: whole on every process, or as DeepSpeed's shards.
+"""One view of the model's weights, wherever they live: replicated on every rank, or in DeepSpeed's shards.
 
-A weight is seen as its flattened entries in row-major order. Process ``index`` of ``world_size`` holds, or answers for,
-the interval [index * s, (index + 1) * s) of them with s = ceil(numel / world): the partition of ZeRO-3 and of
-``torch.chunk``. What only that process may write is its interval.
+A weight is seen as its flattened entries in row-major order. Rank i of w owns the interval [i * s, (i + 1) * s) of
+them with s = ceil(numel / w), the partition of ZeRO-3 and of ``torch.chunk``, and only it writes them.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ows_ds.compat.torch import copy_all
 from ows_ds.distributed.communicator import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
@@ -30,16 +30,16 @@ def stream(key: str, device: torch.device) -> torch.Generator:
 
 
 def interval(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and last + 1 flattened entry of process ``index``; empty for the last ones where they do not suffice."""
+    """First and last + 1 flattened entry of ``rank``; the same for the last ranks where the entries do not suffice."""
     size = math.ceil(numel / world_size)
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
 @dataclass
 class Shard:
-    """A run of a flattened tensor that this process contributes to a checkpoint.
+    """A run of a flattened tensor that this rank contributes to a checkpoint.
 
-    shape: of the whole tensor; start: of the run; tensor: 1-D.
+    shape: of the full tensor; start: of the run; tensor: 1-D.
     """
 
     name: str
@@ -68,22 +68,22 @@ class Weights(Protocol):
         """The model's forward pass."""
 
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """The whole parameter's shape."""
+        """The full parameter's shape."""
 
     def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The flattened entries that this process answers for."""
+        """The flattened entries that this rank owns."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
         """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
 
     def resident_slice(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        """All entries that lie on this process: where they start, and the 1-D run, sharing the weight's memory."""
+        """All entries that lie on this rank: where they start, and the 1-D run, sharing the weight's memory."""
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
-        """After writing ``local`` of ``parameters``: let every process see it. Collective."""
+        """After writing ``local`` of ``parameters``: let every rank see it. Collective."""
 
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-        """Set whole parameters to ``values`` (any dtype, numel entries each), which every process holds."""
+        """Set full parameters to ``values`` (any dtype, numel entries each), which every rank has."""
 
     def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
@@ -94,20 +94,20 @@ class Weights(Protocol):
         """
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate this process's part of the mean over processes: ``loss`` divided by their number."""
+        """Backpropagate this rank's part of the mean over ranks: ``loss`` divided by the world size."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it ``parameters`` are whole, and what rank 0 writes to them stays. Collective."""
+        """Within it ``parameters`` are gathered, and what rank 0 writes to them stays. Collective."""
 
     def after_step(self) -> None:
-        """To be called after every step, evaluation and generation: nothing stays gathered."""
+        """Call it after every step, evaluation and generation: nothing stays gathered."""
 
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
-        """The whole parameter on every process, detached, in its dtype. Collective under ZeRO-3."""
+        """The full parameter on every rank, detached, in its dtype. Collective under ZeRO-3."""
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         """The same in runs of at most about `CHUNK` entries: where each starts, 1-D, valid until the next. Collective
-        under ZeRO-3, so that every process has to take all of them."""
+        under ZeRO-3: every rank takes all of them."""
 
 
 def add_low_rank(
@@ -119,7 +119,7 @@ def add_low_rank(
     (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is bfloat16,
     stochastically, by noise that depends on that key and the entry's position alone.
 
-    Blocks of rows are the same whatever the run, so that all shardings come to the same bits.
+    Blocks of rows are the same for every run, so that all shardings give the same bits.
     """
     rows_at_once = max(1, MERGE_ENTRIES // columns)
     stop = start + flat.numel()
@@ -150,7 +150,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 
 class Replicated:
-    """Every process holds every weight. Nothing travels for a forward or backward pass."""
+    """Every rank has every weight. Nothing is sent for a forward or backward pass."""
 
     sharded = False
 
@@ -180,18 +180,20 @@ class Replicated:
         return 0, parameter.data.view(-1)
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in parameters if self.comm.world_size > 1 else ():  # alone, the interval is the weight itself
+        for parameter in (
+            parameters if self.comm.world_size > 1 else ()
+        ):  # of one rank, the interval is the weight itself
             size = math.ceil(parameter.numel() / self.comm.world_size)
             part = parameter.data.new_zeros(size)
             local = self.local(parameter)
             part[: local.numel()] = local
-            whole = self.comm.all_gather(part, "full_rank_weights")
-            parameter.data.view(-1).copy_(whole[: parameter.numel()])
+            full = self.comm.all_gather(part, "full_rank_weights")
+            parameter.data.view(-1).copy_(full[: parameter.numel()])
 
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         if parameters:
-            whole = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
-            torch._foreach_copy_([p.data for p in parameters], whole)
+            shaped = [value.view(p.shape) for p, value in zip(parameters, values, strict=True)]
+            copy_all([p.data for p in parameters], shaped)
 
     def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
@@ -202,7 +204,7 @@ class Replicated:
         (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-        return nullcontext()  # every process writes the same
+        return nullcontext()  # every rank writes the same
 
     def after_step(self) -> None:
         pass
@@ -216,13 +218,13 @@ class Replicated:
 
 
 def weight_shards(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Shard]:
-    """This process's intervals of the named weights, as ``weight/NAME``."""
+    """This rank's intervals of the named weights, as ``weight/NAME``."""
     found = ((name, parameters[name]) for name in names)
     return [Shard(f"weight/{name}", weights.shape(p), weights.interval(p)[0], weights.local(p)) for name, p in found]
 
 
 def load_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str], read: ReadShard) -> None:
-    """Set the named weights to what `pieces_of` gave. Collective."""
+    """Set the named weights to what `weight_shards` gave. Collective."""
     changed = {name: parameters[name] for name in names}
     for name, parameter in changed.items():
         weights.local(parameter).copy_(read(f"weight/{name}", *weights.interval(parameter)))

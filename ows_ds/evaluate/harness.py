@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ows_ds.compat.lm_eval import forget_answers, set_ranks, without_git
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
@@ -21,14 +19,14 @@ from ows_ds.evaluate.subject import Subject, facts_of, on_disk, refusing
 from ows_ds.model.pretrained import free_memory, suppress_output
 from ows_ds.runs.results import Score, number
 
-GROUPS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
+TASKS = Path(__file__).with_name("tasks")  # ows_commonsense, ows_mmlu, ows_gsm8k
 PACKAGES = ("lm_eval", "datasets", "accelerate")  # that scores depend on, besides torch and transformers
 
 
-@dataclass
-class Tasks:
+class Tasks(NamedTuple):
     """asked: tasks and groups (lm_eval's), in the order that was given. every: the tasks in them, by name."""
 
+    manager: Any
     asked: list[Any]
     every: dict[str, Any]
 
@@ -43,11 +41,11 @@ def require() -> None:
 
 
 def load_tasks(evaluation: Evaluation) -> Tasks:
-    """The tasks with their data sets. Raises UserError (``--tasks``) for one that is unknown or has no data here."""
+    """The tasks with their data sets. Raises UserError (``--tasks``) for one that is unknown or lacks its data."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    paths = [GROUPS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
+    paths = [TASKS, *([evaluation.include_path] if evaluation.include_path else [])]  # later ones win
     manager = TaskManager(include_path=paths, include_defaults=False)
     files = {name for name in evaluation.names if name.endswith(".yaml") and Path(name).is_file()}
     if not all(name in files or _complete(name, manager.task_index) for name in evaluation.names):
@@ -62,7 +60,7 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
         try:
             found = manager.load(name)
         except Exception as error:  # whatever a task's code and a data set's raise
-            right = f"expected tasks whose data sets can be had here ({type(error).__name__}: {first_line(error)})"
+            right = f"expected tasks whose data sets can be loaded here ({type(error).__name__}: {first_line(error)})"
             raise UserError("--tasks", name, right) from error
         inside = {child for group in found.get("groups", {}).values() for child in group.child_names}
         tops = {**found.get("groups", {}), **found["tasks"]}
@@ -77,7 +75,7 @@ def load_tasks(evaluation: Evaluation) -> Tasks:
                 raise UserError("--tasks", task.task_name, "expected tasks that do not run what the model writes")
             if getattr(task, "MULTIMODAL", False):
                 raise UserError("--tasks", task.task_name, "expected tasks of text alone")
-    return Tasks(asked, every)
+    return Tasks(manager, asked, every)
 
 
 def _complete(name: Any, index: dict[str, Any]) -> bool:
@@ -91,7 +89,7 @@ def _complete(name: Any, index: dict[str, Any]) -> bool:
 
 
 def check_limit(tasks: Tasks, evaluation: Evaluation, world_size: int) -> None:
-    """Refuse (UserError) fewer questions than processes: lm-evaluation-harness does not take a process without any."""
+    """Refuse (UserError) fewer questions than ranks: lm-evaluation-harness fails on a rank without any."""
     from lm_eval.evaluator_utils import get_sample_size
 
     for name, task in tasks.every.items():
@@ -104,20 +102,18 @@ def check_limit(tasks: Tasks, evaluation: Evaluation, world_size: int) -> None:
 def measure(
     subject: Subject, tasks: Tasks, evaluation: Evaluation, runtime: Runtime
 ) -> tuple[dict[str, Any], list[Score]]:
-    """What the model says of itself, and its scores, which only rank 0 has. Collective.
+    """Facts about the model, and its scores, which only rank 0 has. Collective.
 
-    The model is loaded on every process, which takes its part of the questions.
+    Every rank loads the model and takes its part of the questions.
     """
     from lm_eval import evaluator
 
-    # it asks git about the current folder, and what git says where there is no repository would be shown
-    evaluator.get_git_commit_hash = lambda: None
     comm = runtime.comm
     with on_disk(subject, comm) as path:
-        with fail_together(comm), refusing(subject), redirect_stdout(sys.stderr):
+        with fail_together(comm), refusing(subject):
             model = _model(path, subject, evaluation, runtime)
             facts = facts_of(model.model)
-        with redirect_stdout(sys.stderr), suppress_output():  # it prints what it finds out about batches
+        with suppress_output(), without_git():
             found = evaluator.simple_evaluate(
                 model=model,
                 tasks=list(tasks.asked),
@@ -126,11 +122,12 @@ def measure(
                 limit=evaluation.limit,
                 apply_chat_template=evaluation.apply_chat_template,
                 log_samples=False,
+                task_manager=tasks.manager,  # its own would read all files of tasks there are
             )
     del model
     free_memory()
-    for task in tasks.every.values():  # which keep the answers of this model
-        task._instances = None
+    for task in tasks.every.values():  # they keep the answers of this model
+        forget_answers(task)
     return {**subject.about, **facts}, [] if found is None else list(scores(found, tasks.asked))
 
 
@@ -161,7 +158,7 @@ def scores(found: dict[str, Any], asked: Sequence[Any]) -> Iterator[Score]:
 
 
 def _walk(items: Sequence[Any], depth: int = 0) -> Iterator[tuple[Any, int]]:
-    """Tasks and groups (lm_eval's), each group before its parts, with how deep they lie."""
+    """Tasks and groups (lm_eval's), each group before its parts, with their depth."""
     for one in items:
         yield one, depth
         if not hasattr(one, "task_name"):
@@ -173,11 +170,11 @@ def _leaves(one: Any) -> list[Any]:
 
 
 def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime) -> Any:
-    """lm_eval's model of the files at ``path``, on this process's device."""
+    """lm_eval's model of the files at ``path``, on this rank's device."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        """Knows its processes from the launcher, on CPUs and over hosts too; what they gather travels as JSON."""
+        """Takes its ranks from the launcher, on CPUs and over hosts too; results are gathered as JSON."""
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
             return runtime.comm.all_gather(tensor.reshape(-1))
@@ -200,20 +197,17 @@ def _model(path: str, subject: Subject, evaluation: Evaluation, runtime: Runtime
         parallelize=evaluation.parallelize,
         use_safetensors=True,  # other files would be unpickled
     )
-    model._rank, model._world_size = runtime.comm.rank, runtime.comm.world_size
+    set_ranks(model, runtime.comm.rank, runtime.comm.world_size)
     return model
 
 
 def _gathered(metrics: dict[str, dict[tuple[str, str], list[Any]]], comm: Communicator) -> list[Any]:
-    """All processes' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
-    rows = [[task, *key, _plain(values)] for task, found in metrics.items() for key, values in found.items()]
-    gathered = []
-    for one in comm.all_gather_object(rows, "evaluation"):
-        whole: dict[str, dict[tuple[str, str], list[Any]]] = {}
-        for task, metric, filtered, values in one:
-            whole.setdefault(task, {})[metric, filtered] = values
-        gathered.append(whole)
-    return gathered
+    """All ranks' numbers: {task: {(metric, filter): [of each question]}}, as JSON. Collective."""
+    rows = [[task, [[*key, _plain(values)] for key, values in found.items()]] for task, found in metrics.items()]
+    return [
+        {task: {(metric, kind): values for metric, kind, values in found} for task, found in one}
+        for one in comm.all_gather_object(rows, "evaluation")
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from ows_ds.data.encode import ALPACA
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
+from ows_ds.evaluate.generation import generate
 from ows_ds.evaluate.setting import Evaluation, MTBench
 from ows_ds.evaluate.subject import Subject
 from ows_ds.files import parse_json
@@ -28,15 +29,15 @@ TEMPERATURE = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
     "stem": 0.1, "humanities": 0.1, "arena-hard-200": 0.0,
 }  # fmt: skip
-OTHERWISE = 0.7  # of other categories
-REFERENCED = ("math", "reasoning", "coding", "arena-hard-200")  # are judged with a reference answer
+DEFAULT_TEMPERATURE = 0.7
+REFERENCED = ("math", "reasoning", "coding", "arena-hard-200")  # categories judged with a reference answer
 TURNS = 2
-ROOM = 256  # tokens that an answer has at least: a longer talk loses its beginning
+MIN_NEW_TOKENS = 256  # room for an answer; a longer conversation loses its beginning
 
 
 def lines_of(path: str, key: str) -> list[Line]:
     """The objects of a JSON Lines file. Raises UserError naming ``key``, with the line."""
-    found = []
+    rows: list[Line] = []
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -50,26 +51,26 @@ def lines_of(path: str, key: str) -> list[Line]:
             raise UserError(key, f"{path}:{number}", f"expected a JSON object on each line ({error})") from error
         if not isinstance(row, dict):
             raise UserError(key, f"{path}:{number}", "expected a JSON object on each line")
-        found.append(row)
-    if not found:
+        rows.append(row)
+    if not rows:
         raise UserError(key, path, "expected a file with at least one line")
-    return found
+    return rows
 
 
 def questions(path: str) -> list[Line]:
-    """The questions of a file. Raises UserError (``--mt-bench``) for one that is none."""
-    key, found = "--mt-bench", lines_of(path, "--mt-bench")
+    """The questions of a file. Raises UserError (``--mt-bench``) for one that is not valid."""
+    key, rows = "--mt-bench", lines_of(path, "--mt-bench")
     seen = set()
-    for question in found:
-        name, turns = question.get("question_id"), question.get("turns")
+    for row in rows:
+        name, turns = row.get("question_id"), row.get("turns")
         if type(name) not in (int, str) or name in seen:
-            raise UserError(key, name, "expected each question a question_id of its own, an integer or text")
+            raise UserError(key, name, "expected each question to have a question_id of its own, an integer or text")
         seen.add(name)
-        if not _texts(turns) or not 1 <= len(turns) <= TURNS:  # type: ignore[arg-type]
-            raise UserError(key, f"question {name}", f"expected it turns, a list of one or {TURNS} texts")
-        if not isinstance(question.get("category"), str):
-            raise UserError(key, f"question {name}", "expected it a category, such as writing")
-    return found
+        if not _texts(turns) or len(turns) > TURNS:  # type: ignore[arg-type]
+            raise UserError(key, f"question {name}", f"expected it to have turns, a list of one or {TURNS} texts")
+        if not isinstance(row.get("category"), str):
+            raise UserError(key, f"question {name}", "expected it to have a category, such as writing")
+    return rows
 
 
 def by_question(path: str, key: str, asked: Sequence[Line], needed: Iterable[Any]) -> dict[Any, list[str]]:
@@ -80,8 +81,8 @@ def by_question(path: str, key: str, asked: Sequence[Line], needed: Iterable[Any
     turns = {}
     for row in lines_of(path, key):
         match row:
-            case {"question_id": int() | str() as name, "choices": [{"turns": list() as said}, *_]} if _texts(said):
-                turns[name] = said
+            case {"question_id": int() | str() as name, "choices": [{"turns": list() as texts}, *_]} if _texts(texts):
+                turns[name] = texts
             case _:
                 raise UserError(key, path, "expected answers as FastChat writes them, with question_id and choices")
     lengths = {question["question_id"]: len(question["turns"]) for question in asked}
@@ -89,6 +90,15 @@ def by_question(path: str, key: str, asked: Sequence[Line], needed: Iterable[Any
         if len(turns.get(name, ())) < lengths[name]:
             raise UserError(key, path, f"expected answers to all turns of question {name}")
     return turns
+
+
+def references(path: str | None, asked: Sequence[Line]) -> Mapping[Any, list[str]]:
+    """Reference answers of the questions that are judged with one: those of a file, or the questions' own."""
+    needed = {one["question_id"]: one for one in asked if one["category"] in REFERENCED}
+    if path is not None:
+        return by_question(path, "--judge-references", asked, needed)
+    own: dict[Any, Any] = {name: one.get("reference") for name, one in needed.items()}
+    return {name: texts for name, texts in own.items() if _texts(texts) and len(texts) >= len(needed[name]["turns"])}
 
 
 def template_of(tokenizer: Any, bench: MTBench, subject: Subject) -> str:
@@ -103,54 +113,53 @@ def template_of(tokenizer: Any, bench: MTBench, subject: Subject) -> str:
 
 
 def prompt(tokenizer: Any, template: str, asked: Sequence[str], answered: Sequence[str]) -> list[int]:
-    """Tokens of a talk up to where the next answer begins. asked: one more than answered."""
+    """Tokens of a conversation up to where the next answer begins. asked: one more than answered."""
+    turns = list(zip(answered, asked[1:], strict=True))
     if template == "chat":
         messages = [{"role": "user", "content": asked[0]}]
-        for answer, question in zip(answered, asked[1:], strict=True):
+        for answer, question in turns:
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if template == "alpaca":
         text = ALPACA.format(paired="", task=asked[0], more="")
-        more = (f"{a}\n\n### Instruction:\n{q}\n\n### Response:\n" for a, q in zip(answered, asked[1:], strict=True))
+        text += "".join(f"{a}\n\n### Instruction:\n{q}\n\n### Response:\n" for a, q in turns)
     else:
-        text = f"{asked[0]}\n"
-        more = (f"{a}\n{q}\n" for a, q in zip(answered, asked[1:], strict=True))
-    return list(tokenizer(text + "".join(more))["input_ids"])
+        text = f"{asked[0]}\n" + "".join(f"{a}\n{q}\n" for a, q in turns)
+    return list(tokenizer(text)["input_ids"])
 
 
 class Speaker:
     """A model that answers."""
 
     def __init__(self, path: str, subject: Subject, evaluation: Evaluation, bench: MTBench, runtime: Runtime) -> None:
-        """Load it from ``path`` onto this process's device."""
+        """Load it from ``path`` onto this rank's device."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        trust, revision = evaluation.trust_remote_code, subject.revision or "main"
-        self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust)
+        source = {"revision": subject.revision or "main", "trust_remote_code": evaluation.trust_remote_code}
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **source)
         self.template = template_of(self.tokenizer, bench, subject)
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            revision=revision,
-            trust_remote_code=trust,
             dtype=evaluation.dtype,
             device_map="auto" if evaluation.parallelize else {"": str(runtime.device)},
             use_safetensors=True,  # other files would be unpickled
+            **source,
         ).eval()
-        self.longest = bench.max_new_tokens
-        own = getattr(self.model.generation_config, "eos_token_id", None)
-        self.ends = sorted({*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id} - {None})
-        self.pad = next((one for one in (self.tokenizer.pad_token_id, *self.ends) if one is not None), None)
+        self.max_new_tokens = bench.max_new_tokens
         self.positions = evaluation.max_length or getattr(self.model.config, "max_position_embeddings", None) or 2048
 
     def answer(self, question: Line, name: str) -> Line:
         """The line of its answer to all turns. name: of the model."""
-        temperature = TEMPERATURE.get(question["category"], OTHERWISE)
         torch.manual_seed(0)  # the choice's index
         turns: list[str] = []
-        for count in range(len(question["turns"])):
-            tokens = prompt(self.tokenizer, self.template, question["turns"][: count + 1], turns)
-            turns.append(self.say(tokens, temperature))
+        for count in range(1, len(question["turns"]) + 1):
+            tokens = prompt(self.tokenizer, self.template, question["turns"][:count], turns)
+            room = max(self.positions - len(tokens), min(MIN_NEW_TOKENS, self.positions // 2))
+            length = min(self.max_new_tokens, room)
+            temperature = TEMPERATURE.get(question["category"], DEFAULT_TEMPERATURE)
+            kept = tokens[-(self.positions - length) :]
+            turns.append(generate(self.model, self.tokenizer, [kept], length, temperature)[0].strip())
         return {
             "question_id": question["question_id"],
             "answer_id": uuid.uuid4().hex,
@@ -159,38 +168,6 @@ class Speaker:
             "tstamp": time.time(),
         }
 
-    @torch.no_grad()
-    def say(self, tokens: list[int], temperature: float) -> str:
-        """What it goes on with."""
-        from transformers import GenerationConfig
-
-        least = min(ROOM, self.positions // 2)
-        longest = min(self.longest, max(self.positions - len(tokens), least))
-        ids = torch.tensor([tokens[-(self.positions - longest) :]], device=self.model.device)
-        sampled = {"temperature": temperature, "top_k": 50, "top_p": 1.0} if temperature else {}
-        how = GenerationConfig(
-            max_new_tokens=longest,
-            do_sample=bool(temperature),
-            num_beams=1,
-            repetition_penalty=1.0,  # what comes with the model is not used, so that all models answer in the same way
-            use_cache=True,
-            pad_token_id=self.pad,
-            eos_token_id=self.ends or None,
-            **sampled,
-        )
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def references(path: str | None, asked: Sequence[Line]) -> Mapping[Any, list[str]]:
-    """Reference answers of the questions that are judged with one: those of a file, or the questions' own."""
-    needed = [one for one in asked if one["category"] in REFERENCED]
-    if path is not None:
-        return by_question(path, "--judge-references", asked, [one["question_id"] for one in needed])
-    own = {one["question_id"]: one.get("reference") for one in needed}
-    count = {one["question_id"]: len(one["turns"]) for one in needed}
-    return {name: said for name, said in own.items() if _texts(said) and len(said) >= count[name]}  # type: ignore

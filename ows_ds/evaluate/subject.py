@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from ows_ds import checkpoint, config, files
+from ows_ds.compat.transformers import commit_hash
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated
@@ -30,8 +30,8 @@ ELSEWHERE = Path("runs")  # where results of models without a run are written
 class Subject:
     """A model to load.
 
-    name: for people and for names of files. path: its folder, or name on the hub. run: its run's folder, where it has
-    one. step: name of the run's checkpoint, where it is none of a finished run. recipe: the run's.
+    name: for people and for names of files. path: a folder, or a name on the hub. run, recipe: of its run, where it
+    has one. step: name of the run's checkpoint; None: the finished model.
     """
 
     name: str
@@ -48,16 +48,13 @@ class Subject:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a result says of it."""
+        """Its part of a result."""
         where = str(self.run) if self.step else self.path
         return {"name": self.name, "path": where, "revision": self.revision, "checkpoint": self.step}
 
 
 def find(given: str, evaluation: Evaluation) -> Subject:
-    """The model that ``given`` names, with ``--checkpoint`` and ``--revision``.
-
-    Raises UserError for a run without the model that is asked for.
-    """
+    """The model that ``given`` names. Raises UserError for a run without the model or checkpoint."""
     folder = Path(given)
     if not (folder / "config.yaml").is_file():
         local = folder.is_dir()
@@ -70,12 +67,8 @@ def find(given: str, evaluation: Evaluation) -> Subject:
         return Subject(f"{name}-{step}", str(folder), None, folder, step, recipe)
     if not (folder / "model" / "config.json").is_file():
         steps = checkpoint.checkpoints(folder)
-        right = (
-            f"expected --checkpoint {steps[0].name} with it"
-            if steps
-            else "expected a run that has a model or a checkpoint"
-        )
-        raise UserError("MODEL", given, f"{right}: this one is not finished")
+        right = f"--checkpoint {steps[0].name} with it" if steps else "a run that has a model or a checkpoint"
+        raise UserError("MODEL", given, f"expected {right}: this one is not finished")
     return Subject(name, str(folder / "model"), None, folder, None, recipe)
 
 
@@ -91,37 +84,34 @@ def base_of(subject: Subject) -> Subject:
 def on_disk(subject: Subject, comm: Communicator) -> Iterator[str]:
     """Within it: a folder (or name) from which the model can be loaded. Collective.
 
-    A checkpoint is exported by rank 0 into a new folder of the run, which all hosts see, and removed afterwards.
+    Rank 0 exports a checkpoint into a new folder of the run, which all hosts see, and removes it afterwards.
     """
     if subject.step is None:
         yield subject.path
         return
     assert subject.run is not None
-    place: tempfile.TemporaryDirectory[str] | None = None
-    try:
+    with ExitStack() as stack:
+        path = None
         with fail_together(comm):
             if comm.rank == 0:
                 from ows_ds.train.export import export
 
                 subject.results.mkdir(exist_ok=True)
-                place = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)
-                with redirect_stdout(sys.stderr):
-                    export(subject.run, Path(place.name) / "model", subject.step)
-        yield str(comm.broadcast_object(None if place is None else str(Path(place.name) / "model")))
+                folder = tempfile.TemporaryDirectory(prefix=f".{subject.step}.", dir=subject.results)
+                path = f"{stack.enter_context(folder)}/model"
+                export(subject.run, Path(path), subject.step)
+        yield str(comm.broadcast_object(path))
         comm.barrier()  # all have read it
-    finally:
-        if place is not None:
-            place.cleanup()
 
 
 @contextmanager
 def refusing(subject: Subject) -> Iterator[None]:
-    """What loading it may raise, as the user's mistake."""
+    """Errors of loading it become the user's mistake."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers and tokenizers raise no kind but Exception
+    except Exception as error:  # transformers and tokenizers raise many kinds
         if "trust_remote_code" in str(error):
             right = "expected it, to run the Python code that comes with this model, or a model without any"
             raise UserError("--trust-remote-code", False, right) from error
@@ -130,11 +120,11 @@ def refusing(subject: Subject) -> Iterator[None]:
 
 
 def facts_of(module: nn.Module) -> dict[str, Any]:
-    """What a loaded model says of itself. Parameters that lie on no device here leave the fingerprint unknown."""
+    """A loaded model's part of a result. The fingerprint is None where some parameters lie on no device here."""
     parameters = list(module.parameters())
     here = all(parameter.device.type != "meta" for parameter in parameters)
     return {
-        "commit": getattr(getattr(module, "config", None), "_commit_hash", None),
+        "commit": commit_hash(getattr(module, "config", None)),
         "fingerprint": fingerprint(Replicated(module, Communicator())) if here else None,
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in parameters),

@@ -1,48 +1,55 @@
 """OWS in transformers' `Trainer`, and in what is made of it, such as TRL's `SFTTrainer`.
 
-    trainer = Trainer(model, args, train_dataset=rows)
-    use_ows(trainer, gamma=5, rank=128)
+    class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer): ...  # the mixin first
+
+    trainer = OWSSFTTrainer(model, args, train_dataset=rows, ows={"gamma": 5, "rank": 128})
     trainer.train()
 
 Data, schedule, logs, folders and callbacks stay the Trainer's. It meets OWS in a few places:
 
     what the Trainer calls           what happens here
     accelerator.prepare(model)       nothing: OWS averages gradients itself, so nothing wraps the model
-    get_batch_samples                tells how many micro-batches the coming step has
+    get_batch_samples                sets how many micro-batches the coming step has
     accelerator.backward(loss)       OWS.backward
     accelerator.clip_grad_norm_      OWS.reduce, the norm; OWS clips by itself
     optimizer.step()                 OWS.step, or OWS.skip where the norm is not finite
     save_model                       merged weights, while the coordinates stay as they are
-    checkpoint-N/                    has a folder `ows` more: a checkpoint as ows_ds.checkpoint writes it
+    checkpoint-N/                    also has a folder `ows`: a checkpoint as ows_ds.checkpoint writes it
     the end of training              OWS.close: the model is a plain one again
+
+A Trainer that was already made cannot be changed without changing its class under the user's hands, and cannot be made
+again from its attributes (TRL's have prepared their data by then): so there is no function that takes one.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import logging
 import math
 import re
 import socket
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ows_ds import checkpoint
+from ows_ds.compat.transformers import CheckpointHooks
+from ows_ds.config import OWSConfig, parse
 from ows_ds.distributed.communicator import fail_together, join
+from ows_ds.distributed.ds_config import check_by_deepspeed, check_config, resolve_config
 from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, check_by_deepspeed, check_config, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.errors import UserError
 from ows_ds.importance.outliers import outlier_scores
 from ows_ds.importance.scores import Scores
+from ows_ds.integrations.refusals import check
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import DTYPES
@@ -63,199 +70,197 @@ FROM_ARGUMENTS = {
 logger = logging.getLogger(__name__)
 
 
-def use_ows(
-    trainer: Trainer,
-    *,
-    scores: str | Path | Scores | list[float] | None = None,
-    tau: float = 13.0,
-    calibration_samples: int = 128,
-    **settings: Any,
-) -> Trainer:
-    """Let ``trainer`` train with OWS from now on; returns it. Collective: right after the Trainer was made, before
-    `train`.
+class OWSTrainerMixin(CheckpointHooks):
+    """To be put before a Trainer's class. While training runs, `save_model` is to be called on all ranks."""
 
-    scores: as for `OWS`; None: those of scores.json in the Trainer's output_dir if they are of this model, otherwise
-    they are measured now, with ``tau``, on ``calibration_samples`` rows of the training data, and written there.
-    settings: those of `OWS` that `TrainingArguments` does not have; seed is that of the arguments unless it is given.
+    model: Any
+    args: Any
+    accelerator: Any
+    state: Any
+    optimizer: Any  # a `TrainerOWS`; None once it is closed
 
-    The Trainer becomes one of a class of its own (`OWSTrainer` before what it was); from `use_ows` on its model is
-    frozen but for what trains, and rank 0's weights are those of all. Under DeepSpeed's ZeRO-3, as the arguments or
-    Accelerate have set it up, weights lie in its shards, and its optimizer is not used.
-    Raises UserError for what does not go with OWS.
-    """
-    known = inspect.signature(OWS.__init__).parameters
-    for name, value in settings.items():
-        if name in FROM_ARGUMENTS:
-            raise UserError(name, value, f"leave it out: TrainingArguments has {FROM_ARGUMENTS[name]}")
-        if name not in known or name in ("model", "self"):
-            raise UserError(
-                name, value, f"expected settings of OWS: {', '.join(sorted(set(known) - set(FROM_ARGUMENTS)))}"
-            )
-    _check(trainer, settings.get("always_on", "full"))
-    weights, args = _weights(trainer), trainer.args
-    model = fingerprint(weights)
-    if scores is None:
-        scores = _measured(trainer, weights, model, tau, calibration_samples)
-    elif isinstance(scores, (str, Path)):
-        scores = Scores.read(Path(scores))
-    if isinstance(scores, Scores):
-        scores.check(model, len(find_layers(weights.module, weights.shape).layers))
-    settings = {
-        "seed": args.seed,
-        **settings,
-        "scores": scores,
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm or None,
-        "accumulation": args.gradient_accumulation_steps,
-    }
-    ows = _Optimizer(weights, **settings)
-    accelerator = trainer.accelerator
-    trainer.__class__ = type(f"OWS{type(trainer).__name__}", (OWSTrainer, type(trainer)), {})
-    accelerator.__class__ = type(f"OWS{type(accelerator).__name__}", (_Accelerator, type(accelerator)), {})
-    trainer.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
-    trainer.callback_handler.callbacks.insert(0, _Closing(trainer))
-    trainer._weights, trainer._model_name, trainer._settings = weights, model, settings
-    trainer.optimizer = accelerator.ows = ows
-    return trainer
+    def __init__(
+        self,
+        *args: Any,
+        ows: OWSConfig | Mapping[str, Any] | None = None,
+        scores: str | Path | Scores | list[float] | None = None,
+        tau: float = 13.0,
+        calibration_samples: int = 128,
+        **kwargs: Any,
+    ) -> None:
+        """The Trainer's own arguments, and those of OWS. Collective.
 
+        ows: settings of OWS that `TrainingArguments` does not have; seed is that of the arguments unless it is given.
+        scores: as for `OWS`; None: those of scores.json in the Trainer's output_dir if they are of this model,
+        otherwise they are measured now, with ``tau``, on ``calibration_samples`` rows of the training data, and written
+        there.
 
-class OWSTrainer(Trainer):
-    """What `use_ows` puts before a Trainer's own class.
+        From now on the model is frozen except for what trains, and rank 0's weights are those of all. Under DeepSpeed's
+        ZeRO-3, as the arguments or Accelerate have set it up, weights lie in its shards, and its optimizer is not used.
+        Raises UserError for what does not go with OWS.
+        """
+        given = dict(ows) if isinstance(ows, Mapping) else ows.model_dump(exclude_unset=True) if ows else {}
+        for name in FROM_ARGUMENTS.keys() & given.keys():
+            raise UserError(f"ows.{name}", given[name], f"leave it out: TrainingArguments has {FROM_ARGUMENTS[name]}")
+        parse(OWSConfig, given, "ows.")  # before the Trainer is made
+        super().__init__(*args, **kwargs)  # type: ignore[call-arg]
+        trainer: Any = self
+        check(trainer, given.get("always_on", "full"))
+        self.ows_weights = weights = _weights(trainer)
+        self.ows_base = fingerprint(weights)  # of the base model
+        self._to_resume: checkpoint.Checkpoint | None = None
+        if scores is None:
+            scores = _measured(trainer, weights, self.ows_base, tau, calibration_samples)
+        elif isinstance(scores, (str, Path)):
+            scores = Scores.read(Path(scores))
+        if isinstance(scores, Scores):
+            scores.check(self.ows_base, len(find_layers(weights.module, weights.shape).layers))
+        self.ows_scores = scores
+        from_arguments = {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+            "weight_decay": self.args.weight_decay,
+            "max_grad_norm": self.args.max_grad_norm or None,
+            "accumulation": self.args.gradient_accumulation_steps,
+        }
+        self.ows_config = parse(OWSConfig, {"seed": self.args.seed, **given, **from_arguments}, "ows.")
+        self.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
+        self.accelerator = _Accelerator(self.accelerator)
+        trainer.callback_handler.callbacks.insert(0, _Closing(self))
+        self._make_ows()
 
-    While training goes on, `save_model` is to be called on all processes.
-    """
+    def _make_ows(self) -> None:
+        self.optimizer = self.accelerator.ows = TrainerOWS(self.ows_weights, self.ows_scores, self.ows_config)
 
-    _weights: Weights
-    _model_name: str  # fingerprint of the base model
-    _settings: dict[str, Any]
-    optimizer: Any  # an `_Optimizer`; None once it is closed
-    _opened: checkpoint.Checkpoint | None = None  # to be gone on from
+    def close_ows(self) -> None:
+        """Make the model a plain one again. The end of training does it."""
+        if self.optimizer is not None:
+            self.optimizer.close()
+        self.optimizer = self.accelerator.ows = None
 
     # ------------------------------------------------------------------ a step
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:  # trained before
-            self._model_name = fingerprint(self._weights)
-            self.optimizer = self.accelerator.ows = _Optimizer(self._weights, **self._settings)
-        # checkpointing makes the embedding's output require gradients, which would drag every backward pass down to it
+            self.ows_base = fingerprint(self.ows_weights)
+            self._make_ows()
+        # checkpointing makes the embedding's output require gradients: each backward pass would go down to it
         self.model.disable_input_require_grads()
-        return self.optimizer
+        return self.optimizer  # type: ignore[no-any-return]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, items = super().get_batch_samples(*args, **kwargs)
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         if batches:
             self.optimizer.set_accumulation_steps(len(batches))
         return batches, items
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().prediction_step(*args, **kwargs)
-        self._weights.after_step()
+        result = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        self.ows_weights.after_step()
         return result
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         ows = self.optimizer
-        if "loss" in logs and isinstance(ows, _Optimizer):
+        if "loss" in logs and isinstance(ows, TrainerOWS):
             logs |= {
                 "sampled_layers": ",".join(map(str, ows.trained)),  # of the last step
                 "skipped_steps": ows.skipped,
-                "sent_bytes": sum(ows.comm.sent.values()),  # by this process
+                "sent_bytes": sum(ows.comm.sent.values()),  # by this rank
             }
-        super().log(logs, *args, **kwargs)
-
-    def _close(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.close()
-        self.optimizer = self.accelerator.ows = None
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     # ------------------------------------------------------------------ files
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights, ows = self._weights, self.optimizer
+    def write_model(self, folder: str | None, in_checkpoint: bool) -> None:
+        weights, ows = self.ows_weights, self.optimizer
         if ows is None and not weights.sharded:
-            super().save_model(output_dir, _internal_call)
+            super().write_model(folder, in_checkpoint)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        path = Path(folder or self.args.output_dir)
         with nullcontext() if ows is None else ows.merged():
             with fail_together(weights.comm):
                 if not weights.sharded:
-                    super().save_model(str(folder), _internal_call)
+                    super().write_model(str(path), in_checkpoint)
                 elif weights.comm.rank == 0:
-                    self._save(str(folder), state_dict={})  # all but the weights
+                    self.write_all_but_weights(path)
             if weights.sharded:
-                save_weights(weights, folder)
-        if weights.sharded and self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
+                save_weights(weights, path)
+        if weights.sharded and self.args.push_to_hub and not in_checkpoint:
+            self.push_to_hub(commit_message="Model save")  # type: ignore[attr-defined]
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def write_state(self, checkpoint_dir: Path) -> None:
         # the best model at the end may be one in which layers had not trained yet that have trained since
-        pieces, numbers = resume.contents(self.optimizer, everything=self.args.load_best_model_at_end)
-        facts = {"model": self._model_name}
-        checkpoint.save(Path(output_dir) / FOLDER, pieces, numbers, self._weights.comm, facts)
-        super()._save_optimizer_and_scheduler(output_dir)
+        shards, state = resume.contents(self.optimizer, everything=self.args.load_best_model_at_end)
+        facts = {"model": self.ows_base}
+        checkpoint.save(checkpoint_dir / FOLDER, shards, state, self.ows_weights.comm, facts)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _newest(self) -> str | bool:
-        """The newest checkpoint that is whole; True, where there is none, lets the Trainer say so. Collective."""
+        """The newest complete checkpoint; True, where there is none, lets the Trainer say so. Collective."""
         there = [path for path in Path(self.args.output_dir).glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         newest_first = sorted(there, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        for folder in self._weights.comm.broadcast_object([str(path) for path in newest_first]):
+        for folder in self.ows_weights.comm.broadcast_object([str(path) for path in newest_first]):
             try:
-                self._opened = self._open(folder)
+                self._to_resume = self._open(Path(folder))
             except UserError as error:
-                logger.warning("passed over a checkpoint: %s", error)
+                logger.warning("skipped a checkpoint: %s", error)
             else:
-                return folder
+                return str(folder)
         return True
 
-    def _open(self, folder: str) -> checkpoint.Checkpoint:
-        """Collective. Raises UserError for one that is not whole."""
-        comm = self._weights.comm
-        opened = checkpoint.open_checkpoint(Path(folder) / FOLDER, comm, "resume_from_checkpoint")
+    def _open(self, folder: Path) -> checkpoint.Checkpoint:
+        """Collective. Raises UserError for an incomplete one."""
+        comm = self.ows_weights.comm
+        opened = checkpoint.open_checkpoint(folder / FOLDER, comm, "resume_from_checkpoint")
         rest = ("trainer_state.json", "scheduler.pt")
-        missing = comm.broadcast_object([name for name in rest if not (Path(folder) / name).is_file()])
+        missing = comm.broadcast_object([name for name in rest if not (folder / name).is_file()])
         if missing:
-            raise UserError(
-                "resume_from_checkpoint", folder, f"expected a complete checkpoint: {missing[0]} is missing"
-            )
+            right = f"expected a complete checkpoint: {missing[0]} is missing"
+            raise UserError("resume_from_checkpoint", str(folder), right)
         return opened
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Open it. The model's file beside it is merged: what goes on is in the folder of OWS, and is read later."""
-        folder = Path(resume_from_checkpoint)
-        if self._opened is None or self._opened.folder.parent != folder:
-            self._opened = self._open(resume_from_checkpoint)
-        began = str(self._opened.facts.get("model"))
-        now = self._model_name if self.optimizer is not None else fingerprint(self._weights)  # trained before
+    def open_state(self, checkpoint_dir: Path) -> None:
+        """Open what is loaded later: the model's file in the checkpoint is merged."""
+        if self._to_resume is None or self._to_resume.folder.parent != checkpoint_dir:
+            self._to_resume = self._open(checkpoint_dir)
+        began = str(self._to_resume.facts.get("model"))
+        now = self.ows_base if self.optimizer is not None else fingerprint(self.ows_weights)  # trained before
         if began != now:
-            right = f"expected the model that {folder.name} began with ({began[:12]}): this one is {now[:12]}"
+            right = f"expected the model that {checkpoint_dir.name} began with ({began[:12]}): this one is {now[:12]}"
             raise UserError("model", str(getattr(self.model.config, "name_or_path", "")), right)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        opened, self._opened = self._opened, None
+    def load_state(self) -> None:
+        opened, self._to_resume = self._to_resume, None
         if opened is not None:
             resume.restore(self.optimizer, opened)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_best_model(self) -> None:
-        resume.restore(self.optimizer, self._open(self.state.best_model_checkpoint))
+    def load_best(self, checkpoint_dir: Path) -> None:
+        resume.restore(self.optimizer, self._open(checkpoint_dir))
 
 
-class _Accelerator(Accelerator):
-    """Prepares data loaders, and hands what concerns gradients to OWS."""
+class OWSTrainer(OWSTrainerMixin, Trainer):
+    """transformers' `Trainer` with OWS."""
 
-    ows: _Optimizer | None = None
+
+class _Accelerator:
+    """The Trainer's Accelerator, which prepares data loaders alone and hands what concerns gradients to OWS."""
+
+    ows: TrainerOWS | None = None
+
+    def __init__(self, accelerator: Any) -> None:
+        self.wrapped = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
 
     def prepare(self, *objects: Any, **options: Any) -> Any:
-        prepare, ours = super().prepare, (nn.Module, OWS, torch.optim.lr_scheduler.LRScheduler)
-        ready = [one if isinstance(one, ours) else prepare(one, **options) for one in objects]
-        self._models += [one for one in objects if isinstance(one, nn.Module)]
+        ours = (nn.Module, OWS, torch.optim.lr_scheduler.LRScheduler)
+        ready = [one if isinstance(one, ours) else self.wrapped.prepare(one, **options) for one in objects]
         return ready[0] if len(ready) == 1 else tuple(ready)
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -270,14 +275,14 @@ class _Accelerator(Accelerator):
         return self.ows.reduce()
 
 
-class _Optimizer(OWS):
+class TrainerOWS(OWS):
     """OWS as a Trainer drives it. trained: layers of the last step."""
 
     trained: tuple[int, ...] = ()
-    _norm: Tensor
+    _norm: Tensor | None = None  # of the coming step, once it is reduced
 
     def reduce(self) -> Tensor:
-        if self._reduced is None:
+        if self._norm is None:
             self._norm = super().reduce()
         return self._norm
 
@@ -286,31 +291,36 @@ class _Optimizer(OWS):
         norm = self.reduce()
         if norm.isfinite():
             super().step(closure)
+            self._norm = None
         else:
             self.skip()
             logger.warning("step %d is skipped: the gradient's norm is %s", self.steps, float(norm))
         self.zero_grad()
 
+    def skip(self) -> None:
+        super().skip()
+        self._norm = None
+
     def state_dict(self) -> dict[str, Any]:
-        """What the Trainer puts into optimizer.pt."""
+        """What the Trainer puts into optimizer.pt; the state itself is in `FOLDER`, a part of it from each rank."""
         return {"kept_in": FOLDER}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see `OWSTrainer._load_optimizer_and_scheduler`."""
+        """Nothing: see `OWSTrainerMixin.load_state`."""
 
 
 class _Closing(TrainerCallback):
     """At the end of training, before any other callback sees the model."""
 
-    def __init__(self, trainer: OWSTrainer) -> None:
+    def __init__(self, trainer: OWSTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._close()
+        self._trainer.close_ows()
 
 
 def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, samples: int) -> Scores:
-    """Scores of the model, whose fingerprint is ``model``: see `use_ows`. Collective."""
+    """Scores of the model, whose fingerprint is ``model``: see `OWSTrainerMixin`. Collective."""
     comm, args, path = weights.comm, trainer.args, Path(trainer.args.output_dir) / "scores.json"
     if comm.broadcast_object(path.is_file()):
         with fail_together(comm):
@@ -318,11 +328,10 @@ def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, sample
         if found.model == model:
             return found
     with torch.random.fork_rng(devices=[]):  # the order of the data in training is that without this pass
-        loader = trainer.get_train_dataloader()
         count = math.ceil(samples / (args.train_batch_size * comm.world_size))
-        batches = [trainer._prepare_inputs(batch) for batch in itertools.islice(loader, count)]
+        batches = list(itertools.islice(trainer.get_train_dataloader(), count))
     known = ("input_ids", "attention_mask", "position_ids")
-    inputs = [{key: batch[key] for key in known if key in batch} for batch in batches]
+    inputs = [{key: batch[key].to(args.device) for key in known if key in batch} for batch in batches]
     found = outlier_scores(weights, find_layers(weights.module, weights.shape), inputs, tau, model)
     with fail_together(comm):
         if comm.rank == 0:
@@ -331,7 +340,7 @@ def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, sample
 
 
 def _weights(trainer: Trainer) -> Weights:
-    """The Trainer's model where it lies, or in DeepSpeed's shards. Collective."""
+    """The Trainer's model, replicated or in DeepSpeed's shards. Collective."""
     args, model, comm = trainer.args, trainer.model, join(trainer.args.device)
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
@@ -340,7 +349,7 @@ def _weights(trainer: Trainer) -> Weights:
     check_config({**config.config, "gradient_clipping": "auto"}, "deepspeed")
     config.trainer_config_finalize(args, model, 0)  # fills in "auto", and refuses what the arguments contradict
     settings = {
-        # of the arguments, which have been looked at, or of the model's weights
+        # the others follow the arguments, which are checked, or the model's weights
         key: copy.deepcopy(value)
         for key, value in config.config.items()
         if key not in ("bf16", "fp16", "gradient_clipping")
@@ -351,51 +360,3 @@ def _weights(trainer: Trainer) -> Weights:
     settings = resolve_config(settings, dtype, micro, steps, comm.world_size, per_host(hosts), "deepspeed")
     check_by_deepspeed(settings, "deepspeed")
     return Zero3(model, settings, comm)
-
-
-def _check(trainer: Trainer, always_on: str) -> None:
-    """Refuse (UserError) what would go wrong, or have no effect."""
-    args, accelerator = trainer.args, trainer.accelerator
-    if isinstance(trainer, OWSTrainer):
-        raise UserError("trainer", type(trainer).__name__, "call use_ows once")
-    sharded = getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    world_size, dtype = join(args.device).world_size, next(trainer.model.parameters()).dtype
-    checkpointing = args.gradient_checkpointing_kwargs or {}
-    # TRL replaces the model's forward pass, and Liger does so in `train`: the loss takes the head's weight itself
-    past_head = args.use_liger_kernel or "forward" in vars(trainer.model)
-    whose = "use_liger_kernel" if args.use_liger_kernel else type(trainer).__name__
-    precision, one_each = accelerator.mixed_precision, "start one process for each GPU, as torchrun does"
-    own = "leave it out: OWS is the optimizer, and TrainingArguments has its learning rate and schedule"
-    as_loaded = "expected no, or bf16 with a model that was loaded in bfloat16: it runs in the format of its weights"
-    folder = "expected False: a checkpoint is one folder that all processes write to"
-    for wrong, key, value, right in (
-        (not isinstance(trainer.model, PreTrainedModel), "model", type(trainer.model).__name__,
-         "expected a model of transformers, without adapters"),
-        (trainer.optimizer is not None or trainer.lr_scheduler is not None, "optimizers", trainer.optimizer, own),
-        (trainer.optimizer_cls_and_kwargs, "optimizer_cls_and_kwargs", trainer.optimizer_cls_and_kwargs, own),
-        (not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"), "optim", str(args.optim), own),
-        (trainer.model_init is not None, "model_init", trainer.model_init, "expected the model itself"),
-        (args.n_gpu > 1, "GPUs of this process", args.n_gpu, one_each),
-        (accelerator.num_processes != world_size, "processes of Accelerate", accelerator.num_processes,
-         f"{world_size} processes are there: with DeepSpeed on CPUs, make accelerate.PartialState(backend='gloo') first, "
-         "and give accelerator_config={'use_configured_state': True}"),
-        (trainer.is_fsdp_enabled, "fsdp", args.fsdp, "leave it out: weights lie whole or in ZeRO-3 shards"),
-        (getattr(accelerator, "parallelism_config", None) is not None, "parallelism_config", args.parallelism_config,
-         "leave it out: OWS knows data parallelism alone"),
-        (dtype not in DTYPES.values(), "model", dtype, f"load it in one of {', '.join(DTYPES)}"),
-        (precision not in ("no", "bf16") or (precision == "bf16" and dtype != torch.bfloat16),
-         "mixed precision", precision, as_loaded),
-        (args.torch_compile, "torch_compile", True, "expected False"),
-        (args.auto_find_batch_size, "auto_find_batch_size", True, "expected False, and a batch size"),
-        (args.save_on_each_node, "save_on_each_node", True, folder),
-        (args.load_best_model_at_end and args.save_only_model, "save_only_model", True,
-         "expected False: the best model is taken from a whole checkpoint"),
-        (checkpointing.get("use_reentrant"), "gradient_checkpointing_kwargs: use_reentrant", True,
-         "expected False: with frozen weights, reentrant checkpointing loses gradients"),
-        (past_head and always_on == "low_rank", "optim.always_on", always_on,
-         f"expected full or none: the loss of {whose} takes the head's weight, without the head's coordinates"),
-        (past_head and sharded, "deepspeed", "ZeRO-3",
-         f"leave it out: the loss of {whose} takes the head's weight, which would lie in shards"),
-    ):  # fmt: skip
-        if wrong:
-            raise UserError(key, value, right)

@@ -17,7 +17,7 @@ from ows_ds.errors import UserError
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:
-    """``model`` inside a peft model with new adapters, the same on every process and the only weights that train.
+    """``model`` inside a peft model with new adapters, the same on every rank and the only weights that train.
 
     Raises UserError (``method.name``) where peft is not installed.
     """

@@ -2,9 +2,9 @@
 
     g = (L(W + epsilon z) - L(W - epsilon z)) / (2 epsilon),    W <- W - lr g z,    z ~ N(0, 1) for every entry
 
-z is never stored: it is drawn again from the step's seed, block by block, so that a process can draw the part of it
-that its shard needs, and the whole is the same for any number of processes. Weights are changed in place on what each
-process holds. They are rounded to their own format three times a step (the authors' code: four).
+z is never stored: it is drawn again from the step's seed, block by block, so that a rank can draw the part of it
+that its shard needs, and the whole is the same for any number of ranks. Weights are changed in place on what each
+rank holds. They are rounded to their own format three times a step (the authors' code: four).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class MeZO(Method):
         """
         self.weights, self.comm, self.device = weights, weights.comm, weights.device
         weights.module.requires_grad_(False)
-        self._parameters = dict(weights.module.named_parameters())
-        super().__init__([{"params": list(self._parameters.values())}], {"lr": lr, "weight_decay": weight_decay})
+        self._named = dict(weights.module.named_parameters())
+        super().__init__([{"params": list(self._named.values())}], {"lr": lr, "weight_decay": weight_decay})
         self.epsilon, self.max_grad_norm, self.seed = epsilon, max_grad_norm, seed
         self.layer_set: LayerSet = tuple(range(n_layers))
         self.steps = self.skipped = 0
@@ -96,7 +96,7 @@ class MeZO(Method):
 
     def _move(self, vectors: float, matrices: float, decay: float = 1.0) -> None:
         """W <- W + vectors * z for biases and norms, W <- decay * W + matrices * z for the rest, where they lie."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._named.items():
             start, resident_slice = self.weights.resident_slice(parameter)
             flat = len(self.weights.shape(parameter)) <= 1
             for first, z in noise(
@@ -109,7 +109,7 @@ class MeZO(Method):
     def shards(self) -> list[Shard]:
         """This rank's part of the weights. Between two steps only."""
         self.weights.after_step()
-        return weight_shards(self.weights, self._parameters, self._parameters)
+        return weight_shards(self.weights, self._named, self._named)
 
     def state_values(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
@@ -119,7 +119,7 @@ class MeZO(Method):
     def load_shards(self, values: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `shards` and `state_values` were taken, at any world size, over any kind of weights."""
         self.weights.after_step()
-        load_weights(self.weights, self._parameters, self._parameters, read)
+        load_weights(self.weights, self._named, self._named, read)
         self.steps, self.skipped, self.param_groups[0]["lr"] = values["steps"], values["skipped"], values["lr"]
 
 

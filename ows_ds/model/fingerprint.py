@@ -17,7 +17,7 @@ _BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
 def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = None) -> str:
     """The content of ``weights`` in 64 hexadecimal digits. Collective: one all-reduce of 8 bytes per parameter.
 
-    The same for any number of processes, replicated or sharded, and any dtype that holds bfloat16 entries exactly:
+    The same at any world size, replicated or sharded, and for any dtype that holds bfloat16 entries exactly:
     entries are rounded to bfloat16 first (a float32 checkpoint loaded in bfloat16 is the same model). Tied parameters
     count once. A single entry that changes always changes the result. The weights are only read.
 
@@ -38,9 +38,9 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
 
 
 def _checksum(entries: Tensor, start: int, places: Tensor) -> Tensor:
-    """Sum of position weight times bits, modulo 2^64; intervals of one parameter add up to the whole's.
+    """Sum of position weight times bits, modulo 2^64; the sums of a parameter's intervals add up to its own.
 
-    entries: 1-D, any float dtype. start: position of its first entry in the whole parameter. places: weights of the
+    entries: 1-D, any float dtype. start: position of its first entry in the full parameter. places: weights of the
     positions in a block, int64. A position's weight is its block's times its place's. Returns int64, ().
     """
     total = torch.zeros((), dtype=torch.int64, device=entries.device)

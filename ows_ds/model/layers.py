@@ -6,8 +6,9 @@ parameters, a matrix is the weight of a plain linear module, and whatever is lef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,37 +25,27 @@ class Matrix:
     name: the parameter's dotted name in the model.
     shape: as stored: (C_out, C_in), or (C_in, C_out) where ``inputs_first`` (GPT-2's ``Conv1D``).
     modules: dotted names of the modules that use it: one, or embedding and head where they are tied.
-    side: which carries the projector, ``optim.side``: std the shorter one (of equal ones the stored columns), right the
-    inputs, left the outputs.
     """
 
     name: str
     shape: tuple[int, int]
     modules: tuple[str, ...]
     inputs_first: bool = False
-    side: str = "std"
 
     @property
     def tall(self) -> bool:
-        """Whether coordinates stand on the left of the matrix as stored: W_0 + C Q^T; else W_0 + Q C^T."""
-        if self.side == "std":
-            return self.shape[0] >= self.shape[1]
-        return (self.side == "left") == self.inputs_first
-
-    @property
-    def across(self) -> bool:
-        """Whether that is the other way round than under std."""
-        return self.tall != (self.shape[0] >= self.shape[1])
+        """Whether coordinates are on the left of the matrix as stored: W_0 + C Q^T; else W_0 + Q C^T."""
+        return self.shape[0] >= self.shape[1]
 
     @property
     def long(self) -> int:
-        """The side of the coordinates, the number of their rows: the longer one under std."""
-        return self.shape[0 if self.tall else 1]
+        """The longer side, that of the coordinates."""
+        return max(self.shape)
 
     @property
     def short(self) -> int:
-        """The side of the projector, the number of its rows: the shorter one under std."""
-        return self.shape[1 if self.tall else 0]
+        """The shorter side, that of the projector."""
+        return min(self.shape)
 
     @property
     def in_features(self) -> int:
@@ -68,7 +59,7 @@ class Matrix:
 
     @property
     def saves_low_rank(self) -> bool:
-        """Whether its coordinates stand on the output side, so that X Q is kept for the backward pass in place of X."""
+        """Whether its coordinates are on the output side, so that X Q is kept for the backward pass in place of X."""
         return self.tall != self.inputs_first
 
 
@@ -82,7 +73,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Block:
-    """What is sampled, attached and merged together: one transformer layer, or what is always trained."""
+    """What is sampled, attached and merged together: one transformer layer, or what always trains."""
 
     name: str
     matrices: tuple[Matrix, ...]
@@ -91,25 +82,16 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """The parts of a causal language model that fine-tuning speaks of.
+    """The parts of a causal language model.
 
     layers: the N_L transformer layers, input side first.
-    embeddings: token embedding, position embedding if it is learned, and head; a tied head is one with the embedding.
+    embeddings: token embedding, position embedding if it is learned, and head; a tied head is the embedding's matrix.
     final: vectors between the last layer and the head (the final norm), and the head's bias.
     """
 
     layers: tuple[Block, ...]
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
-
-    def with_side(self, side: str) -> ModelLayers:
-        """The same, with the projector of every matrix on ``side``."""
-
-        def turned(matrices: tuple[Matrix, ...]) -> tuple[Matrix, ...]:
-            return tuple(replace(matrix, side=side) for matrix in matrices)
-
-        layers = tuple(replace(block, matrices=turned(block.matrices)) for block in self.layers)
-        return ModelLayers(layers, turned(self.embeddings), self.final)
 
 
 def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None = None) -> ModelLayers:
@@ -120,7 +102,7 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
     quantised or wrapped linear modules, parameters of three and more dimensions inside a layer.
     """
     shape = shape or (lambda parameter: tuple(parameter.shape))
-    label = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    label = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
 
     def refuse(right: str) -> UserError:
         return UserError("model.path", label, right)
@@ -136,17 +118,14 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
         vectors: list[Vector] = []
         for module_name, module in layer.named_modules(prefix=f"{stack_name}.{index}"):
             if hasattr(module, "base_layer"):  # what peft calls the module inside an adapter
-                raise refuse(
-                    f"{module_name} is a {type(module).__name__}; give a model without adapters, or merge them"
-                )
+                kind = type(module).__name__
+                raise refuse(f"{module_name} is a {kind}; give a model without adapters, or merge them")
             for key, parameter in module.named_parameters(recurse=False):
                 full = shape(parameter)
                 name = names[parameter]
                 if key == "weight" and isinstance(module, (nn.Linear, Conv1D)):
                     _plain(module, module_name, refuse)
-                    matrices.append(
-                        Matrix(name, (full[0], full[1]), (module_name,), inputs_first=isinstance(module, Conv1D))
-                    )
+                    matrices.append(Matrix(name, (full[0], full[1]), (module_name,), isinstance(module, Conv1D)))
                 elif len(full) <= 1:
                     vectors.append(Vector(name, full[0] if full else 1))
                 else:
@@ -161,13 +140,7 @@ def _stack(
     model: nn.Module, shape: Callable[[nn.Parameter], Shape], refuse: Callable[[str], UserError]
 ) -> tuple[str, nn.ModuleList]:
     def size(module: nn.Module) -> int:
-        total = 0
-        for parameter in module.parameters():
-            numel = 1
-            for side in shape(parameter):
-                numel *= side
-            total += numel
-        return total
+        return sum(math.prod(shape(parameter)) for parameter in module.parameters())
 
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
@@ -191,7 +164,7 @@ def _outside(
     shape: Callable[[nn.Parameter], Shape],
     names: dict[nn.Parameter, str],
 ) -> tuple[tuple[Matrix, ...], tuple[Vector, ...]]:
-    """Embeddings and head, and the vectors beside the stack. Anything else outside (a vision tower) stays frozen."""
+    """Embeddings and head, and the vectors around the stack. Anything else outside (a vision tower) stays frozen."""
     parent_name = stack_name.rpartition(".")[0]
     parent = model.get_submodule(parent_name)
     stack = model.get_submodule(stack_name)

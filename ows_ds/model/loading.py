@@ -1,15 +1,14 @@
-"""A checkpoint's safetensors files -> a model of which each process reads what it holds, and nothing else.
+"""A checkpoint's safetensors files -> a model of which each rank reads its own part, and nothing else.
 
 The model is made without memory for its parameters. Then each of them gets its memory, or its shard, and its entries,
-one after the other: a process never holds more than its part and one tensor. Where a checkpoint's tensors are not the
+one after the other: a rank never has more than its part and one tensor. Where a checkpoint's tensors are not the
 model's one to one (`Source.why_not`), transformers loads it instead.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import torch
 from torch import nn
 
 from ows_ds import config, files
+from ows_ds.compat.transformers import cached_file, ignored_on_load, keeps_float32, without_sharding
 from ows_ds.distributed.weights import Fill
 from ows_ds.errors import UserError
 from ows_ds.model.tensor_files import Files
 
 Make = Callable[[tuple[int, ...], torch.dtype, Fill], nn.Parameter]
-"""(shape, dtype, fill) -> a parameter in its place, of which this process has asked ``fill`` for what it holds."""
+"""(shape, dtype, fill) -> a parameter of which this rank has asked ``fill`` for its own entries."""
 
 
 class Source:
@@ -60,12 +60,12 @@ class Source:
         )
         if model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
             how["code_revision"] = model.revision
-        # buffers are made as ever: some are computed and not stored
-        with _undivided(), init_empty_weights(include_buffers=False):
+        # with their buffers: some are computed and not stored
+        with without_sharding(), init_empty_weights(include_buffers=False):
             self.model: Any = tf.AutoModelForCausalLM.from_config(
                 described, dtype=dtype, trust_remote_code=model.trust_remote_code, **how
             )
-        self.model.tie_weights()  # each place where a weight stands has got an empty one of its own
+        self.model.tie_weights()  # each place of a tied weight has its own empty one so far
         self.files = Files(paths)
         called, self.why_not = _called(self.model, self.files.shapes, dtype)
         if self.why_not is None:
@@ -82,31 +82,27 @@ class Source:
 
     def fill(self, make: Make, device: torch.device) -> Any:
         """The model with its entries, parameters by ``make`` and buffers on ``device``, in evaluation mode."""
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the empty one too: its number must stay taken
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the empty one too: its id must stay taken
         for prefix, module in self.model.named_modules():
-            for last, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
+            for last, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(parameter) not in made:
                     key = self.keys[f"{prefix}.{last}".lstrip(".")]
                     dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
                     made[id(parameter)] = parameter, make(tuple(parameter.shape), dtype, self._reader(key))
-                module._parameters[last] = made[id(parameter)][1]
-            for last, buffer in module._buffers.items():
-                if buffer is None:
-                    continue
+                setattr(module, last, made[id(parameter)][1])
+            for last, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 name = f"{prefix}.{last}".lstrip(".")
                 if name in self.keys:
                     self.files.read(self.keys[name], 0, buffer.view(-1))
-                module._buffers[last] = buffer.to(device)
+                setattr(module, last, buffer.to(device))
         return self.model.eval()
 
     def _reader(self, key: str) -> Fill:
         return lambda start, out: self.files.read(key, start, out)
 
 
-def whole(device: torch.device, reads: bool) -> Make:
-    """Parameters that this process holds as a whole. reads: otherwise their entries come from another process."""
+def unsharded(device: torch.device, reads: bool) -> Make:
+    """Parameters in full on this rank. reads: otherwise their entries come from another rank."""
 
     def make(shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -118,7 +114,7 @@ def whole(device: torch.device, reads: bool) -> Make:
 
 
 def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[dict[str, str], str | None]:
-    """What each parameter and saved buffer of ``model`` is called in its files, or why that cannot be said.
+    """The name in the files of each parameter and saved buffer of ``model``, or why there is none.
 
     stored: shapes by name. A file of the model without its head has names without the first word. Tied parameters may
     be stored under any of their names. Raises UserError (``model.path``) where the two do not fit.
@@ -145,7 +141,7 @@ def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple
             keys |= dict.fromkeys(aliases, found[0])
         elif aliases[0] in parameters:
             missing.append(aliases[0])
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    ignored = [*ignored_on_load(model), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
     left = [key for key in stored if key not in used and not any(re.search(word, key) for word in ignored)]
     problems = [
         f"{len(what)} {text}: {', '.join(sorted(what)[:3])}{', ...' if len(what) > 3 else ''}"
@@ -168,7 +164,7 @@ def _quantised(model: config.Model, why: str) -> UserError:
 
 
 def _find(model: config.Model) -> list[Path]:
-    """The checkpoint's safetensors files, in the order in which transformers looks for them; none where none are."""
+    """The checkpoint's safetensors files, in the order in which transformers looks for them; perhaps none."""
     from transformers.utils.hub import get_checkpoint_shard_files
 
     if path := _cached(model, "model.safetensors"):
@@ -185,34 +181,15 @@ def _find(model: config.Model) -> list[Path]:
 
 
 def _cached(model: config.Model, name: str) -> str | None:
-    """Where a file of the model lies on this machine, brought there if need be; None where the model has none."""
-    from transformers.utils.hub import cached_file
-
-    found: str | None = cached_file(
-        model.path, name, revision=model.revision or "main", _raise_exceptions_for_missing_entries=False
-    )
-    return found
-
-
-@contextmanager
-def _undivided() -> Iterator[None]:
-    """Within it transformers builds models as ever, even if the launcher has told it of ZeRO-3."""
-    from transformers.integrations import deepspeed
-
-    told = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = told
+    return cached_file(model.path, name, model.revision or "main")
 
 
 def _called(model: Any, stored: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], str | None]:
-    """What is in the files by the names that transformers reads it under, or why it changes more than names."""
+    """Names in the files, by the names that transformers reads them under; or why it changes more than names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    if dtype == torch.bfloat16 and model._keep_in_fp32_modules_strict:
+    if dtype == torch.bfloat16 and keeps_float32(model):
         return {}, "some of its weights must stay in float32"
     conversions = get_model_conversion_mapping(model)
     called = {}

@@ -1,8 +1,9 @@
-"""A pre-trained model and its tokenizer: whole on every rank, or straight into ZeRO-3 shards."""
+"""A pre-trained model and its tokenizer: in full on every rank, or straight into ZeRO-3 shards."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ows_ds.compat.deepspeed import full_shape
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, full_shape, in_shards
+from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, in_shards
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.files import read_text
 from ows_ds.model.layers import ModelLayers, find_layers
-from ows_ds.model.loading import Source, whole
+from ows_ds.model.loading import Source, unsharded
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -27,9 +31,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 def load_model(
     recipe: Recipe, runtime: Runtime, adapt: Callable[[Any], Any] | None = None, deepspeed_trains: bool = False
 ) -> tuple[Weights, ModelLayers]:
-    """The pre-trained model on the run's devices, whole or straight into shards, and its layers. Collective.
+    """The pre-trained model on the run's devices, in full or straight into shards, and its layers. Collective.
 
-    adapt: what is done to the model before it is spread, such as adding adapters; the layers are those before.
+    adapt: what is done to the model before it is sharded, such as adding adapters; the layers are those before.
     deepspeed_trains: under ZeRO-3 DeepSpeed's own optimizer trains what requires gradients.
     Raises UserError (``model.path``) for what transformers cannot load and for models that have no layers.
     """
@@ -40,7 +44,7 @@ def load_model(
     layers = find_layers(model, None if config is None else full_shape)
     model.config.use_cache = False
     if adapt is not None:
-        keep = None if config is None else HfDeepSpeedConfig(config)  # while it lives, peft knows of shards
+        keep = None if config is None else HfDeepSpeedConfig(config)  # while this object lives, peft knows of shards
         model = adapt(model)
         del keep
     if recipe.train.gradient_checkpointing:
@@ -57,9 +61,9 @@ def load_model(
 def pretrained(
     recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
 ) -> Any:
-    """The model of ``model.path``: whole, with entries on rank 0 alone, or in shards (ds_config). Collective.
+    """The model of ``model.path``: in full, with entries on rank 0 alone, or in shards (ds_config). Collective.
 
-    Each process reads what it holds. Where transformers has to load the checkpoint, rank 0 says why.
+    Each rank reads its own part. Where transformers has to load the checkpoint, rank 0 logs why.
     Raises UserError (``model.path``) for what cannot be loaded.
     """
     source: Source
@@ -68,15 +72,15 @@ def pretrained(
     comm.assert_consistent("how the model is loaded", source.why_not)
     if source.why_not is None:
         with fail_together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
-            make = whole(device, comm.rank == 0) if ds_config is None else in_shards(ds_config)
+            make = unsharded(device, comm.rank == 0) if ds_config is None else in_shards(ds_config)
             model = source.fill(make, device)
     else:
         if comm.rank == 0:
             says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on rank 0"
-            print(one_line(says))
+            logger.info(one_line(says))
         model, lost = _by_transformers(recipe, device, ds_config)
         with fail_together(comm):
-            if lost:  # transformers would go on with random numbers
+            if lost:  # transformers would continue with random numbers
                 missing = f"{len(lost)} of its weights are missing: {lost[0]}"
                 right = f"expected a checkpoint that fits its config.json ({missing})"
                 raise UserError("model.path", recipe.model.path, right)
@@ -88,7 +92,7 @@ def pretrained(
 
 
 def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> tuple[Any, list[str]]:
-    """The model, and which of its weights are not in its files, as far as this process has seen."""
+    """The model, and which of its weights are not in its files, as far as this rank has seen."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -138,11 +142,10 @@ def _chat_template(path: str, tokenizer: Any) -> str:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(
-            "data.chat_template", f"{path}:{error.lineno}", f"expected a Jinja template ({error})"
-        ) from error
-    except Exception:  # it may refuse this chat; those that are trained show it
-        pass
+        where = f"{path}:{error.lineno}"
+        raise UserError("data.chat_template", where, f"expected a Jinja template ({error})") from error
+    except Exception:  # a template may refuse this chat with any error, and yet suit the chats of the data
+        logger.debug("%s does not take a chat of one user message", path)
     return text
 
 
@@ -150,7 +153,7 @@ def _chat_template(path: str, tokenizer: Any) -> str:
 def _refusing(
     recipe: Recipe, *kinds: type[Exception], right: str = "expected a model that transformers can load"
 ) -> Iterator[None]:
-    """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but the want of memory."""
+    """What the files of ``model.path`` may raise, as a UserError: all of ``kinds`` but a lack of memory."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -173,7 +176,7 @@ def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
 
 @contextmanager
 def suppress_output() -> Iterator[None]:
-    """Within it transformers warns of nothing: what it warns of while it reads settings, it refuses, or we do."""
+    """Within it transformers does not warn: what is wrong while it reads settings, it refuses, or we do."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -185,7 +188,7 @@ def suppress_output() -> Iterator[None]:
 
 
 def free_memory() -> None:
-    """Give back what a model has held that is used no more: models hang in circles of references."""
+    """Free the memory of models that are no longer used: they have cycles of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -51,7 +51,7 @@ SHAPES = {
 class Model:
     """What is known of a model without its weights.
 
-    name: for people. layers: its parts. config: transformers' configuration. whole_logits: it works on its head's
+    name: for people. layers: its parts. config: transformers' configuration. whole_logits: it changes its head's
     output, so that the loss takes all logits at once (`ows_ds.train.loss`).
     """
 
@@ -100,7 +100,7 @@ def model_of(config: Any, name: str = "") -> Model:
     """The same, of a configuration of transformers."""
     from ows_ds.model.layers import find_layers
 
-    capped = any(getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    capped = any(getattr(config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
     return Model(name or type(config).__name__, find_layers(without_weights(config)), config, capped)
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written by runs of entries: neither a file nor a tensor is in memory as a whole.
+"""Safetensors files, read and written by runs of entries: neither a file nor a full tensor is in memory.
 
 A file is 8 bytes with the length of its header (little-endian), the header (JSON: each tensor's dtype, shape and place
 among the bytes that follow) and the tensors' entries in row-major order
@@ -76,9 +76,9 @@ class Writer:
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], digest: Any = None) -> None:
         """tensors: what will be written, of which only shapes and dtypes count (on the meta device, for example).
 
-        digest: of hashlib, to take in all bytes as they are written; the file's, if that is in the order of ``names``.
+        digest: of hashlib, updated with all bytes that are written: the file's, if written in the order of ``names``.
         """
-        self.names = sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name))
+        self.names = sorted(tensors, key=lambda name: (_ORDER[tensors[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         places: dict[str, int] = {}
         end = 0
@@ -111,4 +111,4 @@ class Writer:
             os.fsync(self._file.fileno())
 
 
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}

@@ -56,9 +56,9 @@ class BlockAdamW(Method):
         """
         self.weights, self.groups = weights, tuple(groups)
         self.comm, self.device = weights.comm, weights.device
-        self._parameters = dict(weights.module.named_parameters())
+        self._named = dict(weights.module.named_parameters())
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([{"params": [self._parameters[name] for g in groups for name in g.names]}], defaults)
+        super().__init__([{"params": [self._named[name] for g in groups for name in g.names]}], defaults)
         self.max_grad_norm = max_grad_norm
         self.steps = self.skipped = 0
         self.grad_norm: Tensor | None = None
@@ -68,7 +68,7 @@ class BlockAdamW(Method):
         self._full: FullRank | None = None
         if not isinstance(weights, Zero3AdamW):
             weights.module.requires_grad_(False)
-            dtype = torch.promote_types(next(iter(self._parameters.values())).dtype, torch.float32)
+            dtype = torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)
             self._full = FullRank(weights, dtype)
             self._enter()
 
@@ -147,7 +147,7 @@ class BlockAdamW(Method):
 
     def _enter(self) -> None:
         assert self._full is not None
-        self._full.enter({name: self._parameters[name] for name in self.group.names})
+        self._full.enter({name: self._named[name] for name in self.group.names})
 
     # ------------------------------------------------------------------ state
 
@@ -158,11 +158,9 @@ class BlockAdamW(Method):
     def shards(self) -> list[Shard]:
         """This rank's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
         self.weights.after_step()
-        names = [name for name in self._parameters if name in self._states]
+        names = [name for name in self._named if name in self._states]
         states = {name: self._states[name] for name in names}
-        return state_shards(self.weights, self._parameters, states) + weight_shards(
-            self.weights, self._parameters, names
-        )
+        return state_shards(self.weights, self._named, states) + weight_shards(self.weights, self._named, names)
 
     def state_values(self) -> dict[str, Any]:
         """The rest of the state, JSON-able."""
@@ -182,13 +180,13 @@ class BlockAdamW(Method):
             raise UserError("method.name", "other weights", "resume with the method and model of the checkpoint")
         self.weights.after_step()
         names = list(values["full_rank_steps"])
-        load_weights(self.weights, self._parameters, names, read)
+        load_weights(self.weights, self._named, names, read)
         if self._full is not None:
             self._full.leave(list(self._full.parameters))
-            self._full.enter({name: self._parameters[name] for name in names})
-        load_states(self.weights, self._parameters, self._states, values["full_rank_steps"], read)
+            self._full.enter({name: self._named[name] for name in names})
+        load_states(self.weights, self._named, self._states, values["full_rank_steps"], read)
         self.steps, self.skipped = values["steps"], values["skipped"]
         self.param_groups[0]["lr"], self._round_lr = values["lr"], values["round_lr"]
         if self._full is not None:
             self._full.leave([name for name in names if name not in self.group.names], keep=True)
-            self._full.enter({n: self._parameters[n] for n in self.group.names if n not in self._full.parameters})
+            self._full.enter({n: self._named[n] for n in self.group.names if n not in self._full.parameters})

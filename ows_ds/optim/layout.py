@@ -120,7 +120,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What all ranks must have in common, JSON-able."""
         slots = {layout.block.name: {"rows": layout.rows, "slots": dict(layout.slots)} for layout in self.layouts}
-        return {"r": self.r, "world_size": self.world_size, "order": list(slots), "blocks": slots}
+        return {"r": self.r, "world_size": self.world_size, "order": list(slots), "slots": slots}
 
 
 def make_plan(blocks: Sequence[Block], r: int, world_size: int) -> Plan:

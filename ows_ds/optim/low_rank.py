@@ -7,7 +7,6 @@ L R^T nor the gradient of W is ever formed: the coordinates' gradient comes out 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ows_ds.compat.torch import with_weight
 from ows_ds.optim.projection import is_tall
 
 
@@ -208,8 +208,7 @@ class LowRankHook:
             return y
         right, left = _sides(attached, False, y.dtype)
         # a shallow copy with L in the weight's place goes through the module's own forward, scaling included
-        shadow = copy.copy(self.module)
-        shadow.__dict__["_parameters"] = {"weight": left}
+        shadow = with_weight(self.module, left)
         low_rank = self._own(shadow, ids) @ right.t()
         return torch.add(low_rank, y, alpha=attached[0].decay)
 

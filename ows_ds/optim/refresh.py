@@ -199,7 +199,8 @@ class FullGradients(Refresh):
         self.cancel()
         self._refreshed = plan.owners
         dtype, device = self.active.weight_dtype, self.active.weights.device
-        self._found = _gather(self.comm, plan, self.projectors, self.active.r, dtype, device, "projectors")
+        mine, self.projectors = self.projectors, {}  # which nothing keeps alive when their layers leave
+        self._found = _gather(self.comm, plan, mine, self.active.r, dtype, device, "projectors")
 
     def energy(self) -> dict[int, Tensor]:
         device, energy = self.active.weights.device, {}

@@ -259,7 +259,7 @@ class CoordinateBuffer:
             self.blocks[name].steps[kind].fill_(count)
 
     def shards(self) -> Iterator[Shard]:
-        """This process's rows of what a checkpoint holds, padding left out."""
+        """This rank's rows of what a checkpoint holds, padding left out."""
         for name, block in self.blocks.items():
             layout = block.layout
             first = layout.part(self.comm.rank)[0] * layout.r

@@ -3,7 +3,7 @@
     nodes x gpus, each GPU with memory and arithmetic; a fast link inside a node, a slower one between nodes
 
 A link moves n bytes in alpha + n / beta seconds (Hockney 1994): alpha its latency, beta its bandwidth. Collectives are
-those of rings (Thakur, Rabenseifner, Gropp 2005, section 4): w - 1 rounds, in each of which every process sends the
+those of rings (Thakur, Rabenseifner, Gropp 2005, section 4): w - 1 rounds, in each of which every rank sends the
 w-th part of the whole. Over several nodes that is one ring through all GPUs, or one ring between the nodes and one
 within (Cho et al. 2019, BlueConnect). Nothing here imports torch.
 """

@@ -13,8 +13,8 @@ from typing import Any
 
 from ows_ds import config, methods
 from ows_ds.config import Recipe
-from ows_ds.distributed.launch import quieten
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, check_config, read_config
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, check_config, read_config
+from ows_ds.distributed.launch import suppress_warnings
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write, can_be_made
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
@@ -43,7 +43,7 @@ def plan(
     output: folder for a recipe with the cheapest or the fastest choice that fits (choose), its DeepSpeed file, the
     numbers and a plot; nothing in it is written over. Raises UserError for whatever the user can put right.
     """
-    quieten()
+    suppress_warnings()
     report = Report(recipe, cluster, others)
     if output is not None:
         _check_output(output)

@@ -201,7 +201,7 @@ def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple
 
 @dataclass(frozen=True)
 class LayerParts:
-    """A layer's matrices by what they do, told by their shapes and order."""
+    """A layer's matrices by what they do, found by their shapes and order."""
 
     attention: tuple[Matrix, ...]  # hidden -> queries, keys, values
     output: Matrix

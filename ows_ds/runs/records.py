@@ -16,13 +16,12 @@ from typing import Any
 from ows_ds import checkpoint, config, files
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
-from ows_ds.planner.forecast import HOMES, Planner
-from ows_ds.planner.memory import Memory
-from ows_ds.runs.results import Result
 from ows_ds.importance import probabilities
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import Model, read_model
+from ows_ds.planner.forecast import HOMES, Planner
+from ows_ds.planner.memory import Memory
 from ows_ds.runs import results
 from ows_ds.runs.results import Result
 

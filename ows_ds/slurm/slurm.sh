@@ -54,7 +54,7 @@ task() {
         under_launcher accelerate launch --config_file "$accelerate_config" --num_machines "$SLURM_NNODES" \
             --num_processes $((SLURM_NNODES * processes)) "${meeting[@]}" -m ows_ds "$@"
         ;;
-    *) echo "launcher: '$launcher' is not right: give srun, torchrun or accelerate" >&2 && exit 2 ;;
+    *) echo "launcher: '$launcher' is invalid: expected srun, torchrun or accelerate" >&2 && exit 2 ;;
     esac
 }
 

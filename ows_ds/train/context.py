@@ -1,10 +1,12 @@
-"""Recipe and processes -> what a run works on: tokenizer, rows, model; and the held-out loss of it."""
+"""Recipe and ranks -> what a run works on: tokenizer, rows, model; and its held-out loss."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from ows_ds import methods
 from ows_ds.config import Recipe, Source, sources
 from ows_ds.data import attention, mix, prepare
-from ows_ds.data.batches import HOST, MULTIPLE, Batches, collate, held_out_batches
+from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, held_out_batches
 from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.pack import Sequences
 from ows_ds.data.rows import fetch
@@ -27,9 +29,11 @@ from ows_ds.model.pretrained import load_model, load_tokenizer
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import check_memory
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
-class Job:
+class RunContext:
     """What a run works on."""
 
     recipe: Recipe
@@ -39,72 +43,88 @@ class Job:
     tokenizer: Any
     rows: Sequences  # under data.streaming those of the first block
     held_out: Sequences
-    steps: Batches | Stream | None = None  # None: nothing is trained
+    steps: Steps | None = None  # None: nothing is trained
     model: str = ""  # fingerprint of the base model
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> int:
         """Entries of the model's embedding."""
         module: Any = self.weights.module
         return int(self.weights.shape(module.get_input_embeddings().weight)[0])
 
-    @property
+    @functools.cached_property
     def pad_id(self) -> int:
+        """The token that fills batches up."""
         pad = self.tokenizer.pad_token_id
         pad = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
         return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
 
-    def batch(self, sequences: list[list[Encoded]], packed: bool = False) -> dict[str, Tensor]:
-        """Right-padded tensors (sequences, tokens): `batches.HOST` on the CPU, the others on the device."""
-        batch = collate(sequences, self.pad_id, packed)
+    def read(self, k: int) -> tuple[Step, list[dict[str, Tensor]]]:
+        """Optimizer step ``k`` (from 0), and this rank's micro-batches on the CPU, pinned where there is a GPU."""
+        assert self.steps is not None
+        step = self.steps.take(k)
+        batches = []
+        for sequences in step.micro_batches:
+            batch = collate(sequences, self.pad_id, self.rows.packed)
+            del batch["attention_mask"]  # the loss does without
+            if self.runtime.device.type == "cuda":
+                batch = {name: t if name in HOST else t.pin_memory() for name, t in batch.items()}
+            batches.append(batch)
+        return step, batches
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``batch`` where the model runs, but for `batches.HOST`."""
+        # blocking, also from pinned memory: DeepSpeed gathers on a stream of its own, and nothing else orders a forward
+        # pass' gathers after what was written to the shards
         return {name: t if name in HOST else t.to(self.runtime.device) for name, t in batch.items()}
 
+    def batch(self, sequences: list[list[Encoded]], packed: bool = False) -> dict[str, Tensor]:
+        """Right-padded tensors (sequences, tokens) where the model runs, but for `batches.HOST`."""
+        return self.to_device(collate(sequences, self.pad_id, packed))
 
-def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[str, Any] | None = None) -> Job:
-    """Data before weights: what is wrong with it shows at once. Collective. Raises UserError.
 
-    training: with steps, held-out rows, adapters and the model's fingerprint. state: of the steps of a run that is gone
-    on with.
+def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[str, Any] | None = None) -> RunContext:
+    """Data before weights, so that its mistakes show at once. Collective. Raises UserError.
+
+    training: with steps, held-out rows, adapters and the model's fingerprint. state: of the steps of a resumed run.
     """
     held_out = Sequences([])
-    steps: Batches | Stream | None = None
+    steps: Steps | None = None
     with fail_together(runtime.comm):
-        if runtime.comm.rank == 0:  # one process downloads, the others find the data sets in the cache
+        if runtime.comm.rank == 0:  # one rank downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
     with fail_together(runtime.comm):
         tokenizer = load_tokenizer(recipe)
         if recipe.data.streaming:
-            steps = stream = _stream(recipe, tokenizer, runtime, state)
-            rows = stream.sequences
-            if not training:
-                stream.close()
+            steps = _stream(recipe, tokenizer, runtime, state)
+            rows = steps.sequences
         else:
             rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime)
         if training and recipe.data.eval is not None:
             held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime)
     if training:
-        check_memory(recipe, runtime, max([*rows.lengths, *held_out.lengths]))
+        check_memory(recipe, runtime, max(int(some.lengths.max(initial=0)) for some in (rows, held_out)))
         steps = steps or _batches(recipe, rows, runtime)
         adapt = functools.partial(methods.adapt, recipe)
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     else:
         weights, layers = load_model(recipe, runtime)
-    job = Job(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps)
-    _check_rows(job)
+    context = RunContext(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps)
+    _check_rows(context)
     if training:
-        job.model = methods.base_model(recipe, weights)
-    return job
+        context.model = methods.base_model(recipe, weights)
+    return context
 
 
-def _check_rows(job: Job) -> None:
+def _check_rows(context: RunContext) -> None:
     """Refuse (UserError) rows with tokens or positions that the model has no embedding of, now and in later blocks, and
     packed ones where it does not keep them apart. Collective."""
-    module = cast(Any, job.weights.module)
+    module = cast(Any, context.weights.module)
     module = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
     words = (module.get_input_embeddings(), module.get_output_embeddings())
-    tables = [m.shape[0] for m in job.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
+    tables = [m.shape[0] for m in context.layers.embeddings if module.get_submodule(m.modules[0]) not in words]
     positions = min(*tables, getattr(module.config, "max_position_embeddings", None) or tables[0]) if tables else None
-    vocabulary = job.vocabulary
+    vocabulary = context.vocabulary
 
     def refuse(found: Sequences) -> None:
         largest = max((part.largest for part in found.parts), default=0)
@@ -112,17 +132,17 @@ def _check_rows(job: Job) -> None:
             right = (
                 f"expected a model that embeds all tokens of its tokenizer: rows have {largest}, it knows {vocabulary}"
             )
-            raise UserError("model.path", job.recipe.model.path, right)
-        longest = max((length for part in found.parts for length in part.lengths), default=0)
+            raise UserError("model.path", context.recipe.model.path, right)
+        longest = max((int(part.lengths.max(initial=0)) for part in found.parts), default=0)
         if positions is not None and -(-longest // MULTIPLE) * MULTIPLE > positions:  # others are computed
             right = f"expected at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
-            raise UserError("data.max_length", job.recipe.data.max_length, right)
+            raise UserError("data.max_length", context.recipe.data.max_length, right)
 
-    refuse(job.rows)
-    refuse(job.held_out)
-    if isinstance(job.steps, Stream):
-        job.steps.check = refuse
-    if job.recipe.data.packing and not attention.keeps_apart(job.weights, vocabulary):
+    refuse(context.rows)
+    refuse(context.held_out)
+    if isinstance(context.steps, Stream):
+        context.steps.check = refuse
+    if context.recipe.data.packing and not attention.keeps_apart(context.weights, vocabulary):
         right = "expected false: the attention of this model does not keep the rows of a sequence apart"
         raise UserError("data.packing", True, right)
 
@@ -131,54 +151,51 @@ def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runti
     found, counts = prepare.prepare(recipe.data, tokenizer, given, key)
     if runtime.comm.rank == 0:
         packed = f"; packed into {len(found):,} sequences" if found.packed else ""
-        print(f"{key}: {counts.line(recipe.data.max_length)}{packed}")
+        logger.info("%s: %s%s", key, counts.line(recipe.data.max_length), packed)
     return found
 
 
+def _split(recipe: Recipe, runtime: Runtime) -> tuple[int, int, int, int, int]:
+    """What `Steps` takes."""
+    train, comm = recipe.train, runtime.comm
+    return train.global_batch_size, train.micro_batch_size, comm.world_size, comm.rank, train.seed
+
+
 def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None) -> Stream:
-    data, train, given = recipe.data, recipe.train, sources(recipe.data, "data.train")
+    data, given = recipe.data, sources(recipe.data, "data.train")
     encode = functools.partial(prepare.block, data, tokenizer, given)
-    place = (train.global_batch_size, train.micro_batch_size, runtime.comm.world_size, runtime.comm.rank, train.seed)
-    found = Stream(given, data.buffer_size, encode, *place, state)
+    found = Stream(given, data.buffer_size, encode, *_split(recipe, runtime), state=state)
     if runtime.comm.rank == 0:
-        print(f"data.train: {found.counts.line(data.max_length)}; more while training")
+        logger.info("data.train: %s; more while training", found.counts.line(data.max_length))
     return found
 
 
 def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
-    train, weights = recipe.train, prepare.weights(sources(recipe.data, "data.train"))
-    parts = None if weights is None else (rows.sizes, weights)
-    place = (train.global_batch_size, train.micro_batch_size, runtime.comm.world_size, runtime.comm.rank, train.seed)
-    return Batches(rows, *place, parts)
+    weights = prepare.weights(sources(recipe.data, "data.train"))
+    return Batches(rows, *_split(recipe, runtime), parts=None if weights is None else (rows.sizes, weights))
 
 
-def calibration(job: Job) -> Iterator[dict[str, Tensor]]:
-    """This process's batches of the rows that layers are scored on: of each source as many as it has of all."""
-    sampling, comm = job.recipe.sampling, job.runtime.comm
-    sizes = [len(part) for part in job.rows.parts]
+def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:
+    """This rank's batches of the rows that layers are scored on: of each source in proportion to its rows."""
+    sampling, comm = context.recipe.sampling, context.runtime.comm
+    sizes = [len(part) for part in context.rows.parts]
     shares = mix.shares(min(sampling.calibration_samples, sum(sizes)), sizes)
-    rows = [row for part, share in zip(job.rows.parts, shares, strict=True) for row in part[:share]]
-    lengths = [len(row["input_ids"]) for row in rows]
-    for share in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world_size, comm.rank, lengths):
-        yield job.batch([[rows[i]] for i in share])
+    rows = [row for part, share in zip(context.rows.parts, shares, strict=True) for row in islice(part, share)]
+    lengths = list(map(len, rows))
+    for mine in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world_size, comm.rank, lengths):
+        yield context.batch([[rows[i]] for i in mine])
 
 
 @torch.no_grad()
-def evaluate(job: Job) -> float:
-    """Mean cross entropy of the held-out tokens with the coordinates attached. Collective."""
-    weights, comm = job.weights, job.runtime.comm
+def evaluate(context: RunContext) -> float:
+    """Mean cross entropy of the held-out tokens with the low-rank updates attached. Collective."""
+    weights, comm, held_out = context.weights, context.runtime.comm, context.held_out
     training = weights.module.training
     weights.module.eval()
-    shares = held_out_batches(
-        len(job.held_out),
-        job.recipe.train.eval_batch_size,
-        comm.world_size,
-        comm.rank,
-        job.held_out.lengths,
-    )
-    sums = torch.zeros(2, dtype=torch.float64, device=job.runtime.device)
-    for share in shares:
-        batch = job.batch([job.held_out[i] for i in share], job.held_out.packed)
+    size = context.recipe.train.eval_batch_size
+    sums = torch.zeros(2, dtype=torch.float64, device=context.runtime.device)
+    for mine in held_out_batches(len(held_out), size, comm.world_size, comm.rank, held_out.lengths):
+        batch = context.batch([held_out[i] for i in mine], held_out.packed)
         targets = (batch["labels"][:, 1:] != IGNORE).sum().double().to(sums.device)
         sums += torch.stack([token_losses(weights, batch).double(), targets])
         weights.after_step()
@@ -203,6 +220,6 @@ def mean_loss(
             key,
             runtime,
         )
-    job = Job(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
-    _check_rows(job)
-    return evaluate(job)
+    context = RunContext(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
+    _check_rows(context)
+    return evaluate(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+from ows_ds.compat.transformers import ignored_on_save
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.errors import UserError, one_line
@@ -22,7 +24,9 @@ from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.tensor_files import Writer
 from ows_ds.runs import card
 
-FILE_SIZE = "5GB"  # a file of a model holds at most as much, as those on the hub do
+logger = logging.getLogger(__name__)
+
+FILE_SIZE = "5GB"  # of a file of a model, at most, as on the hub
 
 
 def save_model(
@@ -34,10 +38,10 @@ def save_model(
 ) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
-    Coordinates must be merged. Rank 0 writes; what the others hold is sent to it in runs of entries, so that no
-    process holds more than its part and a run. Only of a model that has other tensors than its family's files does it
-    hold everything. file_size: of a file, at most; a larger tensor has one to itself. card_of: fingerprint of the
-    weights -> text of the model card, which rank 0 asks for. Collective. ``folder`` must not exist.
+    Low-rank updates must be merged. Rank 0 writes; the others send it their shards in runs of entries, so that no rank
+    needs more memory than for its shard and a run. Only for a model whose tensors differ from those of its family's
+    files does rank 0 gather everything. file_size: of a file, at most; a larger tensor has a file of its own. card_of:
+    fingerprint of the weights -> text of the model card, called on rank 0. Collective. ``folder`` must not exist.
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
@@ -62,7 +66,7 @@ def save_model(
 def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> None:
     """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
     comm, module = weights.comm, cast(Any, weights.module)
-    saved = set(module.state_dict()) - set(module._keys_to_ignore_on_save or ())
+    saved = set(module.state_dict()) - ignored_on_save(module)
     everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
     tensors = {name: everything[name] for name in sorted(everything, key=dot_natural_key) if name in saved}
@@ -72,7 +76,7 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
                           dtype=tensor.dtype, device="meta")
         for name, tensor in tensors.items()
     }  # fmt: skip
-    names: dict[str, str | None] = {}  # in the files, and here; None: made of several
+    names: dict[str, str | None] = {}  # in the files -> here; None: made of several
     with fail_together(comm):
         ours = {id(tensor): name for name, tensor in empty.items()}
         names = {name: ours.get(id(tensor)) for name, tensor in revert_weight_conversion(module, empty).items()}
@@ -82,9 +86,9 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
         return
     state = {}
     for name, tensor in tensors.items():
-        whole = weights.full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
+        full = weights.full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
         if comm.rank == 0:
-            state[name] = whole.to("cpu", copy=True)
+            state[name] = full.to("cpu", copy=True)
     with fail_together(comm):
         if comm.rank == 0:
             module.save_pretrained(folder, state_dict=state, max_shard_size=file_size)
@@ -93,9 +97,9 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
 def _stream(
     weights: Weights, tensors: dict[str, Tensor], empty: dict[str, Tensor], folder: Path, file_size: str
 ) -> None:
-    """Write ``tensors`` (parameters, perhaps in shards, and buffers) to ``folder``, run by run. Collective.
+    """Write ``tensors`` (parameters, possibly sharded, and buffers) to ``folder``, run by run. Collective.
 
-    empty: their whole shapes, and dtypes. Both by the names in the files.
+    empty: their full shapes, and dtypes. Both by the names in the files.
     """
     comm = weights.comm
     plan = split_torch_state_dict_into_shards(
@@ -112,7 +116,7 @@ def _stream(
                 try:
                     if writer is not None and error is None:
                         writer.write(name, start, run)
-                except OSError as caught:  # the other processes have to gather the rest of this tensor
+                except OSError as caught:  # the other ranks have to gather the rest of this tensor
                     error = caught
                 del run  # before the next is there
             comm.raise_if_any_failed(error)
@@ -134,11 +138,11 @@ def _runs(weights: Weights, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     """``out_dir`` <- the model of a run's checkpoint, the newest complete one or the one called ``name`` (``step-N``).
 
-    One process, no launcher, on the CPU. Raises UserError for a folder that is no run, a checkpoint that is missing
+    One process, no launcher, on the CPU. Raises UserError for a folder that is not a run, a checkpoint that is missing
     or damaged, another base model, and an ``out_dir`` that exists.
     """
     from ows_ds import checkpoint, config, files, methods
-    from ows_ds.distributed.launch import quieten
+    from ows_ds.distributed.launch import suppress_warnings
     from ows_ds.importance.scoring import layer_importance
     from ows_ds.model.layers import find_layers
     from ows_ds.model.pretrained import load_tokenizer, pretrained
@@ -148,7 +152,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
         raise UserError("--checkpoint", name, "expected the name of one of the run's checkpoints, such as step-20")
     if os.path.lexists(out_dir) or not files.can_be_made(out_dir):
         raise UserError("out_dir", str(out_dir), "expected a folder that does not exist yet and can be made")
-    quieten()
+    suppress_warnings()
     comm = Communicator()
     if not os.path.isfile(run_dir / "config.yaml"):
         raise UserError("run_dir", str(run_dir), "expected the folder of a run, with its config.yaml")
@@ -156,9 +160,9 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     if name is not None:
         opened = checkpoint.open_checkpoint(run_dir / "checkpoints" / name, comm, key="checkpoint")
     else:
-        newest, passed = checkpoint.find(run_dir, "auto", comm)
-        for line in passed:
-            print(one_line(f"passed over a checkpoint: {line}"))
+        newest, skipped = checkpoint.find(run_dir, "auto", comm)
+        for line in skipped:
+            logger.info(one_line(f"skipped a checkpoint: {line}"))
         if newest is None:
             raise UserError("run_dir", str(run_dir), "expected a run with a complete checkpoint")
         opened = newest
@@ -173,4 +177,4 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     method.close()
     steps = int(opened.folder.name.removeprefix("step-"))
     save_model(weights, load_tokenizer(recipe), out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
-    print(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))
+    logger.info(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

@@ -2,10 +2,10 @@
 
     hidden states --labelled rows--> (N, C) --a run of rows at a time--> logits --> loss, and its gradients, at once
 
-The head's forward pass is replaced for the length of the model's: where the head stands, its weight is there (ZeRO-3
-has gathered it), with coordinates or without. Each run's logits are turned into the gradients of hidden states and of
-what trains in the head, and dropped, as Liger's fused linear cross entropy does (Hsu et al. 2024); the backward pass
-only multiplies them. So a weight is used once and its hooks see its whole gradient once, as ever.
+The head's forward pass is replaced while the model's runs: there its weight is present (ZeRO-3 has gathered it), with
+a low-rank update or without. Each run's logits are turned into the gradients of hidden states and of what trains in the
+head, and freed, as Liger's fused linear cross entropy does (Hsu et al. 2024); the backward pass only multiplies them.
+So a weight is used once, and its hooks see its full gradient once, as usual.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from ows_ds.data.attention import inputs, told
+from ows_ds.compat.torch import times_written
+from ows_ds.compat.transformers import known_rows
+from ows_ds.data.attention import inputs
 from ows_ds.data.encoded import IGNORE
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.layout import CHUNK
@@ -31,13 +33,13 @@ _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its o
 def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar.
 
-    Float64 under float64 weights. batch: as `batches.collate` makes it, where the model runs; labels, best on the CPU:
-    what is counted from them then needs no wait for a GPU.
+    Float64 under float64 weights. batch: as `batches.collate` makes it, where the model runs; labels, if possible, on
+    the CPU: counting them then needs no wait for a GPU.
 
-    A model that works on its head's output (soft-capping, scaling) is found out in its first pass, and from then on its
-    logits are taken whole.
+    A model that changes its head's output (soft-capping, scaling) is detected in its first pass; from then on all its
+    logits are computed at once.
     """
-    with told(batch.get("row_ids")):
+    with known_rows(batch.get("row_ids")):
         return _token_losses(weights, batch, inputs(weights, batch))
 
 
@@ -76,19 +78,19 @@ def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels
         rows = hidden.flatten(0, -2).index_select(0, wanted)
         at_once = max(1, CHUNK // head.out_features)
         loss: Tensor = _CrossEntropy.apply(own, targets, at_once, torch.is_grad_enabled(), rows, *leaves)
-        made.append((loss, loss._version))
+        made.append((loss, times_written(loss)))
         return loss.view(1, 1, 1)
 
     with _replaced(head, forward):
         logits: Tensor = weights(**inputs).logits
-    if len(made) == 1 and (logits.data_ptr(), logits._version) == (made[0][0].data_ptr(), made[0][1]):
+    if len(made) == 1 and (logits.data_ptr(), times_written(logits)) == (made[0][0].data_ptr(), made[0][1]):
         return logits.view(())
     return None
 
 
 @contextmanager
 def _replaced(module: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it ``module`` runs ``forward``, inside its hooks."""
+    """Within it ``module`` calls ``forward``, inside its hooks."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -128,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=rows.device)
         grad_rows, grads = torch.empty_like(rows) if needed else None, [torch.empty(0)] * len(leaves)
-        for start in range(0, max(1, len(rows)), at_once):  # once without rows, too: hooks wait for zeros
+        for start in range(0, max(1, len(rows)), at_once):  # once without rows too: hooks expect zeros
             some = slice(start, start + at_once)
             loss, more = _one_run(head, rows[some], targets[some], leaves, needed)
             total += loss
@@ -137,7 +139,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_rows[some] = more.pop(0)
             if start:
                 grads = [one.add_(other) for one, other in zip(grads, more, strict=True)]
-            else:  # sums of many roundings run in float32
+            else:  # sums over many runs are taken in float32
                 grads = [g.to(dtype) if len(rows) > at_once else g for g in more]
         ctx.grads = [grad_rows, *(g.to(leaf.dtype) for g, leaf in zip(grads, leaves, strict=True))] if needed else []
         return total

@@ -19,7 +19,7 @@ from ows_ds.planner.forecast import Planner
 def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
     """Refuse (UserError) a recipe whose step needs clearly more memory than is free, before weights load. Collective.
 
-    longest: tokens of the longest row. What cannot be planned is not refused.
+    longest: tokens of the longest row. A model that cannot be planned is not refused.
     """
     config, comm, device = runtime.ds_config, runtime.comm, runtime.device
     hosts = comm.all_gather_object(socket.gethostname())
@@ -28,12 +28,12 @@ def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
     with fail_together(comm):
         try:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
-        except Exception:  # whatever code comes with a model; loading it says what is wrong
+        except Exception:  # of any code that comes with a model; loading it reports the mistake
             return
         recipe = changed(recipe, {"data.max_length": min(recipe.data.max_length, longest)})
         if device.type == "cuda":
             free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
-        else:  # where memory may be swapped, and kernels differ from those that are planned
+        else:  # where memory may be swapped, and kernels differ from the planned ones
             free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
         planner = Planner(recipe, model)
         home = "replicated" if config is None else "zero3"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how another process takes it up."""
+"""What a checkpoint contains of a run, and how another run resumes from it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from ows_ds.distributed.weights import Shard, Weights, load_weights, weight_shar
 from ows_ds.errors import UserError
 from ows_ds.methods import Method
 
-# what may differ between a run and its continuation; everything else decides the weights
-
 
 def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
-    """Refuse (UserError) to write over another run, and to go on with another recipe.
+    """Refuse (UserError) to overwrite another run, and to resume with another recipe.
 
-    Under ``train.resume: auto`` a run that was stopped before its first checkpoint begins anew.
+    Under ``train.resume: auto`` a run that was stopped before its first checkpoint starts again.
     """
     own = opened is not None and opened.folder.resolve().parent.parent == run_dir.resolve()
     restarted = opened is None and recipe.train.resume == "auto" and not (run_dir / "model").exists()
@@ -29,12 +27,13 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         if used:
             right = f"expected a folder without {used[0]}"
             if recipe.train.resume == "never":
-                right += ", or --train.resume auto to go on with the run that is there"
+                right += ", or --train.resume auto to resume the run that is there"
             raise UserError("train.output_dir", str(run_dir), right)
     if own and opened is not None and (run_dir / "model").exists():
         newest = checkpoints(run_dir)[0]
         if opened.folder.resolve() != newest.resolve():
-            right = f"expected auto or another train.output_dir: the run is finished, its newest checkpoint is {newest.name}"
+            done = f"the run is finished, its newest checkpoint is {newest.name}"
+            right = f"expected auto or another train.output_dir: {done}"
             raise UserError("train.resume", recipe.train.resume, right)
     if opened is None and not (restarted and (run_dir / "config.yaml").exists()):
         return
@@ -42,7 +41,9 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         tree = files.read_yaml(run_dir / "config.yaml") if opened is None else opened.facts["recipe"]
         old = config.to_dict(config.from_dict(tree))
     except UserError as error:
-        right = f"expected never and another train.output_dir: the recipe of the run is none of this version ({error})"
+        right = (
+            f"expected never and another train.output_dir: the recipe of the run is not one of this version ({error})"
+        )
         raise UserError("train.resume", recipe.train.resume, right) from error
     for section, values in config.to_dict(recipe).items():
         for key, value in values.items():
@@ -52,34 +53,32 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
 
 
 def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, Any]]:
-    """This process's pieces of a checkpoint, and its numbers. Between two steps only.
+    """This rank's shards of a checkpoint, and its numbers. Between two steps only.
 
-    everything: also the weights that have never trained, which otherwise are those of the base model.
+    everything: also the weights that have never trained, which are otherwise those of the base model.
     """
-    pieces, rest = method.shards(), []
+    shards, rest = method.shards(), []
     if everything:
-        parameters, there = dict(method.weights.module.named_parameters()), {piece.name for piece in pieces}
+        parameters, there = dict(method.weights.module.named_parameters()), {shard.name for shard in shards}
         rest = [name for name in parameters if f"weight/{name}" not in there]
-        pieces += weight_shards(method.weights, parameters, rest)
-    return pieces, {"method": method.state_values(), "never_trained": rest}
+        shards += weight_shards(method.weights, parameters, rest)
+    return shards, {"method": method.state_values(), "never_trained": rest}
 
 
 def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, everything: bool) -> str:
     """The fingerprint of the model that ``opened`` began with.
 
-    weights: what was loaded from ``path``, with the fingerprint ``model``. everything: whether what follows needs no
-    weight of it, given all that ``opened`` has. Raises UserError (``model.path``) where they are needed and are others.
+    weights: what was loaded from ``path``, with the fingerprint ``model``. everything: whether none of its weights is
+    needed where ``opened`` has them all. Raises UserError (``model.path``) where they are needed and differ.
     """
     began = str(opened.facts.get("model"))
     if model == began:
         return model
     parameters = weights.module.named_parameters()
-    resident_slice = all(
-        opened.shapes.get(f"weight/{name}") == weights.shape(parameter) for name, parameter in parameters
-    )
-    if not (resident_slice and everything):
+    complete = all(opened.shapes.get(f"weight/{name}") == weights.shape(p) for name, p in parameters)
+    if not (complete and everything):
         right = f"expected the model that {opened.folder.name} began with ({began[:12]}): this one is {model[:12]}"
-        raise UserError("model.path", path, right + (", or train.checkpoint full" if resident_slice else ""))
+        raise UserError("model.path", path, right + (", or train.checkpoint full" if complete else ""))
     return began
 
 

@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ows_ds import tables
 from ows_ds.bench import memory, run, time, traffic, worker
 from ows_ds.bench import setting as settings
-from ows_ds.bench.crew import Failed, Worker
 from ows_ds.bench.rivals import rival
 from ows_ds.bench.setting import OURS, RIVALS, How, Setting, resolve
 from ows_ds.bench.tracking import Tracker, peak
 from ows_ds.bench.trial import Trial, batch_of, ours, sampled
+from ows_ds.bench.workers import WorkerError, Workers
+from ows_ds.config.settings import parse
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, Shape
 from ows_ds.planner import memory as planner
@@ -64,21 +65,21 @@ def test_what_is_left_out_is_filled_in(given: Setting, cuda: bool, expected: tup
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (Setting(tokens=0), "--tokens: 0 is invalid: expected an integer of at least 1"),
-        (Setting(layers="few"), "--layers: 'few' is invalid: expected an integer of at least 1, or all"),
-        (Setting(shape="gpt"), "--shape: 'gpt' is invalid: expected one of llama2-7b, llama2-13b, llama2-70b"),
-        (Setting(shape="llama2-7b", hidden=8), "--hidden: 8 is invalid: expected --shape or --hidden, not both"),
-        (Setting(gamma=2), "--gamma: 2 is invalid: expected at most 1, the number of layers"),
-        (Setting(hidden=64), "--rank: 128 is invalid: expected at most 64, the smallest side of a matrix"),
-        (Setting(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is invalid: expected --heads that share 64"),
-        (Setting(device="cuda"), "--device: 'cuda' is invalid: expected cpu: no GPU is to be seen"),
-        (Setting(model="nowhere"), "--model: 'nowhere' is invalid: expected the folder of a model of the LLaMA kind"),
-        (Setting(model="m", vocab=7), "--vocab: 7 is invalid: leave it out where --model is given"),
+        (dict(tokens=0), "--tokens: 0 is invalid: expected an integer of at least 1"),
+        (dict(layers="few"), "--layers: 'few' is invalid: expected an integer of at least 1, or all"),
+        (dict(shape="gpt"), "--shape: 'gpt' is invalid: expected one of llama2-7b, llama2-13b, llama2-70b"),
+        (dict(shape="llama2-7b", hidden=8), "--hidden: 8 is invalid: expected --shape or --hidden, not both"),
+        (dict(gamma=2), "--gamma: 2 is invalid: expected at most 1, the number of layers"),
+        (dict(hidden=64), "--rank: 128 is invalid: expected at most 64, the smallest side of a matrix"),
+        (dict(hidden=64, heads=3), "--heads, --kv-heads: '3, 3' is invalid: expected --heads that share 64"),
+        (dict(device="cuda"), "--device: 'cuda' is invalid: expected cpu: no GPU is to be seen"),
+        (dict(model="nowhere"), "--model: 'nowhere' is invalid: expected the folder of a model of the LLaMA kind"),
+        (dict(model="m", vocab=7), "--vocab: 7 is invalid: leave it out where --model is given"),
     ],
 )
-def test_settings_that_cannot_be(given: Setting, line: str) -> None:
+def test_settings_that_cannot_be(given: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as caught:
-        resolve(given, False)
+        resolve(parse(Setting, given, "--"), False)
     assert str(caught.value).startswith(line)
 
 
@@ -108,11 +109,11 @@ def test_lists_and_sweeps() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [How(rounds=0), How(steps=0), How(warm_up=-1), How(world_size=1), How(output=__file__)]
+    "given", [{"rounds": 0}, {"steps": 0}, {"warm_up": -1}, {"world_size": 1}, {"output": __file__}]
 )
-def test_how_that_cannot_be(given: How) -> None:
+def test_how_that_cannot_be(given: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        settings.check(given)
+        settings.check(parse(How, given, "--"))
 
 
 def test_the_limit_is_as_deep_as_what_it_is_compared_with() -> None:
@@ -126,8 +127,8 @@ def test_all_processes_at_once_only_where_they_fit() -> None:
     one = resolve(Setting(), False)
     assert settings.estimate(one, "full") - settings.estimate(one, "ows") > 202_000_000 * 16
     need = sum(settings.estimate(one, name) for name in ("limit", "ows"))
-    assert time.fit_at_once(one, ["ows"], int(need / 0.79))
-    assert not time.fit_at_once(one, ["ows"], int(need / 0.81))
+    assert time.fit_at_once(one, ["limit", "ows"], int(need / 0.79))
+    assert not time.fit_at_once(one, ["limit", "ows"], int(need / 0.81))
 
 
 # ---- trials
@@ -296,7 +297,7 @@ def test_memory_of_a_method_is_what_the_planner_says_it_keeps() -> None:
     for name in ("ows", "lisa", "full"):
         trial = ours(TINY, name, 1)
         trial.step()
-        answer = worker._memory(trial, TINY, lambda: None)
+        answer = worker.answer_memory(trial, TINY)
         assert trial.spec is not None
         kept = planner.state(trial.spec)
         assert answer["step"]["weights"] == kept["weights"]
@@ -314,15 +315,14 @@ def test_what_a_worker_answers_to_time() -> None:
         return 2
 
     trial = Trial(None, [], lambda: taken.append("step"), refresh=refresh)
-    answer = worker._time(trial, TINY, lambda: None, 1, 3, True)
+    answer = worker.answer_time(trial, TINY, 1, 3)
     assert taken == ["step"] * 4 + ["refresh"]
     assert (len(answer["seconds"]), answer["refresh"][1]) == (3, 2)
 
 
 def test_a_worker_that_cannot_start_says_why() -> None:
-    broken = Worker(TINY.model_copy(update={"rank": 1000}), "ows")
-    with pytest.raises(Failed, match=r"optim\.rank 1000: give at most"):
-        broken.hear()
+    with pytest.raises(WorkerError, match=r"optim\.rank 1000: expected at most"):
+        Workers(TINY.model_copy(update={"rank": 1000}), "ows")
 
 
 # ---- tables
@@ -350,18 +350,18 @@ TRAFFICS: dict[str, Any] = {
 
 
 def test_rows_of_the_tables() -> None:
-    assert time.table(TIMES, TINY, None).rows == [
+    assert time.tables(TIMES, TINY)[0].rows == [
         ["limit", "1,000", "1.000", "1.000", "512.0", "n/a", "n/a"],
         ["ows", "1,046", "1.046", "1.125", "489.7", "500", "1.23"],
         ["full", "failed: out of memory"],
     ]
     bf16 = resolve(Setting(shape="llama2-7b", layers="all", dtype="bfloat16", device="cpu", vocab=32000), False)
-    assert time.table(TIMES, bf16, "NVIDIA H100 80GB").rows[0][-1] == "1.4"  # 4 x 6.6 G x 512 flops in a second
-    assert memory.table(MEMORIES).rows == [
+    assert time.tables(TIMES, bf16, "NVIDIA H100 80GB")[0].rows[0][-1] == "1.4"  # 4 x 6.6 G x 512 flops in a second
+    assert memory.tables(MEMORIES, TINY)[0].rows == [
         ["ows", "1.00", "0.00", "0.50", "0.00", "0.00", "1.50", "9.50", "8.00"],
         ["full", "failed: out of memory"],
     ]
-    sums, parts = traffic.tables(TRAFFICS)
+    sums, parts = traffic.tables(TRAFFICS, TINY)
     assert sums.rows == [["ows", "2.0", "2.0", "0.250", "1.0", "1.0"], ["full", "failed: out of memory"]]
     assert ["ows", "refresh", "agree", "74"] in parts.rows
 
@@ -377,12 +377,12 @@ def test_numbers() -> None:
 def test_files_are_written_for_a_point_and_for_a_sweep(tmp_path: Path, what: str, results: dict[str, Any]) -> None:
     summary = {
         "format": 1, "date": "2026-01-01", "command": "ows-ds bench", "processes": 1, "hardware": "a machine",
-        "versions": {"torch": "2"}, "what": what, "setting": settings.asdict(TINY), "sweep": None,
+        "versions": {"torch": "2"}, "what": what, "setting": TINY.model_dump(), "sweep": None,
         "points": [{"value": None, "results": results}],
     }  # fmt: skip
     swept = summary | {"sweep": "gamma", "points": [{"value": value, "results": results} for value in (1, 2)]}
     for name, one in (("one", summary), ("sweep", swept)):
-        shown, notes = run.make_tables(one), run._notes(one)
+        shown, notes = run.make_tables(one), run.make_notes(one)
         run.write(one, shown, notes, tmp_path / name)
         assert json.loads((tmp_path / name / f"{what}.json").read_text()) == json.loads(json.dumps(one))
         text = (tmp_path / name / f"{what}.md").read_text()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from ows_ds import tables
 from ows_ds.bench import answers, report, study
-from ows_ds.bench.statistics import describe, t_test
+from ows_ds.bench.report import describe, t_test
 from ows_ds.bench.study import Run, Study
 from ows_ds.config import Data
 from ows_ds.errors import UserError
@@ -89,6 +90,10 @@ COMPLETE = {
 }
 
 
+def shown(summary: dict[str, Any]) -> str:
+    return tables.terminal(report.study_tables(summary), report.study_notes(summary))
+
+
 def test_summary_is_of_the_chosen_learning_rate() -> None:
     summary = report.summarize(plan(), BASE, COMPLETE, FACTS)
     a, b = summary["variants"]["a"], summary["variants"]["b"]
@@ -100,7 +105,7 @@ def test_summary_is_of_the_chosen_learning_rate() -> None:
     assert (a["accuracy"]["mean"], b["accuracy"]["mean"]) == (87.5, 25.0)
     assert (b["loss"]["t"], b["lr_at_edge"]) == (None, False)
     json.dumps(summary, allow_nan=False)
-    text = report.terminal(summary)
+    text = shown(summary)
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
     lines = [line.split() for line in text.splitlines()]
@@ -113,14 +118,14 @@ def test_what_is_missing_is_said() -> None:
     some = {run: COMPLETE[run] for run in (Run("a", 1, 0), Run("b", 1, 0))}
     summary = report.summarize(plan(), BASE, some, FACTS)
     json.dumps(summary, allow_nan=False)
-    text = report.terminal(summary)
+    text = shown(summary)
     lines = [line.split() for line in text.splitlines()]
     assert ["a", "n/a", "0", "of", "2", "n/a", "±", "n/a", "n/a", "n/a"] in lines
     assert ["b", "1", "1", "of", "2", "1.7000", "±", "n/a", "baseline"] in lines
     assert "Not complete: 2 of 5 runs." in text
     diverged = report.summarize(plan(False), BASE, {**COMPLETE, Run("b", 1, 1): result(None, 0)}, FACTS)
     assert diverged["variants"]["b"]["loss"] == {"values": [1.7, None], "mean": None, "std": None, "t": None, "p": None}
-    text = report.terminal(diverged)
+    text = shown(diverged)
     assert "without a finite loss" in text
     assert "right answers" not in text
 
@@ -139,7 +144,7 @@ def test_pictures_and_tables_are_written(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         lines = [{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.write(plan(), report.summarize(plan(), BASE, COMPLETE, FACTS), tmp_path)
+    report.write_study(plan(), report.summarize(plan(), BASE, COMPLETE, FACTS), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "quality.json", "quality.md", "runs"]
 
 
@@ -192,5 +197,5 @@ def test_the_prompt_is_what_training_shows_before_the_answer() -> None:
     assert tokenizer.decode(answers.prompt({"messages": talk}, tokenizer, Data(), "test")) == expected
     plain = byte_tokenizer(None)
     assert plain.decode(answers.prompt({"prompt": "Q: ", "completion": "A"}, plain, Data(), "test")) == "Q: "
-    with pytest.raises(UserError, match=r"test: .* give rows with a question"):
+    with pytest.raises(UserError, match=r"test: .* expected rows with a question"):
         answers.prompt({"text": "abc"}, plain, Data(), "test")

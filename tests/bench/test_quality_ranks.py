@@ -1,4 +1,4 @@
-"""A study on a tiny model over several processes: it goes on where it was stopped, and runs share scores."""
+"""A study on a tiny model over several ranks: it resumes where it was stopped, and runs share scores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def a_study(inputs: Path, folder: Path, sharding: str = "replicated", **changes:
 
 
 def run(rank: int, world_size: int, plan: study.Study, output: Path, stop: tuple[str, int] | None = None) -> Any:
-    """The result that is printed, or what was refused; None where all died after a step of a run, as a machine would.
+    """The result that is printed, or the refusal; None where all ranks died after a step of a run, as a machine would.
 
     stop: (a part of the run's folder, step).
     """
@@ -84,19 +84,27 @@ def without_times(summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def test_a_stopped_study_goes_on_and_ends_the_same(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    plan = a_study(inputs, tmp_path)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    [expected, silence] = pools(2).run(run, plan, whole)
+@pytest.fixture(scope="module")
+def straight(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The output of a study that ran on 2 ranks without a stop, and its result."""
+    folder = tmp_path_factory.mktemp("straight")
+    [result, silence] = pools(2).run(run, a_study(inputs, folder), folder / "out")
     assert silence == ""
+    return folder / "out", without_times(result)
 
+
+def test_a_stopped_study_resumes_and_ends_the_same(
+    pools: Pools, inputs: Path, straight: tuple[Path, dict[str, Any]]
+) -> None:
+    whole, expected = straight
+    plan, parts = a_study(inputs, whole.parent), whole.parent / "parts"
     assert pools(2).run(run, plan, parts, ("ows/lr-0.01-seed-0", 3)) == [None, None]
     complete = parts / "runs/ows/lr-0.001-seed-0"
     assert [file.parent for file in parts.rglob("result.json")] == [complete]
     assert json.loads((parts / "quality.json").read_text())["runs_complete"] == 1
     before = {file: file.stat().st_mtime_ns for file in complete.iterdir()}
     [result, _] = pools(2).run(run, plan, parts)
-    assert without_times(result) == without_times(expected)
+    assert without_times(result) == expected
     assert {file: file.stat().st_mtime_ns for file in complete.iterdir()} == before
 
     assert (result["runs"], result["runs_complete"], result["processes"]) == (5, 5, 2)
@@ -109,7 +117,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(pools: Pools, inputs: Path, t
     assert ows["loss"]["t"] is not None
     for name in ("study.yaml", "base.json", "quality.json", "quality.md", "loss.png", "scores.png"):
         assert (parts / name).exists()
-    # models and checkpoints are gone; scores were computed in one run, which the others point at
+    # models and checkpoints are deleted; scores were computed in one run, and the others refer to them
     assert not [*parts.glob("runs/*/*/model"), *parts.glob("runs/*/*/checkpoints")]
     recipes = parts.glob("runs/ows/*/config.yaml")
     scored = {file.parent.name: files.read_yaml(file)["sampling"]["scores"] for file in recipes}
@@ -117,38 +125,41 @@ def test_a_stopped_study_goes_on_and_ends_the_same(pools: Pools, inputs: Path, t
     assert set(scored.values()) == {str(complete / "scores.json")}
 
 
-def test_results_do_not_depend_on_processes_and_sharding(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    variants = {"lisa": {"method.name": "lisa"}, "ows": {}}
-    plans = [a_study(inputs, tmp_path, sharding, variants=variants, seeds=[0]) for sharding in ("replicated", "zero3")]
-    [one], [two, _] = pools(1).run(run, plans[0], tmp_path / "one"), pools(2).run(run, plans[1], tmp_path / "two")
-    assert two["before"] == {**one["before"], "loss": pytest.approx(one["before"]["loss"], rel=1e-6)}
-    for name in variants:
-        [a], [b] = (result["variants"][name]["loss"]["values"] for result in (one, two))
-        assert a == pytest.approx(b, rel=0.02)  # bfloat16, sums in another order
+def test_results_do_not_depend_on_ranks_and_sharding(
+    pools: Pools, inputs: Path, tmp_path: Path, straight: tuple[Path, dict[str, Any]]
+) -> None:
+    variants = {"lisa": {"method.name": "lisa"}}
+    _, expected = straight
+    for world_size, sharding in ((1, "replicated"), (2, "zero3")):
+        plan = a_study(inputs, tmp_path, sharding, variants=variants, seeds=[0])
+        result = pools(world_size).run(run, plan, tmp_path / sharding)[0]
+        before = expected["before"]
+        assert result["before"] == {**before, "loss": pytest.approx(before["loss"], rel=1e-6)}
+        [loss] = result["variants"]["lisa"]["loss"]["values"]
+        # bfloat16, sums in another order
+        assert loss == pytest.approx(expected["variants"]["lisa"]["loss"]["values"][0], rel=0.02)
 
 
-def test_a_study_is_extended_but_never_another_one(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    small = {"variants": {"lisa": {"method.name": "lisa"}}, "seeds": [0]}
-    pools(1).run(run, a_study(inputs, tmp_path, **small), output)
+def test_a_study_is_extended_but_never_another_one(
+    pools: Pools, inputs: Path, straight: tuple[Path, dict[str, Any]]
+) -> None:
+    output, folder = straight[0], straight[0].parent
+    same: dict[str, Any] = {"variants": {"ows": {"lrs": [1e-3, 1e-2]}, "lisa": {"method.name": "lisa"}}}
     before = (output / "study.yaml").read_text()
     for changes, what in (
         ({"accuracy": None}, "accuracy"),
         ({"seeds": [1]}, "the first of seeds"),
-        ({"variants": {"lisa": {"method.name": "galore"}}}, "variants.lisa"),
+        ({"variants": {**same["variants"], "lisa": {"method.name": "galore"}}}, "variants.lisa"),
     ):
-        [answer] = pools(1).run(run, a_study(inputs, tmp_path, **(small | changes)), output)
+        [answer] = pools(1).run(run, a_study(inputs, folder, **(same | changes)), output)
         assert answer.startswith("output: ")
         assert answer.endswith(f"is invalid: expected another folder: it holds a study that differs in {what}")
     assert (output / "study.yaml").read_text() == before
-    more = a_study(inputs, tmp_path, variants={**small["variants"], "b": {"method.name": "badam"}}, keep_models=True)
+    more = a_study(inputs, folder, variants={**same["variants"], "b": {"method.name": "badam"}}, keep_models=True)
     [result] = pools(1).run(run, more, output)
-    assert [variant["seeds"] for variant in result["variants"].values()] == [[0, 1], [0, 1]]
-    assert sorted(str(f.parent.relative_to(output / "runs")) for f in output.glob("runs/*/*/model")) == [
-        "b/lr-0.01-seed-0",
-        "b/lr-0.01-seed-1",
-        "lisa/lr-0.01-seed-1",
-    ]
+    assert [variant["seeds"] for variant in result["variants"].values()] == [[0, 1]] * 3
+    kept = sorted(str(file.parent.relative_to(output / "runs")) for file in output.glob("runs/*/*/model"))
+    assert kept == ["b/lr-0.01-seed-0", "b/lr-0.01-seed-1"]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_everything_is_filled_in() -> None:
     plan = study.from_dict(tree(accuracy={"rows": 3}, seeds=[7, 1], lrs=["1e-3", 1e-4], baseline="ows"))
     assert plan.variants["ows"] == study.Variant({}, (1e-4, 1e-3))
     assert plan.variants["lisa"] == study.Variant({"method.name": "lisa", "sampling.gamma": 2}, (1e-4, 1e-3))
-    assert (plan.seeds, plan.baseline, plan.accuracy) == ((7, 1), "ows", Accuracy(3, 256, 8))
+    assert (plan.seeds, plan.baseline, plan.accuracy) == ((7, 1), "ows", Accuracy(rows=3))
     plan = study.from_dict(tree(variants={"a": {"optim.lr": 0.5}, "b": {"lrs": [2, 1]}, "c": {}}))
     assert [variant.lrs for variant in plan.variants.values()] == [(0.5,), (1.0, 2.0), (3e-4,)]
     assert (plan.seeds, plan.baseline, plan.accuracy, plan.keep_models) == ((0,), None, None, False)
@@ -51,12 +51,12 @@ def test_a_recipe_may_be_a_file(files: Path) -> None:
     ("changes", "expected"),
     [
         ({"variant": {}}, "variant: {} is invalid: there is no such key; is variants meant?"),
-        ({"test": None}, "test: None is invalid: expected text"),
+        ({"test": None}, "test: None is invalid: it is required: expected text"),
         ({"seeds": []}, "seeds: [] is invalid: expected a list of different"),
         ({"seeds": [0, 0]}, "seeds: [0, 0] is invalid"),
-        ({"seeds": ["a"]}, "seeds: 'a' is invalid: expected a list of integers"),
-        ({"lrs": [1e-3, "x"]}, "lrs: 'x' is invalid: expected a list of numbers"),
-        ({"lrs": 1e-3}, "lrs: 0.001 is invalid: expected a list of numbers"),
+        ({"seeds": ["a"]}, "seeds: ['a'] is invalid: expected a list of different integers"),
+        ({"lrs": [1e-3, "x"]}, "lrs: [0.001, 'x'] is invalid: expected a list of different numbers"),
+        ({"lrs": 1e-3}, "lrs: 0.001 is invalid: expected a list of different numbers"),
         ({"lrs": [-1.0]}, "lrs: [-1.0] is invalid"),
         ({"baseline": "lora"}, "baseline: 'lora' is invalid: expected one of ows, lisa"),
         ({"variants": {}}, "variants: {} is invalid"),
@@ -68,9 +68,9 @@ def test_a_recipe_may_be_a_file(files: Path) -> None:
         ({"variants": {"a": {"lrs": [1], "optim.lr": 1}}}, "variants.a.lrs: [1] is invalid: expected lrs or optim.lr"),
         ({"accuracy": {"rows": 0}}, "accuracy.rows: 0 is invalid: expected an integer of at least 1"),
         ({"accuracy": {"row": 1}}, "accuracy.row: 1 is invalid: there is no such key; is accuracy.rows meant?"),
-        ({"accuracy": True}, "accuracy: True is invalid: expected rows"),
+        ({"accuracy": True}, "accuracy: True is invalid: expected a section"),
         ({"recipe": 5}, "recipe: 5 is invalid"),
-        ({"recipe": {"model": {"pth": "m"}}}, "model.pth: 'm' is invalid: there is no such key"),
+        ({"recipe": {"model": {"path": "m", "pth": "m"}}}, "model.pth: 'm' is invalid: there is no such key"),
         ({"recipe": {"model": {"path": "m"}, "sampling": {"seed": 1}}}, "recipe: sampling.seed: 1 is invalid"),
     ],
 )
@@ -85,7 +85,7 @@ def test_mistakes_are_named(changes: dict[str, Any], expected: str) -> None:
     [
         ({"test": "none.jsonl"}, "test: 'none.jsonl' is invalid: expected a file that exists"),
         ({"variants": {"a": {"method.name": "lsa"}}}, "variants.a: method.name: 'lsa' is invalid: expected one of"),
-        ({"variants": {"a": {"sampling.gamma": 0}}}, "variants.a: sampling.gamma: 0.0 is invalid: expected a number"),
+        ({"variants": {"a": {"sampling.gamma": 0}}}, "variants.a: sampling.gamma: 0 is invalid: expected a number"),
         ({"lrs": [1, 2], "recipe": {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}}, "recipe: data.eval: None"),
     ],
 )

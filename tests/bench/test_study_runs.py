@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 LIMIT = 900  # seconds; about two minutes on two idle cores
 
 
+@pytest.mark.slow
 def test_quality_of_five_methods_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """One seed of launch/bench/quality_smoke.yaml: every method learns, over the same tokens."""
     for package in ("reasoning_gym", "scipy", "peft"):

@@ -263,7 +263,7 @@ STREAM = {"data.streaming": True, "train.steps": 9}
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"sampling.scheme": "fixed", "sampling.gamma": 2.5}, "sampling.gamma: 2.5 is invalid: expected a whole number"),
+        ({"sampling.scheme": "fixed", "sampling.gamma": 2.5}, "sampling.gamma: 2.5 is invalid: expected a whole"),
         ({"train.global_batch_size": 2, "train.micro_batch_size": 4}, "train.global_batch_size: 2"),
         ({"train.global_batch_size": 6, "train.micro_batch_size": 4}, "train.global_batch_size: 6"),
         ({"train.steps": 5, "optim.warmup_steps": 6}, "optim.warmup_steps: 6 is invalid: expected at most train.steps"),
@@ -276,7 +276,7 @@ STREAM = {"data.streaming": True, "train.steps": 9}
         ({"data.eval": [{"path": "eval.jsonl", "weight": 2}]}, "data.eval: [Source(path='eval.jsonl'"),
         ({"data.streaming": True}, "train.steps: None is invalid: expected their number"),
         (STREAM | {"data.train": ["rows.jsonl", "eval.jsonl"]}, "data.train: [Source(path='rows.jsonl'"),
-        (STREAM | {"data.train_split": "train[:9]"}, "data.train_split: 'train[:9]' is invalid: expected a whole split"),
+        (STREAM | {"data.train_split": "train[:9]"}, "data.train_split: 'train[:9]' is invalid: expected a whole"),
         (STREAM | {"data.buffer_size": 3}, "data.buffer_size: 3 is invalid: expected at least train.global_batch_size"),
     ],
 )  # fmt: skip

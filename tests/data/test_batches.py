@@ -1,5 +1,8 @@
 """Which sequences a step has, and how they become tensors."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,22 +10,26 @@ from hypothesis import strategies as st
 
 from ows_ds.data import mix
 from ows_ds.data.batches import Batches, collate, held_out_batches
-from ows_ds.data.encoded import IGNORE
+from ows_ds.data.encoded import IGNORE, Builder
+from ows_ds.data.pack import Sequences
+from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.errors import UserError
+from tests.data.test_data import lists, row_of
 
 ORDER = [9, 6, 0, 2, 1, 4, 7, 5, 3, 8]
 
 
 def test_batches_of_a_known_order() -> None:
-    batches = Batches(range(10), 4, 1, 2, 0, seed=3)
+    batches = Batches(range(10), 4, 1, 2, 0, 3)
     assert batches.steps_per_epoch == 2
     # From numpy's PCG64 with the seed sequence [3, 0]: a change here would break resuming older runs.
     assert batches.order(0).tolist() == ORDER
-    assert batches.take(0) == (ORDER[:4], [[ORDER[0]], [ORDER[2]]])
-    assert Batches(range(10), 4, 1, 2, 1, seed=3).take(1)[1] == [[ORDER[5]], [ORDER[7]]]
+    assert batches.global_step(0).tolist() == ORDER[:4]
+    assert batches.own(0) == [[ORDER[0]], [ORDER[2]]]
+    assert Batches(range(10), 4, 1, 2, 1, 3).own(1) == [[ORDER[5]], [ORDER[7]]]
     assert sorted(batches.order(1)) == list(range(10))
     assert batches.order(1).tolist() != ORDER
-    assert batches.global_step(2) == batches.order(1)[:4].tolist()
+    assert batches.global_step(2).tolist() == batches.order(1)[:4].tolist()
 
 
 @given(
@@ -38,10 +45,10 @@ def test_a_step_has_the_same_rows_at_any_world_size(
 ) -> None:
     size = micro * accumulation * 4
     rows = range(size + extra)
-    one = [row for batch in Batches(rows, size, size, 1, 0, seed).take(k)[1] for row in batch]
+    one = Batches(rows, size, size, 1, 0, seed).global_step(k).tolist()
     assert len(set(one)) == size
     for world_size in (1, 2, 4):
-        parts = [Batches(rows, size, micro, world_size, rank, seed).take(k)[1] for rank in range(world_size)]
+        parts = [Batches(rows, size, micro, world_size, rank, seed).own(k) for rank in range(world_size)]
         assert {len(p) for p in parts} == {size // (micro * world_size)}
         assert {len(batch) for p in parts for batch in p} == {micro}
         # Micro-batch after micro-batch, rank after rank, it is even the same order.
@@ -49,8 +56,8 @@ def test_a_step_has_the_same_rows_at_any_world_size(
 
 
 def test_an_epoch_visits_every_row_at_most_once() -> None:
-    batches = Batches(range(11), 2, 1, 1, 0, seed=0)
-    seen = [row for k in range(batches.steps_per_epoch) for row in batches.global_step(k)]
+    batches = Batches(range(11), 2, 1, 1, 0, 0)
+    seen = [row for k in range(batches.steps_per_epoch) for row in batches.global_step(k).tolist()]
     assert len(seen) == len(set(seen)) == 10
 
 
@@ -58,9 +65,9 @@ def test_batches_that_cannot_be_made() -> None:
     with pytest.raises(
         UserError, match=r"train\.global_batch_size: 4 is invalid: expected at most the number of rows, 3"
     ):
-        Batches(range(3), 4, 1, 1, 0, seed=0)
+        Batches(range(3), 4, 1, 1, 0, 0)
     with pytest.raises(UserError, match=r"train\.global_batch_size: 4 is invalid: expected a multiple of 3"):
-        Batches(range(9), 4, 1, 3, 0, seed=0)
+        Batches(range(9), 4, 1, 3, 0, 0)
 
 
 @given(
@@ -86,7 +93,7 @@ def test_held_out_batches_by_hand() -> None:
 
 
 def test_collate_pads_on_the_right() -> None:
-    sequences = [[{"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]}], [{"input_ids": [4], "labels": [4]}]]
+    sequences = [[row_of([1, 2, 3], [IGNORE, 2, 3])], [row_of([4], [4])]]
     batch = collate(sequences, pad_id=9, multiple=4)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
@@ -100,8 +107,7 @@ def test_collate_pads_on_the_right() -> None:
 
 
 def test_packed_rows_are_kept_apart() -> None:
-    a = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
-    b = {"input_ids": [4, 5], "labels": [4, 5]}
+    a, b = row_of([1, 2, 3], [1, 2, 3]), row_of([4, 5], [4, 5])
     batch = collate([[a, b], [b]], pad_id=9, packed=True, multiple=4)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9, 9], [4, 5, 9, 9, 9, 9, 9, 9]]
     # no token is trained that would be predicted from another row
@@ -148,9 +154,57 @@ def test_a_mix_has_its_shares_and_goes_through_every_source_evenly(
 
 def test_batches_of_a_mix() -> None:
     """Three quarters of every epoch are of the second source, though it has fewer rows."""
-    batches = Batches(range(8), 4, 2, 2, 0, 1, ([6, 2], [1.0, 3.0]))
+    batches = Batches(range(8), 4, 2, 2, 0, 1, parts=([6, 2], [1.0, 3.0]))
     assert batches.steps_per_epoch == 2
     for epoch in range(3):
-        rows = [row for k in (0, 1) for row in batches.take(2 * epoch + k)[0]]
+        rows = [row for k in (0, 1) for row in batches.global_step(2 * epoch + k)]
         assert sum(row >= 6 for row in rows) == 6
-    assert batches.take(5)[1] == [batches.take(5)[0][:2]]
+    assert batches.own(5) == [batches.global_step(5)[:2].tolist()]
+
+
+def test_a_step_has_its_counts_and_this_ranks_rows() -> None:
+    """Tokens and targets are those of all ranks' sequences, packed or not."""
+    builder = Builder()
+    for length in range(1, 9):
+        builder.add([length] * length, [True, False, *[True] * 6][:length])
+    rows = builder.build()
+    assert rows.targets.tolist() == [max(0, length - 2) for length in range(1, 9)]
+    for largest in (None, 8):
+        sequences = Sequences([rows], largest)
+        batches = Batches(sequences, 4, 1, 2, 1, 0)
+        step = batches.take(0)
+        everyones = [sequences[i] for i in batches.global_step(0)]
+        assert step.tokens == sum(len(row) for some in everyones for row in some)
+        assert step.targets == sum(row.targets for some in everyones for row in some)
+        assert [[lists(row) for row in some] for [some] in step.micro_batches] == [
+            [lists(row) for row in everyones[i]] for i in (1, 3)
+        ]
+    assert not rows[3].input_ids.flags.owndata  # a view
+
+
+def test_steps_are_read_one_ahead() -> None:
+    """In order, in a thread, the next one while this one is in hand; errors come where their step is due."""
+    read: list[tuple[int, str]] = []
+    second = threading.Event()
+
+    def reading(k: int) -> int:
+        read.append((k, threading.current_thread().name))
+        if k == 6:
+            second.set()
+        if k == 7:
+            raise OSError("the disk is gone")
+        return 10 * k
+
+    with contextlib.closing(ReadAhead(reading, 9, torch.device("cpu"))) as steps:
+        assert read == []
+        assert steps.take(5) == 50
+        assert second.wait(10)
+        assert steps.take(6) == 60
+        with pytest.raises(OSError, match="the disk is gone"):
+            steps.take(7)
+    assert [k for k, _ in read] == [5, 6, 7]
+    assert all(name.startswith("read-ahead") for _, name in read)
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    with contextlib.closing(ReadAhead(reading, 2, torch.device("cpu"))) as steps:
+        assert [steps.take(k) for k in (0, 1)] == [0, 10]
+    assert [k for k, _ in read[3:]] == [0, 1]  # nothing after the last one

@@ -8,7 +8,7 @@ import pytest
 
 from ows_ds.data.encode import encode
 from ows_ds.errors import UserError
-from tests.data.test_data import byte_tokenizer, trained
+from tests.data.test_data import byte_tokenizer, lists, trained
 
 SAID = "<|im_start|>{}\n{}<|im_end|>\n".format
 # What every row of `SAME` becomes; its last turn is trained, and the one before where the row does not say no.
@@ -74,7 +74,7 @@ def test_ways_to_write_a_chat(name: str) -> None:
     row, expected = SAME[name]
     tokenizer = byte_tokenizer()
     encoded = encode(row, tokenizer, 1000)
-    assert tokenizer.decode(encoded["input_ids"]) == TEXT
+    assert tokenizer.decode(encoded.input_ids.tolist()) == TEXT
     assert trained(encoded, tokenizer) == expected
 
 
@@ -83,9 +83,10 @@ def test_a_user_who_says_what_the_template_says() -> None:
     tokenizer = byte_tokenizer()
     row = {"messages": [{"role": "user", "content": "user", "train": True}, {"role": "assistant", "content": "no"}]}
     encoded = encode(row, tokenizer, 1000)
-    [start] = [i for i, (a, b) in enumerate(zip([-100, *encoded["labels"]], encoded["labels"], strict=False))
+    labels = encoded.labels.tolist()
+    [start] = [i for i, (a, b) in enumerate(zip([-100, *labels], labels, strict=False))
                if a == -100 != b][:1]  # fmt: skip
-    text = tokenizer.decode(encoded["input_ids"][:start])
+    text = tokenizer.decode(encoded.input_ids.tolist()[:start])
     assert text.endswith("<|im_start|>user\n")
     assert trained(encoded, tokenizer) == ["user", "no<|im_end|>"]
 
@@ -96,7 +97,7 @@ def test_what_the_template_gets_of_a_turn() -> None:
     tokenizer = byte_tokenizer(template)
     turn = {"from": "gpt", "value": "hi", "name": "Ann", "weight": 1, "train": None}
     encoded = encode({"conversations": [turn]}, tokenizer, 1000)
-    assert tokenizer.decode(encoded["input_ids"]) == "[role=assistant,name=Ann,content=hi,]"
+    assert tokenizer.decode(encoded.input_ids.tolist()) == "[role=assistant,name=Ann,content=hi,]"
 
 
 def test_masks_that_cannot_be_heeded_are_refused() -> None:
@@ -107,4 +108,4 @@ def test_masks_that_cannot_be_heeded_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is invalid: expected all: .* turn 1 "):
         encode({"messages": [{"role": "user", "content": "a", "train": True}]}, hides, 1000)
     # a turn that is not trained need not be found
-    assert encode({"messages": [{"role": "user", "content": "a"}]}, hides, 1000) == {"input_ids": [], "labels": []}
+    assert lists(encode({"messages": [{"role": "user", "content": "a"}]}, hides, 1000)) == ([], [])

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ows_ds.data.encode import encode, encode_rows
-from ows_ds.data.encoded import IGNORE
+from ows_ds.data.encoded import IGNORE, Builder, Encoded
 from ows_ds.data.rows import Found, load_rows
 from ows_ds.errors import UserError
 
@@ -46,10 +46,21 @@ def byte_tokenizer(template: str | None = CHATML) -> Any:
     return tokenizer
 
 
-def trained(encoded: dict[str, list[int]], tokenizer: Any) -> list[str]:
+def lists(encoded: Encoded) -> tuple[list[int], list[int]]:
+    """Tokens and labels."""
+    return encoded.input_ids.tolist(), encoded.labels.tolist()
+
+
+def row_of(input_ids: list[int], labels: list[int]) -> Encoded:
+    builder = Builder()
+    builder.add(input_ids, [label != IGNORE for label in labels])
+    return builder.build()[0]
+
+
+def trained(encoded: Encoded, tokenizer: Any) -> list[str]:
     """The runs of trained tokens as text."""
     runs: list[list[int]] = [[]]
-    for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
+    for token, label in zip(*lists(encoded), strict=True):
         assert label in (IGNORE, token)
         if label == IGNORE:
             runs.append([])
@@ -72,14 +83,14 @@ def test_the_assistants_turns_are_trained_with_their_end_marks() -> None:
     tokenizer = byte_tokenizer()
     encoded = encode({"messages": TALK}, tokenizer, 1000)
     assert trained(encoded, tokenizer) == ["four: 4 ✓<|im_end|>", "yes<|im_end|>"]
-    text = tokenizer.decode(encoded["input_ids"])
+    text = tokenizer.decode(encoded.input_ids.tolist())
     assert text == tokenizer.apply_chat_template(TALK, tokenize=False)
     assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\ntwo plus two?")
 
 
 def test_all_tokens_are_trained_on_request() -> None:
     encoded = encode({"messages": TALK}, byte_tokenizer(), 1000, loss_on="all")
-    assert encoded["labels"] == encoded["input_ids"]
+    assert encoded.labels.tolist() == encoded.input_ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +105,7 @@ def test_formats_become_the_same_conversation(row: dict[str, Any]) -> None:
     tokenizer = byte_tokenizer()
     encoded = encode(row, tokenizer, 1000)
     assert trained(encoded, tokenizer) == ["2<|im_end|>"]
-    assert tokenizer.decode(encoded["input_ids"]).endswith(
+    assert tokenizer.decode(encoded.input_ids.tolist()).endswith(
         "<|im_start|>user\nadd\n\n1 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
     )
 
@@ -102,7 +113,7 @@ def test_formats_become_the_same_conversation(row: dict[str, Any]) -> None:
 def test_without_a_chat_template_rows_are_plain_text() -> None:
     tokenizer = byte_tokenizer(None)
     alpaca = encode({"instruction": "add", "input": "1 1", "output": "2"}, tokenizer, 1000)
-    assert tokenizer.decode(alpaca["input_ids"]) == "add\n1 1\n2<|im_end|>"
+    assert tokenizer.decode(alpaca.input_ids.tolist()) == "add\n1 1\n2<|im_end|>"
     assert trained(alpaca, tokenizer) == ["2<|im_end|>"]
     pair = encode({"prompt": "a ", "completion": "b"}, tokenizer, 1000, loss_on="all")
     assert trained(pair, tokenizer) == ["a b<|im_end|>"]
@@ -171,12 +182,12 @@ def test_prompts_as_the_benchmarks_write_them(
 ) -> None:
     bare = byte_tokenizer(None)
     encoded = encode(row, bare, 1000, template=template)
-    assert bare.decode(encoded["input_ids"]) == text + "<|im_end|>"
+    assert bare.decode(encoded.input_ids.tolist()) == text + "<|im_end|>"
     assert trained(encoded, bare) == [(answer or row["output"]) + "<|im_end|>"]
     whole = encode(row, bare, 1000, loss_on="all", template=template)
-    assert whole["labels"] == whole["input_ids"] == encoded["input_ids"]
+    assert whole.labels.tolist() == whole.input_ids.tolist() == encoded.input_ids.tolist()
     # a chat template that is there is not used against the recipe
-    assert encode(row, byte_tokenizer(), 1000, template=template) == encoded
+    assert lists(encode(row, byte_tokenizer(), 1000, template=template)) == lists(encoded)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +200,8 @@ def test_prompts_as_the_benchmarks_write_them(
 def test_questions_become_a_conversation(row: dict[str, Any], said: str, answer: str) -> None:
     tokenizer = byte_tokenizer()
     encoded = encode(row, tokenizer, 1000)
-    assert encoded == encode(row, tokenizer, 1000, template="chat")
-    assert tokenizer.decode(encoded["input_ids"]).endswith(
+    assert lists(encoded) == lists(encode(row, tokenizer, 1000, template="chat"))
+    assert tokenizer.decode(encoded.input_ids.tolist()).endswith(
         f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
     )
     assert trained(encoded, tokenizer) == [f"{answer}<|im_end|>"]
@@ -200,7 +211,7 @@ def test_templates_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.template: 'chat' is invalid: expected plain or alpaca"):
         encode(GSM8K, byte_tokenizer(None), 1000, template="chat")
     for template in ("plain", "alpaca"):
-        with pytest.raises(UserError, match=r"data\.template: .* give auto or chat for messages"):
+        with pytest.raises(UserError, match=r"data\.template: .* expected auto or chat for messages"):
             encode({"messages": TALK}, byte_tokenizer(), 1000, template=template)
 
 
@@ -213,7 +224,7 @@ def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
     hiding = byte_tokenizer("{{ messages[-1]['content'] }}{% if add_generation_prompt %}?{% endif %}")
     with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is invalid: expected all: .* turn 2"):
         encode({"messages": TALK}, hiding, 1000)
-    assert encode({"messages": TALK}, hiding, 1000, loss_on="all")["labels"]
+    assert encode({"messages": TALK}, hiding, 1000, loss_on="all").trained.all()
     strict = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"data\.eval: .*roles must alternate"):
         encode({"messages": TALK}, strict, 1000, key="data.eval")
@@ -227,8 +238,9 @@ def test_long_rows_are_cut_and_rows_without_a_target_are_dropped_and_counted() -
         {"prompt": "a", "completion": "bcdefg"},  # cut in the completion: 4 trained
     ]
     kept, counts = encode_rows(located(*rows), tokenizer, 5)
-    assert [tokenizer.decode(k["input_ids"]) for k in kept] == ["abcde", "abcde"]
-    assert [sum(x != IGNORE for x in k["labels"]) for k in kept] == [2, 4]
+    assert [tokenizer.decode(k.input_ids.tolist()) for k in kept] == ["abcde", "abcde"]
+    assert [k.targets for k in kept] == kept.targets.tolist() == [2, 4]
+    assert [sum(x != IGNORE for x in k.labels[1:].tolist()) for k in kept] == [2, 4]
     assert (counts.rows, counts.kept, counts.dropped, counts.truncated) == (3, 2, 1, 3)
     assert (counts.tokens, counts.trained_tokens) == (10, 6)
     assert counts.first_dropped == "r.jsonl:2: its first is after data.max_length"
@@ -258,10 +270,10 @@ def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     )
     kept, counts = encode_rows(rows, tokenizer, 9, on_bad_row="skip")
     assert (len(kept), counts.bad, counts.dropped, counts.rows) == (1, 2, 1, 4)
-    assert counts.first_bad == "r.jsonl:2: give text as text"
+    assert counts.first_bad == "r.jsonl:2: expected text as text"
     assert counts.first_dropped == "r.jsonl:4: no assistant's turn, or an empty answer"
-    assert "2 bad ones skipped, the first is r.jsonl:2: give text as text" in counts.line(9)
-    with pytest.raises(UserError, match=r"1 are bad, the first is r\.jsonl:2: give text as text"):
+    assert "2 bad ones skipped, the first is r.jsonl:2: expected text as text" in counts.line(9)
+    with pytest.raises(UserError, match=r"1 are bad, the first is r\.jsonl:2: expected text as text"):
         encode_rows(rows[1:2], tokenizer, 9, on_bad_row="skip")
     with pytest.raises(UserError, match=r"data\.template"):  # a setting, not a row: nothing to skip
         encode_rows(rows[2:3], tokenizer, 9, template="plain", on_bad_row="skip")

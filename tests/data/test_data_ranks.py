@@ -44,16 +44,15 @@ def in_data(one: config.Recipe, **data: Any) -> config.Recipe:
 def test_packed_rows_train_as_rows_alone(
     pools: Pools, calm: Path, tmp_path: Path, sharding: str, kernel: str | None
 ) -> None:
-    """Every step has all 20 rows: alone, or as 10 sequences of two of them, on two processes."""
+    """Every step has all 20 rows: alone, or as 10 sequences of two of them, on two ranks."""
     records = []
     for packing, size in ((False, 20), (True, 10)):
-        one = in_data(
-            recipe(calm, tmp_path / str(packing), sharding=sharding, batch_size=size, micro_batch_size=size // 2),
-            packing=packing, max_length=95,
-        )  # fmt: skip
+        sizes = {"global_batch_size": size, "micro_batch_size": size // 2}
+        one = recipe(calm, tmp_path / str(packing), sharding=sharding, **sizes)
+        one = in_data(one, packing=packing, max_length=95)
         one = changed(one, {"model.attn_implementation": kernel})
-        told = pools(2).run(run, one, None)[0]
-        assert told
+        shown = pools(2).run(run, one, None)[0]
+        assert shown
         records.append(contents(tmp_path / str(packing))[0])
     for alone, packed in zip(*records, strict=True):
         assert numbers(packed) == pytest.approx(numbers(alone), rel=CLOSE)
@@ -61,21 +60,21 @@ def test_packed_rows_train_as_rows_alone(
     assert records[0][-1]["eval_loss"] < records[0][0]["eval_loss"]
 
 
-def test_a_streamed_run_goes_on_with_the_same_rows(pools: Pools, calm: Path, tmp_path: Path) -> None:
-    """Blocks of 13 rows make two steps of 6 each; the run is stopped in the third block, and goes on from the second
-    one, on three processes."""
+def test_a_streamed_run_resumes_with_the_same_rows(pools: Pools, calm: Path, tmp_path: Path) -> None:
+    """Blocks of 13 rows make two steps of 6 each; the run is stopped in the third block, and resumed from the second
+    one, on three ranks."""
     more = {"sharding": "replicated", "global_batch_size": 6, "micro_batch_size": 1}
     data = {"streaming": True, "buffer_size": 13, "packing": False}
     whole = in_data(recipe(calm, tmp_path / "whole", **more), **data)
     pools(2).run(run, whole, None)
     parts = in_data(recipe(calm, tmp_path / "parts", **more), **data)
     pools(2).run(run, parts, 5)
-    told = pools(3).run(run, changed(parts, {"train.resume": "auto"}), None)[0]
-    assert any("going on after step 3" in line for line in told)
+    shown = pools(3).run(run, changed(parts, {"train.resume": "auto"}), None)[0]
+    assert any("resuming after step 3" in line for line in shown)
     (records, _), (again, _) = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert [record["step"] for record in again] == list(range(10))
     for a, b in zip(records, again, strict=True):
         assert a["tokens"] == b["tokens"]
         assert numbers(a) == pytest.approx(numbers(b), rel=CLOSE)
     assert len({record["tokens"] for record in records[1:]}) > 3
-    assert any(line.startswith("data.train: ") and " rows, " in line for line in told)
+    assert any(line.startswith("data.train: ") and " rows, " in line for line in shown)

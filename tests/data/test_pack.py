@@ -22,6 +22,7 @@ from ows_ds.data.pack import Sequences, pack
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.train.loss import token_losses
+from tests.data.test_data import lists, row_of
 from tests.optim.test_period import Waits
 from tests.support.families import FAMILIES, tiny
 
@@ -56,24 +57,28 @@ def rows_of(lengths: list[int], seed: int = 0) -> list[Encoded]:
         ids = torch.randint(3, 64, (length,), generator=random)
         trained = torch.rand(length, generator=random) < 0.7
         trained[-1] = True
-        found.append({"input_ids": ids.tolist(), "labels": torch.where(trained, ids, -100).tolist()})
+        found.append(row_of(ids.tolist(), torch.where(trained, ids, -100).tolist()))
     return found
 
 
 def test_sequences_of_parts() -> None:
     """Rows of different parts do not meet."""
+    rows = [rows_of([3, 2]), rows_of([4, 1])]
     parts = []
-    for lengths in ([3, 2], [4, 1]):
+    for some in rows:
         builder = Builder()
-        for row in rows_of(lengths):
-            builder.add(row)
+        for row in some:
+            builder.add(row.input_ids.tolist(), row.trained.tolist())
         parts.append(builder.build())
     packed, plain = Sequences(parts, 8), Sequences(parts)
-    assert (len(plain), plain.sizes, plain.lengths, plain.packed) == (4, [2, 2], [3, 2, 4, 1], False)
-    assert plain[2] == plain[-2] == [rows_of([4, 1])[0]]
-    assert (len(packed), packed.sizes, packed.lengths) == (2, [1, 1], [5, 5])
-    assert packed[0] == rows_of([3, 2])
-    assert packed[1] == rows_of([4, 1])
+    assert (len(plain), plain.sizes, plain.lengths.tolist(), plain.packed) == (4, [2, 2], [3, 2, 4, 1], False)
+    assert (len(packed), packed.sizes, packed.lengths.tolist()) == (2, [1, 1], [5, 5])
+    assert plain.targets.tolist() == [row.targets for some in rows for row in some]
+    assert packed.targets.tolist() == [sum(row.targets for row in some) for some in rows]
+    for found in (plain[2], plain[-2]):
+        assert list(map(lists, found)) == [lists(rows[1][0])]
+    assert [list(map(lists, found)) for found in packed] == [list(map(lists, some)) for some in rows]
+    assert len(Sequences([])) == len(Sequences([]).lengths) == 0
     with pytest.raises(IndexError):
         packed[2]
 
@@ -122,7 +127,7 @@ def test_windows_are_within_a_row() -> None:
     torch.testing.assert_close(found, plain, **CLOSE)
 
 
-def test_what_would_see_its_neighbour_is_found_out() -> None:
+def test_models_that_see_a_neighbour_are_detected() -> None:
     """Alibi gives transformers no positions to tell rows by; a recurrence goes on through all of them."""
     common = {"vocab_size": 64, "hidden_size": 32}
     bloom = transformers.BloomConfig(**common, n_layer=2, n_head=4)
@@ -134,11 +139,11 @@ def test_what_would_see_its_neighbour_is_found_out() -> None:
     honest: Any = tiny("llama")
     assert attention.keeps_apart(Replicated(honest, Communicator()), 64)
     assert not honest.training
-    # one that does not heed what it is told
+    # one that ignores its arguments
     forward = honest.model.forward
     honest.model.forward = lambda *args, position_ids, **more: forward(*args, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "told", lambda rows: nullcontext())
+        patch.setattr(attention, "known_rows", lambda rows: nullcontext())
         assert not attention.keeps_apart(Replicated(honest, Communicator()), 64)
 
 

@@ -39,7 +39,7 @@ def made(folder: Path, train: Any, **more: Any) -> tuple[Any, Counts]:
 
 
 def texts(found: Any) -> list[str]:
-    return [byte_tokenizer(None).decode(row["input_ids"][:-1]) for rows in found for row in rows]
+    return [byte_tokenizer(None).decode(row.input_ids.tolist()[:-1]) for rows in found for row in rows]
 
 
 def test_several_sources(folder: Path) -> None:

@@ -14,10 +14,10 @@ def read(path: Path) -> list[dict]:
 
 
 def fake_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    def different(count: int, seed: int) -> list[dict]:
+    def different(task: str, options: dict, count: int, seed: int) -> list[dict]:
         return [{"messages": [], "answer": f"{seed}/{i}"} for i in range(count)]
 
-    monkeypatch.setattr(samples, "_different_problems", different)
+    monkeypatch.setattr(samples, "_problems", different)
 
 
 def test_word_problems_are_chats_that_end_with_the_answer(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_word_problems_are_chats_that_end_with_the_answer(tmp_path: Path) -> Non
 def test_second_call_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_problems(monkeypatch)
     paths = samples.word_problems(tmp_path / "p", 2, 1, 0)
-    monkeypatch.setattr(samples, "_different_problems", lambda *_: pytest.fail("worked again"))
+    monkeypatch.setattr(samples, "_problems", lambda *_: pytest.fail("worked again"))
     assert samples.word_problems(tmp_path / "p", 2, 1, 0) == paths
     with pytest.raises(FileExistsError, match="'train': 2"):
         samples.word_problems(tmp_path / "p", 3, 1, 0)
@@ -49,7 +49,7 @@ def test_second_call_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "_different_problems", lambda *_: [{"no JSON": object()}])
+    monkeypatch.setattr(samples, "_problems", lambda *_: [{"no JSON": object()}])
     with pytest.raises(TypeError):
         samples.word_problems(tmp_path / "p", 1, 1, 0)
     assert list(tmp_path.iterdir()) == []
@@ -57,9 +57,9 @@ def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="other content"):
         samples.word_problems(tmp_path, 1, 1, 0)
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="other content"):
         samples.smollm2(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

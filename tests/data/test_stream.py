@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from ows_ds.config import Data, Source
 from ows_ds.data import prepare
+from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.data.rows import stream
 from ows_ds.data.stream import Stream
 from ows_ds.errors import UserError
@@ -52,15 +57,20 @@ def opened(
 def texts(sequences: list[Any]) -> list[str]:
     """What each row of each sequence says."""
     tokenizer = byte_tokenizer(None)
-    return [tokenizer.decode(row["input_ids"][:-1]) for rows in sequences for row in rows]
+    return [tokenizer.decode(row.input_ids.tolist()[:-1]) for rows in sequences for row in rows]
+
+
+def everyones(steps: Stream, k: int) -> list[str]:
+    """What all ranks' rows of a step say."""
+    return texts([steps.sequences[i] for i in steps.global_step(k)])
 
 
 def test_blocks_follow_each_other_without_end(tmp_path: Path) -> None:
     source = write(tmp_path, "a", 5)
     steps = opened([source], 4)
-    seen = [texts(steps.take(k)[0]) for k in range(4)]
+    seen = [everyones(steps, k) for k in range(4)]
     steps.close()
-    # two steps a block; the second block has the last row, and begins anew
+    # two steps a block; the second block has the last row, and begins again
     assert [sorted(seen[0] + seen[1]), sorted(seen[2] + seen[3])] == [
         ["aA", "aB", "aC", "aD"],
         ["aA", "aB", "aC", "aE"],
@@ -70,22 +80,21 @@ def test_blocks_follow_each_other_without_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_run_goes_on_with_the_same_rows_at_any_world_size(tmp_path: Path, packing: bool) -> None:
+def test_a_run_resumes_with_the_same_rows_at_any_world_size(tmp_path: Path, packing: bool) -> None:
     sources = [write(tmp_path, "a", 7), Source(path=write(tmp_path, "b", 9).path, weight=3.0)]
     data = Data(train="unused", max_length=9, streaming=True, packing=packing)
     first = opened(sources, 12, data)
-    all_of_it = [texts(first.take(k)[0]) for k in range(12)]
+    all_of_it = [everyones(first, k) for k in range(12)]
     states = {}
     again = opened(sources, 12, data)
     for k in range(12):
-        again.take(k)
-        states[k + 1] = again.state()
+        states[k + 1] = again.take(k).state
     for done in (3, 6, 7):
         parts = [opened(sources, 12, data, world_size=2, rank=rank, state=states[done]) for rank in (0, 1)]
         for k in range(done, 12):
-            taken = [part.take(k) for part in parts]
-            assert texts(taken[0][0]) == texts(taken[1][0]) == all_of_it[k]
-            own = [texts([rows]) for mine in zip(*(micro for _, micro in taken), strict=True) for [rows] in mine]
+            assert [everyones(part, k) for part in parts] == [all_of_it[k]] * 2
+            taken = [part.take(k).micro_batches for part in parts]
+            own = [texts([rows]) for mine in zip(*taken, strict=True) for [rows] in mine]
             assert [text for some in own for text in some] == all_of_it[k]
         for part in parts:
             part.close()
@@ -101,10 +110,10 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n{"text": ""}\n')
     data = Data(train="unused", streaming=True, on_bad_row="skip", max_length=4)
     steps = opened([Source(path=str(path))], 4, data)
-    assert sorted(texts(steps.take(0)[0])) == ["a", "c"]
+    assert sorted(everyones(steps, 0)) == ["a", "c"]
     steps.close()
     assert (steps.counts.bad, steps.counts.dropped) == (1, 1)
-    assert steps.counts.first_bad.startswith(f"{path}:2: give the columns")
+    assert steps.counts.first_bad.startswith(f"{path}:2: expected the columns")
     with pytest.raises(UserError, match=r"data\.train: .*r\.jsonl:2"):
         opened([Source(path=str(path))], 4)
     with pytest.raises(
@@ -113,7 +122,7 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
         opened([Source(path=str(path))], 4, data, batch=3)
 
 
-def test_a_mistake_in_a_later_block_is_told_when_it_is_due(tmp_path: Path) -> None:
+def test_a_mistake_in_a_later_block_is_raised_when_it_is_due(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": 3}\n')
     steps = opened([Source(path=str(path))], 2)
@@ -121,6 +130,28 @@ def test_a_mistake_in_a_later_block_is_told_when_it_is_due(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"r\.jsonl:3"):
         steps.take(1)
     steps.close()
+
+
+def test_closing_ends_the_block_that_is_being_read(tmp_path: Path) -> None:
+    source = write(tmp_path, "a", 5)
+    steps = opened([source], 4)
+    encode, reading, closed = steps._encode, threading.Event(), threading.Event()
+
+    def waiting(rows: Any) -> Any:
+        reading.set()
+        assert closed.wait(10)
+        return encode(rows)
+
+    steps._encode = waiting
+    with contextlib.closing(ReadAhead(steps.take, 9, torch.device("cpu"))) as ahead:
+        for k in (0, 1):  # of the first block; the second one is due in the thread that reads ahead
+            ahead.take(k)
+        assert reading.wait(10)
+        steps.close()
+        closed.set()
+        with pytest.raises(CancelledError):
+            ahead.take(2)
+    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 
 def test_all_kinds_of_sources_are_read_from_any_row_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

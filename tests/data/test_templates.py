@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from ows_ds.data.encode import encode
 from ows_ds.data.encoded import IGNORE
 from ows_ds.errors import UserError
-from tests.data.test_data import byte_tokenizer
+from tests.data.test_data import byte_tokenizer, lists
 
 # White space at both ends of what is said: some families keep it.
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -108,7 +108,7 @@ def labelled(family: str, runs: list[str]) -> tuple[list[int], list[int]]:
 
 def trains(family: str, messages: list[dict[str, Any]], runs: list[str]) -> None:
     encoded = encode({"messages": messages}, tokenizer(family), 1000)
-    assert (encoded["input_ids"], encoded["labels"]) == labelled(family, runs)
+    assert lists(encoded) == labelled(family, runs)
 
 
 @pytest.mark.parametrize("family", EXPECTED)
@@ -117,7 +117,7 @@ def test_answers_and_their_end_marks_are_trained_and_nothing_else(family: str) -
     trains(family, talk, EXPECTED[family])
     # the marks are single tokens, and the beginning is there once
     begin, end, *others = MARKS[family]
-    ids = encode({"messages": talk}, tokenizer(family), 1000)["input_ids"]
+    ids = encode({"messages": talk}, tokenizer(family), 1000).input_ids.tolist()
     for mark in (end, *others):
         assert len(tokenizer(family)(mark, add_special_tokens=False)["input_ids"]) == 1
     if begin and family != "phi3":  # whose template leaves it out
@@ -132,7 +132,7 @@ def test_turns_that_say_no_are_left_out(family: str) -> None:
     talk = talk if family in NO_SYSTEM else [SYSTEM, *talk]
     trains(family, talk, [first + answer + between, *rest])
     encoded = encode({"messages": talk[:-2]}, tokenizer(family), 1000)
-    assert set(encoded["labels"]) == {IGNORE}
+    assert set(encoded.labels.tolist()) == {IGNORE}
 
 
 @pytest.mark.parametrize("family", sorted(set(EXPECTED) - {"qwen3"}))

@@ -79,7 +79,7 @@ class Two(Communicator):
         super().__init__()
         self.other = other
 
-    def collect(self, value: Any, name: str = "collect") -> list[Any]:
+    def all_gather_object(self, value: Any, name: str = "collect") -> list[Any]:
         """The second time the values themselves are collected."""
         assert name == "agree"
         return [value, self.other if not isinstance(value, str) else "another digest"]
@@ -90,6 +90,5 @@ def test_disagreement_says_what_differs() -> None:
     with pytest.raises(RankMismatchError) as caught:
         comm.assert_consistent("the layers of step 7", {"layers": [1, 3], "rank": 8})
     assert str(caught.value) == (
-        "the processes do not agree on the layers of step 7: "
-        "process 1 has layers: [1, 4] where rank 0 has layers: [1, 3]"
+        "the ranks do not agree on the layers of step 7: rank 1 has layers: [1, 4] where rank 0 has layers: [1, 3]"
     )

@@ -203,15 +203,15 @@ def test_agree(pools: Pools, world_size: int) -> None:
     others = range(1, world_size)
     cases: dict[tuple[int, ...], list[str]] = {
         (): [],
-        (0,): [f"process {i} has plan: slots: b: [4, 9] where rank 0 has plan: slots: b: [4, 8]" for i in others],
+        (0,): [f"rank {i} has plan: slots: b: [4, 9] where rank 0 has plan: slots: b: [4, 8]" for i in others],
         tuple(range(world_size)): [],
     }
     for i in others:
-        cases[(i,)] = [f"process {i} has plan: slots: b: [4, 8] where rank 0 has plan: slots: b: [4, 9]"]
+        cases[(i,)] = [f"rank {i} has plan: slots: b: [4, 8] where rank 0 has plan: slots: b: [4, 9]"]
     for results in pools(world_size).run(agree, list(cases)):
         for says, (said, seconds) in zip(cases.values(), results, strict=True):
             if says:
-                assert said == f"the processes do not agree on the plan of step 4: {'; '.join(says)}"
+                assert said == f"the ranks do not agree on the plan of step 4: {'; '.join(says)}"
             else:
                 assert said == ""
             assert seconds < SOON
@@ -220,16 +220,16 @@ def test_agree(pools: Pools, world_size: int) -> None:
 class OwnMind(Distributed):
     """A process that takes another layer set than the one it is sent."""
 
-    def share(self, value: Any, name: str = "share") -> Any:
+    def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
         shared = super().broadcast_object(value, name)
-        return [0, 1, 2] if name == "layer_set" and self.index == 1 else shared
+        return [0, 1, 2] if name == "layer_set" and self.rank == 1 else shared
 
 
 MISTAKES = {
     "none": "",
-    "layers": "process 1 has layers: [0, 1, 2] where rank 0 has layers: [",
-    "rank": "process 1 has plan: rank: 5 where rank 0 has plan: rank: 6",
-    "always_on": 'process 1 has plan: order: ["model.layers.0", "model.layers.',
+    "layers": "rank 1 has layers: [0, 1, 2] where rank 0 has layers: [",
+    "rank": "rank 1 has plan: r: 5 where rank 0 has plan: r: 6",
+    "always_on": 'rank 1 has plan: order: ["model.layers.0", "model.layers.',
 }
 
 
@@ -257,9 +257,9 @@ def test_a_process_with_a_mind_of_its_own_stops_all(pools: Pools) -> None:
         assert results["none"][0] == ""
         for mistake, (said, seconds) in results.items():
             if mistake != "none":
-                expected = f"the processes do not agree on the layers and the plan of step 1: {MISTAKES[mistake]}"
+                expected = f"the ranks do not agree on the layers and the plan of step 1: {MISTAKES[mistake]}"
                 assert said.startswith(expected)
-                assert said.count("process ") == 2  # nobody else differs
+                assert said.count("rank ") == 2  # nobody else differs
                 assert seconds < SOON
 
 
@@ -323,7 +323,7 @@ def test_all_good(pools: Pools) -> None:
     told: Said = ("UserError", str(mistake), fields(mistake))
     own: Said = ("UserError", str(mistake), "own")
     luck: Said = ("ValueError", "bad luck", "own")
-    stopped: Said = ("Disagreement", "process 1: ValueError: bad luck", None)
+    stopped: Said = ("RankMismatchError", "rank 1: ValueError: bad luck", None)
     cases: list[tuple[dict[int, BaseException], list[Said]]] = [
         ({}, [("", "", None)] * 3),
         # a user's mistake is one everywhere
@@ -332,7 +332,7 @@ def test_all_good(pools: Pools) -> None:
         # other errors name the process
         ({1: ValueError("bad luck")}, [stopped, luck, stopped]),
         ({0: ValueError("bad luck"), 2: OSError("disk")},
-         [luck, ("Disagreement", "rank 0: ValueError: bad luck; process 2: OSError: disk", None),
+         [luck, ("RankMismatchError", "rank 0: ValueError: bad luck; rank 2: OSError: disk", None),
           ("OSError", "disk", "own")]),
         # who has no error of its own hears of what can be put right
         ({0: ValueError("bad luck"), 2: mistake}, [luck, told, own]),

@@ -10,7 +10,7 @@ import pytest
 from deepspeed.utils import groups
 
 from ows_ds import config
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, resolve_config
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.errors import UserError
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -31,42 +32,44 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file = tmp_path / "deepspeed_shm_comm" / "lock"
     file.parent.mkdir()
     file.touch()
+    monkeypatch.setattr(logging.getLogger("ows_ds"), "propagate", True)  # off where the command line has run
+    monkeypatch.setattr(logging.getLogger("ows_ds"), "level", logging.INFO)
     return file
 
 
-def test_an_old_lock_that_nobody_holds_is_removed(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_lock_that_nobody_holds_is_removed(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     then = time.time() - 4000
     os.utime(lock, (then, then))
     zero3.free_operator()
     assert not lock.exists()
-    assert capsys.readouterr().out == f"{lock} removed: nobody has been compiling DeepSpeed's operator for 4000 s\n"
+    assert caplog.messages == [f"{lock} removed: nobody has been compiling DeepSpeed's operator for 4000 s"]
 
 
-def test_a_lock_that_is_held_stays(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_that_is_open_stays(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     then = time.time() - 4000
     os.utime(lock, (then, then))
     with lock.open():
         zero3.free_operator()
     assert lock.exists()
-    assert capsys.readouterr().out == ""
+    assert not caplog.messages
 
 
 def test_a_young_lock_gets_its_time(
-    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lock: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be of a process on another host."""
     monkeypatch.setattr(zero3, "COMPILING", 1.0)
     zero3.free_operator()
     assert not lock.exists()
-    first, second = capsys.readouterr().out.splitlines()
+    first, second = caplog.messages
     assert first.startswith(f"{lock}: waiting up to ")
     assert second.startswith(f"{lock} removed: ")
 
 
-def test_without_a_lock_nothing_is_said(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_lock_nothing_is_said(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock.unlink()
     zero3.free_operator()
-    assert capsys.readouterr().out == ""
+    assert not caplog.messages
 
 
 # ------------------------------------------------------------------ memory

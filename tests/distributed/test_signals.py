@@ -14,25 +14,25 @@ from ows_ds.distributed import signals
 
 WAITING = """
 import ctypes, sys
-from ows_ds import signals
+from ows_ds.distributed import signals
 signals.SAME_SECONDS = float(sys.argv[1])
-with signals.heeded() as told:
+with signals.stop_on_signal() as stop_requested:
     print("ready", flush=True)
-    while not told.wait(0.01):
+    while not stop_requested.wait(0.01):
         pass
-    print("told", flush=True)
+    print("asked", flush=True)
     ctypes.CDLL(None).sleep(60)  # a signal ends a sleep, so there may be two
     ctypes.CDLL(None).sleep(60)
 """
 
 
 def waiting(seconds: float) -> subprocess.Popen[str]:
-    """A process that says "told" after its first signal, and then waits in C, where no Python runs."""
+    """A process that says "asked" after its first signal, and then waits in C, where no Python runs."""
     child = subprocess.Popen([sys.executable, "-c", WAITING, str(seconds)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGUSR1)
-    assert child.stdout.readline() == "told\n"
+    assert child.stdout.readline() == "asked\n"
     return child
 
 
@@ -53,9 +53,9 @@ def test_the_same_order_passed_on_by_a_launcher_is_one() -> None:
 
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
-    with signals.stop_on_signal() as told:
+    with signals.stop_on_signal() as stop_requested:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert told.wait(20)
+        assert stop_requested.wait(20)
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -65,8 +65,8 @@ def test_other_threads_leave_signals_alone() -> None:
     seen = []
 
     def work() -> None:
-        with signals.stop_on_signal() as told:
-            seen.append((told.is_set(), signal.getsignal(signal.SIGTERM)))
+        with signals.stop_on_signal() as stop_requested:
+            seen.append((stop_requested.is_set(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -15,6 +15,7 @@ import pytest
 from ows_ds import config
 from ows_ds.distributed import signals
 from ows_ds.train import log, trainer
+from ows_ds.train import step as step_module
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
 from tests.train.test_trainer import contents, run
@@ -27,7 +28,7 @@ def signalled(
 
     within: in the middle of the step after it, between two micro-batches.
     """
-    step, losses, passes = log.RunLog.step, trainer.token_losses, -1
+    step, losses, passes = log.RunLog.step, step_module.token_losses, -1
 
     def signalling(self: log.RunLog, record: dict[str, Any]) -> None:
         nonlocal passes
@@ -44,7 +45,7 @@ def signalled(
             os.kill(os.getpid(), order[rank])
         return losses(*args)
 
-    with patch.object(log.RunLog, "step", signalling), patch.object(trainer, "token_losses", computing):
+    with patch.object(log.RunLog, "step", signalling), patch.object(step_module, "token_losses", computing):
         try:
             trainer.train(recipe)
         except signals.Stopped:

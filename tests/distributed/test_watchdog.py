@@ -59,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         one.close()
 
 
-ME = f"process 1 (host n1, pid {os.getpid()})"
+ME = f"rank 1 (host n1, pid {os.getpid()})"
 
 
 def test_an_error_is_told_to_all(run: World) -> None:
@@ -94,6 +94,7 @@ def test_the_first_of_two_errors_is_the_cause(run: World) -> None:
         (UserError("data.train", "x", "expected a file"), "data.train: 'x' is invalid: expected a file", 2),
         (KeyboardInterrupt(), f"{ME}: KeyboardInterrupt", 1),
     ],
+    ids=["a mistake", "an interrupt"],
 )
 def test_mistakes_and_interrupts_stay_what_they_are(run: World, error: BaseException, line: str, code: int) -> None:
     watches = run.start(2)
@@ -111,15 +112,15 @@ def test_what_ends_all_at_once_is_told_to_none(run: World, error: Exception) -> 
 
 
 def test_a_disagreement_names_the_process_itself(run: World) -> None:
-    failed = run.start(2)[0].fail(RankMismatchError("process 1: OSError: disk full"))
-    assert str(failed) == "process 1: OSError: disk full"
+    failed = run.start(2)[0].fail(RankMismatchError("rank 1: OSError: disk full"))
+    assert str(failed) == "rank 1: OSError: disk full"
 
 
 def test_a_silent_process_is_named(run: World) -> None:
     run.start(3, limit=0.5, missing=1)
     for index, line, code in run.wait(2):
         assert index in (0, 2)
-        assert line.startswith(f"{ME} was not heard of for ")
+        assert line.startswith(f"{ME} has been silent for ")
         assert code == 1
 
 
@@ -133,7 +134,7 @@ def test_a_killed_process_is_named(run: World) -> None:
         while exists(who):
             time.sleep(0.01)
         assert [line for _, line, _ in run.wait(2)] == [
-            f"process 1 (host n1, pid {child.pid}) is gone: it was killed, or it crashed"
+            f"rank 1 (host n1, pid {child.pid}) is gone: it was killed, or it crashed"
         ] * 2
     finally:
         child.kill()
@@ -192,7 +193,7 @@ def test_a_store_that_is_gone_ends_the_process(run: World, hangs: threading.Even
     run.start(2, limit=0.5, missing=0)
     [(index, line, code)] = run.wait(1)
     assert (index, code) == (1, 1)
-    words = "was not heard of for " if hangs else "is gone, or what started it: the store where processes meet does not"
+    words = "has been silent for " if hangs else "is gone, or what started it: the store where ranks meet does not"
     assert line.startswith(f"rank 0 (host n0, pid {os.getpid()}) {words}")
     if hangs:
         hangs.set()

@@ -169,11 +169,11 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"question_id": 1}, "expected it turns"),
-        ({"question_id": 1, "turns": []}, "expected it turns"),
-        ({"question_id": 1, "turns": ["a", "b", "c"]}, "expected it turns"),
-        ({"question_id": 1, "turns": [3]}, "expected it turns"),
-        ({"question_id": 1, "turns": ["a"]}, "expected it a category"),
+        ({"question_id": 1}, "expected it to have turns"),
+        ({"question_id": 1, "turns": []}, "expected it to have turns"),
+        ({"question_id": 1, "turns": ["a", "b", "c"]}, "expected it to have turns"),
+        ({"question_id": 1, "turns": [3]}, "expected it to have turns"),
+        ({"question_id": 1, "turns": ["a"]}, "expected it to have a category"),
         ({"question_id": True, "turns": ["a"]}, "question_id of its own"),
         ({"question_id": 81, "turns": ["a"], "category": "x"}, "question_id of its own"),
         ([], "a JSON object on each line"),
@@ -261,8 +261,8 @@ def server() -> Iterator[Server]:
 def judge_all(server: Server, path: Path, **more: Any) -> list[dict[str, Any]]:
     answers = {one["question_id"]: [f"answer {{{i}}}" for i in range(len(one["turns"]))] for one in QUESTIONS}
     given = mt_bench.references(None, QUESTIONS)
-    bench = MTBench(judge=server.address, judge_model="j", judge_retries=2, **more)
-    return judge.judge(QUESTIONS, answers, given, judge.prompts(None), bench, "me", path, lambda line: None)
+    one = judge.Judge(MTBench(judge=server.address, judge_model="j", judge_retries=2, **more))
+    return one.judge(one.requests(QUESTIONS, answers, given, "me"), path)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="for turn 2 with a reference answer"):
         judge.prompts(str(write_lines(tmp_path / "p.jsonl", rows[:-1])))
     rows[1]["prompt_template"] = "{question.__class__}"
-    with pytest.raises(UserError, match="expected it the fields"):
+    with pytest.raises(UserError, match="expected it to have the fields"):
         judge.prompts(str(write_lines(tmp_path / "p.jsonl", rows)))
 
 

@@ -1,4 +1,4 @@
-"""`ows-ds eval` over lm-evaluation-harness: the scores that it gives itself, on one process and on several."""
+"""`ows-ds eval` over lm-evaluation-harness: the scores that it gives itself, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -70,15 +70,21 @@ def assert_the_same(ours: results.Result, theirs: dict[str, Any], names: str) ->
     assert count == len(ours.scores)
 
 
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> results.Result:
+    """All tasks on one rank."""
+    return evaluate(inputs / "model", tasks, ALL, tmp_path_factory.mktemp("alone") / "r.json")
+
+
 @pytest.mark.parametrize(
     ("options", "more"),
     [((), {}), (("--num_fewshot", "2", "--limit", "5", "--batch_size", "3"),
                 {"num_fewshot": 2, "limit": 5, "batch_size": 3})],
 )  # fmt: skip
 def test_agrees_with_the_harness_itself(
-    options: tuple[str, ...], more: dict[str, Any], inputs: Path, tasks: Path, tmp_path: Path
+    options: tuple[str, ...], more: dict[str, Any], alone: results.Result, inputs: Path, tasks: Path, tmp_path: Path
 ) -> None:
-    ours = evaluate(inputs / "model", tasks, ALL, tmp_path / "r.json", *options)
+    ours = evaluate(inputs / "model", tasks, ALL, tmp_path / "r.json", *options) if options else alone
     assert_the_same(ours, directly(inputs / "model", tasks, ALL, **more), ALL)
     assert [score.task for score in ours.scores] == [*["ows_test_sums"] * 2, "ows_test_answers"]
     assert {score.samples for score in ours.scores} == {more.get("limit", 12)}
@@ -105,9 +111,10 @@ def evaluating(rank: int, world_size: int, words: list[str], folder: Path) -> in
         return main(words)
 
 
-def test_processes_share_the_questions(pools: Pools, inputs: Path, tasks: Path, tmp_path: Path) -> None:
+def test_ranks_share_the_questions(
+    pools: Pools, alone: results.Result, inputs: Path, tasks: Path, tmp_path: Path
+) -> None:
     """The same answers: of a batch of one, no number depends on what else is asked."""
-    alone = evaluate(inputs / "model", tasks, ALL, tmp_path / "alone.json")
     words = ["eval", str(inputs / "model"), "--tasks", ALL, "--include-path", str(tasks), "--output", "both.json"]
     assert pools(2).run(evaluating, words, tmp_path) == [0, 0]
     both = results.read(tmp_path / "both.json")
@@ -117,14 +124,14 @@ def test_processes_share_the_questions(pools: Pools, inputs: Path, tasks: Path, 
         assert one.samples == other.samples
         assert one.value == pytest.approx(other.value, rel=1e-9)  # summed up in another order
     assert both.model["fingerprint"] == alone.model["fingerprint"]
-    assert not list(tmp_path.glob("both.*.json"))  # process 1 wrote none
+    assert not list(tmp_path.glob("both.*.json"))  # rank 1 wrote none
 
 
 def train_tiny(rank: int, world_size: int, inputs: Path, output: Path) -> None:
     train(recipe(inputs, output, save_total_limit=3))
 
 
-def test_a_run_beside_its_base(
+def test_a_run_and_its_base(
     pools: Pools, inputs: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -144,14 +151,14 @@ def test_a_run_beside_its_base(
     assert base.scores == result.before.scores
     assert "| ows_test | acc |" in readme.read_text()
 
-    # a checkpoint, exported for the time being; the last one has the run's weights
+    # a checkpoint, exported for as long as it is evaluated; the last one has the run's weights
     capsys.readouterr()
     assert main([*words, "--checkpoint", "step-9", "--compare", str(tmp_path / "base.json"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["before"]["scores"] == json.loads(results.as_text(result))["before"]["scores"]
-    assert told["model"]["checkpoint"] == "step-9"
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["before"]["scores"] == json.loads(results.as_text(result))["before"]["scores"]
+    assert shown["model"]["checkpoint"] == "step-9"
     first = evaluate(run, tasks, "ows_test", tmp_path / "first.json", "--limit", "6", "--checkpoint", "step-3")
-    assert first.model["fingerprint"] not in (told["model"]["fingerprint"], base.model["fingerprint"])
+    assert first.model["fingerprint"] not in (shown["model"]["fingerprint"], base.model["fingerprint"])
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["ows_test.json", "step-9-ows_test.json"]
 
     assert main(["report", str(run)]) == 0
@@ -169,22 +176,22 @@ def test_what_cannot_be_evaluated(
     evaluate(inputs / "model", tasks, "ows_test_sums", other, "--limit", "3")
     capsys.readouterr()
 
-    def told(*words: str) -> str:
+    def refused(*words: str) -> str:
         assert main(["eval", str(inputs / "model"), "--include-path", str(tasks), *words]) == 2
         error = capsys.readouterr().err
         [line] = [line for line in error.splitlines() if line.startswith("ows-ds: error")]
         assert error.endswith(f"{line}\n")
         return line
 
-    assert "--tasks: 'ows_test_nowhere' is invalid: expected tasks whose data sets can be had" in told(
+    assert "--tasks: 'ows_test_nowhere' is invalid: expected tasks whose data sets can be loaded" in refused(
         "--tasks", "ows_test_nowhere"
     )
-    assert "expected each task once" in told("--tasks", "ows_test,ows_test_sums")
-    assert "expected a result of the same questions: samples of ows_test_sums are 3" in told(
+    assert "expected each task once" in refused("--tasks", "ows_test,ows_test_sums")
+    assert "expected a result of the same questions: samples of ows_test_sums are 3" in refused(
         "--tasks", "ows_test_sums", "--limit", "4", "--compare", str(other), "--output", str(other)
     )
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "pip install 'ows_ds[eval]'" in told("--tasks", "ows_test_sums")
+    assert "pip install 'ows_ds[eval]'" in refused("--tasks", "ows_test_sums")
     assert not list(tmp_path.iterdir())
 
 
@@ -202,9 +209,9 @@ def test_groups_of_ours_name_tasks_that_are_there() -> None:
     """The index of the harness knows all parts; their data sets are on the hub."""
     from lm_eval.tasks import TaskManager
 
-    from ows_ds.evaluate.harness import GROUPS
+    from ows_ds.evaluate.harness import TASKS
 
-    manager = TaskManager(include_path=str(GROUPS))
+    manager = TaskManager(include_path=str(TASKS))
     for name, count in (("ows_commonsense", 8), ("ows_mmlu", 1), ("ows_gsm8k", 1)):
         parts = manager.task_index[name].cfg["task"]
         assert len(parts) == count

@@ -95,7 +95,7 @@ def test_the_run_says_so_and_resumes(pools: Pools, inputs: Path, run_dir: Path, 
     (run_dir / "checkpoints" / "step-6" / "manifest.json").unlink()
     lines = pools(2).run(run, recipe(inputs, run_dir, resume="auto", **SETTINGS), None)[0]
     assert "manifest.json cannot be read" in lines[0]
-    assert lines[1] == f"going on after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
+    assert lines[1] == f"resuming after step 3 from {run_dir / 'checkpoints' / 'step-3'}"
     assert contents(run_dir) == contents(straight(2, **SETTINGS))
 
 
@@ -104,7 +104,7 @@ def test_nothing_starts_over_damaged_checkpoints(pools: Pools, inputs: Path, run
         (run_dir / "checkpoints" / name / "manifest.json").unlink()
     records = (run_dir / "metrics.jsonl").read_bytes()
     for answer in pools(2).run(refused, recipe(inputs, run_dir, resume="auto", **SETTINGS)):
-        assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to begin anew")
+        assert answer.startswith(f"train.resume: 'auto' is invalid: remove {run_dir / 'checkpoints'} to start again")
         assert "step-6" in answer
     assert (run_dir / "metrics.jsonl").read_bytes() == records
 

@@ -111,5 +111,5 @@ def test_it_ends_with_the_cause(
     assert not list((run_dir / "checkpoints").glob("*.partial"))
     (disk / "ballast").unlink()
     lines = pools(2).run(run, recipe(inputs, run_dir, sharding="zero3", resume="auto"), None)[0]
-    assert lines[0].startswith("going on after step 3")
+    assert lines[0].startswith("resuming after step 3")
     assert contents(run_dir) == whole

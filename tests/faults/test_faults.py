@@ -88,8 +88,8 @@ SLOW = pytest.mark.slow
                 (3, "replicated", "kill", 2, " is gone"),
                 (2, "zero3", "memory", 0, MEMORY),
                 (3, "zero3", "data", 2, DATA),
-                (2, "replicated", "freeze", 1, " was not heard of for "),
-                (2, "replicated", "freeze", 0, " was not heard of for "),
+                (2, "replicated", "freeze", 1, " has been silent for "),
+                (2, "replicated", "freeze", 0, " has been silent for "),
             ]
         ),
     ],
@@ -158,7 +158,7 @@ def test_a_host_that_is_cut_off(inputs: Path, tmp_path: Path, end_of: str) -> No
                 assert processes[name].wait(max(1.0, end - time.monotonic())) == 1
                 other = NAMES[1 - rank]
                 line = last_line(tmp_path / f"{name}.log")
-                words = " was not heard of for " if end_of == "the cable" else " is gone, or the network to it: "
+                words = " has been silent for " if end_of == "the cable" else " is gone, or the network to it: "
                 who = f"process {1 - rank} (host {other}, pid {processes[other].pid})"
                 assert line.startswith(f"ows-ds: failed: {who}{words}"), line
         finally:

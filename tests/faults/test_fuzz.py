@@ -24,13 +24,15 @@ from ows_ds import checkpoint, config, files
 from ows_ds.bench import study
 from ows_ds.checkpoint.manifest import seal
 from ows_ds.cli.main import main
+from ows_ds.config import recipe_keys
 from ows_ds.data.encode import encode_rows
 from ows_ds.data.rows import read
 from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.ds_config import read_config, resolve_config
 from ows_ds.distributed.weights import Shard
-from ows_ds.distributed.zero3 import read_config, resolve_config
 from ows_ds.errors import UserError, one_line
 from ows_ds.evaluate import judge, mt_bench
+from ows_ds.evaluate.setting import MTBench
 from ows_ds.importance.scores import Scores
 from ows_ds.planner import cluster
 from ows_ds.runs import page, results
@@ -232,6 +234,9 @@ def read_result(folder: Path, content: bytes) -> None:
         assert one_line(page._score(score, before)).isprintable()
 
 
+JUDGE = judge.Judge(MTBench(judge="http://localhost", judge_model="j"))
+
+
 def read_talk(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
     """Questions, answers, and a judge's prompts."""
     for name, text in zip(("q", "a", "p"), content, strict=True):
@@ -239,7 +244,7 @@ def read_talk(folder: Path, content: tuple[bytes, bytes, bytes]) -> None:
     asked = mt_bench.questions("q.jsonl")
     mt_bench.references(None, asked)
     said = mt_bench.by_question("a.jsonl", "--answers", asked, [one["question_id"] for one in asked])
-    list(judge._questions_to_judge(asked, said, {}, judge.OURS))
+    list(JUDGE.requests(asked, said, {}, "model"))
     with contextlib.suppress(UserError):  # for want of the other three
         judge.prompts("p.jsonl")
 
@@ -256,7 +261,7 @@ FILES = {
     "ds.json",
     "s.yaml",
 }  # what the tests themselves write
-SETTINGS = list(config.hints())
+SETTINGS = list(recipe_keys())
 LINES = st.lists(st.sampled_from(ROWS).flatmap(lambda row: st.just(row) | spoiled(row)), max_size=3)
 HUNTS: dict[str, tuple[SearchStrategy[Any], Callable[[Path, Any], None]]] = {
     "recipe": (as_yaml(spoiled(RECIPE, [key.split(".")[1] for key in SETTINGS])), read_recipe),
@@ -290,8 +295,9 @@ def test_nothing_but_mistakes_in_one_line(
         except UserError as error:
             line = str(error)
         outcomes.add("refused" if line else "read")
-        assert line.isprintable()
-        assert len(line) < 3000
+        for one in line.splitlines():  # a line a mistake
+            assert one.isprintable()
+            assert len(one) < 3000
         assert {path.name for path in tmp_path.iterdir()} <= FILES
 
     if name == "option":  # parsers are made anew each time

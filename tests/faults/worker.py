@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ows_ds.cli import main
-from ows_ds.train import trainer
+from ows_ds.train.step import StepRunner
 
 
 def _memory() -> None:
@@ -38,7 +38,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def inject(fault: str, step: int) -> None:
     """Let this process fail."""
-    take, batch = trainer._Steps.take, trainer.Job.batch
+    take, loss = StepRunner.take, StepRunner._loss
     current = -1
 
     def taking(self: Any, number: int, last: bool) -> dict[str, Any]:
@@ -46,13 +46,13 @@ def inject(fault: str, step: int) -> None:
         current = number + 1
         return take(self, number, last)
 
-    def failing(self: Any, *rows: Any) -> Any:
+    def failing(self: Any, *given: Any) -> Any:
         if current == step:
-            Path(self.recipe.train.output_dir, "fault").touch()
+            Path(self.context.recipe.train.output_dir, "fault").touch()
             FAULTS[fault]()
-        return batch(self, *rows)
+        return loss(self, *given)
 
-    trainer._Steps.take, trainer.Job.batch = taking, failing  # type: ignore[method-assign]
+    StepRunner.take, StepRunner._loss = taking, failing  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_a_run_samples_by_them_and_resumes(
 
 
 def test_scores_of_another_metric_are_refused(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(1).run(run, recipe(inputs, tmp_path / "a", {"importance": "rm"}, steps=1), None)
+    pools(1).run(run, recipe(inputs, tmp_path / "a", {"importance": "rm"}, steps=2), None)
     given = {"importance": "alpha", "scores": str(tmp_path / "a" / "scores.json")}
     [answer] = pools(1).run(refused, recipe(inputs, tmp_path / "b", given))
     assert answer.startswith(

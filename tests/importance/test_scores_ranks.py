@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.distributed.communicator import Communicator, join
+from ows_ds.distributed.ds_config import resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.importance.outliers import outlier_scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers

@@ -1,4 +1,4 @@
-"""What `use_ows` refuses, in one line, before it changes the Trainer; and what it leaves behind."""
+"""What a Trainer with OWS refuses, in one line; and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers as tf
 
+from ows_ds.config import OWSConfig
 from ows_ds.errors import UserError
-from ows_ds.integrations.transformers import use_ows
+from ows_ds.integrations.transformers import OWSTrainer
 from tests.support.families import tiny
 
 ROWS = [{"input_ids": [i, i + 1, i + 2], "labels": [i, i + 1, i + 2]} for i in range(8)]
@@ -28,9 +29,12 @@ def _state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trainer(folder: Path, dtype: torch.dtype = torch.float32, more: Any = None, **arguments: Any) -> Any:
+def trainer(folder: Path, ows: Any = None, dtype: torch.dtype = torch.float32, **arguments: Any) -> Any:
     args = tf.TrainingArguments(str(folder), use_cpu=True, report_to="none", **arguments)
-    return tf.Trainer(tiny("llama", dtype=dtype), args, train_dataset=ROWS, eval_dataset=ROWS, **(more or {}))
+    ows = {"gamma": 1, "rank": 4, **(ows or {})}
+    scores = ows.pop("scores", [1, 1, 1])
+    model = tiny("llama", dtype=dtype)
+    return OWSTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS, ows=ows, scores=scores)
 
 
 @pytest.mark.parametrize(
@@ -45,27 +49,25 @@ def trainer(folder: Path, dtype: torch.dtype = torch.float32, more: Any = None, 
     ],
 )
 def test_arguments_that_do_not_go_with_ows(tmp_path: Path, key: str, arguments: dict[str, Any]) -> None:
-    one = trainer(tmp_path, **arguments)
     with pytest.raises(UserError) as caught:
-        use_ows(one, scores=[1, 1, 1], gamma=1, rank=4)
+        trainer(tmp_path, **arguments)
     assert caught.value.key == key
-    assert type(one) is tf.Trainer
-    assert all(parameter.requires_grad for parameter in one.model.parameters())
 
 
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("lr", {"lr": 1e-3}),
-        ("accumulation", {"accumulation": 2}),
-        ("gama", {"gama": 1}),
+        ("ows.lr", {"lr": 1e-3}),
+        ("ows.accumulation", {"accumulation": 2}),
+        ("ows.gama", {"gama": 1}),
+        ("ows.refresh_gap", {"refresh_gap": 1}),
         ("optim.rank", {"rank": 400}),
         ("sampling.scores", {"scores": [1.0, 2.0]}),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, key: str, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
-        use_ows(trainer(tmp_path), **{"scores": [1, 1, 1], "gamma": 1, "rank": 4, **settings})
+        trainer(tmp_path, settings)
     assert caught.value.key == key
 
 
@@ -76,32 +78,33 @@ def test_other_optimizers_and_models(tmp_path: Path) -> None:
         ("model_init", {"model": None, "model_init": lambda: tiny("llama")}),
     ):
         args = tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-        one = tf.Trainer(**{"model": model, "args": args, "train_dataset": ROWS, **more})
         with pytest.raises(UserError) as caught:
-            use_ows(one, scores=[1, 1, 1], gamma=1, rank=4)
+            OWSTrainer(
+                **{"model": model, "args": args, "train_dataset": ROWS, **more}, ows={"rank": 4}, scores=[1, 1, 1]
+            )
         assert caught.value.key == key
 
 
 def test_a_loss_past_the_head(tmp_path: Path) -> None:
     """TRL's trainers replace the model's forward pass by one that takes the head's weight."""
-    one = trainer(tmp_path)
-    one.model.forward = one.model.forward
+    model = tiny("llama")
+    model.forward = model.forward  # type: ignore[method-assign]
+    args = tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    ows = {"gamma": 1, "rank": 4, "always_on": "low_rank"}
     with pytest.raises(UserError) as caught:
-        use_ows(one, scores=[1, 1, 1], gamma=1, rank=4, always_on="low_rank")
+        OWSTrainer(model, args, train_dataset=ROWS, ows=ows, scores=[1, 1, 1])
     assert caught.value.key == "optim.always_on"
 
 
 def test_bfloat16_by_the_model(tmp_path: Path) -> None:
-    one = use_ows(trainer(tmp_path, torch.bfloat16, bf16=True, max_steps=1), scores=[1, 1, 1], gamma=1, rank=4)
-    with pytest.raises(UserError, match="call use_ows once"):
-        use_ows(one, scores=[1, 1, 1], gamma=1, rank=4)
-    assert isinstance(one, tf.Trainer)
-    assert type(one).__name__ == "OWSTrainer"
+    args = tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=True, max_steps=1)
+    model, ows = tiny("llama", dtype=torch.bfloat16), OWSConfig(gamma=1, rank=4)
+    one: Any = OWSTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS, ows=ows, scores=[1, 1, 1])
     before = one.evaluate()["eval_loss"]
     one.train()
     assert one.evaluate()["eval_loss"] != before
     assert one.optimizer is None  # and the model is a plain one
     assert all("forward" not in vars(module) for module in one.model.modules())
-    one.train()  # anew
+    one.train()  # again
     one.save_model(str(tmp_path / "out"))
     assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""OWS in transformers' `Trainer` and TRL's `SFTTrainer`: the run is that of our own trainer; it stops and goes on."""
+"""OWS in transformers' `Trainer` and TRL's `SFTTrainer`: the run is that of our own trainer; it stops and resumes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def fit(
     """
     import transformers as tf
 
-    from ows_ds.integrations.transformers import use_ows
+    from ows_ds.integrations.transformers import OWSTrainer, OWSTrainerMixin
 
     given = {
         "output_dir": str(output),
@@ -115,7 +115,8 @@ def fit(
         "seed": 0,
         **arguments,
     }
-    arguments_class, trainer_class = tf.TrainingArguments, tf.Trainer
+    arguments_class: Any = tf.TrainingArguments
+    trainer_class: Any = OWSTrainer
     around: Any = contextlib.nullcontext()
     if kind == "zero3":
         around = deepspeed_on_cpus()
@@ -127,7 +128,10 @@ def fit(
     if kind == "trl":
         from trl import SFTConfig, SFTTrainer
 
-        arguments_class, trainer_class = SFTConfig, SFTTrainer
+        class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer):
+            """As a user writes it."""
+
+        arguments_class, trainer_class = SFTConfig, OWSSFTTrainer
         given |= {"bf16": dtype == "bfloat16", "max_length": 64}
     with around:
         args = arguments_class(**given)
@@ -140,10 +144,14 @@ def fit(
         if kind == "trl":
             from datasets import Dataset
 
-            rows, held_out = Dataset.from_list(rows), Dataset.from_list(held_out)
+            rows, held_out = (
+                Dataset.from_list([{name: getattr(row, name) for name in ("input_ids", "labels")} for row in some])
+                for some in (rows, held_out)
+            )
             made = {"processing_class": tokenizer}
+        ows = {"gamma": 1.5, "period": 4, "rank": 4, "update_proj_gap": 3} | settings
+        made |= {"ows": ows, "scores": ows.pop("scores", None), "tau": 2.0}
         trainer = trainer_class(model=model, args=args, train_dataset=rows, eval_dataset=held_out, **made)
-        use_ows(trainer, **({"gamma": 1.5, "period": 4, "rank": 4, "update_proj_gap": 3, "tau": 2.0} | settings))
 
         class Stop(tf.TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

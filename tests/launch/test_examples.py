@@ -26,11 +26,11 @@ parametrize = pytest.mark.parametrize(
 )
 
 
-def test_the_page_shows_the_scripts() -> None:
+def test_the_page_names_the_scripts() -> None:
     page = (ROOT / "docs" / "python.md").read_text()
     assert len(EXAMPLES) == 5
     for path in EXAMPLES:
-        assert f"(examples/{path.name}):\n\n```python\n{path.read_text()}```\n" in page
+        assert f"(examples/{path.name})" in page
 
 
 @pytest.fixture(scope="module")

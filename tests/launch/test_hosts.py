@@ -142,7 +142,7 @@ def test_a_killed_process_comes_back(hosts: Hosts, inputs: Path, tmp_path: Path,
             hosts.stop(agent)
         hosts.clear()
     assert codes == [0, 0], logs()
-    assert "going on after step" in logs()
+    assert "resuming after step" in logs()
     same(run_dir, expected)
 
 

@@ -79,7 +79,7 @@ def ends_as_if_never_stopped(cluster: Slurm, job: int, folder: Path, expected: A
     log = Path(state["StdOut"]).read_text()
     [step] = stopped_after(log)
     assert 0 < step < PERIOD
-    assert f"going on after step {step} from" in log
+    assert f"resuming after step {step} from" in log
     assert state["Restarts"] == "1"
     same(folder / "run", expected)
     return log
@@ -183,7 +183,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         subprocess.run([*cable, "up"], check=True)
         log = Path(cluster.wait(job, "COMPLETED")["StdOut"]).read_text()
         assert stopped_after(log) == []
-        assert re.search(r"going on after step [3-9] from", log)
+        assert re.search(r"resuming after step [3-9] from", log)
         same(tmp_path / "run", expected)
 
 

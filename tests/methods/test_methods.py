@@ -163,7 +163,7 @@ def test_cycles_visit_every_layer_once_a_round() -> None:
     for _ in range(15):
         if len(drawn) == 7:
             resumed = Cycle(5, "random", 3)
-            resumed.load_shards(cycle.state())
+            resumed.load_state_dict(cycle.state_dict())
             cycle = resumed
         drawn.append(cycle.draw()[0])
     rounds = [drawn[i : i + 5] for i in (0, 5, 10)]

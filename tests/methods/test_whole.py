@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ows_ds import config, methods
 from ows_ds.distributed.communicator import join
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, Zero3AdamW, resolve_config
+from ows_ds.distributed.zero3 import Zero3, Zero3AdamW
 from ows_ds.methods.hift import groups, turns
 from ows_ds.methods.mezo import BLOCK, noise
 from ows_ds.model.layers import find_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
-from ows_ds.model.loading import Source, whole
+from ows_ds.model.loading import Source, unsharded
 from ows_ds.model.pretrained import pretrained
 from ows_ds.model.tensor_files import Files, Writer
 from ows_ds.train.export import save_model
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     source = Source(config.Model(path=str(folder)), dtype)
     assert source.why_not is None
-    return source.fill(whole(CPU, True), CPU)
+    return source.fill(unsharded(CPU, True), CPU)
 
 
 def tensors(model: Any) -> dict[str, Tensor]:
@@ -137,12 +138,16 @@ def both_names(content: dict[str, Tensor]) -> dict[str, Tensor]:
     return content | {"lm_head.weight": content["model.embed_tokens.weight"].clone()}
 
 
-def test_transformers_loads_the_rest_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_loads_the_rest_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ows_ds"), "propagate", True)  # off where the command line has run
+    caplog.set_level(logging.INFO, "ows_ds")
     change(tmp_path, True, both_names)
     found = pretrained(recipe(tmp_path), Communicator(), CPU)
     assert_same(found, tf.AutoModelForCausalLM.from_pretrained(tmp_path))
     why_not = "tied weights are stored as model.embed_tokens.weight and lm_head.weight"
-    assert capsys.readouterr().out.startswith(f"model.path: {why_not}: transformers loads it")
+    assert caplog.messages[-1].startswith(f"model.path: {why_not}: transformers loads it")
 
 
 def test_what_transformers_does_not_find_is_not_made_up(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_iter
 from ows_ds import config
 from ows_ds.distributed import weights, zero3
 from ows_ds.distributed.communicator import RankMismatchError, join
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import CHUNK, Replicated, Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, join_deepspeed, resolve_config
+from ows_ds.distributed.zero3 import Zero3, join_deepspeed
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.pretrained import pretrained
@@ -188,7 +189,7 @@ def test_a_full_disk_stops_all_processes_and_leaves_no_model(pools: Pools, tmp_p
     write_model(tmp_path / "model", "5GB")
     first, second = pools(2).run(cannot_write, tmp_path / "model", tmp_path / "out")
     assert first == "OSError: No space left on device"
-    assert second == "Disagreement: rank 0: OSError: No space left on device"
+    assert second == "RankMismatchError: rank 0: OSError: No space left on device"
     assert not (tmp_path / "out").exists()
 
 

@@ -166,7 +166,7 @@ def test_describe() -> None:
     said = make_plan([LAYER, ALWAYS], 2, 3).describe()
     assert json.loads(json.dumps(said)) == {
         "r": 2, "world_size": 3, "order": ["layer", "always"],
-        "blocks": {
+        "slots": {
             "layer": {"rows": 15, "slots": {name: list(rows) for name, rows in SLOTS.items()}},
             "always": {"rows": 3, "slots": {"final": [0, 2]}},
         },

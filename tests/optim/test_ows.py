@@ -172,17 +172,17 @@ def test_equals_galore_torch(
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("optim.always_on", {"always_on": "ful"}),
-        ("sampling.scheme", {"scheme": "uniform"}),
-        ("optim.projector", {"projector": "qr"}),
-        ("optim.refresh", {"refresh": "stream"}),
-        ("optim.projector", {"refresh": "sketch", "projector": "svd"}),
-        ("optim.refresh_batch", {"refresh": "sketch", "refresh_batch": "first"}),
-        ("optim.update_proj_gap", {"refresh": "sketch", "update_proj_gap": 1}),
+        ("always_on", {"always_on": "ful"}),
+        ("scheme", {"scheme": "uniform"}),
+        ("projector", {"projector": "qr"}),
+        ("refresh", {"refresh": "stream"}),
+        ("projector", {"refresh": "sketch", "projector": "svd"}),
+        ("refresh_batch", {"refresh": "sketch", "refresh_batch": "first"}),
+        ("update_proj_gap", {"refresh": "sketch", "update_proj_gap": 1}),
         ("optim.rank", {"rank": 17}),
-        ("optim.rank", {"rank": 0}),
+        ("rank", {"rank": 0}),
         ("sampling.gamma", {"gamma": 4}),
-        ("sampling.gamma", {"gamma": 1.5, "scheme": "fixed"}),
+        ("gamma", {"gamma": 1.5, "scheme": "fixed"}),
         ("sampling.tau", {"scores": [0.0, 0.0, 0.0]}),
         ("sampling.scores", {"scores": [0.1, 0.2]}),
         ("sampling.scores", {"scores": [0.1, float("nan"), 0.2]}),
@@ -190,9 +190,11 @@ def test_equals_galore_torch(
     ],
 )
 def test_what_cannot_work_is_refused(key: str, settings: dict[str, Any]) -> None:
+    model = tiny("llama")
     with pytest.raises(UserError) as caught:
-        OWS(tiny("llama"), **{"scores": RATIOS, "rank": 4, "gamma": 1, **settings})
+        OWS(model, **{"scores": RATIOS, "rank": 4, "gamma": 1, **settings})
     assert caught.value.key == key
+    assert all(parameter.requires_grad for parameter in model.parameters())  # nothing was changed
 
 
 def test_a_wrong_order_of_calls_is_refused() -> None:

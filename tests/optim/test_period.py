@@ -326,11 +326,11 @@ def _weights(world_size: int) -> Any:
 def test_other_layers_stop_all_processes(pools: Pools) -> None:
     for error in pools(3).fail(draws_other_layers, timeout=60):
         assert error is not None
-        assert "the processes do not agree on the layers and the plan of step 1" in error
-        assert "process 1 has layers: [0, 2]" in error
+        assert "the ranks do not agree on the layers and the plan of step 1" in error
+        assert "rank 1 has layers: [0, 2]" in error
 
 
 def test_another_plan_stops_all_processes(pools: Pools) -> None:
     for error in pools(3).fail(has_other_plan, timeout=60):
         assert error is not None
-        assert "process 1 has refresh 0: owners: model.layers.0.mlp.up_proj.weight: 7" in error
+        assert "rank 1 has refresh 0: owners: model.layers.0.mlp.up_proj.weight: 7" in error

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
@@ -47,7 +48,7 @@ def courses(
                     checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
     spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
     assert spec.gathered is not None
-    coordinator, course = weights._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
+    coordinator, course = weights._gathers._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
     fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())
 
     def watched(module: Any, forward: bool) -> None:

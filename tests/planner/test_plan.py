@@ -135,7 +135,7 @@ MISTAKES = [
     (["--model.path", "m", *WORDS, "--optim.rank", "99"], "optim.rank: 99 is invalid"),
     (["--model.path", "m", *WORDS, "--methods", "ows,adam"], "--methods: 'ows,adam' is invalid: expected some of ows"),
     (["--model.path", "m", *WORDS, "--choose", "best"], "--choose: 'best' is invalid: expected cheapest or fastest"),
-    (["--model.path", "m", *WORDS, "--nvlink", "fast"], "nvlink: 'fast' is invalid: expected a number"),
+    (["--model.path", "m", *WORDS, "--nvlink", "fast"], "--nvlink: 'fast' is invalid: expected a number"),
     (["--model.path", "m", *WORDS, "--gpus", "0"], "--gpus: 0 is invalid: expected an integer of at least 1"),
     (
         ["--model.path", "m", *WORDS, "--cluster", "3xH100"],

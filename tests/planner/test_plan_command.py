@@ -6,6 +6,7 @@ processes. The small model is what runs always.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ows_ds.bench.crew import Worker
 from ows_ds.bench.setting import Setting, estimate, resolve
 from ows_ds.bench.traffic import SMALL
+from ows_ds.bench.workers import Workers
 
 SMALL_MODEL = {"hidden": 256, "intermediate": 688, "heads": 4, "kv_heads": 2, "vocab": 512, "layers": "3"}
 SLICES = {
@@ -35,12 +36,8 @@ def measure(setting: Setting, method: str, world_size: int) -> tuple[dict[str, A
     free = psutil.virtual_memory().available
     if needed > free:
         pytest.skip(f"{world_size} processes take about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-    worker = Worker(setting, method, world_size)
-    try:
-        worker.hear()
-        return worker.ask(do="memory")[0], worker.ask(do="traffic")[0] if world_size > 1 else None
-    finally:
-        worker.close()
+    with contextlib.closing(Workers(setting, method, world_size)) as workers:
+        return workers.ask("memory")[0], workers.ask("traffic")[0] if world_size > 1 else None
 
 
 def components(state: dict[str, int], phase: dict[str, int]) -> dict[str, int]:

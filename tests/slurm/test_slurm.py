@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_what_the_job_asks_for(tmp_path: Path) -> None:
         ("nodes: 0", "cluster.nodes: 0 is invalid: expected an integer of at least 1"),
         ("lead: -1", "cluster.lead: -1 is invalid: expected an integer of at least 0"),
         ("gpus_per_node: 4", "cluster.gpus_per_node: 4 is invalid: expected cluster.processes_per_node, 8, or 0"),
-        ("gpu_memory: 0", "cluster.gpu_memory: 0.0 is invalid: expected a number above 0"),
+        ("gpu_memory: 0", "cluster.gpu_memory: 0 is invalid: expected a number above 0"),
         ('time: "1 day"', "cluster.time: '1 day' is invalid: expected a time such as 24:00:00"),
         ('partition: "a\\n#SBATCH --uid=0"', "cluster.partition: .* is invalid: expected a name without spaces"),
         ("sbatch: [-p gpu]", "cluster.sbatch: .* is invalid: expected a list of options such as --constraint=a100"),
@@ -118,15 +117,15 @@ def test_the_example_and_the_table_of_keys(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(commented.replace("/dev/null", str(example)))
     assert job.read(tmp_path / "c.yaml").inside[0] == "apptainer"
     table = (ROOT / "docs" / "launch.md").read_text()
-    assert [key.name for key in fields(Allocation) if f"`{key.name}`" not in table] == []
+    assert [name for name in Allocation.model_fields if f"`{name}`" not in table] == []
 
 
 def test_what_is_checked_before(tmp_path: Path) -> None:
     cluster = Allocation(nodes=2, processes_per_node=4)
     found = job.check(recipe(tmp_path), cluster)
     assert found[:2] == [
-        "8 processes: 2 nodes x 4, on 4 GPUs of each",
-        "16 sequences a step: 8 processes x 1 x 2 micro-batches",
+        "8 ranks: 2 nodes x 4, on 4 GPUs of each",
+        "16 sequences a step: 8 ranks x 1 x 2 micro-batches",
     ]
     with pytest.raises(UserError, match=r"train.global_batch_size: 16 is invalid: expected a multiple of 24"):
         job.check(recipe(tmp_path), cluster.model_copy(update={"nodes": 3, "processes_per_node": 8}))
@@ -137,11 +136,11 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         job.check(recipe(tmp_path), of_80, int(80.1e9))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(
-        UserError, match=r"train.output_dir: .* give a folder without checkpoints, or --train.resume auto"
+        UserError, match=r"train.output_dir: .* expected a folder without checkpoints, or --train.resume auto"
     ):
         job.check(recipe(tmp_path), cluster)
-    assert f"output {tmp_path}/run (goes on)" in job.check(recipe(tmp_path, resume="auto"), cluster)
-    with pytest.raises(UserError, match=r"train.resume: .* give auto, or never"):
+    assert f"output {tmp_path}/run (resumed)" in job.check(recipe(tmp_path, resume="auto"), cluster)
+    with pytest.raises(UserError, match=r"train.resume: .* expected auto, or never"):
         job.check(recipe(tmp_path, resume=str(tmp_path)), cluster)
 
 
@@ -173,7 +172,7 @@ def test_bash_understands_the_scripts(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_end_in_the_same_body_and_go_on(script: Path) -> None:
     text = script.read_text()
-    assert text.endswith("\nsource ows_ds/job.sh\n")
+    assert text.endswith("\nsource ows_ds/slurm/slurm.sh\n")
     for option in ("--requeue", "--open-mode=append", "--signal=B:USR1@", "--ntasks-per-node="):
         assert f"#SBATCH {option}" in text
     assert ("--train.resume auto" in text) or ("command=(bench quality" in text)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.distributed.communicator import join
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import DEFAULT_CONFIG, Zero3, resolve_config
+from ows_ds.distributed.zero3 import Zero3
 from ows_ds.optim.ows import OWS
 from tests.support.families import tiny
 

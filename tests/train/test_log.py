@@ -17,7 +17,9 @@ from ows_ds.config import Log, Model, Recipe, Train
 from ows_ds.errors import UserError
 from ows_ds.importance.plot import plot
 from ows_ds.importance.scores import Scores
-from ows_ds.train.log import PICTURE, RunLog, as_json, check_trackers, keep_until, numbered, picture, strip
+from ows_ds.train.log import RunLog, as_json, keep_until
+from ows_ds.train.screen import numbered, strip
+from ows_ds.train.trackers import PICTURE, check_trackers, picture
 
 
 def recipe(progress: Any = "auto", trackers: tuple[str, ...] = ()) -> Recipe:
@@ -93,7 +95,8 @@ def test_a_tracker_that_fails_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLog(tmp_path, 3, 4, True, recipe("plain", ("tensorboard",)), Accelerator(cpu=True)) as log:
-        [tracker] = log._trackers
+        assert log._trackers is not None
+        [tracker] = log._trackers.active
 
         def broken(*args: Any, **more: Any) -> None:
             raise RuntimeError("the service is gone")
@@ -214,9 +217,9 @@ def test_nothing_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_is_shown_does_not_steer_the_terminal(tmp_path: Path, progress: Any) -> None:
     console = Console(file=io.StringIO(), force_terminal=progress == "rich", width=200)
     with RunLog(tmp_path, 3, 4, True, recipe(progress), console=console) as log:
-        log.event("going on from runs/\x1b]0;title\a\nstep 9/9")
+        log.event("resuming from runs/\x1b]0;title\a\nstep 9/9")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "going on from runs/\\x1b]0;title\\x07 step 9/9" in shown
+    assert "resuming from runs/\\x1b]0;title\\x07 step 9/9" in shown
     assert "\x1b]0" not in shown
 
 
@@ -337,7 +340,7 @@ def test_wandb_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with RunLog(tmp_path / "run", 2, 4, True, recipe("plain", ("wandb",)), Accelerator(cpu=True)) as log:
         log.step(record(1))
         log.step(record(2, update_norm={"3": 0.5}))
-        assert [tracker.name for tracker in log._trackers] == ["wandb"]
+        assert [tracker.name for tracker in log._trackers.active] == ["wandb"]
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
     assert all(text in content for text in (b"update_norm", b"tokens_per_second", b"optim.rank"))

@@ -150,7 +150,7 @@ def test_without_gradients_and_without_labels() -> None:
     nothing = batch() | {"labels": torch.full((ROWS, LENGTH), IGNORE)}
     loss, found = gradients(model, 5, nothing)
     assert float(loss) == 0
-    assert len(found) == len(list(model.parameters()))  # zeros, so that all processes' collectives take place
+    assert len(found) == len(list(model.parameters()))  # zeros, so that all ranks' collectives take place
     assert not any(map(torch.count_nonzero, found.values()))
 
 

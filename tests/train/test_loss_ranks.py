@@ -83,8 +83,14 @@ CASES = [("ows", "full"), ("ows", "low_rank"), ("ows", "none"), ("lisa", "full")
 CASES += [("full", "full"), ("lora", "full")]
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize(("method", "always_on"), CASES)
+@pytest.mark.parametrize(
+    ("method", "always_on", "sharding"),
+    [
+        *((*case, "zero3") for case in CASES),
+        ("ows", "low_rank", "replicated"),
+        *(pytest.param(*case, "replicated", marks=pytest.mark.slow) for case in CASES if case[1] != "low_rank"),
+    ],
+)
 def test_equals_whole_logits(pools: Pools, method: str, always_on: str, sharding: str) -> None:
     # DeepSpeed's own optimizer, under full and lora, has no float64
     dtype, close = (torch.float32, 2e-5) if method in ("full", "lora") else (torch.float64, 1e-9)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite on one process: all skip the step, and nothing of it stays."""
+"""A loss or gradient that is NaN or infinite on one rank: all skip the step, and nothing of it stays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ows_ds import config
 from ows_ds.config import changed
 from ows_ds.errors import Failed
 from ows_ds.optim.ows import OWS
+from ows_ds.optim.refresh import Refresh
 from ows_ds.train import log, trainer
+from ows_ds.train import step as step_module
+from ows_ds.train.step import StepRunner
 from tests.optim.test_period import Waits
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -33,9 +36,9 @@ SETTINGS: dict[str, Any] = {
 def trained(
     rank: int, world_size: int, sharding: str, settings: dict[str, Any], batches: Sequence[int | None]
 ) -> dict[str, Tensor]:
-    """Weights after a step with each of the ``batches``; None: one that is not finite on the last process alone."""
+    """Weights after a step with each of the ``batches``; None: one that is not finite on the last rank alone."""
     accumulation = settings.get("accumulation", 1)
-    seed, OWS._seed = OWS._seed, lambda self, name: zlib.crc32(name.encode())  # type: ignore[method-assign]
+    seed, Refresh._seed = Refresh._seed, lambda self, name, step: zlib.crc32(name.encode())  # type: ignore[method-assign]
     try:
         ows = OWS(home(tiny("llama"), sharding, world_size), RATIOS, **{**SETTINGS, **settings})
         for number in batches:
@@ -54,7 +57,7 @@ def trained(
         ows.close()
         return found
     finally:
-        OWS._seed = seed  # type: ignore[method-assign]
+        Refresh._seed = seed  # type: ignore[method-assign]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -91,10 +94,10 @@ def test_it_is_as_if_the_step_had_not_been(pools: Pools, sharding: str, variant:
 def run(
     rank: int, world_size: int, recipe: config.Recipe, bad: Sequence[int], on: int, value: float, added: bool = False
 ) -> tuple[str, list[str], int]:
-    """Train; in the steps ``bad`` (from 1) process ``on`` gets losses times ``value``, or with it added, which leaves
+    """Train; in the steps ``bad`` (from 1) rank ``on`` gets losses times ``value``, or with it added, which leaves
     the gradient alone. What ended it, the lines that were shown, and how often the host waited in a plain step.
     """
-    step, lines, take, losses = 0, [], trainer._Steps.take, trainer.token_losses
+    step, lines, take, losses = 0, [], StepRunner.take, step_module.token_losses
 
     def taking(self: Any, number: int, last: bool) -> dict[str, Any]:
         nonlocal step
@@ -108,7 +111,7 @@ def run(
         return loss + value if added else loss * value
 
     event = log.RunLog.event
-    trainer._Steps.take, trainer.token_losses = taking, spoiled  # type: ignore[method-assign,assignment]
+    StepRunner.take, step_module.token_losses = taking, spoiled  # type: ignore[method-assign,assignment]
     log.RunLog.event = lambda self, text: lines.append(text)  # type: ignore[method-assign]
     ended = ""
     try:
@@ -116,7 +119,7 @@ def run(
     except Failed as failed:
         ended = str(failed)
     finally:
-        trainer._Steps.take, trainer.token_losses = take, losses  # type: ignore[method-assign]
+        StepRunner.take, step_module.token_losses = take, losses  # type: ignore[method-assign]
         log.RunLog.event = event  # type: ignore[method-assign]
     return ended, lines, step
 
@@ -126,7 +129,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def state(run_dir: Path, step: int) -> list[dict[str, Tensor]]:
-    """All tensors of a checkpoint, by the process that held them."""
+    """All tensors of a checkpoint, by rank."""
     return [load_file(file) for file in sorted((run_dir / "checkpoints" / f"step-{step}").glob("*.safetensors"))]
 
 
@@ -153,14 +156,14 @@ def state(run_dir: Path, step: int) -> list[dict[str, Tensor]]:
         ),
     ],
 )
-def test_every_method_skips_on_all_processes(
+def test_every_method_skips_on_all_ranks(
     pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str, value: float, added: bool
 ) -> None:
     optim = {"always_on": "full", "warmup_steps": 0}
     asked = recipe(inputs, tmp_path, None, optim, method, sharding=sharding, save_steps=1, save_total_limit=9, steps=5)
     for ended, lines, _ in pools(2).run(run, asked, [3], 1, value, added):
         assert ended == ""
-        assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on process 1"]
+        assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on rank 1"]
         assert lines[-1].endswith("model, 1 steps skipped")
     found = records(tmp_path)
     assert [record.get("skipped", False) for record in found] == [False, False, True, False, False]
@@ -182,7 +185,7 @@ def test_every_method_skips_on_all_processes(
 
 
 def test_so_many_in_a_row_stop_all(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    """Two in a row, one good step, and then nothing else: the third stops; a repaired run goes on."""
+    """Two in a row, one good step, and then nothing else: the third stops; a repaired run resumes."""
     settings: dict[str, Any] = {"sharding": "zero3", "max_nonfinite_steps": 3}
     asked = recipe(inputs, tmp_path, **settings)
     for ended, lines, step in pools(2).run(run, asked, [2, 3, 5, 6, 7, 8, 9], 0, math.nan):
@@ -209,10 +212,10 @@ def test_without_a_limit_any_number_is_skipped(pools: Pools, inputs: Path, tmp_p
 
 
 def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool, list[Any], int]]:
-    """Of each step: whether anything was found anew in it or after it, what waited for the device, how often it was
+    """Of each step: whether anything was found in it or after it, what waited for the device, how often it was
     looked at for the record.
     """
-    take, tolist = trainer._Steps.take, Tensor.tolist
+    take, tolist = StepRunner.take, Tensor.tolist
     seen, count = [], 0
 
     def counting(self: Tensor) -> Any:
@@ -232,11 +235,11 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
         seen.append((changes, mode.found, count))
         return record
 
-    trainer._Steps.take, Tensor.tolist = watched, counting  # type: ignore[method-assign]
+    StepRunner.take, Tensor.tolist = watched, counting  # type: ignore[method-assign]
     try:
         trainer.train(recipe)
     finally:
-        trainer._Steps.take, Tensor.tolist = take, tolist  # type: ignore[method-assign]
+        StepRunner.take, Tensor.tolist = take, tolist  # type: ignore[method-assign]
     return seen
 
 

@@ -105,16 +105,16 @@ def on_two(inputs: Path, folder: Path, run_dir: Path, *more: str) -> list[str]:
     return ["train", "--config", str(recipe), *SMALL, *files, *more]
 
 
-def test_processes_share_a_data_set(pools: Pools, inputs: Path, tmp_path: Path, folder: Path) -> None:
+def test_ranks_share_a_data_set(pools: Pools, inputs: Path, tmp_path: Path, folder: Path) -> None:
     done = pools(2).run(command, on_two(inputs, folder, tmp_path / "run"), tmp_path / "cache")
     assert [status for status, _ in done] == [0, 0]
-    texts = [text for _, some in done for text in some]  # of both sets, tokenized by one process each
+    texts = [text for _, some in done for text in some]  # of both sets, tokenized by one rank each
     assert len(texts) == 15
     assert texts.count(TEXTS["gsm8k"]) == 2
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_processes_fail_together_before_anything_is_written(
+def test_ranks_fail_together_before_anything_is_written(
     pools: Pools, inputs: Path, tmp_path: Path, folder: Path
 ) -> None:
     argv = on_two(inputs, folder, tmp_path / "run", "--data.eval_split", "dev")

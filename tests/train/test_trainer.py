@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ows_ds import checkpoint, config
+from ows_ds import checkpoint, config, files
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
@@ -22,18 +24,19 @@ from ows_ds.train import log
 from ows_ds.train.export import export
 from ows_ds.train.trainer import train
 from tests.support.pool import Pools
-from tests.support.tiny_run import recipe
+from tests.support.tiny_run import cut, recipe
 
+ZERO3: dict[str, Any] = {"sharding": "zero3", "save_total_limit": 3}
 TIMINGS = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def run(rank: int, world_size: int, recipe: config.Recipe, stop_after: int | None) -> list[str]:
     """Train; die after step ``stop_after``, as a machine would: before the next checkpoint, nothing closed.
 
-    The disk is faster than a step: what is saved after one is complete after the next. Returns the lines told.
+    The disk is faster than a step: what is saved after one is complete after the next. Returns the lines shown.
     """
     step, event, start = log.RunLog.step, log.RunLog.event, checkpoint.Saver.start
-    told: list[str] = []
+    shown: list[str] = []
 
     def stopping(self: log.RunLog, record: dict[str, Any]) -> None:
         step(self, record)
@@ -41,7 +44,7 @@ def run(rank: int, world_size: int, recipe: config.Recipe, stop_after: int | Non
             raise KeyboardInterrupt
 
     def noting(self: log.RunLog, text: str) -> None:
-        told.append(text)
+        shown.append(text)
         event(self, text)
 
     def quickly(self: checkpoint.Saver, *args: Any) -> None:
@@ -56,7 +59,7 @@ def run(rank: int, world_size: int, recipe: config.Recipe, stop_after: int | Non
         contextlib.suppress(KeyboardInterrupt),
     ):
         train(recipe)
-    return told
+    return shown
 
 
 def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -74,24 +77,36 @@ def contents(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return records, {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+@pytest.fixture
+def whole(straight: Callable[..., Path]) -> Path:
+    """A run on two ranks that nothing stops; not to be changed."""
+    return straight(2, **ZERO3)
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """The same run in a folder of the test's own."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("world_size", "sharding"), [(2, "zero3"), (3, "replicated"), (1, "zero3")])
 def test_resumed_run_is_bit_identical(
-    pools: Pools, inputs: Path, tmp_path: Path, world_size: int, sharding: str
+    pools: Pools, inputs: Path, tmp_path: Path, straight: Callable[..., Path], world_size: int, sharding: str
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pools(world_size).run(run, recipe(inputs, whole, sharding=sharding), None)
-    pools(world_size).run(run, recipe(inputs, parts, sharding=sharding), 5)
+    settings = ZERO3 | {"sharding": sharding}
+    whole, parts = straight(world_size, **settings), tmp_path / "parts"
+    pools(world_size).run(run, recipe(inputs, parts, **settings), 5)
     assert not (parts / "model").exists()
-    told = pools(world_size).run(run, recipe(inputs, parts, sharding=sharding, resume="auto"), None)[0]
-    assert f"going on after step 3 from {parts / 'checkpoints' / 'step-3'}" in told
+    shown = pools(world_size).run(run, recipe(inputs, parts, **settings, resume="auto"), None)[0]
+    assert f"resuming after step 3 from {parts / 'checkpoints' / 'step-3'}" in shown
 
-    records, files = contents(whole)
+    records, digests = contents(whole)
     assert [record["step"] for record in records] == list(range(10))
     assert len({tuple(record["sampled_layers"]) for record in records[1:]}) > 1
-    assert contents(parts) == (records, files)
+    assert contents(parts) == (records, digests)
     for name in ("config.yaml", "scores.json", "metrics.jsonl", "tensorboard", "checkpoints/step-9", "model"):
         assert (whole / name).exists()
-    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, sharding=sharding)
+    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, **settings)
     if world_size > 1:
         assert records[3]["comm_bytes"]["gradients"] > 0
     norms_where_they_belong(records)
@@ -99,7 +114,7 @@ def test_resumed_run_is_bit_identical(
     export(parts, tmp_path / "exported", "step-9")
     exported, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "exported", parts / "model"))
     assert exported.keys() == final.keys()
-    # the same merge, but of the whole matrix in one process: products may differ in the last bit before rounding
+    # the same merge, but of the full matrix in one process: products may differ in the last bit before rounding
     assert all(torch.allclose(exported[n].float(), final[n].float(), rtol=1e-2, atol=1e-6) for n in final)
 
 
@@ -116,22 +131,21 @@ def norms_where_they_belong(records: list[dict[str, Any]]) -> None:
     assert any(not energies[step] | norms[step] for step in range(1, len(records)))  # a plain step has neither key
 
 
-def test_model_loads_in_transformers_and_has_learned(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+def test_model_loads_in_transformers_and_has_learned(inputs: Path, whole: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", steps=20), None)
-    records, _ = contents(tmp_path / "run")
+    records, _ = contents(whole)
     assert records[-1]["eval_loss"] < records[0]["eval_loss"] - 0.5
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(whole / "model")
     base = AutoModelForCausalLM.from_pretrained(inputs / "model")
-    folders = (tmp_path / "run" / "model", inputs / "model")
+    folders = (whole / "model", inputs / "model")
     assert len({AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str() for folder in folders}) == 1
     assert len({AutoTokenizer.from_pretrained(folder).chat_template for folder in folders}) == 1
     assert len({str(GenerationConfig.from_pretrained(folder)) for folder in folders}) == 1
     assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**base.config.to_dict(), "_name_or_path": ""}
     card = (folders[0] / "README.md").read_text()
     assert fingerprint(Replicated(loaded, Communicator())) in card
-    assert "Optimizer steps: 20," in card
+    assert "Optimizer steps: 9," in card
     assert loaded.dtype == torch.bfloat16
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     changed = [
@@ -140,11 +154,12 @@ def test_model_loads_in_transformers_and_has_learned(pools: Pools, inputs: Path,
     assert "model.embed_tokens.weight" in changed
 
 
-def test_other_world_and_sharding_go_on_with_the_same_run(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "a", sharding="zero3"), 5)
-    pools(3).run(run, recipe(inputs, tmp_path / "a", sharding="replicated", resume="auto"), None)
-    pools(2).run(run, recipe(inputs, tmp_path / "b", sharding="zero3"), None)
-    (moved, _), (stayed, _) = contents(tmp_path / "a"), contents(tmp_path / "b")
+def test_another_world_and_sharding_resume_the_same_run(
+    pools: Pools, inputs: Path, tmp_path: Path, whole: Path
+) -> None:
+    pools(2).run(run, recipe(inputs, tmp_path / "a", **ZERO3), 5)
+    pools(3).run(run, recipe(inputs, tmp_path / "a", **ZERO3 | {"sharding": "replicated"}, resume="auto"), None)
+    (moved, _), (stayed, _) = contents(tmp_path / "a"), contents(whole)
     assert [r.get("sampled_layers") for r in moved] == [r.get("sampled_layers") for r in stayed]
     for a, b in zip(moved[1:], stayed[1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)  # bfloat16 forward passes in another order
@@ -164,32 +179,29 @@ def test_steps_in_which_nothing_trains_are_skipped(pools: Pools, inputs: Path, t
         assert "gradients" not in record["comm_bytes"] or record not in skipped
 
 
-def test_a_finished_run_resumes_to_nothing(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3), None)
-    before = contents(tmp_path / "run")
-    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3, resume="auto"), None)
-    assert contents(tmp_path / "run") == before
+def test_a_finished_run_resumes_to_nothing(pools: Pools, inputs: Path, copied: Path, whole: Path) -> None:
+    pools(2).run(run, recipe(inputs, copied, **ZERO3, resume="auto"), None)
+    assert contents(copied) == contents(whole)
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     pools(2).run(run, recipe(inputs, tmp_path / "run", steps=4, resume="auto"), 2)
     pools(2).run(run, recipe(inputs, tmp_path / "run", steps=4, resume="auto"), None)
     records, _ = contents(tmp_path / "run")
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
 
 
-def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "a"), None)
-    point = str(tmp_path / "a" / "checkpoints" / "step-6")
-    pools(2).run(run, recipe(inputs, tmp_path / "b", resume=point), None)
-    (records, files), (moved, moved_files) = contents(tmp_path / "a"), contents(tmp_path / "b")
+def test_a_checkpoint_can_be_continued_elsewhere(pools: Pools, inputs: Path, tmp_path: Path, whole: Path) -> None:
+    point = str(whole / "checkpoints" / "step-6")
+    pools(2).run(run, recipe(inputs, tmp_path / "b", **ZERO3, resume=point), None)
+    (records, digests), (moved, moved_digests) = contents(whole), contents(tmp_path / "b")
     assert moved == records[7:]
-    card = "model/README.md"  # of what the run's own records tell
-    assert all(files[name] == digest for name, digest in moved_files.items() if name != card)
+    card = "model/README.md"  # of the run's own records
+    assert all(digests[name] == digest for name, digest in moved_digests.items() if name != card)
     text = (tmp_path / "b" / card).read_text()
     assert "* Optimizer steps: 9, of 12 rows each\n* Tokens seen in the last 3 steps: " in text
     assert f"* Held-out loss: {records[-1]['eval_loss']:.4f} at the end" in text
-    other = recipe(inputs, tmp_path / "c", resume=point, seed=1)
+    other = recipe(inputs, tmp_path / "c", **ZERO3, resume=point, seed=1)
     assert pools(2).run(refused, other) == ["train.seed: 1 is invalid: expected 0, as the run that is resumed"] * 2
     assert not (tmp_path / "c").exists()
 
@@ -202,28 +214,24 @@ def refused(rank: int, world_size: int, recipe: config.Recipe) -> str:
     return "trained"
 
 
-def test_a_run_is_never_written_over(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "run", steps=3), None)
-    before = contents(tmp_path / "run")
-    for answer in pools(2).run(refused, recipe(inputs, tmp_path / "run", steps=3)):
+def test_a_run_is_never_overwritten(pools: Pools, inputs: Path, copied: Path, whole: Path) -> None:
+    for answer in pools(2).run(refused, recipe(inputs, copied, **ZERO3)):
         assert answer.startswith("train.output_dir: ")
-    for answer in pools(2).run(refused, recipe(inputs, tmp_path / "run", steps=4, resume="auto")):
-        assert answer.startswith("train.steps: 4 is invalid: expected 3")
-    assert contents(tmp_path / "run") == before
+    for answer in pools(2).run(refused, recipe(inputs, copied, **ZERO3, steps=4, resume="auto")):
+        assert answer.startswith("train.steps: 4 is invalid: expected 9")
+    assert contents(copied) == contents(whole)
 
 
-def test_a_damaged_checkpoint_is_passed_over(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3"), 7)
-    damaged = tmp_path / "run" / "checkpoints" / "step-6"
+def test_a_damaged_checkpoint_is_skipped(pools: Pools, inputs: Path, tmp_path: Path, whole: Path) -> None:
+    damaged = cut(whole, tmp_path / "run") / "checkpoints" / "step-6"
     file = damaged / "state-00001-of-00002.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    told = pools(2).run(run, recipe(inputs, tmp_path / "run", sharding="zero3", resume="auto"), None)[0]
+    shown = pools(2).run(run, recipe(inputs, tmp_path / "run", **ZERO3, resume="auto"), None)[0]
     problem = f"expected a complete checkpoint: {file.name} is damaged"
-    assert told[:2] == [
-        f"passed over a checkpoint: {UserError('train.resume', str(damaged), problem)}",
-        f"going on after step 3 from {damaged.with_name('step-3')}",
+    assert shown[:2] == [
+        f"skipped a checkpoint: {UserError('train.resume', str(damaged), problem)}",
+        f"resuming after step 3 from {damaged.with_name('step-3')}",
     ]
-    pools(2).run(run, recipe(inputs, tmp_path / "whole", sharding="zero3"), None)
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "run") == contents(whole)

@@ -1,0 +1,208 @@
+"""What is used of DeepSpeed's inside, as of 0.19.8: its marks on parameters, its prefetcher, its collectives.
+
+DeepSpeed has no public way to read or write the shards of weights that no optimizer of its own trains, nor to say how
+many bytes it sends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ZeroParameter = Any  # an nn.Parameter to which DeepSpeed has added ds_shape, ds_numel, ds_tensor, ds_status
+Count = Callable[[str, int], None]  # (name, bytes)
+
+_COORDINATOR = "_PartitionedParameterCoordinator"  # the prefix of its private names
+_SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+# ------------------------------------------------------------------ a parameter in shards
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter that may be in shards."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_numel(parameter: ZeroParameter) -> int:
+    """The number of its entries, without padding."""
+    return int(parameter.ds_numel)
+
+
+def shard_numel(parameter: ZeroParameter) -> int:
+    """The number of entries of each rank's shard, padding included."""
+    return int(parameter.ds_tensor.ds_numel)
+
+
+def shard(parameter: ZeroParameter) -> Tensor:
+    """This rank's shard, 1-D, padding included, to be read and written.
+
+    Raises RuntimeError while the parameter is gathered: the gathered copy would hide what is written, or (at world
+    size 1) receive it twice.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+        raise RuntimeError(f"{parameter.ds_summary()} is gathered; its shard must not be touched now")
+    forget_copy(parameter)
+    found: Tensor = parameter.ds_tensor.data
+    return found
+
+
+def forget_copy(parameter: ZeroParameter) -> None:
+    """Drop the copy that hpZ keeps on each host: the next gather makes it again, from the shards as they are then."""
+    parameter.ds_secondary_tensor = None
+
+
+def stays_gathered(module: nn.Module) -> list[str]:
+    """Names of the parameters that DeepSpeed keeps gathered: its live copy does not see what is written to a shard."""
+    return [name for name, parameter in module.named_parameters() if getattr(parameter, "ds_persist", False)]
+
+
+class Sharder:
+    """Makes parameters that lie in shards from the beginning, one at a time: `deepspeed.zero.Init` takes modules."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self._init = deepspeed.zero.Init(config_dict_or_path=config, zero_param_parallel_group=hpz_group(config))
+        if self._init.mem_efficient_linear:
+            self._init._enable_mem_efficient_linear()  # torch's own keeps the gathered weight for the backward pass
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[ZeroParameter, int, int]:
+        """A parameter, in full until `partition`, and (rank, world size) of its part here."""
+        parameter: ZeroParameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=self._init.local_device))
+        self._init._convert_to_deepspeed_param(parameter)
+        return parameter, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+
+    def partition(self, parameter: ZeroParameter) -> None:
+        """Keep this rank's part alone."""
+        parameter.partition()
+        forget_copy(parameter)  # parts of other ranks were never written
+
+
+def hpz_group(config: dict[str, Any]) -> Any:
+    """This rank's group of those that hold all weights together under hpZ, made if need be; None without hpZ.
+
+    Without an optimizer of its own, DeepSpeed expects the group to be there.
+    """
+    from deepspeed.utils import groups
+
+    size = config["zero_optimization"]["zero_hpz_partition_size"]
+    if size == 1:
+        return None
+    if groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(size)
+    return groups._get_zero_param_intra_parallel_group()
+
+
+# ------------------------------------------------------------------ an engine
+
+
+class Gathers:
+    """How an engine gathers, prefetches and releases its weights."""
+
+    def __init__(self, engine: Any) -> None:
+        # with an optimizer of its own, an engine has this one level below
+        self._offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+        self._went_back = False  # whether the last pass had a backward pass
+        self._traced_backward = False  # whether what the prefetcher recorded, or records, has a backward pass
+
+    def before_forward(self) -> None:
+        """Let the prefetcher record again if it has recorded other passes than those that come now.
+
+        What it has recorded says which weights to keep gathered for their next use. A record of evaluations has no
+        backward pass; one of a backward pass that went further down keeps what is not used again.
+        """
+        coordinator = self._offload.get_param_coordinator()
+        steps, recorded = (getattr(coordinator, f"{_COORDINATOR}__{name}") for name in ("step_id", "submodule_order"))
+        shorter = self._went_back and steps < len(recorded)
+        if not coordinator.is_invalid_trace() and (
+            (torch.is_grad_enabled() and not self._traced_backward) or (coordinator.is_complete_trace() and shorter)
+        ):
+            coordinator._invalidate_trace()
+        self._went_back = False
+        if coordinator.is_invalid_trace():
+            release_cache(coordinator).cache_clear()
+            self._traced_backward = torch.is_grad_enabled()
+
+    def after_backward(self) -> None:
+        """Release what a backward pass leaves gathered: the norm at the input of the lowest layer that trains."""
+        self._offload.release_backward_leftovers()
+        self._went_back = True
+
+    def release(self) -> None:
+        """Release everything; not inside a hook."""
+        self._offload.partition_all_parameters()
+
+
+def release_cache(coordinator: Any) -> Any:
+    """The cache of what to release after which module, below two decorators. It outlives the record it was made from.
+
+    All engines of a process share it; clearing it costs the others one computation of theirs.
+    """
+    decorated = getattr(type(coordinator), f"{_COORDINATOR}__params_to_release")
+    return inspect.getclosurevars(decorated).nonlocals["func"]
+
+
+def trains_nothing(engine: Any) -> bool:
+    """Whether an engine has ZeRO-3 and no optimizer."""
+    return engine.zero_optimization_stage() == 3 and hasattr(engine.optimizer, "partition_all_parameters")
+
+
+def count_bytes(engine: Any, count: Count) -> None:
+    """Let an engine say how many bytes this rank sends: ``weights`` when it gathers them, ``full_rank_gradients`` when
+    an optimizer of its own reduces them.
+
+    Both are done by attributes of the engine's own objects, which are replaced: other engines are not concerned.
+    """
+    for parameter in engine.module.parameters():
+        parameter.all_gather_coalesced = _counting_gather(parameter.all_gather_coalesced, count)
+    scatter = getattr(engine.optimizer, _SCATTER, None)
+    if scatter is not None:
+        setattr(engine.optimizer, _SCATTER, _counting_scatter(scatter, count))
+
+
+def _counting_gather(gather: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    def counting(params: Any, *args: Any, **kwargs: Any) -> Any:
+        params = list(params)
+        count("weights", sum(map(_sent_to_gather, params)))
+        return gather(params, *args, **kwargs)
+
+    return counting
+
+
+def _sent_to_gather(parameter: ZeroParameter) -> int:
+    from deepspeed.runtime.zero.partition_parameters import get_allgather_dtype
+
+    own, ranks = parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_world_size
+    if parameter.ds_secondary_tensor is not None:
+        own *= parameter.ds_secondary_tensor_num_of_groups
+        ranks = parameter.ds_secondary_tensor_group_size
+    return int(own * (ranks - 1) * get_allgather_dtype(parameter, parameter.ds_tensor).itemsize)
+
+
+def _counting_scatter(scatter: Callable[..., Any], count: Count) -> Callable[..., Any]:
+    def counting(parameters: Any, dtype: torch.dtype) -> Any:
+        ranks = parameters[0].ds_zero_partition_world_size
+        parts = sum(math.ceil(parameter.ds_numel / ranks) for parameter in parameters)
+        count("full_rank_gradients", parts * (ranks - 1) * dtype.itemsize)
+        return scatter(parameters, dtype)
+
+    return counting
+
+
+def masters(engine: Any) -> Iterator[tuple[Tensor, list[ZeroParameter]]]:
+    """The float32 copies of an engine with an optimizer, each with the parameters that lie in it one after another."""
+    optimizer = engine.optimizer
+    yield from zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+
+
+def inner_state(engine: Any) -> dict[Tensor, dict[str, Any]]:
+    """The state of the optimizer that DeepSpeed runs, by master."""
+    state: dict[Tensor, dict[str, Any]] = engine.optimizer.optimizer.state
+    return state

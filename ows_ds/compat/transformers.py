@@ -1,0 +1,161 @@
+"""Private names of transformers, as of 5.17 to 5.23."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# ------------------------------------------------------------------ packed sequences
+
+_ROWS: ContextVar[tuple[Tensor | None] | None] = ContextVar("rows of the sequences", default=None)
+
+
+@contextmanager
+def known_rows(rows: Tensor | None) -> Iterator[None]:
+    """Within it, transformers takes from ``rows`` which rows are packed in a sequence, in this thread.
+
+    rows: the number of its row for each token; None: one row a sequence. Without it, transformers finds the rows from
+    the positions and waits for the device in each forward pass: in ``find_packed_sequence_indices``, and with
+    FlashAttention in each layer.
+    """
+    _look_up_rows()
+    token = _ROWS.set((rows,))
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+
+
+def _look_up_rows() -> None:
+    """Replace both functions, once for the process: outside of `known_rows` they do what they did."""
+    from transformers import masking_utils, modeling_flash_attention_utils
+
+    if hasattr(masking_utils.find_packed_sequence_indices, "looks_up_rows"):
+        return
+    find, is_packed = masking_utils.find_packed_sequence_indices, modeling_flash_attention_utils._is_packed_sequence
+
+    def find_packed_sequence_indices(position_ids: Any) -> Any:
+        known = _ROWS.get()
+        return find(position_ids) if known is None else known[0]
+
+    def is_packed_sequence(position_ids: Any, batch_size: Any) -> Any:
+        return is_packed(position_ids, batch_size) if _ROWS.get() is None else False
+
+    find_packed_sequence_indices.looks_up_rows = True  # type: ignore[attr-defined]
+    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
+    modeling_flash_attention_utils._is_packed_sequence = is_packed_sequence
+
+
+def attn_implementation(config: Any) -> str:
+    """The attention kernel that a model runs; the public argument of that name is not an attribute."""
+    return str(getattr(config, "_attn_implementation", None) or "")
+
+
+# ------------------------------------------------------------------ configurations and files
+
+
+def commit_hash(config: Any) -> str | None:
+    """The commit on the hub that a configuration was read from."""
+    found: str | None = getattr(config, "_commit_hash", None)
+    return found
+
+
+def forget_origin(config: Any) -> None:
+    """Let a configuration be written without the path that it was read from."""
+    for name in ("_name_or_path", "_model_name_or_path"):
+        vars(config).pop(name, None)
+
+
+def ignored_on_load(model: Any) -> list[str]:
+    """Patterns of a checkpoint's tensors that the model does not want."""
+    return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def ignored_on_save(model: Any) -> set[str]:
+    """Names of the state dict that the model does not write."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def keeps_float32(model: Any) -> bool:
+    """Whether some of the model's weights stay in float32 when the others are bfloat16."""
+    return bool(model._keep_in_fp32_modules_strict)
+
+
+def cached_file(path: str, name: str, revision: str) -> str | None:
+    """A file of a model, downloaded if need be; None where the model has no such file.
+
+    The public way raises the same OSError for a missing file and for a hub that does not answer.
+    """
+    from transformers.utils.hub import cached_file
+
+    found: str | None = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+@contextmanager
+def without_sharding() -> Iterator[None]:
+    """Within it, transformers builds models in full, even if the launcher has set ZeRO-3 up.
+
+    The public functions set and unset its reference to the DeepSpeed configuration, and none reads it.
+    """
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+# ------------------------------------------------------------------ the Trainer
+
+
+class CheckpointHooks:
+    """Public names for the places where a Trainer writes and reads a checkpoint, before a Trainer's class.
+
+    Callbacks cannot take their part: `on_save` comes after older checkpoints were deleted, and none comes while a
+    checkpoint is loaded.
+    """
+
+    def write_model(self, folder: str | None, in_checkpoint: bool) -> None:
+        """What `save_model` does, for users and (in_checkpoint) for a checkpoint."""
+        super().save_model(folder, in_checkpoint)  # type: ignore[misc]
+
+    def write_all_but_weights(self, folder: Path) -> None:
+        """Configuration, tokenizer and arguments. On rank 0."""
+        self._save(str(folder), state_dict={})  # type: ignore[attr-defined]
+
+    def write_state(self, checkpoint: Path) -> None:
+        """Called while a checkpoint is written, before the state of optimizer and scheduler is. Collective."""
+
+    def open_state(self, checkpoint: Path) -> None:
+        """Called in place of loading a checkpoint's model, before training."""
+
+    def load_state(self) -> None:
+        """Called before the state of the scheduler is loaded, or where there is none to load."""
+
+    def load_best(self, checkpoint: Path) -> None:
+        """Called in place of loading the best model at the end of training."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.write_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.write_state(Path(output_dir))
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.open_state(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.load_state()
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        self.load_best(Path(self.state.best_model_checkpoint))  # type: ignore[attr-defined]
