@@ -183,6 +183,8 @@ def _drop(kind: type[Settings], tree: Any, key: str) -> None:
         if (rest := ".".join([*sections[at:], last])) in tree:  # an unknown key with dots in its name
             del tree[rest]
             return
+        if section not in fields_of(kind):
+            return
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree, kind = tree[section], model_in(fields_of(kind)[section].annotation) or kind

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ows_ds.distributed.communicator import Communicator, Distributed, RankMismatchError, join
 from ows_ds.distributed.weights import Replicated
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, UserErrors
 from ows_ds.optim.ows import OWS
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -320,6 +320,7 @@ class Portable(UserError):
 
 def test_all_good(pools: Pools) -> None:
     mistake = Portable("data.train", "rows.jsonl", "expected a file that exists")
+    several = UserErrors((UserError("a", "1", "expected 2"), UserError("b", "3", "expected 4")))
     told: Said = ("UserError", str(mistake), fields(mistake))
     own: Said = ("UserError", str(mistake), "own")
     luck: Said = ("ValueError", "bad luck", "own")
@@ -336,6 +337,9 @@ def test_all_good(pools: Pools) -> None:
           ("OSError", "disk", "own")]),
         # who has no error of its own hears of what can be put right
         ({0: ValueError("bad luck"), 2: mistake}, [luck, told, own]),
+        # several mistakes are several everywhere
+        ({1: several}, [("UserError", str(several), fields(several)), ("UserError", str(several), "own"),
+                        ("UserError", str(several), fields(several))]),
     ]  # fmt: skip
     by_rank = pools(3).run(fail, [errors for errors, _ in cases])
     for index, (errors, expected) in enumerate(cases):
