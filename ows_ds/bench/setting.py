@@ -35,58 +35,49 @@ class Setting(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"refresh_gap": "it is called {prefix}update-proj-gap"}
 
-    model: str | None = Field(
-        None, description="Folder of a Hugging Face model; null: random weights of --shape or --hidden."
-    )
-    shape: str | None = Field(
-        None,
-        description="Widths of the random model, such as llama2-7b or qwen2.5-32b; null: those of --hidden, or "
-        "llama2-7b.",
-    )
-    hidden: Count | None = Field(None, description="Features of a hidden state.")
-    intermediate: Count | None = Field(
-        None, description="Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B."
-    )
-    heads: Count | None = Field(None, description="Attention heads; null: of 128 features each.")
-    kv_heads: Count | None = Field(None, description="Heads of keys and values; null: as --heads.")
-    vocab: Count | None = Field(
-        None,
-        description="Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000.",
-    )
+    model: str | None = None
+    """Folder of a Hugging Face model; null: random weights of --shape or --hidden."""
+    shape: str | None = None
+    """Widths of the random model, such as llama2-7b or qwen2.5-32b; null: those of --hidden, or llama2-7b."""
+    hidden: Count | None = None
+    """Features of a hidden state."""
+    intermediate: Count | None = None
+    """Features inside the MLP; null: 43/16 of --hidden, as LLaMA2-7B."""
+    heads: Count | None = None
+    """Attention heads; null: of 128 features each."""
+    kv_heads: Count | None = None
+    """Heads of keys and values; null: as --heads."""
+    vocab: Count | None = None
+    """Entries of the vocabulary; null: 1024 on a CPU, where the head would hide the layers, else 32000."""
     layers: Annotated[str, Expected("an integer of at least 1, or all")] = Field(
-        "1",
-        pattern="^(all|0*[1-9][0-9]{0,8})$",
-        description="Number of layers of a random model, or all of the shape's; a model has its own.",
+        "1", pattern="^(all|0*[1-9][0-9]{0,8})$"
     )
-    inside: bool = Field(
-        False,
-        description="The layers stand inside a model: under every method their input takes a gradient, as where layers "
-        "below them train. Always so where a random model has fewer layers than its shape.",
-    )
-    tokens: Count = Field(512, description="Tokens of a step: one sequence.")
-    gamma: Count | None = Field(
-        None,
-        description="Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep.",
-    )
-    rank: Count = Field(128, description="Rank of ows and galore.")
-    lora_rank: Count = Field(8, description="Rank of lora and dora.")
-    update_proj_gap: Count = Field(
-        200, description="Steps between two projectors (T_p), over which the time of a refresh is spread."
-    )
-    refresh: Literal["full", "sketch"] = Field(
-        "full", description="What projectors are found from: full gradients, or sketches over two steps."
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where it runs; auto: on a GPU where there is one (traffic: always on the CPU)."
-    )
-    threads: Count = Field(2, description="Threads of each rank on a CPU.")
-    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
-    sharding: Literal["replicated", "zero3"] = Field(
-        "replicated", description="Frozen weights on every rank (replicated) or in shards (zero3), for our methods."
-    )
+    """Number of layers of a random model, or all of the shape's; a model has its own."""
+    inside: bool = False
+    """The layers stand inside a model: under every method their input takes a gradient, as where layers below them
+    train. Always so where a random model has fewer layers than its shape."""
+    tokens: Count = 512
+    """Tokens of a step: one sequence."""
+    gamma: Count | None = None
+    """Sampled layers, the same ones all the time; null: all layers, so that every method runs as deep."""
+    rank: Count = 128
+    """Rank of ows and galore."""
+    lora_rank: Count = 8
+    """Rank of lora and dora."""
+    update_proj_gap: Count = 200
+    """Steps between two projectors (T_p), over which the time of a refresh is spread."""
+    refresh: Literal["full", "sketch"] = "full"
+    """What projectors are found from: full gradients, or sketches over two steps."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; auto: on a GPU where there is one (traffic: always on the CPU)."""
+    threads: Count = 2
+    """Threads of each rank on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass."""
+    sharding: Literal["replicated", "zero3"] = "replicated"
+    """Frozen weights on every rank (replicated) or in shards (zero3), for our methods."""
 
     @property
     def n_layers(self) -> int:
@@ -103,21 +94,25 @@ class Setting(Settings):
 class How(Settings):
     """How it is measured and shown."""
 
-    methods: str | None = Field(None, description="List with commas; null: all that can be measured.")
-    sweep: str | None = Field(
-        None, description="gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point."
-    )
-    rounds: Count = Field(5, description="Of time: rounds through all methods.")
-    steps: Count = Field(4, description="Of time: timed steps of a method in a round.")
-    warm_up: int = Field(1, ge=0, le=MOST, description="Of time: steps before them that are not counted.")
-    one_at_a_time: bool = Field(
-        False,
-        description="Of time: end each method's processes before the next one starts, as is done where memory does not "
-        "suffice for all.",
-    )
-    world_size: int = Field(2, ge=2, le=MOST, description="Of traffic: ranks, on this machine.")
-    output: str | None = Field(None, description="Folder of the files that are written; null: none.")
-    as_json: bool = Field(False, alias="json", description="Print the result as JSON and nothing else.")
+    methods: str | None = None
+    """List with commas; null: all that can be measured."""
+    sweep: str | None = None
+    """gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point."""
+    rounds: Count = 5
+    """Of time: rounds through all methods."""
+    steps: Count = 4
+    """Of time: timed steps of a method in a round."""
+    warm_up: int = Field(1, ge=0, le=MOST)
+    """Of time: steps before them that are not counted."""
+    one_at_a_time: bool = False
+    """Of time: end each method's processes before the next one starts, as is done where memory does not suffice for
+    all."""
+    world_size: int = Field(2, ge=2, le=MOST)
+    """Of traffic: ranks, on this machine."""
+    output: str | None = None
+    """Folder of the files that are written; null: none."""
+    as_json: bool = Field(False, alias="json")
+    """Print the result as JSON and nothing else."""
 
 
 WIDTHS = ("hidden", "intermediate", "heads", "kv_heads", "vocab")

@@ -35,28 +35,38 @@ Rates = Annotated[
 class Accuracy(Settings):
     """How answers are generated."""
 
-    rows: Count = Field(64, description="The first so many rows of test.")
-    max_new_tokens: Count = Field(256, description="Of an answer, at most.")
-    batch_size: Count = Field(8, description="Rows per rank and forward pass.")
+    rows: Count = 64
+    """The first so many rows of test."""
+    max_new_tokens: Count = 256
+    """Of an answer, at most."""
+    batch_size: Count = 8
+    """Rows per rank and forward pass."""
 
 
 class StudyFile(Settings):
     """What stands in the file of a study."""
 
     recipe: Annotated[str | dict[str, Any], Expected("the file of a recipe, or its sections")]
-    test: str = Field(description="Rows that are reported on, given as those of data.eval are; the recipe's format.")
+    test: str
+    """Rows that are reported on, given as those of data.eval are; the recipe's format."""
     variants: Annotated[
         dict[str, dict[str, Any] | None], Expected("names with their settings, such as `lisa: {method.name: lisa}`")
-    ] = Field(min_length=1, description="Settings by their full names, on top of the recipe; lrs of its own.")
-    lrs: Rates | None = Field(None, description="Learning rates that a variant tries; null: the recipe's.")
-    seeds: Annotated[list[Seed], Expected("a list of different integers of at least 0")] = Field(
-        [0], min_length=1, description="Seeds of the runs; the first one chooses the learning rates."
-    )
-    baseline: str | None = Field(None, description="Variant that the others are tested against; null: no test.")
-    accuracy: Accuracy | None = Field(None, description="How answers are generated; null: not measured.")
-    keep_models: bool = Field(False, description="Keep the models of complete runs.")
-    test_subset: str | None = Field(None, description="As data.eval_subset.")
-    test_split: Split = Field("test", description="As data.eval_split.")
+    ] = Field(min_length=1)
+    """Settings by their full names, on top of the recipe; lrs of its own."""
+    lrs: Rates | None = None
+    """Learning rates that a variant tries; null: the recipe's."""
+    seeds: Annotated[list[Seed], Expected("a list of different integers of at least 0")] = Field([0], min_length=1)
+    """Seeds of the runs; the first one chooses the learning rates."""
+    baseline: str | None = None
+    """Variant that the others are tested against; null: no test."""
+    accuracy: Accuracy | None = None
+    """How answers are generated; null: not measured."""
+    keep_models: bool = False
+    """Keep the models of complete runs."""
+    test_subset: str | None = None
+    """As data.eval_subset."""
+    test_split: Split = "test"
+    """As data.eval_split."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if len(set(self.seeds)) < len(self.seeds):

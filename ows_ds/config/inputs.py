@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Expected, Positive, Settings, Wrong
+from ows_ds.config.settings import MOST, Count, Expected, MayChange, Positive, Settings, Wrong
 
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
 Split = Annotated[
@@ -20,22 +20,16 @@ class Model(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {"attention": "it is called {prefix}attn_implementation"}
 
-    path: Annotated[str, Expected("text, a folder or a name on the hub")] = Field(
-        min_length=1,
-        description="Folder of a Hugging Face checkpoint, or a name on the hub. Required.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub; null: the newest.")
-    dtype: Literal["bfloat16", "float32", "float64"] = Field(
-        "bfloat16",
-        description="Number format of the weights; coordinates and moments are float32, or float64 under float64.",
-    )
-    attn_implementation: str | None = Field(
-        None,
-        description="Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    trust_remote_code: bool = Field(False, description="Run the Python code that comes with the model.")
+    path: MayChange[Annotated[str, Expected("text, a folder or a name on the hub")]] = Field(min_length=1)
+    """Folder of a Hugging Face checkpoint, or a name on the hub. Required."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the newest."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Number format of the weights; coordinates and moments are float32, or float64 under float64."""
+    attn_implementation: MayChange[str | None] = None
+    """Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
@@ -51,17 +45,17 @@ Format = Literal[
 class Source(Settings):
     """One of several files or data sets."""
 
-    path: Annotated[str, Expected("a file, a folder or a name on the hub")] = Field(
-        description="File, folder or name on the hub, as data.train alone."
-    )
-    weight: Positive | None = Field(
-        None,
-        description="Its share of the rows of an epoch, in proportion to those of the others (1 where one has none); "
-        "null for all: every row once an epoch.",
-    )
-    subset: str | None = Field(None, description="As data.train_subset; null: that one.")
-    split: Split | None = Field(None, description="As data.train_split; null: that one.")
-    format: Format = Field("auto", description="As data.format; auto: that one.")
+    path: Annotated[str, Expected("a file, a folder or a name on the hub")]
+    """File, folder or name on the hub, as data.train alone."""
+    weight: Positive | None = None
+    """Its share of the rows of an epoch, in proportion to those of the others (1 where one has none); null for all:
+    every row once an epoch."""
+    subset: str | None = None
+    """As data.train_subset; null: that one."""
+    split: Split | None = None
+    """As data.train_split; null: that one."""
+    format: Format = "auto"
+    """As data.format; auto: that one."""
 
 
 def _shape(value: object) -> str | None:
@@ -90,76 +84,45 @@ Sources = Annotated[
 class Data(Settings):
     """The rows to train on and to evaluate with."""
 
-    train: Sources | None = Field(
-        None,
-        description="File (.jsonl, .json, .parquet, .csv), folder of a data set, or its name on the hub; or a list of "
-        "them, each a text or a mapping of path, weight, subset, split and format. Required by train, and by score for "
-        "calibration.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    eval: Sources | None = Field(
-        None,
-        description="The same for held-out rows, without weights; null: no evaluation.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    train_subset: str | None = Field(
-        None,
-        description="Subset (configuration) of the data set that data.train names, such as main; null: its only one. "
-        "Files have none.",
-    )
-    eval_subset: str | None = Field(None, description="The same for data.eval.", json_schema_extra=MAY_CHANGE)
-    train_split: Split = Field(
-        "train",
-        description="Split of the data set that data.train names, or a part of it such as train[:1%] or train[100:]. "
-        "Of a file the name is ignored, the part is taken.",
-    )
-    eval_split: Split = Field("test", description="The same for data.eval.", json_schema_extra=MAY_CHANGE)
-    max_length: int = Field(
-        512,
-        ge=2,  # a token to predict needs one before it
-        le=MOST,
-        description="Tokens of a row; longer rows are cut at the end. Under data.packing, of a sequence.",
-    )
-    loss_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Tokens that are trained: the assistant's turns with their end mark, or all of them."
-    )
-    format: Format = Field(
-        "auto",
-        description="Columns of a row; auto recognises messages, sharegpt (conversations), alpaca (instruction, input, "
-        "output), prompt_completion (prompt, completion), multiple_choice (question, choices, answer), "
-        "question_answer (question, answer) and text by their names.",
-    )
-    template: Literal["auto", "chat", "plain", "alpaca"] = Field(
-        "auto",
-        description="How a row with a task and an answer is written: the tokenizer's chat template, plain text, or "
-        "Stanford Alpaca's prompt; auto: chat where the tokenizer has a template, otherwise plain.",
-    )
-    chat_template: str | None = Field(
-        None,
-        description="Jinja file of a chat template in place of the tokenizer's; it is saved with the model.",
-    )
-    packing: bool = Field(
-        False,
-        description="Join several rows to one sequence of up to data.max_length tokens, without attention from one to "
-        "another.",
-    )
-    streaming: bool = Field(
-        False,
-        description="Read the training rows while training, in blocks, instead of all before it; train.steps says when "
-        "to stop.",
-    )
-    buffer_size: Count = Field(16384, description="Rows of a block under data.streaming; they are shuffled within it.")
-    on_bad_row: Literal["stop", "skip"] = Field(
-        "stop",
-        description="What a row that cannot be used does: stop the run with its place and reason, or skip it; those "
-        "skipped are counted, and the first one is named.",
-    )
-    cache: str | None = Field(
-        None,
-        description="Folder of tokenized rows, which later runs read; null: ows_ds in the cache of Hugging Face "
-        "(HF_HOME).",
-        json_schema_extra=MAY_CHANGE,
-    )
+    train: MayChange[Sources | None] = None
+    """File (.jsonl, .json, .parquet, .csv), folder of a data set, or its name on the hub; or a list of them, each a
+    text or a mapping of path, weight, subset, split and format. Required by train, and by score for calibration."""
+    eval: MayChange[Sources | None] = None
+    """The same for held-out rows, without weights; null: no evaluation."""
+    train_subset: str | None = None
+    """Subset (configuration) of the data set that data.train names, such as main; null: its only one. Files have
+    none."""
+    eval_subset: MayChange[str | None] = None
+    """The same for data.eval."""
+    train_split: Split = "train"
+    """Split of the data set that data.train names, or a part of it such as train[:1%] or train[100:]. Of a file the
+    name is ignored, the part is taken."""
+    eval_split: MayChange[Split] = "test"
+    """The same for data.eval."""
+    max_length: int = Field(512, ge=2, le=MOST)
+    """Tokens of a row; longer rows are cut at the end. Under data.packing, of a sequence."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that are trained: the assistant's turns with their end mark, or all of them."""
+    format: Format = "auto"
+    """Columns of a row; auto recognises messages, sharegpt (conversations), alpaca (instruction, input, output),
+    prompt_completion (prompt, completion), multiple_choice (question, choices, answer), question_answer (question,
+    answer) and text by their names."""
+    template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
+    """How a row with a task and an answer is written: the tokenizer's chat template, plain text, or Stanford Alpaca's
+    prompt; auto: chat where the tokenizer has a template, otherwise plain."""
+    chat_template: str | None = None
+    """Jinja file of a chat template in place of the tokenizer's; it is saved with the model."""
+    packing: bool = False
+    """Join several rows to one sequence of up to data.max_length tokens, without attention from one to another."""
+    streaming: bool = False
+    """Read the training rows while training, in blocks, instead of all before it; train.steps says when to stop."""
+    buffer_size: Count = 16384
+    """Rows of a block under data.streaming; they are shuffled within it."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What a row that cannot be used does: stop the run with its place and reason, or skip it; those skipped are
+    counted, and the first one is named."""
+    cache: MayChange[str | None] = None
+    """Folder of tokenized rows, which later runs read; null: ows_ds in the cache of Hugging Face (HF_HOME)."""
 
     def contradictions(self) -> Iterator[Wrong]:
         train = self.train if isinstance(self.train, list) else []

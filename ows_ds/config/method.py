@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ows_ds.config.settings import (
-    MAY_CHANGE,
     MOST,
     Count,
     Expected,
+    MayChange,
     NotNegative,
     Positive,
     Seed,
@@ -28,31 +28,30 @@ Betas = Annotated[
 class Method(Settings):
     """How the model is trained."""
 
-    name: Literal["ows", "lisa", "lisa-d", "galore", "badam", "hift", "full", "lora", "dora", "mezo"] = Field(
-        "ows",
-        description="ows samples layers by importance and trains them at low rank; lisa samples evenly, lisa-d less "
-        "towards the output, both at full rank; galore trains all layers at low rank; badam one layer after the other "
-        "at full rank; hift one layer a step at full rank and keeps its moments; full all weights; lora and dora "
-        "adapters of all linear layers; mezo all weights by forward passes alone.",
-    )
-    lora_rank: Count = Field(8, description="Rank of the adapters of lora and dora.")
-    lora_alpha: Positive = Field(
-        16.0, description="Numerator of the adapters' scale; the denominator is method.lora_rank."
-    )
-    lora_dropout: Share = Field(0.0, description="Share of an adapter's inputs that is zeroed in training.")
-    epsilon: Positive = Field(
-        1e-3, description="Length of mezo's step to both sides of the weights, in units of its noise."
-    )
+    name: Literal["ows", "lisa", "lisa-d", "galore", "badam", "hift", "full", "lora", "dora", "mezo"] = "ows"
+    """ows samples layers by importance and trains them at low rank; lisa samples evenly, lisa-d less towards the
+    output, both at full rank; galore trains all layers at low rank; badam one layer after the other at full rank; hift
+    one layer a step at full rank and keeps its moments; full all weights; lora and dora adapters of all linear layers;
+    mezo all weights by forward passes alone."""
+    lora_rank: Count = 8
+    """Rank of the adapters of lora and dora."""
+    lora_alpha: Positive = 16.0
+    """Numerator of the adapters' scale; the denominator is method.lora_rank."""
+    lora_dropout: Share = 0.0
+    """Share of an adapter's inputs that is zeroed in training."""
+    epsilon: Positive = 1e-3
+    """Length of mezo's step to both sides of the weights, in units of its noise."""
 
 
 class SamplingCore(Settings):
     """What the recipe's sampling and `OWSConfig` share."""
 
-    gamma: Positive = Field(5.0, description="Expected number of sampled layers, in layers.")
-    period: Count = Field(50, description="Optimizer steps between two draws (K).")
-    scheme: Literal["bernoulli", "fixed"] = Field(
-        "bernoulli", description="bernoulli draws each layer on its own; fixed draws exactly gamma layers."
-    )
+    gamma: Positive = 5.0
+    """Expected number of sampled layers, in layers."""
+    period: Count = 50
+    """Optimizer steps between two draws (K)."""
+    scheme: Literal["bernoulli", "fixed"] = "bernoulli"
+    """bernoulli draws each layer on its own; fixed draws exactly gamma layers."""
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
@@ -64,30 +63,23 @@ class SamplingCore(Settings):
 class Sampling(SamplingCore):
     """Which layers train, and for how long."""
 
-    importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = Field(
-        "outlier",
-        description="What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); "
-        "reverse, the opposite; uniform; decreasing towards the output; rm, a layer's relative magnitude; bi, its "
-        "block influence; alpha, how heavy the tails of its spectra are.",
-    )
-    order: Literal["ascending", "descending", "random"] = Field(
-        "random",
-        description="Course of badam and hift through the layers: from the input, from the output, or at random (badam "
-        "again in each round, hift once before training).",
-    )
-    tau: Positive = Field(13.0, description="An entry is an outlier when it exceeds tau times its layer's mean.")
-    scores: str | None = Field(
-        None,
-        description="File of scores to use; null: scores.json in train.output_dir, computed when it is absent.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    calibration_samples: Count = Field(
-        128, description="Training rows that the scores are computed on.", json_schema_extra=MAY_CHANGE
-    )
-    calibration_batch_size: Count = Field(
-        8, description="Rows per rank and forward pass while scoring.", json_schema_extra=MAY_CHANGE
-    )
-    seed: Seed | None = Field(None, description="Seed of the draws; null: train.seed.")
+    importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = "outlier"
+    """What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); reverse, the
+    opposite; uniform; decreasing towards the output; rm, a layer's relative magnitude; bi, its block influence; alpha,
+    how heavy the tails of its spectra are."""
+    order: Literal["ascending", "descending", "random"] = "random"
+    """Course of badam and hift through the layers: from the input, from the output, or at random (badam again in each
+    round, hift once before training)."""
+    tau: Positive = 13.0
+    """An entry is an outlier when it exceeds tau times its layer's mean."""
+    scores: MayChange[str | None] = None
+    """File of scores to use; null: scores.json in train.output_dir, computed when it is absent."""
+    calibration_samples: MayChange[Count] = 128
+    """Training rows that the scores are computed on."""
+    calibration_batch_size: MayChange[Count] = 8
+    """Rows per rank and forward pass while scoring."""
+    seed: Seed | None = None
+    """Seed of the draws; null: train.seed."""
 
 
 class OptimCore(Settings):
@@ -99,39 +91,36 @@ class OptimCore(Settings):
         "side": "leave it out: the shorter side of each matrix is projected",
     }
 
-    lr: NotNegative = Field(3e-4, description="Peak learning rate.")
-    betas: Betas = Field((0.9, 0.999), description="Decay per step of Adam's first and second moment.")
-    eps: Positive = Field(1e-8, description="Added to the root of Adam's second moment.")
-    weight_decay: NotNegative = Field(
-        0.0, description="Decoupled decay of the effective weights, per step and learning rate."
-    )
-    max_grad_norm: Positive | None = Field(1.0, description="Largest global norm of the gradient; null: no clipping.")
-    rank: Count = Field(128, description="Dimension of the subspace of each matrix; at most its smaller side.")
-    update_proj_gap: Count = Field(200, description="Active steps of a layer between two projectors (T_p).")
-    scale: Positive = Field(1.0, description="Factor on the projected update.")
-    projector: Literal["randomized", "svd"] = Field(
-        "randomized", description="How the top singular vectors are found: randomized range finder, or exact svd."
-    )
-    refresh: Literal["full", "sketch"] = Field(
-        "full",
-        description="What new projectors are found from: full gradients, one matrix at a time, or a sketch of them "
-        "over two steps, without a full gradient of any matrix of the sampled layers.",
-    )
-    refresh_batch: Literal["full", "first"] = Field(
-        "full",
-        description="Gradient that a projector is computed from: the full batch, or the first micro-batch.",
-    )
-    moments_on_refresh: Literal["keep", "reset", "rotate"] = Field(
-        "keep", description="Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis."
-    )
-    merge_rounding: Literal["nearest", "stochastic"] = Field(
-        "nearest",
-        description="How merging coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up or "
-        "down at random so that it is exact on average. Wider weights are not rounded.",
-    )
-    always_on: Literal["full", "low_rank", "none"] = Field(
-        "full", description="Training of embedding and head beside the sampled layers: full rank, low_rank, or none."
-    )
+    lr: NotNegative = 3e-4
+    """Peak learning rate."""
+    betas: Betas = (0.9, 0.999)
+    """Decay per step of Adam's first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled decay of the effective weights, per step and learning rate."""
+    max_grad_norm: Positive | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+    rank: Count = 128
+    """Dimension of the subspace of each matrix; at most its smaller side."""
+    update_proj_gap: Count = 200
+    """Active steps of a layer between two projectors (T_p)."""
+    scale: Positive = 1.0
+    """Factor on the projected update."""
+    projector: Literal["randomized", "svd"] = "randomized"
+    """How the top singular vectors are found: randomized range finder, or exact svd."""
+    refresh: Literal["full", "sketch"] = "full"
+    """What new projectors are found from: full gradients, one matrix at a time, or a sketch of them over two steps,
+    without a full gradient of any matrix of the sampled layers."""
+    refresh_batch: Literal["full", "first"] = "full"
+    """Gradient that a projector is computed from: the full batch, or the first micro-batch."""
+    moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    """Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis."""
+    merge_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How merging coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up or down at random
+    so that it is exact on average. Wider weights are not rounded."""
+    always_on: Literal["full", "low_rank", "none"] = "full"
+    """Training of embedding and head beside the sampled layers: full rank, low_rank, or none."""
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
@@ -147,23 +136,21 @@ class OptimCore(Settings):
 class Optim(OptimCore):
     """AdamW on the low-rank coordinates of the sampled layers."""
 
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        "linear",
-        description="Course of the learning rate after the warm-up: linear or cosine to 0, or constant.",
-    )
-    warmup_steps: int = Field(
-        0, ge=0, le=MOST, description="Optimizer steps over which the learning rate rises from 0."
-    )
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up: linear or cosine to 0, or constant."""
+    warmup_steps: int = Field(0, ge=0, le=MOST)
+    """Optimizer steps over which the learning rate rises from 0."""
 
 
 class OWSConfig(SamplingCore, OptimCore):
     """Settings of the optimizer `ows_ds.OWS`: the recipe's own, by the same names."""
 
-    rank: Count | None = Field(  # type: ignore[assignment]
-        128, description="Dimension of the subspace of each matrix; null: the sampled layers train at full rank."
-    )
-    accumulation: Count = Field(1, description="Calls of backward a step.")
-    seed: Seed = Field(0, description="Seed of the draws.")
+    rank: Count | None = 128  # type: ignore[assignment]
+    """Dimension of the subspace of each matrix; null: the sampled layers train at full rank."""
+    accumulation: Count = 1
+    """Calls of backward a step."""
+    seed: Seed = 0
+    """Seed of the draws."""
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import Method, Optim, Sampling
-from ows_ds.config.settings import MAY_CHANGE, MOST, Count, Positive, Seed, Settings, Wrong, model_in, unknown
+from ows_ds.config.settings import MOST, Count, MayChange, Positive, Seed, Settings, Wrong, model_in, unknown
 
 
 class Train(Settings):
@@ -22,71 +22,46 @@ class Train(Settings):
         "batch_size": "it is called {prefix}global_batch_size",
     }
 
-    output_dir: str = Field(description="Folder of the run. Required.", json_schema_extra=MAY_CHANGE)
-    epochs: Positive = Field(1.0, le=MOST, description="Passes over the training rows.")
-    steps: Count | None = Field(None, description="Optimizer steps; null: as many as train.epochs asks for.")
-    global_batch_size: Count = Field(16, description="Sequences per optimizer step, over all ranks.")
-    micro_batch_size: Count = Field(
-        1,
-        description="Sequences per rank and forward pass; accumulation makes up the rest of the batch.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Compute activations again in the backward pass: less memory, more time.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    seed: Seed = Field(0, description="Seed of the order of rows, of dropout and of the draws.")
-    eval_steps: Count | None = Field(
-        None,
-        description="Optimizer steps between evaluations; null: only before and after training.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    eval_batch_size: Count = Field(
-        8, description="Sequences per rank and forward pass in evaluation.", json_schema_extra=MAY_CHANGE
-    )
-    save_steps: Count | None = Field(
-        None, description="Optimizer steps between checkpoints; null: only at the end.", json_schema_extra=MAY_CHANGE
-    )
-    save_total_limit: Count = Field(2, description="Newest checkpoints that are kept.", json_schema_extra=MAY_CHANGE)
-    checkpoint: Literal["incremental", "full"] = Field(
-        "incremental",
-        description="What a checkpoint holds of the weights: incremental those that have ever trained, the rest is the "
-        "base model's; full all of them.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    on_save_error: Literal["continue", "stop"] = Field(
-        "continue",
-        description="What a checkpoint that cannot be written does to the run, the last one aside: continue with a "
-        "line that says so, or stop.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    resume: str = Field(
-        "never",
-        description="never, auto (the newest complete checkpoint, if there is one), or the folder of a checkpoint.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    sharding: Literal["auto", "replicated", "zero3"] = Field(
-        "auto",
-        description="Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the launcher set "
-        "it up, otherwise replicated.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    ds_config: str | None = Field(
-        None, description="DeepSpeed file (JSON); null: the launcher's, or ours.", json_schema_extra=MAY_CHANGE
-    )
-    max_nonfinite_steps: Count | None = Field(
-        10,
-        description="So many steps in a row whose loss or gradient is NaN or infinite stop the run; each of them is "
-        "skipped. null: no number of them does.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    timeout_seconds: Count = Field(
-        600,
-        description="Seconds after which a rank that is not heard of, or a collective that does not complete, stops "
-        "all ranks.",
-        json_schema_extra=MAY_CHANGE,
-    )
+    output_dir: MayChange[str]
+    """Folder of the run. Required."""
+    epochs: Positive = Field(1.0, le=MOST)
+    """Passes over the training rows."""
+    steps: Count | None = None
+    """Optimizer steps; null: as many as train.epochs asks for."""
+    global_batch_size: Count = 16
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: MayChange[Count] = 1
+    """Sequences per rank and forward pass; accumulation makes up the rest of the batch."""
+    gradient_checkpointing: MayChange[bool] = False
+    """Compute activations again in the backward pass: less memory, more time."""
+    seed: Seed = 0
+    """Seed of the order of rows, of dropout and of the draws."""
+    eval_steps: MayChange[Count | None] = None
+    """Optimizer steps between evaluations; null: only before and after training."""
+    eval_batch_size: MayChange[Count] = 8
+    """Sequences per rank and forward pass in evaluation."""
+    save_steps: MayChange[Count | None] = None
+    """Optimizer steps between checkpoints; null: only at the end."""
+    save_total_limit: MayChange[Count] = 2
+    """Newest checkpoints that are kept."""
+    checkpoint: MayChange[Literal["incremental", "full"]] = "incremental"
+    """What a checkpoint holds of the weights: incremental those that have ever trained, the rest is the base model's;
+    full all of them."""
+    on_save_error: MayChange[Literal["continue", "stop"]] = "continue"
+    """What a checkpoint that cannot be written does to the run, the last one aside: continue with a line that says so,
+    or stop."""
+    resume: MayChange[str] = "never"
+    """never, auto (the newest complete checkpoint, if there is one), or the folder of a checkpoint."""
+    sharding: MayChange[Literal["auto", "replicated", "zero3"]] = "auto"
+    """Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the launcher set it up,
+    otherwise replicated."""
+    ds_config: MayChange[str | None] = None
+    """DeepSpeed file (JSON); null: the launcher's, or ours."""
+    max_nonfinite_steps: MayChange[Count | None] = 10
+    """So many steps in a row whose loss or gradient is NaN or infinite stop the run; each of them is skipped. null: no
+    number of them does."""
+    timeout_seconds: MayChange[Count] = 600
+    """Seconds after which a rank that is not heard of, or a collective that does not complete, stops all ranks."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if self.global_batch_size % self.micro_batch_size:
@@ -100,18 +75,12 @@ class Train(Settings):
 class Log(Settings):
     """What is shown and recorded; metrics.jsonl is always written."""
 
-    trackers: list[
-        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
-    ] = Field(
-        ["tensorboard"],
-        description="Trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...; [] for none.",
-        json_schema_extra=MAY_CHANGE,
-    )
-    progress: Literal["auto", "rich", "plain", "none"] = Field(
-        "auto",
-        description="On the terminal: a live bar (rich), a line every few steps (plain), none, or auto.",
-        json_schema_extra=MAY_CHANGE,
-    )
+    trackers: MayChange[
+        list[Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]]
+    ] = Field(["tensorboard"])
+    """Trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...; [] for none."""
+    progress: MayChange[Literal["auto", "rich", "plain", "none"]] = "auto"
+    """On the terminal: a live bar (rich), a line every few steps (plain), none, or auto."""
 
 
 class Recipe(Settings):

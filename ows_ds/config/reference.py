@@ -27,7 +27,7 @@ def reference() -> str:
         for name, field in fields_of(kind).items():
             star = " *" if may_change_on_resume(f"{section}.{name}") else ""
             default = "required" if field.is_required() else f"`{as_yaml(field.default)}`"
-            cells = (f"`{section}.{name}`{star}", words(field), default, str(field.description))
+            cells = (f"`{section}.{name}`{star}", words(field), default, " ".join(str(field.description).split()))
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -8,7 +8,7 @@ from ows_ds.config.recipe import Recipe
 
 def schema() -> dict[str, Any]:
     """JSON schema (2020-12) of a recipe file. Checks across keys are not part of it."""
-    found = Recipe.model_json_schema()
+    found = json.loads(json.dumps(Recipe.model_json_schema()).replace("\\n", " "))  # descriptions of several lines
     for name, section in found["properties"].items():  # a section may be empty, its lines commented out
         if name not in found.get("required", ()):
             found["properties"][name] = {"anyOf": [{"$ref": section["$ref"]}, {"type": "null"}]}

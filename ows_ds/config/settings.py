@@ -1,7 +1,7 @@
 """The base of all settings: strict, frozen pydantic models, read by `parse`, which names every mistake at once.
 
-A model states each key's default, range and help text in one `pydantic.Field`; `Settings.contradictions` holds the
-checks across keys.
+A model states each key's type, range and default, and below it its meaning. `Settings.contradictions` holds the checks
+across keys.
 """
 
 import copy
@@ -21,7 +21,9 @@ from typing_extensions import Self
 from ows_ds.errors import UserError, raise_all
 
 MOST = 2**31 - 1  # of any number of things
-MAY_CHANGE: dict[str, Any] = {"may_change_on_resume": True}  # for a key's json_schema_extra
+K = TypeVar("K")
+MayChange = Annotated[K, Field(json_schema_extra={"may_change_on_resume": True})]
+"""A key whose value may be another one when a run is resumed."""
 
 
 def as_number(value: object) -> object:
@@ -59,7 +61,14 @@ class Wrong(NamedTuple):
 class Settings(BaseModel):
     """Settings of one thing. Unknown keys, wrong types and NaN are refused; `parse` says so in our words."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        use_attribute_docstrings=True,
+    )
     renamed: ClassVar[Mapping[str, str]] = {}
     """Former names of keys -> what to say instead."""
 

@@ -23,55 +23,44 @@ BASE = "base"  # in place of a model: that which the run began with
 class Evaluation(Settings):
     """What is evaluated, and how."""
 
-    tasks: str | None = Field(
-        None,
-        description="Tasks and groups of lm-evaluation-harness, with commas between them, and ows_commonsense, "
-        "ows_mmlu and ows_gsm8k; files of tasks as well.",
-    )
-    include_path: str | None = Field(
-        None,
-        description="Folder of tasks of one's own, in lm-evaluation-harness's form. They may name Python code, which "
-        "is run.",
-    )
-    num_fewshot: int | None = Field(
-        None, ge=0, le=MOST, description="Examples before each question; null: as each task says."
-    )
+    tasks: str | None = None
+    """Tasks and groups of lm-evaluation-harness, with commas between them, and ows_commonsense, ows_mmlu and ows_gsm8k;
+    files of tasks as well."""
+    include_path: str | None = None
+    """Folder of tasks of one's own, in lm-evaluation-harness's form. They may name Python code, which is run."""
+    num_fewshot: int | None = Field(None, ge=0, le=MOST)
+    """Examples before each question; null: as each task says."""
     limit: Annotated[Number, Expected("a number of questions, or a share above 0 and below 1")] | None = Field(
-        None,
-        gt=0,
-        description="Of each task, only its first questions, or a share of them if below 1; null: all. For trying.",
+        None, gt=0
     )
+    """Of each task, only its first questions, or a share of them if below 1; null: all. For trying."""
     batch_size: Annotated[str, Expected("an integer of at least 1, or auto")] = Field(
-        "1",
-        pattern="^(auto|0*[1-9][0-9]{0,8})$",
-        description="Questions of a forward pass on each rank, or auto.",
+        "1", pattern="^(auto|0*[1-9][0-9]{0,8})$"
     )
-    max_length: Count | None = Field(
-        None, description="Tokens of a question with its examples; null: as many as the model takes."
-    )
-    apply_chat_template: bool = Field(False, description="Ask as a user would, in the model's chat template.")
-    checkpoint: str | None = Field(
-        None,
-        description="Checkpoint of the run to evaluate, such as step-20, exported into a folder that is removed "
-        "afterwards; null: the run's model/.",
-    )
-    compare: str | None = Field(
-        None,
-        description="What stood before: base (the model that the run began with), a model or a run, or the result file "
-        "of an earlier evaluation; null: nothing.",
-    )
-    output: str | None = Field(
-        None,
-        description="File of the result, .json; null: TASKS.json in eval/ of the run, for other models in runs/eval/. "
-        "A file that is there is kept, and the new one numbered.",
-    )
-    as_json: bool = Field(False, alias="json", description="Print the result as JSON and nothing else.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number format of the weights; auto: that of the model's files."
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    parallelize: bool = Field(False, description="Spread one model's layers over all GPUs of the process.")
+    """Questions of a forward pass on each rank, or auto."""
+    max_length: Count | None = None
+    """Tokens of a question with its examples; null: as many as the model takes."""
+    apply_chat_template: bool = False
+    """Ask as a user would, in the model's chat template."""
+    checkpoint: str | None = None
+    """Checkpoint of the run to evaluate, such as step-20, exported into a folder that is removed afterwards; null: the
+    run's model/."""
+    compare: str | None = None
+    """What stood before: base (the model that the run began with), a model or a run, or the result file of an earlier
+    evaluation; null: nothing."""
+    output: str | None = None
+    """File of the result, .json; null: TASKS.json in eval/ of the run, for other models in runs/eval/. A file that is
+    there is kept, and the new one numbered."""
+    as_json: bool = Field(False, alias="json")
+    """Print the result as JSON and nothing else."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto: that of the model's files."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    parallelize: bool = False
+    """Spread one model's layers over all GPUs of the process."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if self.limit is not None and self.limit > 1 and self.limit != int(self.limit):
@@ -86,36 +75,31 @@ class Evaluation(Settings):
 class MTBench(Settings):
     """Answers that a judge marks (MT-Bench)."""
 
-    mt_bench: str | None = Field(
-        None,
-        description="File of questions in FastChat's form (question.jsonl), in place of --tasks. The answers are "
-        "written as FastChat writes them.",
-    )
-    answers: str | None = Field(None, description="File of answers that are there already, in place of new ones.")
-    template: Literal["auto", "chat", "plain", "alpaca"] = Field(
-        "auto",
-        description="How questions are written; auto: the tokenizer's chat template, else that of the run's rows.",
-    )
-    max_new_tokens: int = Field(1024, ge=1, lt=2**16, description="Of an answer, at most.")
-    judge: str | None = Field(
-        None,
-        description="Address of an OpenAI-compatible server, such as http://localhost:8000/v1; null: answers only.",
-    )
+    mt_bench: str | None = None
+    """File of questions in FastChat's form (question.jsonl), in place of --tasks. The answers are written as FastChat
+    writes them."""
+    answers: str | None = None
+    """File of answers that are there already, in place of new ones."""
+    template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
+    """How questions are written; auto: the tokenizer's chat template, else that of the run's rows."""
+    max_new_tokens: int = Field(1024, ge=1, lt=2**16)
+    """Of an answer, at most."""
+    judge: str | None = None
+    """Address of an OpenAI-compatible server, such as http://localhost:8000/v1; null: answers only."""
     judge_model: Annotated[str, Expected("the name of a model on the judge's server")] | None = Field(
-        None, pattern=r"^[\w.:@+\[\]() /-]+$", description="Name of the judge on that server."
+        None, pattern=r"^[\w.:@+\[\]() /-]+$"
     )
-    judge_prompts: str | None = Field(
-        None, description="File of prompts in FastChat's form (judge_prompts.jsonl); null: our own."
-    )
-    judge_references: str | None = Field(
-        None,
-        description="File of reference answers in FastChat's form, for mathematics, reasoning and coding.",
-    )
-    judge_key: str = Field(
-        "OPENAI_API_KEY", description="Name of the environment variable that holds the server's key."
-    )
-    judge_retries: int = Field(6, ge=0, lt=2**16, description="Of a question to the judge that has failed, at most.")
-    judge_parallel: int = Field(1, ge=1, lt=2**16, description="Questions to the judge at a time.")
+    """Name of the judge on that server."""
+    judge_prompts: str | None = None
+    """File of prompts in FastChat's form (judge_prompts.jsonl); null: our own."""
+    judge_references: str | None = None
+    """File of reference answers in FastChat's form, for mathematics, reasoning and coding."""
+    judge_key: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the server's key."""
+    judge_retries: int = Field(6, ge=0, lt=2**16)
+    """Of a question to the judge that has failed, at most."""
+    judge_parallel: int = Field(1, ge=1, lt=2**16)
+    """Questions to the judge at a time."""
 
 
 def check(model: str, evaluation: Evaluation, bench: MTBench) -> None:

@@ -27,30 +27,30 @@ NotNegative = Annotated[float, Field(ge=0, lt=1e12), BeforeValidator(as_number)]
 class Cluster(Settings):
     """GPUs and what lies between them."""
 
-    nodes: Count = Field(1, description="Machines.")
-    gpus: Count = Field(1, description="GPUs of a node.")
-    memory: Positive = Field(80.0, description="Memory of a GPU, in GB (1e9 bytes).")
-    reserve: NotNegative = Field(
-        2.0,
-        description="Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the "
-        "allocator.",
-    )
-    tflops: Positive = Field(
-        312.0, description="Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second."
-    )
-    memory_bandwidth: Positive = Field(2039.0, description="Bandwidth between a GPU and its memory, in GB a second.")
-    nvlink: Positive = Field(
-        300.0, description="Bandwidth of a GPU to the others of its node, one direction, in GB a second."
-    )
-    nvlink_latency: NotNegative = Field(3.4, description="Latency of a hop inside a node, in microseconds.")
-    network: Positive = Field(
-        25.0, description="Bandwidth of a GPU's share of its node's network, one direction, in GB a second."
-    )
-    network_latency: NotNegative = Field(14.0, description="Latency of a hop between nodes, in microseconds.")
-    reach: Annotated[Number, Expected("a share above 0, at most 1")] = Field(
-        0.6, gt=0, le=1, description="Share of tflops and of the bandwidths that is reached."
-    )
-    price: NotNegative | None = Field(None, description="Price of a GPU for an hour, in any currency; null: not known.")
+    nodes: Count = 1
+    """Machines."""
+    gpus: Count = 1
+    """GPUs of a node."""
+    memory: Positive = 80.0
+    """Memory of a GPU, in GB (1e9 bytes)."""
+    reserve: NotNegative = 2.0
+    """Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the allocator."""
+    tflops: Positive = 312.0
+    """Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second."""
+    memory_bandwidth: Positive = 2039.0
+    """Bandwidth between a GPU and its memory, in GB a second."""
+    nvlink: Positive = 300.0
+    """Bandwidth of a GPU to the others of its node, one direction, in GB a second."""
+    nvlink_latency: NotNegative = 3.4
+    """Latency of a hop inside a node, in microseconds."""
+    network: Positive = 25.0
+    """Bandwidth of a GPU's share of its node's network, one direction, in GB a second."""
+    network_latency: NotNegative = 14.0
+    """Latency of a hop between nodes, in microseconds."""
+    reach: Annotated[Number, Expected("a share above 0, at most 1")] = Field(0.6, gt=0, le=1)
+    """Share of tflops and of the bandwidths that is reached."""
+    price: NotNegative | None = None
+    """Price of a GPU for an hour, in any currency; null: not known."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if self.reserve >= self.memory:

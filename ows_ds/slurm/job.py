@@ -41,47 +41,44 @@ Variables = Annotated[
 class Allocation(Settings):
     """What a job takes of a SLURM cluster, and what the site asks for: keys of the cluster's description."""
 
-    nodes: Count = Field(1, description="Nodes of the job.")
-    processes_per_node: Count = Field(8, description="Ranks of a node: one for each GPU.")
-    gpus_per_node: int | None = Field(None, description="GPUs of a node; null: as many as ranks; 0: the CPU is meant.")
-    gpu_memory: Number | None = Field(
-        None,
-        gt=0,
-        lt=MOST,
-        description="Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs.",
-    )
-    launcher: Literal["srun", "torchrun"] = Field(
-        "srun", description="srun starts each rank; torchrun starts those of its node, itself started by srun."
-    )
+    nodes: Count = 1
+    """Nodes of the job."""
+    processes_per_node: Count = 8
+    """Ranks of a node: one for each GPU."""
+    gpus_per_node: int | None = None
+    """GPUs of a node; null: as many as ranks; 0: the CPU is meant."""
+    gpu_memory: Number | None = Field(None, gt=0, lt=MOST)
+    """Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs."""
+    launcher: Literal["srun", "torchrun"] = "srun"
+    """srun starts each rank; torchrun starts those of its node, itself started by srun."""
     time: Annotated[str, Expected("a time such as 24:00:00 or 2-00:00:00, in quotes")] = Field(
-        "24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$", description="Time limit, such as 24:00:00 or 2-00:00:00."
+        "24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$"
     )
-    lead: int = Field(
-        300, ge=0, le=MOST, description="Seconds before the time limit at which the job saves, stops and is requeued."
-    )
-    retries: int = Field(0, ge=0, le=MOST, description="How often a job that failed is tried again.")
-    name: Name = Field("ows", description="Name of the job.")
-    partition: Name | None = Field(None, description="Partition; null: the cluster's default.")
-    account: Name | None = Field(None, description="Account that pays; null: the user's default.")
-    qos: Name | None = Field(None, description="Quality of service; null: the default.")
-    sbatch: Options = Field(
-        ["--exclusive"], description="Further options of sbatch, such as [--exclusive, --constraint=a100]."
-    )
-    modules: Words = Field([], description="Modules to load on each node, in order.")
-    activate: str | None = Field(
-        None, description="File that each node sources after that, such as .venv/bin/activate."
-    )
-    environment: Variables = Field([], description="Variables of all ranks, such as [NCCL_SOCKET_IFNAME=ib0].")
-    inside: Words = Field(
-        [],
-        description="What stands before the command on each node, such as [apptainer, exec, --nv, image.sif].",
-    )
-    port: Annotated[int, Expected("a port from 1024 to 65535")] | None = Field(
-        None,
-        ge=1024,
-        le=65535,
-        description="Port on the first node at which ranks meet; null: one that follows from the job's number.",
-    )
+    """Time limit, such as 24:00:00 or 2-00:00:00."""
+    lead: int = Field(300, ge=0, le=MOST)
+    """Seconds before the time limit at which the job saves, stops and is requeued."""
+    retries: int = Field(0, ge=0, le=MOST)
+    """How often a job that failed is tried again."""
+    name: Name = "ows"
+    """Name of the job."""
+    partition: Name | None = None
+    """Partition; null: the cluster's default."""
+    account: Name | None = None
+    """Account that pays; null: the user's default."""
+    qos: Name | None = None
+    """Quality of service; null: the default."""
+    sbatch: Options = Field(["--exclusive"])
+    """Further options of sbatch, such as [--exclusive, --constraint=a100]."""
+    modules: Words = Field([])
+    """Modules to load on each node, in order."""
+    activate: str | None = None
+    """File that each node sources after that, such as .venv/bin/activate."""
+    environment: Variables = Field([])
+    """Variables of all ranks, such as [NCCL_SOCKET_IFNAME=ib0]."""
+    inside: Words = Field([])
+    """What stands before the command on each node, such as [apptainer, exec, --nv, image.sif]."""
+    port: Annotated[int, Expected("a port from 1024 to 65535")] | None = Field(None, ge=1024, le=65535)
+    """Port on the first node at which ranks meet; null: one that follows from the job's number."""
 
     def contradictions(self) -> Iterator[Wrong]:
         if self.gpus not in (0, self.processes_per_node):
