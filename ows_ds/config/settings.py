@@ -51,11 +51,11 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class Wrong(NamedTuple):
-    """A value that does not go with others. key: relative to the model. beside: keys it was compared with."""
+    """A value that does not go with others. key: relative to the model. compared: the keys it was compared with."""
 
     key: str
     right: str
-    beside: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
 
 
 class Settings(BaseModel):
@@ -103,9 +103,9 @@ def parse(kind: type[T], tree: Mapping[str, Any], prefix: str = "", also: Also[T
             errors[key] = UserError(shown, value, right)
 
     def add_wrong(wrong: Wrong, made: Settings, section: str = "") -> list[str]:
-        key, *beside = (f"{section}{name}" for name in (wrong.key, *wrong.beside))
-        if any(_related(known, name) for known in errors for name in (key, *beside)):
-            return [key, *beside]
+        key, *others = (f"{section}{name}" for name in (wrong.key, *wrong.compared))
+        if any(_related(known, name) for known in errors for name in (key, *others)):
+            return [key, *others]
         add(key, _value(made, wrong.key), wrong.right)
         return [key]
 

@@ -1,7 +1,7 @@
 """`ows-ds launch --slurm`: a recipe and a cluster's description -> a job script, checked before it is submitted.
 
 The script is a head (what the job takes, and what the site asks for) and ``slurm.sh``, its body, which starts the
-processes, passes signals on and has the job requeued. The scripts in ``launch/slurm`` have the same body.
+ranks, passes signals on and has the job requeued. The scripts in ``launch/slurm`` have the same body.
 """
 
 import json
