@@ -70,7 +70,7 @@ def elements_over_steps(
 ) -> list[tuple[int, int, tuple[int, ...]]]:
     """After each step: entries alive, entries that the plan of the next step accounts for, its layers."""
     weights = home(tiny("llama", True, torch.float32), sharding, world_size)
-    with Alive(entries, new=False, looks=100) as state:
+    with Alive(entries, new=False) as state:
         ows = OWS(weights, RATIOS, always_on=always_on, **SETTINGS)
     counted = []
     for _ in range(12):
@@ -130,7 +130,7 @@ def full_gradients(
             loss = mean_loss(ows.weights, ids) / accumulation
             with watching(ows, sharding == "zero3") as mode:
                 ows.backward(loss)
-            counts.append((mode.made, mode.most, mode.now()))
+            counts.append((mode.made, mode.most, mode.now(looks=4)))
             assert all(p.grad is None for p in ows.module.parameters())
         if not ows.nothing_to_train:
             seen.append((plan is not None, counts, len(owned), len(plan.owners) if plan else 0))

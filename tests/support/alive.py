@@ -20,8 +20,8 @@ class Alive(TorchDispatchMode):
     """Follows the storages of operations' results while it is entered.
 
     size: of a result's storage, in any unit; 0 where it does not count. new: leave out results that share the memory of
-    an argument (views, what is written in place). looks: times to look, 10 ms apart, while more than expected is
-    alive: gloo's thread lets go of a message a moment after it has arrived.
+    an argument (views, what is written in place). looks: times to look, 10 ms apart, before a sum counts as the
+    largest: gloo's thread lets go of a message a moment after it has arrived.
     made: how many were followed; most: the largest sum of sizes at once; largest: the largest size.
     """
 
@@ -39,11 +39,11 @@ class Alive(TorchDispatchMode):
             self._storages[storage._cdata] = StorageWeakRef(storage), size
             self.made += 1
             self.largest = max(self.largest, size)
-            self.most = max(self.most, self.now(self.most))
+            self.most = max(self.most, self.now(self.most, self._looks))
 
-    def now(self, expected: int = 0) -> int:
-        """The sum of the sizes of what is alive."""
-        for look in range(self._looks):
+    def now(self, expected: int = 0, looks: int = 100) -> int:
+        """The sum of the sizes of what is alive, after so many looks while it is more than expected."""
+        for look in range(looks):
             time.sleep(0.01 if look else 0.0)
             self._storages = {key: one for key, one in self._storages.items() if not one[0].expired()}
             alive = sum(size for _, size in self._storages.values())
