@@ -63,7 +63,8 @@ def await_fault(path: Path, processes: list[subprocess.Popen[bytes]]) -> None:
     while not path.exists():
         assert time.monotonic() < end
         early = any(process.poll() is not None for process in processes)
-        assert path.exists() or not early  # in this order: the fault may be a process's end
+        if early and not path.exists():  # in this order: the fault may be a process's end
+            pytest.fail("".join(log.read_text() for log in path.parent.parent.glob("*.log")))
         time.sleep(0.05)
 
 

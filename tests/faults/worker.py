@@ -60,4 +60,4 @@ if __name__ == "__main__":
     del sys.argv[1:4]
     if int(os.environ["RANK"]) == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         inject(fault, step)
-    sys.exit(main.main())
+    sys.exit(main())
