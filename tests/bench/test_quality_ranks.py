@@ -125,6 +125,7 @@ def test_a_stopped_study_resumes_and_ends_the_same(
     assert set(scored.values()) == {str(complete / "scores.json")}
 
 
+@pytest.mark.ci
 def test_results_do_not_depend_on_ranks_and_sharding(
     pools: Pools, inputs: Path, tmp_path: Path, straight: tuple[Path, dict[str, Any]]
 ) -> None:

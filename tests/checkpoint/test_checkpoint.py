@@ -274,7 +274,7 @@ def saved(
     return make
 
 
-FAST = [("ows", "zero3", "zero3", 3), ("ows", "replicated", "zero3", 3), ("ows", "zero3", "replicated", 1)]
+FAST = [("ows", "replicated", "zero3", 3), ("ows", "zero3", "replicated", 1)]
 SHARDINGS = ["zero3", "replicated"]
 ALL = itertools.product(["ows", "full", "hift"], SHARDINGS, SHARDINGS, [1, 3, 4])
 

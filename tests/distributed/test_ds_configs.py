@@ -56,7 +56,13 @@ def test_each_file_trains_the_same_bits(pools: Pools, inputs: Path, tmp_path: Pa
     assert len({tuple(one) for one in sets}) > 1  # units have left: merges
 
 
-@pytest.mark.parametrize("method", ["ows", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mezo", "lora"))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("ows", marks=pytest.mark.ci),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in ("mezo", "lora")),
+    ],
+)
 def test_hpz_sees_every_fold_and_gathers_within_its_group(
     pools: Pools, inputs: Path, tmp_path: Path, method: str
 ) -> None:

@@ -12,8 +12,8 @@ from tests.faults.kills import kill
 @pytest.mark.parametrize(
     ("kills", "seed", "sharding"),
     [
-        (3, 1, "zero3"),
-        pytest.param(5, 1, "replicated", marks=pytest.mark.ci),
+        pytest.param(3, 1, "zero3", marks=pytest.mark.ci),
+        pytest.param(5, 1, "replicated", marks=pytest.mark.slow),
         pytest.param(50, 0, "replicated", marks=pytest.mark.slow),
         pytest.param(50, 0, "zero3", marks=pytest.mark.slow),
     ],

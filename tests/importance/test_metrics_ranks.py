@@ -168,7 +168,11 @@ def test_score_where_the_recipes_metric_is_not_asked_for(pools: Pools, file: Pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size", "sharding"), [("rm", 2, "zero3"), ("bi", 3, "replicated"), ("alpha", 2, "zero3")]
+    ("kind", "world_size", "sharding"),
+    [
+        ("alpha", 2, "zero3"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("rm", 2, "zero3"), ("bi", 3, "replicated")]),
+    ],
 )
 def test_a_run_samples_by_them_and_resumes(
     pools: Pools, inputs: Path, tmp_path: Path, kind: str, world_size: int, sharding: str

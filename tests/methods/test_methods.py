@@ -206,7 +206,12 @@ def test_lisa_frees_what_leaves_and_moves_nothing_else(pools: Pools, sharding: s
 
 
 @pytest.mark.parametrize(
-    ("method", "sharding"), [("lisa", "zero3"), ("lisa-d", "replicated"), ("galore", "zero3"), ("badam", "zero3")]
+    ("method", "sharding"),
+    [
+        ("lisa", "zero3"),
+        ("badam", "zero3"),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in [("lisa-d", "replicated"), ("galore", "zero3")]),
+    ],
 )
 def test_methods_resume_bit_identically_and_export(
     pools: Pools, inputs: Path, straight: Callable[..., Path], tmp_path: Path, method: str, sharding: str

@@ -91,8 +91,7 @@ def elements_over_steps(
     return counted
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
-@pytest.mark.parametrize("always_on", ["none", "low_rank"])
+@pytest.mark.parametrize(("sharding", "always_on"), [("replicated", "none"), ("zero3", "low_rank")])
 def test_no_state_of_a_layer_that_left_is_alive(pools: Pools, sharding: str, always_on: str) -> None:
     for counted in pools(2).run(elements_over_steps, sharding, always_on):
         assert len({layers for _, _, layers in counted}) > 2

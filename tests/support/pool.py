@@ -336,6 +336,7 @@ def _answer(rank: int, world_size: int, call: bytes) -> bytes:
     finally:
         function = args = None  # what they hold is garbage now
         gc.collect()
+        gc.freeze()  # the next collection need not look at what is left, mostly modules
 
 
 def _check(rank: int, world_size: int) -> None:

@@ -25,10 +25,17 @@ SHARDINGS = pytest.mark.parametrize("sharding", HOMES)
 
 
 def worlds(*axes: Iterable[Any], also: Container[tuple[Any, ...]] = ()) -> list[Any]:
-    """Arguments (world_size, one of each axis): all at two ranks, at one and three ``also``; the rest is slow."""
+    """Arguments (world_size, one of each axis): at two ranks all in float64 and the last in float32; ``also``.
+
+    The rest is slow.
+    """
+    cases = list(itertools.product((2, 1, 3), *axes))
+    last = max((i for i, case in enumerate(cases) if case[0] == 2 and torch.float32 in case), default=None)
+    everyday = [
+        case in also or i == last or (case[0] == 2 and torch.float32 not in case) for i, case in enumerate(cases)
+    ]
     return [
-        pytest.param(*case, marks=() if case[0] == 2 or case in also else pytest.mark.slow)
-        for case in itertools.product((2, 1, 3), *axes)
+        pytest.param(*case, marks=() if often else pytest.mark.slow) for case, often in zip(cases, everyday, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -23,3 +24,4 @@ __all__ = ["accelerate", "datasets", "matplotlib", "trainer", "transformers"]
 
 with contextlib.redirect_stdout(io.StringIO()):
     build_shm_op()  # before anything is killed: a build that dies leaves its lock behind
+gc.freeze()  # children's collections leave alone what is shared

@@ -81,14 +81,15 @@ def trained(
 
 CASES = [("ows", "full"), ("ows", "low_rank"), ("ows", "none"), ("lisa", "full"), ("hift", "full"), ("mezo", "full")]
 CASES += [("full", "full"), ("lora", "full")]
+FAST = [("ows", "full", "zero3"), ("ows", "low_rank", "replicated"), ("lisa", "full", "zero3"), ("full", "full", "zero3")]
 
 
 @pytest.mark.parametrize(
     ("method", "always_on", "sharding"),
     [
-        *((*case, "zero3") for case in CASES),
-        ("ows", "low_rank", "replicated"),
-        *(pytest.param(*case, "replicated", marks=pytest.mark.slow) for case in CASES if case[1] != "low_rank"),
+        pytest.param(*case, sharding, marks=() if (*case, sharding) in FAST else pytest.mark.slow)
+        for case in CASES
+        for sharding in ("zero3", "replicated")
     ],
 )
 def test_equals_whole_logits(pools: Pools, method: str, always_on: str, sharding: str) -> None:
@@ -103,7 +104,7 @@ def test_equals_whole_logits(pools: Pools, method: str, always_on: str, sharding
         assert also_sent == sent
 
 
-@pytest.mark.parametrize("method", ["ows", "full"])
+@pytest.mark.parametrize("method", ["full", pytest.param("ows", marks=pytest.mark.slow)])
 def test_a_model_that_changes_its_logits_under_zero3(pools: Pools, method: str) -> None:
     """It is found out in the first forward pass, which is taken once more."""
     common = (method, "full", "zero3", torch.float32, "gemma2")

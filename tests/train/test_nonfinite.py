@@ -243,7 +243,7 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
     return seen
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=SLOW), True])
 def test_a_plain_step_waits_for_the_device_once(pools: Pools, inputs: Path, tmp_path: Path, packing: bool) -> None:
     size = {"global_batch_size": 4, "micro_batch_size": 1} if packing else {}
     asked = recipe(inputs, tmp_path, {"gamma": 2.0, "period": 5}, {"update_proj_gap": 9}, sharding="replicated", **size)
