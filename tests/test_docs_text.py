@@ -45,7 +45,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
         if section not in config.Recipe.model_fields or name in ("json", "py", "parameters", "encode_rows", "RunLog"):
             continue
         assert key in hints
-        if value and "..." not in value and "is invalid" not in value and "N" not in value:
+        if value and "..." not in value and "is invalid" not in value and "[:N]" not in value:
             field = hints[key]
             TypeAdapter(Annotated[field.annotation, field]).validate_python(yaml.safe_load(value))
 

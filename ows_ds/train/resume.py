@@ -11,7 +11,7 @@ from ows_ds import config, files
 from ows_ds.checkpoint import Checkpoint, checkpoints
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Shard, Weights, load_weights, weight_shards
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, raise_all
 from ows_ds.methods import Method
 
 
@@ -45,11 +45,12 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
             f"expected never and another train.output_dir: the recipe of the run is not one of this version ({error})"
         )
         raise UserError("train.resume", recipe.train.resume, right) from error
-    for section, values in config.to_dict(recipe).items():
-        for key, value in values.items():
-            if old[section][key] != value and not config.may_change_on_resume(f"{section}.{key}"):
-                right = f"expected {old[section][key]!r}, as the run that is resumed"
-                raise UserError(f"{section}.{key}", value, right)
+    raise_all(
+        UserError(f"{section}.{key}", value, f"expected {old[section][key]!r}, as the run that is resumed")
+        for section, values in config.to_dict(recipe).items()
+        for key, value in values.items()
+        if old[section][key] != value and not config.may_change_on_resume(f"{section}.{key}")
+    )
 
 
 def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, Any]]:

@@ -87,17 +87,18 @@ def test_print_config_prints_what_would_run(
     assert (printed.optim.rank, printed.optim.lr, calls) == (9, 1e-4, [])
 
 
-def shown(error: str, expected: str) -> None:
-    """Every mistake has its line; the expected one is among them."""
-    lines = error.splitlines()
-    assert all(line.startswith("ows-ds: error: ") for line in lines), error
-    assert any(line.startswith(f"ows-ds: error: {expected}") for line in lines), error
+def shown(error: str, expected: str, lines: int = 1) -> None:
+    """Every mistake has its line; the expected one is among so many."""
+    found = error.splitlines()
+    assert len(found) == lines, error
+    assert all(line.startswith("ows-ds: error: ") for line in found), error
+    assert any(line.startswith(f"ows-ds: error: {expected}") for line in found), error
 
 
 MISTAKES = [
     ([], "VERB: None is invalid: expected one of train, score, export"),
     (["trian"], "VERB: 'trian' is invalid: expected one of train, score, export"),
-    (["train"], "model.path: None is invalid: it is required: expected text"),
+    (["train"], "model.path: None is invalid: it is required: expected text", 3),
     (["train", "--config", "no.yaml"], "config: 'no.yaml' is invalid: expected a readable YAML file"),
     (
         ["train", "--config", "r.yaml", "--optim.rank", "0"],
@@ -132,7 +133,7 @@ MISTAKES = [
     ),
     (["train", "--config", "r.yaml", "stray"], "arguments: 'stray' is invalid: settings are given as"),
     (["train", "--config"], "--config: '' is invalid: expected a value after it"),
-    (["export"], "RUN_DIR: None is invalid: it is required: expected a folder"),
+    (["export"], "RUN_DIR: None is invalid: it is required: expected a folder", 2),
     (["export", "run"], "OUT_DIR: None is invalid: it is required: expected a folder"),
     (
         ["score", "--config", "r.yaml", "--metric", "rm,magnitude"],
@@ -142,15 +143,16 @@ MISTAKES = [
     (["score", "--config", "r.yaml", "--metric"], "--metric: '' is invalid: expected a value after it"),
     (["score", "--config", "r.yaml", "--output", "s.png"], "--output: 's.png' is invalid: expected a file whose name"),
     (["train", "--config", "broken.yaml"], "config: 'broken.yaml:3' is invalid: expected valid YAML"),
-    (["train", "--config", "typo.yaml"], "optim.rnk: 3 is invalid: there is no such key; is optim.rank meant?"),
-    (["train", "--config", "type.yaml"], "optim.rank: 'many' is invalid: expected an integer"),
+    (["train", "--config", "typo.yaml"], "optim.rnk: 3 is invalid: there is no such key; is optim.rank meant?", 3),
+    (["train", "--config", "type.yaml"], "optim.rank: 'many' is invalid: expected an integer", 2),
 ]
 
 
-@pytest.mark.parametrize(("argv", "line"), MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(
+@pytest.mark.parametrize(("argv", "line", "lines"), [(*case, 1)[:3] for case in MISTAKES])
+def test_every_mistake_is_one_line_and_exit_code_2(
     argv: list[str],
     line: str,
+    lines: int,
     calls: list[tuple[Any, ...]],
     recipe: str,
     capsys: pytest.CaptureFixture[str],
@@ -160,7 +162,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     Path("type.yaml").write_text("model: {path: m}\noptim: {rank: many}\ntrain: {output_dir: o}\n")
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    shown(err, line)
+    shown(err, line, lines)
     assert (out, calls) == ("", [])
 
 
@@ -253,28 +255,37 @@ def test_the_other_benches_get_what_was_typed(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "expected", "lines"),
     [
-        (["time", "--rounds", "x"], "--rounds: 'x' is invalid: expected an integer"),
-        (["time", "--rounds", "0"], "--rounds: 0 is invalid: expected an integer of at least 1"),
-        (["memory", "--kv-heads", "x"], "--kv-heads: 'x' is invalid: expected an integer"),
-        (["memory", "--kv-heads"], "--kv-heads: '' is invalid: expected an integer"),
-        (["traffic", "--wrld", "3"], "--wrld: '3' is invalid: there is no such key"),
-        (["time", "--dtype", "int8"], "--dtype: 'int8' is invalid: expected one of auto, float32, bfloat16"),
-        ([], "bench WHAT: None is invalid: expected one of quality"),
-        (["speed"], "bench WHAT: 'speed' is invalid: expected one of quality"),
-        (["quality"], "--config: None is invalid: it is required: expected the file of a study"),
-        (["quality", "--config", "none.yaml"], "--output: None is invalid: it is required: expected a folder"),
-        (["quality", "--config", "none.yaml", "--output", "o"], "config: 'none.yaml' is invalid: expected a readable"),
-        (["quality", "--cnfig", "s.yaml"], "--cnfig: 's.yaml' is invalid: there is no such key; is --config meant?"),
-        (
-            ["quality", "--config", "s", "--output", "o", "--seeds", "0-2"],
-            "--seeds: '0-2' is invalid: expected integers",
-        ),
+        (*case, 1)[:3]
+        for case in [
+            (["time", "--rounds", "x"], "--rounds: 'x' is invalid: expected an integer"),
+            (["time", "--rounds", "0"], "--rounds: 0 is invalid: expected an integer of at least 1"),
+            (["memory", "--kv-heads", "x"], "--kv-heads: 'x' is invalid: expected an integer"),
+            (["memory", "--kv-heads"], "--kv-heads: '' is invalid: expected an integer"),
+            (["traffic", "--wrld", "3"], "--wrld: '3' is invalid: there is no such key"),
+            (["time", "--dtype", "int8"], "--dtype: 'int8' is invalid: expected one of auto, float32, bfloat16"),
+            ([], "bench WHAT: None is invalid: expected one of quality"),
+            (["speed"], "bench WHAT: 'speed' is invalid: expected one of quality"),
+            (["quality"], "--config: None is invalid: it is required: expected the file of a study", 2),
+            (["quality", "--config", "none.yaml"], "--output: None is invalid: it is required: expected a folder"),
+            (
+                ["quality", "--config", "none.yaml", "--output", "o"],
+                "config: 'none.yaml' is invalid: expected a readable",
+            ),
+            (
+                ["quality", "--cnfig", "s.yaml"],
+                "--cnfig: 's.yaml' is invalid: there is no such key; is --config meant?",
+            ),
+            (
+                ["quality", "--config", "s", "--output", "o", "--seeds", "0-2"],
+                "--seeds: '0-2' is invalid: expected integers",
+            ),
+        ]
     ],
 )
-def test_mistakes_in_bench_are_one_line(
-    words: list[str], expected: str, recipe: str, capsys: pytest.CaptureFixture[str]
+def test_mistakes_in_bench_are_one_line_each(
+    words: list[str], expected: str, lines: int, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *words]) == 2
-    shown(capsys.readouterr().err, expected)
+    shown(capsys.readouterr().err, expected, lines)

@@ -79,7 +79,10 @@ def course(rank: int, world_size: int, lowest: list[int]) -> list[int]:
     return sent
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), *(pytest.param(*way, marks=pytest.mark.slow) for way in [(1, 2), (0, 1)])])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(0, 2), (2, 0), *(pytest.param(*way, marks=pytest.mark.slow) for way in [(1, 2), (0, 1)])],
+)
 def test_the_lowest_layer_moves(pools: Pools, before: int, after: int) -> None:
     """Three passes later gathers are those of a run that never did anything else."""
     moved, straight = (pools(2).run(course, lowest) for lowest in ([before] * 4 + [after] * 6, [after] * 6))

@@ -34,6 +34,9 @@ BATCHES = [[0, 3], [1, 4, 2], [5]]  # dealt in turn: in a world of 2, rank 1 has
 TOKENS = 14 + 4 + 23 + 13 + 9 + 31
 EMBEDDING = 49152 * 576
 PARAMETERS = EMBEDDING + 30 * (576 * (2 * 576 + 2 * 192 + 3 * 1536) + 2 * 576) + 576
+WORLDS = pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.ci)]
+)
 CHANGED = "model.layers.17.mlp.up_proj.weight"
 
 
@@ -156,7 +159,7 @@ def measured(pools: Pools, smollm2: Path) -> Any:
 
 
 @pytest.mark.parametrize("home", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.ci)])
+@WORLDS
 def test_scores_equal_equation_2(measured: Any, reference: list[float], world_size: int, home: str) -> None:
     for rank in measured(world_size):
         scores = rank[home]["scores"]
@@ -167,7 +170,7 @@ def test_scores_equal_equation_2(measured: Any, reference: list[float], world_si
 
 
 @pytest.mark.parametrize("home", ["replicated", "zero3"])
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.ci)])
+@WORLDS
 def test_what_a_score_sends(measured: Any, world_size: int, home: str) -> None:
     features = 30 * (6 * 576 + 1536)  # six matrices of a layer read the hidden state, one the inner state
     sizes = {"score": [2 * features * 8, (30 + 1) * 8], "fingerprint": [272 * 8]}

@@ -267,7 +267,10 @@ def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world_size: int,
     [("lora", "zero3"), ("hift", "zero3"), ("full", "replicated")]
     + [
         pytest.param(method, sharding, marks=pytest.mark.slow)
-        for sharding, methods in {"zero3": ("full", "dora", "mezo"), "replicated": ("lora", "dora", "hift", "mezo")}.items()
+        for sharding, methods in {
+            "zero3": ("full", "dora", "mezo"),
+            "replicated": ("lora", "dora", "hift", "mezo"),
+        }.items()
         for method in methods
     ],
 )

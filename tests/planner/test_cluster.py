@@ -71,7 +71,7 @@ def test_clusters_by_name_and_file(tmp_path: Path) -> None:
             {"network_latency": float("nan")},
             "--network-latency: nan is invalid: expected a finite number",
         ),
-        ("8xH100", {"reach": 1.5}, "--reach: 1.5 is invalid: expected a share"),
+        ("8xH100", {"reach": 1.5}, "--reach: 1.5 is invalid: expected a share above 0, at most 1"),
         ("8xH100", {"reserve": 80.0}, "--reserve: 80.0 is invalid: expected less than memory, 80 GB"),
     ],
 )

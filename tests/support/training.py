@@ -35,7 +35,8 @@ def worlds(*axes: Iterable[Any], also: Container[tuple[Any, ...]] = ()) -> list[
         case in also or i == last or (case[0] == 2 and torch.float32 not in case) for i, case in enumerate(cases)
     ]
     return [
-        pytest.param(*case, marks=() if often else pytest.mark.slow) for case, often in zip(cases, everyday, strict=True)
+        pytest.param(*case, marks=() if often else pytest.mark.slow)
+        for case, often in zip(cases, everyday, strict=True)
     ]
 
 
