@@ -108,7 +108,7 @@ def test_a_preempted_job_ends_as_if_never_stopped(cluster: Slurm, inputs: Path, 
     job = int(re.findall(r"job (\d+):", said)[0])
     signalled(cluster, job, tmp_path / "run", *PUSH_OUT)
     dry = cluster.client(*words, dry_run)  # while the job waits
-    assert dry.replace("(goes on)", "(new)") == (tmp_path / "run" / "job.sbatch").read_text()
+    assert dry.replace("(resumed)", "(new)") == (tmp_path / "run" / "job.sbatch").read_text()
     log = ends_as_if_never_stopped(cluster, job, tmp_path, expected)
     assert "exit code 75 after start 1: the job is requeued" in log
 
