@@ -7,7 +7,7 @@ write.
     python benchmarks/same_weights.py OLD NEW
 
 OLD and NEW are checkouts; both run in this interpreter's environment. Exit code 1 if weights differ by more than 1e-12
-relative (Frobenius, of a tensor) in float64, or at all in bfloat16.
+relative (Frobenius, of a tensor) in float64, or by more than 1e-8 in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("ows", "lisa", "galore", "full", "lora")
 SHARDINGS = ("replicated", "zero3")
 DTYPES = ("float64", "bfloat16")
-LARGEST = {"float64": 1e-12, "bfloat16": 0.0}  # relative differences
+# relative differences: the squares of a gradient's norm may be summed in another order, which clipping shows
+LARGEST = {"float64": 1e-12, "bfloat16": 1e-8}
 LIMIT = 900  # seconds for all runs of a checkout
 RENAMED = {  # key now: key before
     "model.attn_implementation": "model.attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -111,6 +111,26 @@ def without_sharding() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+# ------------------------------------------------------------------ chat templates
+
+GENERATION = "_generation_support"  # of the extension that reads {% generation %}
+
+
+def compiled_template(source: str) -> Any:
+    """A chat template in the sandbox that transformers runs it in: a `jinja2.Template`, with its environment."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template(source)
+
+
+def template_messages(messages: Sequence[Any]) -> list[Any]:
+    """Messages as `apply_chat_template` hands them to the template: copies, with reasoning under all its names."""
+    from transformers.utils import chat_template_utils as utils
+
+    found: list[Any] = utils._alias_reasoning_fields(utils._plain_template_data(list(messages)))
+    return found
 
 
 # ------------------------------------------------------------------ the Trainer

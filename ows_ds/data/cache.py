@@ -26,7 +26,7 @@ from ows_ds.data.encoded import Counts, EncodedRows
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write
 
-FORMAT = 2  # of an entry, and of what encoding makes: a change of either needs another number
+FORMAT = 3  # of an entry, and of what encoding makes: a change of either needs another number
 SETTINGS = ("max_length", "loss_on", "template", "on_bad_row")
 NAMES = ("tokens", "trained", "ends", "targets")
 

@@ -1,161 +1,206 @@
-"""Chats -> text by a chat template, and the characters of it that are trained.
-
-A message is a dict of `role` and `content`, or of `from` and `value` as ShareGPT has it; None stands for a missing
-value. Its key `train` (or `training`), true or false, or `weight`, 1 or 0, says whether it is trained.
-"""
+"""Chats -> text by a chat template, and the characters of it that are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ows_ds.data.messages import Chat, Turn
+from ows_ds.data.template import Rendered, render
 from ows_ds.errors import UserError, first_line
 
-SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
-    "bard": "assistant", "assistant": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-"""Speakers of ShareGPT's turns, and the roles that templates know."""
-FLAGS = ("train", "training", "weight")
-PAIRS = (("role", "from"), ("content", "value"))
-MARK = "\ue000"  # of private use
+Span = tuple[int, int]
+NOTES = ("empty answers are not trained", "answers whose reasoning the chat template leaves out")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """message: what the template gets: role, content, and whatever else the row has. train: None where the row does
-    not say."""
+def write(chat: Chat, tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[Span], list[str]]:
+    """The conversation as text; the spans of characters, (first, past the last), that are trained; and of `NOTES` what
+    is to be noted.
 
-    message: dict[str, Any]
-    train: bool | None = None
+    An assistant's span runs from where generation would start to the mark at which it stops, also where that is the
+    head of the next turn; or it is what the template has in ``{% generation %}``. Of another turn, where its row says
+    that it is trained, the content is. Empty answers are not trained. Under ``loss_on`` "all" there are no spans: all
+    is trained.
+
+    Raises UserError naming ``key`` where the template refuses the turns, or leaves out what they say; data.loss_on
+    where it does not show where a turn stands.
+    """
+    if loss_on == "all" and any(turn.train is not None for turn in chat.turns):
+        raise UserError("data.loss_on", loss_on, "expected assistant: a row says which of its turns are trained")
+    shown = _Shown(chat, tokenizer, key)
+    notes: list[str] = []
+    spans: list[Span] = []
+    for i, turn in enumerate(shown.turns if loss_on != "all" else ()):
+        if not (turn.role == "assistant" if turn.train is None else turn.train):
+            continue
+        if turn.empty:
+            notes.append(NOTES[0])
+            continue
+        found = shown.answer(i) if turn.role == "assistant" else [shown.content(i)]
+        if None in found or not found:
+            right = f"expected all: the chat template does not show where turn {i + 1} starts and ends"
+            raise UserError("data.loss_on", loss_on, right)
+        if turn.reasoning and turn.reasoning not in shown.text and i > shown.last_question:
+            notes.append(NOTES[1])
+        spans += [span for span in found if span]
+    return shown.text, spans, notes
+
+
+def _variants(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
+    """Turns in the forms that templates know: a call's content as None, "" or absent, its arguments as a dict or as
+    JSON, and a developer's text as it is or as the system's."""
+
+    def changed(turn: Turn, content: Any, as_text: bool, developer: str) -> Turn:
+        message = dict(turn.message)
+        if turn.role == "developer":
+            message["role"] = developer
+        if "tool_calls" in message:
+            if message["content"] is None:
+                message["content"] = content
+                if content is False:
+                    del message["content"]
+            if as_text:
+                message["tool_calls"] = [
+                    {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                    for call in message["tool_calls"]
+                ]
+        return dataclasses.replace(turn, message=message)
+
+    calls = any(turn.calls for turn in turns)
+    for developer in ("developer", "system") if any(turn.role == "developer" for turn in turns) else ("developer",):
+        for as_text in (False, True) if calls else (False,):
+            for content in (None, "", False) if calls else (None,):
+                yield [changed(turn, content, as_text, developer) for turn in turns]
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer: Any, size: int) -> tuple[str, ...]:
+    """A tokenizer's special tokens, the longest first. size: how many tokens it has."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({*special, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
+
+
+class _Shown:
+    """A conversation in the first of its forms that the template writes in full."""
+
+    def __init__(self, chat: Chat, tokenizer: Any, key: str) -> None:
+        self.tokenizer, self.chat, self.key = tokenizer, chat, key
+        refused: UserError | None = None
+        for turns in _variants(chat.turns):
+            self.turns = turns
+            try:
+                self.whole = self._render(self.turns)
+            except UserError as error:
+                refused = refused or error
+                continue
+            if (missing := self._missing()) is None:
+                self.text = self.whole.text
+                return
+            said = [turn.message for turn in chat.turns]
+            refused = refused or UserError(
+                key, said, f"expected messages that the model's chat template takes: {missing}"
+            )
+        assert refused is not None
+        raise refused
 
     @property
-    def role(self) -> str:
-        """The speaker's role."""
-        return str(self.message["role"])
+    def last_question(self) -> int:
+        """The number of the last turn of a user; templates leave out reasoning before it."""
+        return max((i for i, turn in enumerate(self.turns) if turn.role == "user"), default=-1)
 
-
-def turns(messages: Sequence[dict[str, Any]]) -> list[Turn]:
-    """Turns of messages without a `mistake`."""
-    found = []
-    for message in messages:
-        flag = next((message[name] for name in FLAGS if message.get(name) is not None), None)
-        kept = {k: v for k, v in message.items() if v is not None and k not in (*FLAGS, "from", "value")}
-        if message.get("role") is None:
-            kept = {"role": SPEAKERS[message["from"]], **kept}
-        if message.get("content") is None:
-            kept["content"] = message["value"]
-        found.append(Turn(kept, None if flag is None else bool(flag)))
-    return found
-
-
-def mistake(messages: Any, column: str) -> str | None:
-    """What is expected where ``messages``, of that column, are no chat; None where they are one."""
-    if not isinstance(messages, list) or not messages:
-        return f"expected {column} as a list of at least one message"
-    for message in messages:
-        if not isinstance(message, dict):
-            return "expected every message a role and a content, both text"
-        names = [name if message.get(name) is not None else other for name, other in PAIRS]
-        if not all(is_text(message.get(name)) for name in names):
-            return f"expected every message a {' and a '.join(names)}, both text"
-        if names[0] == "from" and message["from"] not in SPEAKERS:
-            return f"expected from as one of {', '.join(SPEAKERS)}"
-        for name in FLAGS:
-            if message.get(name) not in (None, True, False):  # 1 and 0 are equal to these
-                return f"expected {name} as {'0 or 1' if name == 'weight' else 'true or false'}"
-    return None
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is text that tokenizers take: JSON can also name halves of characters (\\ud83d)."""
-    try:
-        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
-    except UnicodeEncodeError:
-        return False
-
-
-def write(turns: Sequence[Turn], tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the spans of characters, (first, past the last), that are trained.
-
-    An assistant's span runs from where generation would start to its end mark (`_Chat.answer`). Of another turn, where
-    its row says that it is trained, the content is. Under ``loss_on`` "all" there are no spans: all is trained.
-
-    Raises UserError naming ``key`` where the template refuses the turns, data.loss_on where it does not show their end.
-    """
-    chat = _Chat([turn.message for turn in turns], tokenizer, key)
-    if loss_on == "all":
-        if any(turn.train is not None for turn in turns):
-            right = "expected assistant: a row says which of its turns are trained"
-            raise UserError("data.loss_on", loss_on, right)
-        return chat.text, []
-    spans: list[tuple[int, int]] = []
-    for i, turn in enumerate(turns):
-        if turn.role == "assistant" if turn.train is None else turn.train:
-            span = chat.answer(i) if turn.role == "assistant" else chat.content(i)
-            if span is None:
-                right = f"expected all: the chat template does not show where turn {i + 1} starts and ends"
-                raise UserError("data.loss_on", loss_on, right)
-            spans.append(span)
-    return chat.text, spans
-
-
-class _Chat:
-    """A conversation in a template. The template is not parsed: what it writes for parts of the conversation, or for
-    one with a mark in place of a turn, shows where the turn stands."""
-
-    def __init__(self, turns: list[dict[str, Any]], tokenizer: Any, key: str) -> None:
-        self.turns, self.tokenizer, self.key = turns, tokenizer, key
-        self.text = self._render(turns)
-
-    def _render(self, turns: list[dict[str, Any]], prompt: bool = False) -> str:
+    def _render(self, turns: Sequence[Turn], prompt: bool = False) -> Rendered:
+        messages = [turn.message for turn in turns]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
+            return render(self.tokenizer, messages, self.chat.tools, prompt, self.chat.settings)
         except Exception as error:  # the template is a program of the model's
             right = f"expected messages that the model's chat template takes ({first_line(error)})"
-            raise UserError(self.key, turns, right) from error
+            raise UserError(self.key, messages, right) from error
 
-    def _up_to(self, turns: list[dict[str, Any]]) -> str:
-        """``turns``, of which the last is an answer, without what the template writes only after a complete
-        conversation (Phi-3: another end mark)."""
-        text, continued = self.text if turns is self.turns else self._render(turns), self._render(turns, True)
-        common = next((i for i, (a, b) in enumerate(zip(text, continued, strict=False)) if a != b), len(text))
-        if common == len(text):
-            return text
-        # where a token ends: marks begin alike, "<|"
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return text[: max((end for _, end in tokens if end <= common), default=0)]
+    def _missing(self) -> str | None:
+        """What the text does not say of the chat, in words."""
+        text = self.whole.text
 
-    def answer(self, i: int) -> tuple[int, int] | None:
-        """From where turn i would be generated to its end mark; None where the template does not show it."""
-        if i == 0:  # an empty conversation cannot be rendered: the turn begins with its content
-            shown = self.content(i)
-            before = MARK if shown is None else self.text[: shown[0]]
-        else:
-            before = self._render(self.turns[:i], True)
-        if not self.text.startswith(before):
-            return None
-        start, last = len(before), i + 1 == len(self.turns)
-        through = self._up_to(self.turns) if last else self._render(self.turns[: i + 1])
-        if not self.text.startswith(through):
-            through = self._up_to(self.turns[: i + 1])
-        if self.text.startswith(through) and len(through) >= start:
-            # templates end a turn with a line break after its end mark; generation has stopped by then
-            return start, start + len(through[start:].rstrip())
-        # Qwen3 writes an answer differently when more follows: its end mark is found behind its content
-        content, mark = self.content(i), self._up_to([*self.turns[:i], self._marked(i)]).partition(MARK)[2]
-        if content is None or content[0] < start or not self.text.startswith(mark, content[1]):
-            return None
-        return start, content[1] + len(mark.rstrip())
+        def there(said: str) -> bool:
+            said = said.strip()
+            return said in text or any(json.dumps(said, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False))
 
-    def content(self, i: int) -> tuple[int, int] | None:
+        for number, turn in enumerate(self.turns, start=1):
+            said = turn.text.rpartition("</think>")[2]
+            if turn.role == "assistant" and number <= self.last_question:  # of which templates may show a part
+                said = " ".join(said.split()[-1:])
+            if not there(said):
+                return f"it leaves out turn {number}, of role {turn.role}"
+            if any(call["name"] not in text for call in turn.calls):
+                return f"it leaves out the tool calls of turn {number}"
+            if turn.calls and not turn.text and "None" not in json.dumps(turn.message):
+                first, last = self.whole.spans.get(number - 1, (0, 0))
+                if "None" in text[first:last]:
+                    return f"it writes None for the content of turn {number}"
+        names = [tool.get("function", tool).get("name") for tool in self.chat.tools or ()]
+        return f"it leaves out the tool {names[0]}" if names and not all(str(name) in text for name in names) else None
+
+    def answer(self, i: int) -> list[Span | None]:
+        """What of an assistant's turn is trained: nothing where the template does not show it."""
+        where = self.whole.spans.get(i)
+        if where is None:
+            inside = self.content(i)
+            return [inside and self._ended(i, inside)]
+        if self.whole.generated:
+            blocks = [(a, b) for a, b in self.whole.generated if where[0] <= a and b <= where[1]]
+            return [*blocks[:-1], *(self._ended(i, span) for span in blocks[-1:])]
+        start, end = where
+        start += _alike(self.text[start:end], self._prompt(i))
+        follows = next((j for j in range(i + 1, len(self.turns)) if self.turns[j].role != "tool"), len(self.turns))
+        if any(j not in self.whole.spans for j in range(i + 1, follows)):
+            # the template writes the tools' answers within the turn that asks for them
+            alone = self._render(self.turns[: i + 1])
+            first, last = alone.spans.get(i, (0, 0))
+            end = where[0] + _alike(self.text[where[0] : end], alone.text[first:last])
+        return [self._ended(i, (start, end))]
+
+    def _ended(self, i: int, span: Span) -> Span:
+        """The span up to the mark at which generation stops. Where the template writes none behind the last turn, as
+        it begins the next one with it, the text gets it."""
+        start, end = span
+        text, marks = self.text[start:end].rstrip(), special_tokens(self.tokenizer, len(self.tokenizer))
+        if not text.endswith(marks):
+            behind = self.text[end:]
+            if not behind and i + 1 == len(self.turns):
+                next_one = Turn({"role": "tool" if self.turns[i].calls else "user", "content": "?"})
+                try:
+                    behind = self._render([*self.turns, next_one]).after(i)
+                except (UserError, KeyError):
+                    behind = ""
+                self.text += next((mark for mark in marks if behind.startswith(mark)), "")
+            mark = next((mark for mark in marks if behind.startswith(mark)), None)
+            if mark is None:
+                return start, start + len(text)
+            return start, end + len(mark)
+        return start, start + len(text)
+
+    def _prompt(self, i: int) -> str:
+        """What the template writes for turn i to be generated."""
+        for before in (self.turns[:i], [Turn({"role": "user", "content": "?"})]):
+            try:
+                return self._render(before, True).after(len(before) - 1)
+            except (UserError, KeyError):  # of no turn, or of one that stands apart
+                continue
+        return ""
+
+    def content(self, i: int) -> Span | None:
         """Where the content of turn i stands; None where the template does not show it."""
-        before, mark, after = self._render([*self.turns[:i], self._marked(i), *self.turns[i + 1 :]]).partition(MARK)
+        held = self.whole.text + json.dumps([turn.message for turn in self.turns], ensure_ascii=False)
+        mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in held)
+        marked = dataclasses.replace(self.turns[i], message={**self.turns[i].message, "content": mark})
+        before, there, after = self._render([*self.turns[:i], marked, *self.turns[i + 1 :]]).text.partition(mark)
         end = len(self.text) - len(after)
-        shown = mark and self.text.startswith(before) and self.text.endswith(after) and end >= len(before)
+        shown = there and self.text.startswith(before) and self.text.endswith(after) and end >= len(before)
         return (len(before), end) if shown else None
 
-    def _marked(self, i: int) -> dict[str, Any]:
-        return {**self.turns[i], "content": MARK}
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -5,7 +5,8 @@ from typing import Any
 
 from ows_ds.data import chat
 from ows_ds.data.encoded import Builder, Counts, Encoded, EncodedRows
-from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of
+from ows_ds.data.messages import read_chat
+from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of, ignored
 from ows_ds.errors import UserError
 
 # Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
@@ -37,7 +38,7 @@ def encode(
     data.loss_on where the template does not show where turns end.
     """
     kept = Builder()
-    ids, trained = _tokens(row, tokenizer, loss_on, format, key, template)
+    ids, trained, _ = _tokens(row, tokenizer, loss_on, format, key, template)
     kept.add(ids[:max_length], trained[:max_length])
     return kept.build()[0]
 
@@ -66,7 +67,7 @@ def encode_rows(
         try:
             if isinstance(row, UserError):
                 raise row
-            ids, trained = _tokens(row, tokenizer, loss_on, format, key, template)
+            ids, trained, notes = _tokens(row, tokenizer, loss_on, format, key, template)
         except UserError as error:
             named = error if isinstance(row, UserError) else _placed(error, key, where)
             if error.key != key or on_bad_row == "stop":
@@ -74,6 +75,9 @@ def encode_rows(
             counts.bad += 1
             counts.first_bad = counts.first_bad or f"{where}: {error.right}"
             continue
+        counts.ignored |= dict.fromkeys(ignored(row, format))
+        for note in notes:
+            counts.notes[note] = counts.notes.get(note, 0) + 1
         counts.truncated += len(ids) > max_length
         anywhere = any(trained[1:])
         ids, trained = ids[:max_length], trained[:max_length]
@@ -83,12 +87,12 @@ def encode_rows(
         else:
             without += not anywhere
             counts.dropped += 1
-            reason = "its first is after data.max_length" if anywhere else "no assistant's turn, or an empty answer"
+            reason = "its first is after data.max_length" if anywhere else _nothing_trained(row, notes)
             counts.first_dropped = counts.first_dropped or f"{where}: {reason}"
     if not counts.kept and not may_be_none:
         right = f"expected rows with a token to train among the first {max_length} (data.max_length)"
         if without:
-            right += f": {without} have none at any length, as without an assistant's turn or with an empty answer"
+            right += f": {without} have none at any length, the first is {counts.first_dropped}"
         if counts.bad:
             right += f"; {counts.bad} are bad, the first is {counts.first_bad}"
         raise UserError(key, f"{counts.rows} rows", right)
@@ -105,8 +109,8 @@ def _placed(error: UserError, key: str, where: str) -> UserError:
 
 def _tokens(
     row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str
-) -> tuple[list[int], list[bool]]:
-    """Tokens of one row at full length, and whether each is trained."""
+) -> tuple[list[int], list[bool], list[str]]:
+    """Tokens of one row at full length, whether each is trained, and what is to be noted (`chat.NOTES`)."""
     name = format_of(row, format)
     if not tokenizer.is_fast:
         raise UserError(
@@ -123,34 +127,45 @@ def _tokens(
             raise UserError("data.template", template, "expected auto or chat for messages")
         right = "expected rows of another format, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError(key, "messages", right)
+    notes: list[str] = []
     if name == "text":
         text, spans = row["text"], [(0, len(row["text"]))]
-    elif messages is not None:
-        text, spans = chat.write(chat.turns(messages), tokenizer, loss_on, key)
+    elif is_chat:
+        if messages is None:
+            task, more, answer = _question(row, name)
+            said = (("user", f"{task}\n\n{more}" if more else task), ("assistant", answer))
+            messages = [{"role": role, "content": content} for role, content in said]
+        text, spans, notes = chat.write(read_chat(messages, "messages", row), tokenizer, loss_on, key)
     else:
         task, more, answer = _question(row, name)
-        if is_chat:
-            asked = f"{task}\n\n{more}" if more else task
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-            text, spans = chat.write(chat.turns(messages), tokenizer, loss_on, key)
-        else:
-            write = _alpaca if template == "alpaca" else _plain
-            prompt, completion = write(name, task, more, answer)
-            text = prompt + completion
-            spans = [(0 if loss_on == "all" else len(prompt), len(text))]
+        prompt, completion = (_alpaca if template == "alpaca" else _plain)(name, task, more, answer)
+        text = prompt + completion
+        spans = [(0 if loss_on == "all" else len(prompt), len(text))]
+        if not answer.strip():
+            spans, notes = [], [chat.NOTES[0]]
     # A chat template writes the special tokens itself.
     encoding = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
     if is_chat and loss_on == "all":
-        return ids, [True] * len(ids)
+        return ids, [True] * len(ids), notes
     trained = [any(start < last and first < end for first, last in spans) for start, end in encoding["offset_mapping"]]
     if not is_chat and tokenizer.eos_token_id is not None:
         if ids[-1:] == [tokenizer.eos_token_id]:  # the tokenizer has put it there
             ids.pop()
             trained.pop()
         ids.append(tokenizer.eos_token_id)
-        trained.append(True)
-    return ids, trained
+        trained.append(bool(spans))
+    return ids, trained, notes
+
+
+def _nothing_trained(row: Row, notes: list[str]) -> str:
+    """Why a row has no trained token."""
+    if notes:
+        return "an empty answer"
+    given = [row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)]
+    messages: list[Any] = given[0] if given else []
+    roles = {str(message.get("role") or message.get("from")) for message in messages}
+    return "no assistant's turn" + (f", of the roles {', '.join(sorted(roles))}" if roles else "")
 
 
 def _question(row: Row, name: str | None) -> tuple[str, str, str]:

@@ -49,6 +49,8 @@ class Counts:
         trained_tokens: those of them with a label.
         first_dropped: place of the first dropped row, and the reason; "" without any.
         first_bad: the same of the first bad row.
+        ignored: columns that mean nothing to training, in order, as the keys of a dict.
+        notes: how often something else is to be said.
     """
 
     rows: int = 0
@@ -60,12 +62,19 @@ class Counts:
     trained_tokens: int = 0
     first_dropped: str = ""
     first_bad: str = ""
+    ignored: dict[str, None] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
         """Of both together."""
         sums: dict[str, Any] = {}
         for name, mine in vars(self).items():
-            sums[name] = mine or getattr(other, name) if isinstance(mine, str) else mine + getattr(other, name)
+            theirs = getattr(other, name)
+            if isinstance(mine, int):
+                sums[name] = mine + theirs
+            else:
+                sums[name] = mine | theirs if isinstance(mine, dict) else mine or theirs
+        sums["notes"] |= {note: self.notes[note] + other.notes[note] for note in self.notes if note in other.notes}
         return Counts(**sums)
 
     def line(self, max_length: int) -> str:
@@ -74,6 +83,8 @@ class Counts:
         if self.dropped:
             notes.append(f"{self.dropped:,} without a trained token dropped, the first is {self.first_dropped}")
         notes += [f"{self.truncated:,} cut to {max_length} tokens"] if self.truncated else []
+        notes += [f"{number:,} {note}" for note, number in self.notes.items()]
+        notes += [f"ignored columns: {', '.join(self.ignored)}"] if self.ignored else []
         return f"{self.kept:,} rows, {self.trained_tokens:,} trained tokens" + "".join(f"; {note}" for note in notes)
 
 

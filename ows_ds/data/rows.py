@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, sources
-from ows_ds.data import chat
-from ows_ds.data.chat import is_text
+from ows_ds.data.messages import BadChat, is_text, read_chat
 from ows_ds.errors import UserError, first_line
 from ows_ds.files import parse_json
 
@@ -255,22 +254,31 @@ def format_of(row: Row, format: str) -> str | None:
     return next((name for name, columns in COLUMNS.items() if all(c in row for c in columns)), None)
 
 
-def conversation(row: Row, name: str | None) -> list[Any] | None:
-    """The messages of a row that is a chat (`chat.turns` reads them); None for any other.
+def ignored(row: Row, format: str) -> list[str]:
+    """Columns of a row with a value that mean nothing to training."""
+    name = format_of(row, format)
+    used = {*COLUMNS.get(str(name), ()), *(() if name == "text" else ("system", "tools", "chat_template_kwargs"))}
+    used |= {"input", "history"} if name == "alpaca" else set()
+    return [column for column in row if column not in used and row[column] is not None]
 
-    Alpaca rows are one where they have a system text or a history, [question, answer] a turn, as LLaMA-Factory has
-    them; prompts and completions are one where both are lists of messages, as TRL has them, with the prompt untrained.
+
+def conversation(row: Row, name: str | None) -> list[Any] | None:
+    """The messages of a row that is a chat (`messages.read_chat` reads them); None for any other.
+
+    A system column comes first. Alpaca rows are one where they have it or a history, [question, answer] a turn, as
+    LLaMA-Factory has them; prompts and completions are one where both are lists of messages, as TRL has them, with the
+    prompt untrained.
     """
+    system = row.get("system")
+    found: list[Any] = [{"role": "system", "content": system}] if system else []
     if name in ("messages", "sharegpt"):
-        messages, system = row.get(COLUMNS[name][0]), row.get("system")
-        first = [{"role": "system", "content": system}] if name == "sharegpt" and system else []
-        return [*first, *messages] if isinstance(messages, list) and messages else []
+        messages = row.get(COLUMNS[name][0])
+        return [*found, *messages] if isinstance(messages, list) and messages else []
     if name == "prompt_completion" and isinstance(row.get("prompt"), list):
         prompt, completion = row["prompt"], row.get("completion")
         asked = [turn | {"train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return [*asked, *completion] if isinstance(completion, list) and completion else []
-    if name == "alpaca" and (row.get("history") or row.get("system")):
-        found: list[Any] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*found, *asked, *completion] if isinstance(completion, list) and completion else []
+    if name == "alpaca" and (row.get("history") or system):
         history = row.get("history") or []
         if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
             return []
@@ -289,7 +297,11 @@ def _mistake(row: Row, format: str) -> str | None:
         return f"expected the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
     messages = conversation(row, name)
     if messages is not None and name != "alpaca":
-        return chat.mistake(messages, " and ".join(COLUMNS[name]))
+        try:
+            roles = [turn.role for turn in read_chat(messages, " and ".join(COLUMNS[name]), row).turns]
+        except BadChat as error:
+            return str(error)
+        return "expected one system text: the column has one, and the messages another" if _twice(roles) else None
     texts = COLUMNS[name]
     if name == "alpaca" and row.get("input") is not None:
         texts = (*texts, "input")
@@ -303,6 +315,13 @@ def _mistake(row: Row, format: str) -> str | None:
     for column in texts:
         if not is_text(row.get(column)):
             return f"expected {column} as text"
-    if messages is not None and chat.mistake(messages, "history"):
-        return "expected system as text and history as a list of [question, answer], all of them text"
+    if messages is not None:
+        try:
+            read_chat(messages, "history", row)
+        except BadChat:
+            return "expected system as text and history as a list of [question, answer], all of them text"
     return None
+
+
+def _twice(roles: list[str]) -> bool:
+    return roles[:2] == ["system", "system"]

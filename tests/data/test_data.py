@@ -222,9 +222,13 @@ def test_a_template_that_rewrites_turns_is_trained_as_it_writes_them() -> None:
 
 def test_templates_that_hide_turns_or_refuse_rows_are_errors() -> None:
     hiding = byte_tokenizer("{{ messages[-1]['content'] }}{% if add_generation_prompt %}?{% endif %}")
+    for loss_on in ("assistant", "all"):
+        with pytest.raises(UserError, match=r"it leaves out turn 1, of role user"):
+            encode({"messages": TALK}, hiding, 1000, loss_on)
+    upper = byte_tokenizer("{{ (messages | map(attribute='content') | join) * 2 }}")
     with pytest.raises(UserError, match=r"data\.loss_on: 'assistant' is invalid: expected all: .* turn 2"):
-        encode({"messages": TALK}, hiding, 1000)
-    assert encode({"messages": TALK}, hiding, 1000, loss_on="all").trained.all()
+        encode({"messages": TALK}, upper, 1000)
+    assert encode({"messages": TALK}, upper, 1000, loss_on="all").trained.all()
     strict = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"data\.eval: .*roles must alternate"):
         encode({"messages": TALK}, strict, 1000, key="data.eval")
@@ -255,7 +259,9 @@ def test_long_rows_are_cut_and_rows_without_a_target_are_dropped_and_counted() -
 
 def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     """Those that are none of a format, and those that the chat template refuses."""
-    tokenizer = byte_tokenizer("{{ raise_exception('never') if messages[0]['content'] == 'x' else 'Y' }}")
+    tokenizer = byte_tokenizer(
+        "{{ raise_exception('never') if messages[0]['content'] == 'x' else messages[0]['content'] }}"
+    )
     good, refused = {"text": "abc"}, {"messages": [{"role": "user", "content": "x"}]}
     broken = UserError("data.train", "r.jsonl:2", "expected text as text")
     silent = {"messages": [{"role": "user", "content": "y"}]}
@@ -271,7 +277,7 @@ def test_bad_rows_stop_or_are_skipped_and_named() -> None:
     kept, counts = encode_rows(rows, tokenizer, 9, on_bad_row="skip")
     assert (len(kept), counts.bad, counts.dropped, counts.rows) == (1, 2, 1, 4)
     assert counts.first_bad == "r.jsonl:2: expected text as text"
-    assert counts.first_dropped == "r.jsonl:4: no assistant's turn, or an empty answer"
+    assert counts.first_dropped == "r.jsonl:4: no assistant's turn, of the roles user"
     assert "2 bad ones skipped, the first is r.jsonl:2: expected text as text" in counts.line(9)
     with pytest.raises(UserError, match=r"1 are bad, the first is r\.jsonl:2: expected text as text"):
         encode_rows(rows[1:2], tokenizer, 9, on_bad_row="skip")
@@ -298,7 +304,7 @@ def test_rows_are_read_in_order_and_blank_lines_skipped(tmp_path: Path) -> None:
         ),
         ({"text": 3}, "expected text as text"),
         ({"messages": []}, "expected messages as a list of at least one message"),
-        ({"messages": [{"role": "user"}]}, "expected every message a role and a value"),
+        ({"messages": [{"role": "user"}]}, "expected every message a role and a content"),
         ({"messages": ["hi"]}, "expected every message a role and a content"),
         ({"conversations": [{"from": "me", "value": "a"}]}, "expected from as one of human, user, gpt"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "expected every message a from and a value, both text"),
