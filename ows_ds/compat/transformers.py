@@ -126,7 +126,8 @@ def compiled_template(source: str) -> Any:
 
 
 def template_messages(messages: Sequence[Any]) -> list[Any]:
-    """Messages as `apply_chat_template` hands them to the template: copies, with reasoning under all its names."""
+    """Messages, without None in them, as `apply_chat_template` hands them to the template: copies, with reasoning under
+    all its names."""
     from transformers.utils import chat_template_utils as utils
 
     found: list[Any] = utils._alias_reasoning_fields(utils._plain_template_data(list(messages)))

@@ -3,11 +3,13 @@
 from ows_ds.config.inputs import Data, Format, Model, Source
 from ows_ds.config.method import Method, Optim, OWSConfig, Sampling
 from ows_ds.config.reading import (
+    COMPRESSED,
     DATA_FILES,
     HUB_NAME,
     accumulation,
     changed,
     check,
+    data_suffix,
     from_dict,
     is_file,
     sources,
@@ -19,6 +21,7 @@ from ows_ds.config.recipe import Log, Recipe, Train, may_change_on_resume, recip
 from ows_ds.config.settings import MOST, Settings, Wrong, fields_of, parse, words
 
 __all__ = [
+    "COMPRESSED",
     "DATA_FILES",
     "HUB_NAME",
     "MOST",
@@ -38,6 +41,7 @@ __all__ = [
     "accumulation",
     "changed",
     "check",
+    "data_suffix",
     "fields_of",
     "from_dict",
     "is_file",

@@ -12,7 +12,8 @@ from ows_ds.config.settings import Wrong, parse
 from ows_ds.errors import UserError
 from ows_ds.files import can_be_made
 
-DATA_FILES = (".jsonl", ".json", ".parquet", ".csv")
+DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+COMPRESSED = (".gz", ".zst", ".bz2")
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
 
@@ -56,9 +57,15 @@ def used(run_dir: Path) -> list[str]:
     return [name for name in ("metrics.jsonl", "checkpoints", "model") if (run_dir / name).exists()]
 
 
+def data_suffix(source: str) -> str:
+    """What a file of rows is, by its name: its suffix, or the one before that of a compressed file."""
+    suffixes = [suffix.lower() for suffix in Path(source).suffixes]
+    return "".join(suffixes[-2:-1] if suffixes and suffixes[-1] in COMPRESSED else suffixes[-1:])
+
+
 def is_file(source: str) -> bool:
     """Whether a source of rows is meant as a local file (it ends like one, or is there), not as a data set."""
-    return Path(source).suffix.lower() in DATA_FILES or os.path.isfile(source)
+    return data_suffix(source) in DATA_FILES or os.path.isfile(source)
 
 
 def _missing(recipe: Recipe) -> Iterator[Wrong]:

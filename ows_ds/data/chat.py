@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from jinja2 import TemplateError
 
 from ows_ds.data.messages import Chat, Turn
 from ows_ds.data.template import Rendered, render
@@ -50,30 +53,30 @@ def write(chat: Chat, tokenizer: Any, loss_on: str, key: str) -> tuple[str, list
 
 
 def _variants(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
-    """Turns in the forms that templates know: a call's content as None, "" or absent, its arguments as a dict or as
-    JSON, and a developer's text as it is or as the system's."""
+    """Turns in the forms that templates know: a call without content or with "", its arguments as a dict or as JSON; a
+    developer's text as it is or as the system's; content as text or as a list of parts."""
 
-    def changed(turn: Turn, content: Any, as_text: bool, developer: str) -> Turn:
+    def changed(turn: Turn, parts: bool, developer: str, as_text: bool, content: str | None) -> Turn:
         message = dict(turn.message)
         if turn.role == "developer":
             message["role"] = developer
-        if "tool_calls" in message:
-            if message["content"] is None:
-                message["content"] = content
-                if content is False:
-                    del message["content"]
-            if as_text:
-                message["tool_calls"] = [
-                    {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-                    for call in message["tool_calls"]
-                ]
+        if content is not None:
+            message.setdefault("content", content)
+        if as_text and turn.calls:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                for call in message["tool_calls"]
+            ]
+        if parts and "content" in message:
+            message["content"] = [{"type": "text", "text": message["content"]}]
         return dataclasses.replace(turn, message=message)
 
     calls = any(turn.calls for turn in turns)
-    for developer in ("developer", "system") if any(turn.role == "developer" for turn in turns) else ("developer",):
-        for as_text in (False, True) if calls else (False,):
-            for content in (None, "", False) if calls else (None,):
-                yield [changed(turn, content, as_text, developer) for turn in turns]
+    developers = ("developer", "system") if any(turn.role == "developer" for turn in turns) else ("developer",)
+    for form in itertools.product(
+        (False, True), developers, (False, True) if calls else (False,), (None, "") if calls else (None,)
+    ):
+        yield [changed(turn, *form) for turn in turns]
 
 
 @functools.lru_cache(maxsize=4)
@@ -88,23 +91,23 @@ class _Shown:
 
     def __init__(self, chat: Chat, tokenizer: Any, key: str) -> None:
         self.tokenizer, self.chat, self.key = tokenizer, chat, key
-        refused: UserError | None = None
+        refusals: list[UserError] = []
         for turns in _variants(chat.turns):
+            if isinstance(turns[-1].message.get("content"), list) and any(map(_on_purpose, refusals)):
+                break  # another form of content may get by what the template refuses
             self.turns = turns
             try:
                 self.whole = self._render(self.turns)
             except UserError as error:
-                refused = refused or error
+                refusals.append(error)
                 continue
             if (missing := self._missing()) is None:
                 self.text = self.whole.text
                 return
             said = [turn.message for turn in chat.turns]
-            refused = refused or UserError(
-                key, said, f"expected messages that the model's chat template takes: {missing}"
-            )
-        assert refused is not None
-        raise refused
+            right = f"expected messages that the model's chat template takes: {missing}"
+            refusals.insert(0, UserError(key, said, right))
+        raise refusals[0]
 
     @property
     def last_question(self) -> int:
@@ -133,12 +136,9 @@ class _Shown:
                 said = " ".join(said.split()[-1:])
             if not there(said):
                 return f"it leaves out turn {number}, of role {turn.role}"
-            if any(call["name"] not in text for call in turn.calls):
+            first, last = self.whole.spans.get(number - 1, (0, len(text)))
+            if any(call["name"] not in text[first:last] for call in turn.calls):
                 return f"it leaves out the tool calls of turn {number}"
-            if turn.calls and not turn.text and "None" not in json.dumps(turn.message):
-                first, last = self.whole.spans.get(number - 1, (0, 0))
-                if "None" in text[first:last]:
-                    return f"it writes None for the content of turn {number}"
         names = [tool.get("function", tool).get("name") for tool in self.chat.tools or ()]
         return f"it leaves out the tool {names[0]}" if names and not all(str(name) in text for name in names) else None
 
@@ -152,7 +152,12 @@ class _Shown:
             blocks = [(a, b) for a, b in self.whole.generated if where[0] <= a and b <= where[1]]
             return [*blocks[:-1], *(self._ended(i, span) for span in blocks[-1:])]
         start, end = where
-        start += _alike(self.text[start:end], self._prompt(i))
+        prompt, inside = self._prompt(i), self.text[start:end]
+        at = start + inside.find(prompt) + len(prompt)
+        if not inside.startswith(prompt) and prompt in inside and at <= (self.content(i) or (0,))[0]:
+            start = at  # the template has something to say before
+        else:
+            start += _alike(inside, prompt)
         follows = next((j for j in range(i + 1, len(self.turns)) if self.turns[j].role != "tool"), len(self.turns))
         if any(j not in self.whole.spans for j in range(i + 1, follows)):
             # the template writes the tools' answers within the turn that asks for them
@@ -194,11 +199,18 @@ class _Shown:
         """Where the content of turn i stands; None where the template does not show it."""
         held = self.whole.text + json.dumps([turn.message for turn in self.turns], ensure_ascii=False)
         mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in held)
-        marked = dataclasses.replace(self.turns[i], message={**self.turns[i].message, "content": mark})
+        parts = isinstance(self.turns[i].message.get("content"), list)
+        content = [{"type": "text", "text": mark}] if parts else mark
+        marked = dataclasses.replace(self.turns[i], message={**self.turns[i].message, "content": content})
         before, there, after = self._render([*self.turns[:i], marked, *self.turns[i + 1 :]]).text.partition(mark)
         end = len(self.text) - len(after)
         shown = there and self.text.startswith(before) and self.text.endswith(after) and end >= len(before)
         return (len(before), end) if shown else None
+
+
+def _on_purpose(refusal: UserError) -> bool:
+    """Whether the template itself refuses a chat (``raise_exception``)."""
+    return type(refusal.__cause__) is TemplateError
 
 
 def _alike(one: str, other: str) -> int:

@@ -29,8 +29,8 @@ class BadChat(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """message: what the template gets: role, content (None beside tool calls without one), and whatever else the row
-    has. train: None where the row does not say."""
+    """message: what the template gets: role, content (none beside tool calls alone), and whatever else the row has.
+    train: None where the row does not say."""
 
     message: dict[str, Any]
     train: bool | None = None
@@ -43,7 +43,8 @@ class Turn:
     @property
     def text(self) -> str:
         """What is said; "" where there are tool calls alone."""
-        return self.message.get("content") or ""
+        content = self.message.get("content") or ""
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
     @property
     def calls(self) -> list[Mapping[str, Any]]:
@@ -117,7 +118,7 @@ def _turn(message: Any) -> Turn:
             raise BadChat(f"expected {name} as {'0 or 1' if name == 'weight' else 'true or false'}")
     given.setdefault("content", given.get("value"))
     if given.get("tool_calls") and not given["content"]:
-        given["content"] = None  # OpenAI's form; which one a template takes is tried
+        del given["content"]  # null, "" or absent: which one a template takes is tried
     flag = next((given[name] for name in FLAGS if name in given), None)
     kept = {name: value for name, value in given.items() if name not in (*FLAGS, "from", "value")}
     return Turn(kept, None if flag is None else bool(flag))

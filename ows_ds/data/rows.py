@@ -3,14 +3,18 @@
 A row is a dict of columns, which show its format (`COLUMNS`); `encode.py` turns it into text and tokens.
 """
 
+import csv
 import hashlib
+import io
 import itertools
 import string
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ows_ds.config import DATA_FILES, Data, Format, Source, is_file, sources
+from ows_ds.config import COMPRESSED, DATA_FILES, Data, Format, Source, data_suffix, is_file, sources
 from ows_ds.data.messages import BadChat, is_text, read_chat
 from ows_ds.errors import UserError, first_line
 from ows_ds.files import parse_json
@@ -26,6 +30,7 @@ COLUMNS = {
     "text": ("text",),
 }
 LETTERS = string.ascii_uppercase  # of the choices of a question
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 AT_ONCE = 1000  # rows that are converted from Arrow at once
 Row = dict[str, Any]
 Found = tuple[str, Row | UserError]
@@ -54,7 +59,8 @@ def load_rows(
 def read(source: Source, key: str) -> Iterator[Found]:
     """The rows of a file or data set (`config.is_file` decides which), each verified, read lazily.
 
-    A file is JSON Lines (blank lines are skipped), a JSON list, Parquet or CSV (all columns text); it has no subsets,
+    A file is JSON Lines (blank lines are skipped), a JSON list, Parquet, CSV or TSV (all columns text), also
+    compressed; it has no subsets,
     and of the split only the slice matters. The same holds for a folder that `Dataset.save_to_disk` wrote. Any other
     data set is a folder or a name on the hub, as `datasets.load_dataset` takes it.
 
@@ -139,37 +145,65 @@ def _verified(found: Iterable[tuple[str, Any]], source: Source, key: str, start:
 
 def _file(source: str, key: str) -> Iterator[tuple[str, Any]]:
     """Every row of a local file with its place, read lazily."""
-    path = Path(source)
-    kind = path.suffix.lower()
+    path, kind = Path(source), data_suffix(source)
     try:
-        if kind == ".json" and _is_list(path):  # many a .json is JSON Lines
-            yield from _numbered(source, parse_json(path.read_text(encoding="utf-8")))
-        elif kind == ".parquet":
+        if kind == ".parquet":
             import pyarrow.parquet
 
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(AT_ONCE)
             yield from _numbered(source, itertools.chain.from_iterable(batch.to_pylist() for batch in batches))
-        elif kind == ".csv":
-            import pandas
-
-            parts = pandas.read_csv(path, dtype=str, keep_default_na=False, chunksize=AT_ONCE)
-            yield from _numbered(source, itertools.chain.from_iterable(part.to_dict("records") for part in parts))
+        elif kind in DELIMITERS:
+            yield from _table(source, path, DELIMITERS[kind], key)
+        elif kind == ".json" and _is_list(path):  # many a .json is JSON Lines
+            with _text(path) as file:
+                yield from _numbered(source, parse_json(file.read()))
         else:
             yield from _lines(source, path, key)
     except Exception as error:  # Arrow has kinds of its own
-        kinds = {".parquet": "Parquet", ".csv": "CSV", ".json": "JSON"}
+        kinds = {".parquet": "Parquet", ".csv": "CSV", ".tsv": "TSV", ".json": "JSON"}
         right = f"expected a readable {kinds.get(kind, 'JSON Lines')} file ({first_line(error)})"
         if kind not in DATA_FILES:
             right += f"; other formats are known by their names: {', '.join(DATA_FILES)}"
+            right += f", and compressed: {', '.join(COMPRESSED)}"
         raise UserError(key, source, right) from error
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[io.TextIOBase]:
+    """A file's text, without the mark that Windows begins it with; of a compressed file what it holds."""
+    if path.suffix.lower() not in COMPRESSED:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            yield file
+        return
+    import pyarrow
+
+    kind = {".zst": "zstd", ".bz2": "bz2"}.get(path.suffix.lower(), "gzip")
+    with pyarrow.input_stream(str(path), compression=kind) as stream:
+        yield io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
 
 
 def _is_list(path: Path) -> bool:
     """Whether a file of JSON is one list."""
-    with path.open(encoding="utf-8") as file:
+    with _text(path) as file:
         while (character := file.read(1)).isspace():
             pass
     return character == "["
+
+
+def _table(source: str, path: Path, delimiter: str, key: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a table, all columns text; one with another number of fields than the first line is a mistake."""
+    csv.field_size_limit(sys.maxsize)  # of the process: a text may be as long as it likes
+    with _text(path) as file:
+        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        names = next(lines, [])
+        if len(set(names)) < len(names):
+            raise ValueError("a column stands twice in the first line")
+        for where, fields in _numbered(source, (fields for fields in lines if fields)):
+            if len(fields) == len(names):
+                yield where, dict(zip(names, fields, strict=True))
+            else:
+                right = f"expected {len(names)} fields, as the first line has: {len(fields)} found; "
+                yield where, UserError(key, where, right + 'a field with a delimiter in it stands in "')
 
 
 def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -177,7 +211,7 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(source: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with _text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{source}:{number}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ows_ds.data.encode import encode
+from ows_ds.data.encode import encode, encode_rows
+from ows_ds.data.rows import load_rows
 from ows_ds.errors import UserError
-from tests.data.test_data import byte_tokenizer, trained
+from tests.data.test_data import CHATML, byte_tokenizer, located, trained
 
 SAID = "<|im_start|>{}\n{}<|im_end|>\n".format
 # What every row of `SAME` becomes; its last turn is trained, and the one before where the row does not say no.
@@ -62,6 +65,13 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
         LAST,
     ),
     "weight: 0.0": ({"messages": [*MESSAGES[:2], MESSAGES[2] | {"weight": 0.0}, *MESSAGES[3:]]}, LAST),
+    "loss: false": ({"messages": [*MESSAGES[:2], MESSAGES[2] | {"loss": False}, *MESSAGES[3:]]}, LAST),
+    "messages, a system column": ({"messages": MESSAGES[1:], "system": "Be brief."}, BOTH),
+    "content in parts": (
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
+        BOTH,
+    ),
+    "a developer": ({"messages": [{**MESSAGES[0], "role": "developer"}, *MESSAGES[1:]]}, BOTH),
     "the user is trained too": (
         {"messages": [*MESSAGES[:3], MESSAGES[3] | {"train": True}, MESSAGES[4]]},
         ["4<|im_end|>", "sure?", "yes<|im_end|>"],
@@ -72,7 +82,7 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_ways_to_write_a_chat(name: str) -> None:
     row, expected = SAME[name]
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(CHATML.replace("}<|im", "}{{ m['role'] == 'developer' and m.nothing.x or '' }}<|im", 1))
     encoded = encode(row, tokenizer, 1000)
     assert tokenizer.decode(encoded.input_ids.tolist()) == TEXT
     assert trained(encoded, tokenizer) == expected
@@ -107,3 +117,123 @@ def test_masks_that_cannot_be_heeded_are_refused() -> None:
     hides = byte_tokenizer("{% for m in messages if m['role'] != 'user' %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(UserError, match="it leaves out turn 1, of role user"):
         encode({"messages": [{"role": "user", "content": "a", "train": True}]}, hides, 1000)
+
+
+# ------------------------------------------------------------------ calls of functions
+
+WITH_CALLS = (
+    "{% if tools %}{{ tools[0]['function']['name'] }}: {{ tools[0]['function']['parameters'] | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m['tool_calls'] %}[{{ c['function']['name'] }} {{ c['function']['arguments'] | tojson }}]{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ARGUMENTS = {"city": "Bonn", "days": [1, {"at": "noon"}]}
+TOOL = {
+    "type": "function",
+    "function": {"name": "rain", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+
+
+def asking(call: dict[str, Any], **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "Rain?"}, call, {"role": "tool", "content": "wet"}]
+    return {"messages": [*messages, {"role": "assistant", "content": "yes"}], "tools": [TOOL], **more}
+
+
+CALL = {"type": "function", "function": {"name": "rain", "arguments": ARGUMENTS}}
+PADDED = {"name": "rain", "arguments": {**ARGUMENTS, "days": [1, {"at": "noon", "x": None}], "y": None}}
+CALLS: dict[str, dict[str, Any]] = {
+    "content null": asking({"role": "assistant", "content": None, "tool_calls": [CALL]}),
+    "no content": asking({"role": "assistant", "tool_calls": [CALL]}),
+    "content empty": asking({"role": "assistant", "content": "", "tool_calls": [CALL]}),
+    "arguments as text": asking(
+        {"role": "assistant", "tool_calls": [{"function": {"name": "rain", "arguments": json.dumps(ARGUMENTS)}}]}
+    ),
+    "nulls of Arrow": asking({"role": "assistant", "tool_calls": [{"id": None, "function": PADDED}]}),
+    "tools as text": asking({"role": "assistant", "tool_calls": [CALL]}, tools=json.dumps([TOOL])),
+    "LLaMA-Factory": {
+        "conversations": [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": json.dumps({"name": "rain", "arguments": ARGUMENTS})},
+            {"from": "observation", "value": "wet"},
+            {"from": "gpt", "value": "yes"},
+        ],
+        "tools": json.dumps([TOOL]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ways_to_write_a_call(name: str) -> None:
+    tokenizer = byte_tokenizer(WITH_CALLS)
+    encoded = encode(CALLS[name], tokenizer, 1000)
+    call = '[rain {"city": "Bonn", "days": [1, {"at": "noon"}]}]<|im_end|>'
+    assert trained(encoded, tokenizer) == [call, "yes<|im_end|>"]
+    assert tokenizer.decode(encoded.input_ids.tolist()).startswith('rain: {"type": "object"')
+
+
+def test_files_of_calls_give_the_same_tokens(tmp_path: Path) -> None:
+    """Arrow has every key of any row in all rows."""
+    import datasets
+
+    rows = [CALLS["no content"], asking({"role": "assistant", "tool_calls": [
+        {"type": "function", "function": {"name": "rain", "arguments": {"city": "Kiel", "wind": 3}}}]})]  # fmt: skip
+    rows = json.loads(json.dumps(rows).replace('"days": [1, {"at": "noon"}]', '"days": [1, 2]'))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "r.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    tokenizer = byte_tokenizer(WITH_CALLS)
+    found = [
+        [encode(row, tokenizer, 1000).input_ids.tolist() for row in load_rows(tmp_path / name)]
+        for name in ("r.jsonl", "r.parquet", "saved")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            asking({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}),
+            "every call of a function a name",
+        ),
+        (asking({"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}), "valid JSON"),
+        (asking({"role": "assistant", "content": "x"}, tools="{}x"), "valid JSON"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of parts that are all text"),
+        ({"messages": MESSAGES, "system": "Be long."}, "expected one system text"),
+    ],
+)
+def test_what_is_no_call_is_refused(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    (tmp_path / "r.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=says):
+        load_rows(tmp_path / "r.jsonl")
+
+
+def test_tools_that_the_template_does_not_show_are_refused() -> None:
+    with pytest.raises(UserError, match="it leaves out the tool rain"):
+        encode({"messages": MESSAGES[1:], "tools": [TOOL]}, byte_tokenizer(), 1000)
+
+
+# ------------------------------------------------------------------ where generation stops
+
+
+def test_a_template_whose_end_mark_is_the_head_of_the_next_turn() -> None:
+    """The kind of GLM: what follows an answer stops generation, so it is trained, and written behind the last one."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'user' else '<|im_end|>' }}{{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_end|>{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template)
+    encoded = encode({"messages": MESSAGES[1:]}, tokenizer, 1000)
+    assert trained(encoded, tokenizer) == ["4<|im_start|>", "yes<|im_start|>"]
+
+
+def test_empty_answers_are_not_trained_and_counted() -> None:
+    empty = [MESSAGES[1], {"role": "assistant", "content": " "}]
+    rows = [{"messages": [*empty, *MESSAGES[3:]], "id": 3}, {"messages": empty, "source": "x"}]
+    kept, counts = encode_rows(located(*rows), byte_tokenizer(), 1000)
+    assert trained(kept[0], byte_tokenizer()) == LAST
+    assert counts.line(1000) == (
+        "1 rows, 4 trained tokens; 1 without a trained token dropped, the first is r.jsonl:2: an empty answer; "
+        "2 empty answers are not trained; ignored columns: id, source"
+    )

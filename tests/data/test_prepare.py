@@ -46,7 +46,7 @@ def test_several_sources(folder: Path) -> None:
     a, b = str(folder / "a.jsonl"), str(folder / "b.jsonl")
     found, counts = made(folder, [a, {"path": b, "format": "prompt_completion"}])
     assert (texts(found), found.sizes) == (["aaa", "aa", "a", "bc"], [4])
-    assert counts == Counts(rows=4, kept=4, tokens=12, trained_tokens=3 + 2 + 1 + 2)
+    assert counts == Counts(rows=4, kept=4, tokens=12, trained_tokens=3 + 2 + 1 + 2, ignored={"text": None})
     found, _ = made(folder, [{"path": a, "weight": 2, "split": "train[1:]"}, b])
     assert (texts(found), found.sizes) == (["aa", "a", "bc"], [2, 1])
     assert prepare.weights([Source(path=a, weight=2.0), Source(path=b)]) == [2.0, 1.0]

@@ -70,6 +70,34 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
             load_rows(path, split="train[10:]")
 
 
+BOTH = '{"question": "a", "answer": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r.jsonl", f"\ufeff{BOTH}\n"),
+        ("r.json", f"\ufeff[{BOTH}]"),
+        ("r.csv", "\ufeffquestion,answer\na,b\n"),
+        ("r.tsv", "question\tanswer\na\tb\n"),
+        ("r.jsonl.gz", BOTH),
+        ("r.json.zst", f"[{BOTH}]"),
+        ("r.tsv.bz2", "question\tanswer\n\na\tb\n"),
+    ],
+)
+def test_files_as_windows_and_compressors_write_them(tmp_path: Path, name: str, text: str) -> None:
+    import pyarrow
+
+    path, content = tmp_path / name, text.encode()
+    kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(path.suffix)
+    if kind is None:
+        path.write_bytes(content)
+    else:
+        with pyarrow.CompressedOutputStream(str(path), kind) as stream:
+            stream.write(content)
+    assert load_rows(path) == [{"question": "a", "answer": "b"}]
+
+
 def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text('question,answer\n"a, b",NA\nc,1.50\nd,\n')
     assert [row["answer"] for row in load_rows(tmp_path / "r.csv")] == ["NA", "1.50", ""]
@@ -83,7 +111,11 @@ def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
         ("r.json", '[{"text": "a"}, {"text": 3}]', "r.json: row 2", "expected text as text"),
         ("r.json", '{"text": "a"}\n{"text": 3}', "r.json:2", "expected text as text"),
         ("r.parquet", "x", "r.parquet", "expected a readable Parquet file"),
-        ("r.csv", "", "r.csv", "expected a readable CSV file"),
+        ("r.csv", "", "r.csv", "expected a file with at least one row"),
+        ("r.csv", "question,question\na,b\n", "r.csv", "expected a readable CSV file (a column stands twice"),
+        ("r.csv", "question,answer\na,b,\n", "r.csv: row 1", "expected 2 fields, as the first line has: 3 found"),
+        ("r.csv", "question,answer\na,b\nc\n", "r.csv: row 2", "expected 2 fields, as the first line has: 1 found"),
+        ("r.csv", 'question,answer\na,"b\n', "r.csv", "expected a readable CSV file (unexpected end of data)"),
         ("r.csv", "question,anwser\na,b\n", "r.csv: row 1", "expected the columns messages or"),
     ],
 )
