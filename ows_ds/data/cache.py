@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from ows_ds.config import Data, Source
 from ows_ds.data.encoded import Counts, EncodedRows
+from ows_ds.data.template import CLOCK
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write
 
@@ -38,15 +39,20 @@ def place(data: Data) -> Path:
     return Path(data.cache if data.cache is not None else os.path.join(constants.HF_HOME, "ows_ds"))
 
 
-def name(source: Source, content: str, tokenizer: Any, data: Data, key: str) -> str:
-    """Of the entry of ``source``, whose content has the hash ``content``. key: is named in messages about mistakes."""
+def name(
+    source: Source, content: str, tokenizer: Any, data: Data, key: str, today: datetime.datetime | None = None
+) -> str:
+    """Of the entry of ``source``, whose content has the hash ``content``.
+
+    key: is named in messages about mistakes. today: of templates that write the date; None: today.
+    """
     template = json.dumps(tokenizer.chat_template)
     facts = {
         "format": [FORMAT, *(importlib.metadata.version(package) for package in ("transformers", "tokenizers"))],
         "source": [key, content, {**source.model_dump(), "weight": None}],
         "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id],
         "marks": {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()},  # templates write them
-        "template": [template, str(datetime.date.today()) if "strftime_now" in template else ""],
+        "template": [template, str(today or datetime.date.today()) if CLOCK in template else ""],
         "settings": [getattr(data, setting) for setting in SETTINGS],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20).hexdigest()

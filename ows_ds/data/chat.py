@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,7 +20,9 @@ Span = tuple[int, int]
 NOTES = ("empty answers are not trained", "answers whose reasoning the chat template leaves out")
 
 
-def write(chat: Chat, tokenizer: Any, loss_on: str, key: str) -> tuple[str, list[Span], list[str]]:
+def write(
+    chat: Chat, tokenizer: Any, loss_on: str, key: str, today: datetime | None = None
+) -> tuple[str, list[Span], list[str]]:
     """The conversation as text; the spans of characters, (first, past the last), that are trained; and of `NOTES` what
     is to be noted.
 
@@ -28,12 +31,13 @@ def write(chat: Chat, tokenizer: Any, loss_on: str, key: str) -> tuple[str, list
     that it is trained, the content is. Empty answers are not trained. Under ``loss_on`` "all" there are no spans: all
     is trained.
 
+    today: what the template writes as today's date; None: today.
     Raises UserError naming ``key`` where the template refuses the turns, or leaves out what they say; data.loss_on
     where it does not show where a turn stands.
     """
     if loss_on == "all" and any(turn.train is not None for turn in chat.turns):
         raise UserError("data.loss_on", loss_on, "expected assistant: a row says which of its turns are trained")
-    shown = _Shown(chat, tokenizer, key)
+    shown = _Shown(chat, tokenizer, key, today)
     notes: list[str] = []
     spans: list[Span] = []
     for i, turn in enumerate(shown.turns if loss_on != "all" else ()):
@@ -89,8 +93,8 @@ def special_tokens(tokenizer: Any, size: int) -> tuple[str, ...]:
 class _Shown:
     """A conversation in the first of its forms that the template writes in full."""
 
-    def __init__(self, chat: Chat, tokenizer: Any, key: str) -> None:
-        self.tokenizer, self.chat, self.key = tokenizer, chat, key
+    def __init__(self, chat: Chat, tokenizer: Any, key: str, today: datetime | None) -> None:
+        self.tokenizer, self.chat, self.key, self.today = tokenizer, chat, key, today
         refusals: list[UserError] = []
         for turns in _variants(chat.turns):
             if isinstance(turns[-1].message.get("content"), list) and any(map(_on_purpose, refusals)):
@@ -117,7 +121,7 @@ class _Shown:
     def _render(self, turns: Sequence[Turn], prompt: bool = False) -> Rendered:
         messages = [turn.message for turn in turns]
         try:
-            return render(self.tokenizer, messages, self.chat.tools, prompt, self.chat.settings)
+            return render(self.tokenizer, messages, self.chat.tools, prompt, self.chat.settings, self.today)
         except Exception as error:  # the template is a program of the model's
             right = f"expected messages that the model's chat template takes ({first_line(error)})"
             raise UserError(self.key, messages, right) from error
@@ -146,8 +150,8 @@ class _Shown:
         """What of an assistant's turn is trained: nothing where the template does not show it."""
         where = self.whole.spans.get(i)
         if where is None:
-            inside = self.content(i)
-            return [inside and self._ended(i, inside)]
+            said = self.content(i)
+            return [said and self._ended(i, said)]
         if self.whole.generated:
             blocks = [(a, b) for a, b in self.whole.generated if where[0] <= a and b <= where[1]]
             return [*blocks[:-1], *(self._ended(i, span) for span in blocks[-1:])]
@@ -197,14 +201,15 @@ class _Shown:
 
     def content(self, i: int) -> Span | None:
         """Where the content of turn i stands; None where the template does not show it."""
-        held = self.whole.text + json.dumps([turn.message for turn in self.turns], ensure_ascii=False)
+        text = self.whole.text
+        held = text + json.dumps([turn.message for turn in self.turns], ensure_ascii=False)
         mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in held)
         parts = isinstance(self.turns[i].message.get("content"), list)
         content = [{"type": "text", "text": mark}] if parts else mark
         marked = dataclasses.replace(self.turns[i], message={**self.turns[i].message, "content": content})
         before, there, after = self._render([*self.turns[:i], marked, *self.turns[i + 1 :]]).text.partition(mark)
-        end = len(self.text) - len(after)
-        shown = there and self.text.startswith(before) and self.text.endswith(after) and end >= len(before)
+        end = len(text) - len(after)
+        shown = there and text.startswith(before) and text.endswith(after) and end >= len(before)
         return (len(before), end) if shown else None
 
 

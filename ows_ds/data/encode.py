@@ -1,6 +1,7 @@
 """Rows, dicts of columns (`rows.read`), -> tokens, and which of them are trained (`encoded.Encoded`)."""
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from ows_ds.data import chat
@@ -53,11 +54,12 @@ def encode_rows(
     template: str = "auto",
     on_bad_row: str = "stop",
     may_be_none: bool = False,
+    today: datetime | None = None,
 ) -> tuple[EncodedRows, Counts]:
     """`encode` every row, drop those without a trained token, and count what happened.
 
     The first token of a row has no prediction, so it does not count as trained. Under `on_bad_row` "skip", rows that
-    are errors and those that the chat template refuses are skipped.
+    are errors and those that the chat template refuses are skipped. today: see `chat.write`.
     Raises UserError as `encode` does, naming the row's place, and, unless there `may_be_none`, naming `key`
     where no row is left.
     """
@@ -67,7 +69,7 @@ def encode_rows(
         try:
             if isinstance(row, UserError):
                 raise row
-            ids, trained, notes = _tokens(row, tokenizer, loss_on, format, key, template)
+            ids, trained, notes = _tokens(row, tokenizer, loss_on, format, key, template, today)
         except UserError as error:
             named = error if isinstance(row, UserError) else _placed(error, key, where)
             if error.key != key or on_bad_row == "stop":
@@ -108,7 +110,7 @@ def _placed(error: UserError, key: str, where: str) -> UserError:
 
 
 def _tokens(
-    row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str
+    row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str, today: datetime | None = None
 ) -> tuple[list[int], list[bool], list[str]]:
     """Tokens of one row at full length, whether each is trained, and what is to be noted (`chat.NOTES`)."""
     name = format_of(row, format)
@@ -135,7 +137,7 @@ def _tokens(
             task, more, answer = _question(row, name)
             said = (("user", f"{task}\n\n{more}" if more else task), ("assistant", answer))
             messages = [{"role": role, "content": content} for role, content in said]
-        text, spans, notes = chat.write(read_chat(messages, "messages", row), tokenizer, loss_on, key)
+        text, spans, notes = chat.write(read_chat(messages, "messages", row), tokenizer, loss_on, key, today)
     else:
         task, more, answer = _question(row, name)
         prompt, completion = (_alpaca if template == "alpaca" else _plain)(name, task, more, answer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,24 @@ class EncodedRows:
     def lengths(self) -> numpy.ndarray:
         """Tokens of each row: int64."""
         return numpy.diff(self.ends, prepend=0)
+
+    @property
+    def last_trained(self) -> list[int]:
+        """The tokens at which what is trained ends, each once."""
+        last = self.trained.copy()
+        if len(last):
+            inside = numpy.ones(len(last), numpy.bool_)
+            inside[self.ends[self.ends > 0] - 1] = False  # the next token is another row's
+            last[:-1] &= ~(self.trained[1:] & inside[:-1])
+        return [int(token) for token in numpy.unique(self.tokens[last])]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows and of what is trained of them."""
+        found = hashlib.blake2b(digest_size=16)
+        for part in (self.tokens, self.trained, self.ends):
+            found.update(numpy.ascontiguousarray(part).view(numpy.uint8).data)
+        return found.hexdigest()
 
     @property
     def largest(self) -> int:

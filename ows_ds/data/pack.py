@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy
 
-from ows_ds.data.encoded import Encoded, EncodedRows
+from ows_ds.data.encoded import Encoded, EncodedRows, joined
 
 
 def pack(lengths: Sequence[int], largest: int) -> list[list[int]]:
@@ -45,10 +45,19 @@ class Sequences:
 
     def __init__(self, parts: Sequence[EncodedRows], largest: int | None = None) -> None:
         """parts: rows by source. largest: tokens of a sequence into which a part's rows are packed, or None."""
-        self.parts = list(parts)
+        self.parts, self._largest = list(parts), largest
         self.packs = None if largest is None else [pack(part.lengths.tolist(), largest) for part in parts]
         self.sizes = [len(part) for part in self.packs or self.parts]
         self.starts = list(accumulate(self.sizes, initial=0))
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows, and of what is trained of them."""
+        return " ".join(part.digest for part in self.parts)
+
+    def joined(self, other: Sequences) -> Sequences:
+        """The rows of both, by source."""
+        return Sequences([joined(both) for both in zip(self.parts, other.parts, strict=True)], self._largest)
 
     @property
     def packed(self) -> bool:

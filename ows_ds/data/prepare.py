@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 from ows_ds.config import Data, Source
@@ -13,22 +14,28 @@ from ows_ds.data.pack import Sequences
 from ows_ds.data.rows import Found, digest, read
 
 
-def prepare(data: Data, tokenizer: Any, sources: Sequence[Source], key: str) -> tuple[Sequences, Counts]:
+def prepare(
+    data: Data, tokenizer: Any, sources: Sequence[Source], key: str, today: datetime | None = None
+) -> tuple[Sequences, Counts]:
     """All rows of ``sources``, from the cache where they are in it, and what became of them.
 
     Without weights the sources become one. With weights each stays a part, whose rows are packed only with each other.
-    Raises UserError as `rows.read` and `encode_rows` do.
+    today: see `chat.write`. Raises UserError as `rows.read` and `encode_rows` do.
     """
-    found = [_rows(data, tokenizer, source, key) for source in sources]
+    found = [_rows(data, tokenizer, source, key, today) for source in sources]
     return _sequences(data, found, weights(sources) is None)
 
 
 def block(
-    data: Data, tokenizer: Any, sources: Sequence[Source], rows: Sequence[Iterable[Found]]
+    data: Data,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    rows: Sequence[Iterable[Found]],
+    today: datetime | None = None,
 ) -> tuple[Sequences, Counts]:
     """The same of rows that are read, by their sources; every source stays a part, and none needs to keep a row."""
     found = [
-        _encoded(data, tokenizer, source, some, "data.train", may_be_none=True)
+        _encoded(data, tokenizer, source, some, "data.train", True, today)
         for source, some in zip(sources, rows, strict=True)
     ]
     return _sequences(data, found, False)
@@ -48,17 +55,22 @@ def _sequences(data: Data, found: Sequence[tuple[EncodedRows, Counts]], join: bo
 
 
 def _encoded(
-    data: Data, tokenizer: Any, source: Source, rows: Iterable[Found], key: str, may_be_none: bool = False
+    data: Data,
+    tokenizer: Any,
+    source: Source,
+    rows: Iterable[Found],
+    key: str,
+    may_be_none: bool,
+    today: datetime | None,
 ) -> tuple[EncodedRows, Counts]:
-    return encode_rows(
-        rows, tokenizer, data.max_length, data.loss_on, source.format, key, data.template, data.on_bad_row, may_be_none
-    )
+    settings = (data.max_length, data.loss_on, source.format, key, data.template, data.on_bad_row)
+    return encode_rows(rows, tokenizer, *settings, may_be_none, today)
 
 
-def _rows(data: Data, tokenizer: Any, source: Source, key: str) -> tuple[EncodedRows, Counts]:
+def _rows(data: Data, tokenizer: Any, source: Source, key: str, today: datetime | None) -> tuple[EncodedRows, Counts]:
     def make() -> tuple[EncodedRows, Counts]:
-        return _encoded(data, tokenizer, source, read(source, key), key)
+        return _encoded(data, tokenizer, source, read(source, key), key, False, today)
 
     if not tokenizer.is_fast:  # which `encode_rows` refuses
         return make()
-    return cache.entry(cache.place(data), cache.name(source, digest(source, key), tokenizer, data, key), make)
+    return cache.entry(cache.place(data), cache.name(source, digest(source, key), tokenizer, data, key, today), make)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def in_thread(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """What ``function`` gives, from a thread of its own that the program's end does not wait for."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=function.__qualname__, daemon=True).start()
+    return result
 
 
 class ReadAhead(Generic[T]):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ows_ds.data import mix
 from ows_ds.data.batches import Steps
 from ows_ds.data.encoded import Counts
 from ows_ds.data.pack import Sequences
+from ows_ds.data.read_ahead import in_thread
 from ows_ds.data.rows import Found, stream
 from ows_ds.errors import UserError
 
@@ -73,17 +74,22 @@ class Stream(Steps):
         self._readers = [_Reader(source, start, self._closed) for source, start in zip(sources, at.rows, strict=True)]
         self.check: Callable[[Sequences], None] | None = None  # refuses a block after the first one
         self.counts = Counts()  # of the blocks that were begun
-        self._pool = ThreadPoolExecutor(1, "rows")
         self._next: Future[_Block] | None = None
         self._begin(self._read(at))
 
     def _read(self, at: At) -> _Block:
-        rows = [reader.take(count) for reader, count in zip(self._readers, self._shares, strict=True)]
-        sequences, counts = self._encode(rows)
-        if len(sequences) < self.batch_size:
-            right = f"expected at most {len(sequences)}, as many as a block of data.buffer_size rows holds"
-            raise UserError("train.global_batch_size", self.batch_size, right)
+        begun = [reader.passes for reader in self._readers]
+        sequences, counts = self._take()
+        while len(sequences) < self.batch_size:  # rows were dropped, or packed: the next ones come along
+            if all(r.passes > n + 1 for r, n, share in zip(self._readers, begun, self._shares, strict=True) if share):
+                right = f"expected at most {len(sequences)}, as many as all rows make"
+                raise UserError("train.global_batch_size", self.batch_size, right)
+            more, others = self._take()
+            sequences, counts = sequences.joined(more), counts + others
         return _Block(at, sequences, counts, [reader.at for reader in self._readers])
+
+    def _take(self) -> tuple[Sequences, Counts]:
+        return self._encode([reader.take(count) for reader, count in zip(self._readers, self._shares, strict=True)])
 
     def _begin(self, block: _Block) -> None:
         """Take steps from ``block``."""
@@ -105,7 +111,7 @@ class Stream(Steps):
             if self._next is not None:
                 self._begin(self._next.result())
             after = At(self.block.at.block + 1, self._end, self.block.after)
-            self._next = self._pool.submit(self._read, after)
+            self._next = in_thread(self._read, after)
         start = (k - self.block.at.step) * self.batch_size
         return self._order[start : start + self.batch_size]
 
@@ -114,9 +120,8 @@ class Stream(Steps):
         return asdict(self.block.at)
 
     def close(self) -> None:
-        """Read no more: a block that is being read ends with CancelledError at its next row."""
+        """Read no more: a block that is being read ends with CancelledError at its next row. Nobody waits for it."""
         self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Reader:
@@ -124,6 +129,7 @@ class _Reader:
 
     def __init__(self, source: Source, start: int, closed: threading.Event) -> None:
         self.source, self.at, self._closed = source, start, closed
+        self.passes = 0  # times that the source has ended
         self._rows: Iterator[Found] = stream(source, "data.train", start)
 
     def take(self, count: int) -> Iterator[Found]:
@@ -133,6 +139,7 @@ class _Reader:
                 raise CancelledError
             if (row := next(self._rows, None)) is None:
                 self.at, self._rows = 0, stream(self.source, "data.train", 0)
+                self.passes += 1
                 continue
             self.at, count = self.at + 1, count - 1
             yield row

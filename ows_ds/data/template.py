@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2 import nodes
@@ -17,6 +18,7 @@ from jinja2.visitor import NodeTransformer
 
 from ows_ds.compat.transformers import GENERATION, compiled_template, template_messages
 
+CLOCK = "strftime_now"
 BEGIN, TAKE, CLOSE, GENERATED = "marks_begin", "marks_take", "marks_close", "marks_generated"  # functions of `_Marks`
 
 
@@ -40,10 +42,16 @@ class Rendered:
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool, settings: Mapping[str, Any]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Any,
+    prompt: bool,
+    settings: Mapping[str, Any],
+    today: datetime | None = None,
 ) -> Rendered:
-    """What the tokenizer's chat template writes. settings: other names that it reads (``chat_template_kwargs``).
+    """What the tokenizer's chat template writes.
 
+    settings: other names that it reads (``chat_template_kwargs``). today: what is written as today's date; None: today.
     Raises whatever the template does.
     """
     plain = str(
@@ -52,16 +60,18 @@ def render(
         )
     )
     marks = _Marks(template_messages(messages), _unused(plain))
-    marked = _instrumented(tokenizer.get_chat_template(None, tools)).render(
+    source = tokenizer.get_chat_template(None, tools)
+    fixed = {CLOCK: today.strftime} if today is not None and CLOCK in source else {}
+    marked = _instrumented(source).render(
         messages=marks.messages,
         tools=tools,
         documents=None,
         add_generation_prompt=prompt,
-        **{**tokenizer.special_tokens_map, **settings},
+        **{**tokenizer.special_tokens_map, **settings, **fixed},
         **{BEGIN: marks.begin, TAKE: marks.take, CLOSE: marks.close, GENERATED: marks.generated},
     )
     found = marks.read(marked)
-    return found if found.text == plain else Rendered(plain, {}, [])
+    return found if found.text == plain or fixed else Rendered(plain, {}, [])
 
 
 def _unused(text: str) -> str:

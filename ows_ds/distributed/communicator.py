@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,10 @@ class Communicator:
     def store(self) -> Any:
         """torch's store in which the ranks met, by a new connection; None at world size 1."""
         return None
+
+    def meets(self, name: str, seconds: float) -> bool:
+        """Whether all ranks call this, with the same ``name``, within ``seconds``. No collective: each may call it."""
+        return True
 
     def assert_consistent(self, what: str, value: Any) -> None:
         """Compare a digest of the JSON-able ``value`` over all ranks.
@@ -213,6 +218,16 @@ class Distributed(Communicator):
 
     def store(self) -> Any:
         return default_store().clone()
+
+    def meets(self, name: str, seconds: float) -> bool:
+        store, keys = self.store(), [f"ows_ds/meets/{name}/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], b"")
+        end = time.monotonic() + seconds
+        while not store.check(keys):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def join(device: torch.device | str) -> Communicator:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import islice
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ows_ds import methods
+from ows_ds.checkpoint import Checkpoint
 from ows_ds.config import Recipe, Source, sources
 from ows_ds.data import attention, mix, prepare
 from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, held_out_batches
@@ -24,6 +26,7 @@ from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
+from ows_ds.model import generation
 from ows_ds.model.layers import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
 from ows_ds.train.loss import token_losses
@@ -45,6 +48,9 @@ class RunContext:
     held_out: Sequences
     steps: Steps | None = None  # None: nothing is trained
     model: str = ""  # fingerprint of the base model
+    started: str = ""  # when the run first began, which templates write as today's date
+    digests: dict[str, str] = field(default_factory=dict)  # of the rows, by key
+    stops: list[int] = field(default_factory=list)  # special tokens with which what is trained ends
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -83,25 +89,34 @@ class RunContext:
         return self.to_device(collate(sequences, self.pad_id, packed))
 
 
-def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[str, Any] | None = None) -> RunContext:
+def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkpoint | None = None) -> RunContext:
     """Data before weights, so that its mistakes show at once. Collective. Raises UserError.
 
-    training: with steps, held-out rows, adapters and the model's fingerprint. state: of the steps of a resumed run.
+    training: with steps, held-out rows, adapters and the model's fingerprint. opened: what the run resumes from.
     """
-    held_out = Sequences([])
+    comm, held_out = runtime.comm, Sequences([])
     steps: Steps | None = None
-    with fail_together(runtime.comm):
-        if runtime.comm.rank == 0:  # one rank downloads, the others find the data sets in the cache
+    facts, state = ({}, None) if opened is None else (opened.facts, opened.state.get("data"))
+    started = comm.broadcast_object(facts.get("started") or datetime.now().isoformat(timespec="seconds"))
+    today = datetime.fromisoformat(started)
+    with fail_together(comm):
+        if comm.rank == 0:  # one rank downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
-    with fail_together(runtime.comm):
+    with fail_together(comm):
         tokenizer = load_tokenizer(recipe)
         if recipe.data.streaming:
-            steps = _stream(recipe, tokenizer, runtime, state)
+            steps = _stream(recipe, tokenizer, runtime, state, today)
             rows = steps.sequences
         else:
-            rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime)
+            rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime, today)
         if training and recipe.data.eval is not None:
-            held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime)
+            held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime, today)
+    digests = {"data.train": rows.digest, "data.eval": held_out.digest}
+    for key, digest in digests.items():
+        comm.assert_consistent(f"{key}: each rank has to read the same rows", digest)
+        if facts.get("rows", {}).get(key, digest) != digest and comm.rank == 0:
+            where = ", in the block that is read again" if recipe.data.streaming and key == "data.train" else ""
+            logger.warning("%s: not the rows that the run began with, or not encoded as they were%s", key, where)
     if training:
         check_memory(recipe, runtime, max(int(some.lengths.max(initial=0)) for some in (rows, held_out)))
         steps = steps or _batches(recipe, rows, runtime)
@@ -109,10 +124,14 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, state: dict[st
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     else:
         weights, layers = load_model(recipe, runtime)
-    context = RunContext(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps)
+    context = RunContext(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps, "", started, digests)
     _check_rows(context)
     if training:
         context.model = methods.base_model(recipe, weights)
+        module = cast(Any, weights.module)
+        context.stops = generation.special(tokenizer, {token for part in rows.parts for token in part.last_trained})
+        if (line := generation.stop_at(module, tokenizer, context.stops)) and comm.rank == 0:
+            logger.info(line)
     return context
 
 
@@ -147,8 +166,10 @@ def _check_rows(context: RunContext) -> None:
         raise UserError("data.packing", True, right)
 
 
-def _encode(recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runtime: Runtime) -> Sequences:
-    found, counts = prepare.prepare(recipe.data, tokenizer, given, key)
+def _encode(
+    recipe: Recipe, tokenizer: Any, given: list[Source], key: str, runtime: Runtime, today: datetime | None = None
+) -> Sequences:
+    found, counts = prepare.prepare(recipe.data, tokenizer, given, key, today)
     if runtime.comm.rank == 0:
         packed = f"; packed into {len(found):,} sequences" if found.packed else ""
         logger.info("%s: %s%s", key, counts.line(recipe.data.max_length), packed)
@@ -161,9 +182,9 @@ def _split(recipe: Recipe, runtime: Runtime) -> tuple[int, int, int, int, int]:
     return train.global_batch_size, train.micro_batch_size, comm.world_size, comm.rank, train.seed
 
 
-def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None) -> Stream:
+def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None, today: datetime) -> Stream:
     data, given = recipe.data, sources(recipe.data, "data.train")
-    encode = functools.partial(prepare.block, data, tokenizer, given)
+    encode = functools.partial(prepare.block, data, tokenizer, given, today=today)
     found = Stream(given, data.buffer_size, encode, *_split(recipe, runtime), state=state)
     if runtime.comm.rank == 0:
         logger.info("data.train: %s; more while training", found.counts.line(data.max_length))

@@ -144,6 +144,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     from ows_ds import checkpoint, config, files, methods
     from ows_ds.distributed.launch import suppress_warnings
     from ows_ds.importance.scoring import layer_importance
+    from ows_ds.model import generation
     from ows_ds.model.layers import find_layers
     from ows_ds.model.pretrained import load_tokenizer, pretrained
     from ows_ds.train import resume
@@ -175,6 +176,8 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     method = methods.build(recipe, weights, layers, layer_importance(recipe, weights, layers, run_dir, base), 1)
     resume.restore(method, opened)
     method.close()
+    tokenizer = load_tokenizer(recipe)
+    generation.stop_at(weights.module, tokenizer, opened.facts.get("stops", ()))
     steps = int(opened.folder.name.removeprefix("step-"))
-    save_model(weights, load_tokenizer(recipe), out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
+    save_model(weights, tokenizer, out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
     logger.info(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

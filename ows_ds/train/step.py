@@ -33,6 +33,7 @@ class StepRunner:
         saved: all ranks' parts of a checkpoint are there, or have failed.
         nonfinite: why the last step was skipped: what was not finite. None: it was not.
         in_a_row: number of such steps.
+        taken: the rows of the step in hand are there.
         data_state: `Steps.state` of the last step.
     """
 
@@ -41,7 +42,7 @@ class StepRunner:
     ) -> None:
         self.context, self.method, self.batches, self.comm = context, method, batches, context.runtime.comm
         self.stop_requested, self.saver = stop_requested, saver
-        self.stop = self.saved = False
+        self.stop = self.saved = self.taken = False
         self.nonfinite: str | None = None
         self.in_a_row = 0
         self.data_state: dict[str, Any] = {}
@@ -55,8 +56,9 @@ class StepRunner:
         # set for each step, so that dropout is the same after a resume and differs between ranks
         name = f"{context.recipe.train.seed}/{step}/{self.comm.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little"))
+        self.taken = False
         data, batches = self.batches.take(step)
-        self.data_state = data.state
+        self.taken, self.data_state = True, data.state
         sampled, nothing_to_train, lr = list(method.layer_set), method.nothing_to_train, method.lr
         # ranks are averaged: the sum over all of them, divided by all targets of the step
         scale = self.comm.world_size / data.targets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from ows_ds.train.export import save_model
 from ows_ds.train.log import RunLog
 from ows_ds.train.step import StepRunner
 from ows_ds.train.trackers import check_trackers
+
+ROWS_SECONDS = 20.0  # within which all ranks find that the next step's rows cannot be used
 
 
 def train(recipe: Recipe) -> None:
@@ -60,7 +62,7 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
 def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) -> None:
     run_dir, comm = Path(recipe.train.output_dir), runtime.comm
     opened, skipped = _open(recipe, runtime, run_dir)
-    context = load(recipe, runtime, state=None if opened is None else opened.state.get("data"))
+    context = load(recipe, runtime, opened=opened)
     if opened is not None:
         everything = recipe.train.checkpoint == "full"
         context.model = resume.base_model(opened, context.weights, context.model, recipe.model.path, everything)
@@ -89,6 +91,9 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) ->
         "model": context.model,
         "sharding": "zero3" if context.weights.sharded else "replicated",
         "recipe": config.to_dict(recipe),
+        "started": context.started,
+        "rows": context.digests,
+        "stops": context.stops,
     }
     go_on = recipe.train.on_save_error == "continue"
     with (
@@ -105,7 +110,13 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) ->
         elif context.held_out:
             log.step(steps.before_the_first())
         for step in range(begin, total):
-            _one(steps, step, total, scheduler, log)
+            try:
+                _one(steps, step, total, scheduler, log)
+            except UserError:  # of rows that are read while training: every rank reads them all
+                if step > begin and not steps.taken and comm.meets(f"rows of step {begin}, {step}", ROWS_SECONDS):
+                    _save(steps, step, scheduler, saver.save)
+                    log.event(f"saved after step {step}: the rows of the next one cannot be used")
+                raise
         method.close()
         if not comm.broadcast_object((run_dir / "model").exists()):  # a run that was complete is resumed
             module: Any = context.weights.module
@@ -173,13 +184,17 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
             saver.complete()  # it may be the last good one
             raise Failed(_given_up(step + 1, steps))
     if last or steps.stop or _due(step + 1, settings.save_steps):
-        save = saver.save if last or steps.stop else saver.start
-        shards, numbers = resume.contents(steps.method, settings.checkpoint == "full")
-        save(step + 1, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
+        _save(steps, step + 1, scheduler, saver.save if last or steps.stop else saver.start)
     if steps.stop:
         log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto resumes")
         comm.barrier()  # not before rank 0 is done, or a launcher could end it
         raise signals.Stopped
+
+
+def _save(steps: StepRunner, step: int, scheduler: Any, save: Callable[..., None]) -> None:
+    """A checkpoint after so many steps. Collective."""
+    shards, numbers = resume.contents(steps.method, steps.context.recipe.train.checkpoint == "full")
+    save(step, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -117,9 +117,23 @@ def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train: .*r\.jsonl:2"):
         opened([Source(path=str(path))], 4)
     with pytest.raises(
-        UserError, match=r"train\.global_batch_size: 3 is invalid: expected at most 2, as many as a block"
+        UserError, match=r"train\.global_batch_size: 9 is invalid: expected at most 6, as many as all rows make"
     ):
-        opened([Source(path=str(path))], 4, data, batch=3)
+        opened([Source(path=str(path))], 4, data, batch=9)
+
+
+def test_a_block_with_too_few_rows_for_a_step_is_joined_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    lines = [*"abcd", "", "", "", *"efghi"]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    steps = opened([Source(path=str(path))], 4, batch=2)
+    first = [sorted(everyones(steps, k)) for k in range(4)]
+    assert sorted(first[0] + first[1]) == list("abcd")
+    assert sorted(first[2] + first[3]) == list("efgh")
+    again = opened([Source(path=str(path))], 4, batch=2, state=steps.state())
+    assert [sorted(everyones(again, k)) for k in (2, 3)] == first[2:]
+    steps.close()
+    again.close()
 
 
 def test_a_mistake_in_a_later_block_is_raised_when_it_is_due(tmp_path: Path) -> None:
