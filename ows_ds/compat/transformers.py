@@ -65,6 +65,14 @@ def commit_hash(config: Any) -> str | None:
     return found
 
 
+def is_registered(config: Any) -> bool:
+    """Whether a causal language model is known for a configuration of this class: loading one from code that comes with
+    a model makes it known, and from then on ``from_config`` takes no ``code_revision``."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
 def forget_origin(config: Any) -> None:
     """Let a configuration be written without the path that it was read from."""
     for name in ("_name_or_path", "_model_name_or_path"):

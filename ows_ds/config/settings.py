@@ -6,6 +6,7 @@ across keys.
 
 import copy
 import difflib
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,6 +76,14 @@ class Settings(BaseModel):
     def contradictions(self) -> Iterator[Wrong]:
         """Values that are right alone but not together."""
         yield from ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, tree: Any) -> Any:
+        """Paths that begin with ~, which shells leave as they are in many places."""
+        if not isinstance(tree, Mapping):
+            return tree
+        return {k: os.path.expanduser(v) if isinstance(v, str) and v.startswith("~") else v for k, v in tree.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -213,7 +213,8 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 def _lines(source: str, path: Path, key: str) -> Iterator[tuple[str, Any]]:
     with _text(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            line = line.strip().strip("\ufeff")  # also of files that were put together
+            if line:
                 where = f"{source}:{number}"
                 try:
                     yield where, parse_json(line)

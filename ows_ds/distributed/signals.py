@@ -1,4 +1,4 @@
-"""Stopping on purpose: after SIGTERM or SIGUSR1 the current step is finished and saved; a second one ends at once.
+"""Stopping on purpose: after a signal the current step is finished and saved; a second one ends at once.
 
 SLURM sends such a signal before a time limit and before a job is preempted. Processes that were asked to stop, and
 saved, exit with `EXIT_CODE`, which tells a job script to start again.
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from ows_ds.errors import Failed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # the last: a terminal that is closed
 # SLURM signals a step's launcher and its processes, and launchers pass signals on: one request arrives several times
 SAME_SECONDS = 5.0
 
@@ -46,7 +46,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
     os.set_blocking(writer, False)
     earlier_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # the handlers do nothing, but where there is one Python writes the signal's number to the pipe, whatever runs
-    earlier = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    obeyed = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    earlier = {number: signal.signal(number, lambda *_: None) for number in obeyed}
     threading.Thread(target=_watch, args=(reader, stop_requested), daemon=True).start()
     try:
         yield stop_requested
@@ -69,5 +70,7 @@ def _watch(reader: int, stop_requested: threading.Event) -> None:
             if not stop_requested.is_set():
                 first = time.monotonic()
                 stop_requested.set()
+                if number[0] == signal.SIGINT:
+                    os.write(2, b"\nows-ds: stopping after this step, which is saved; Ctrl-C again ends at once\n")
             elif time.monotonic() - first > SAME_SECONDS:
                 os._exit(128 + number[0])

@@ -6,6 +6,7 @@ parameters, a matrix is the weight of a plain linear module, and whatever is lef
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Vector:
-    """A bias, a norm's weight or another parameter of at most one dimension, trained at full rank."""
+    """A bias, a norm's weight or another parameter that trains at full rank, flattened, and is not decayed."""
 
     name: str
     numel: int
@@ -92,6 +93,18 @@ class ModelLayers:
     layers: tuple[Block, ...]
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
+
+    def at_rank(self, r: int | None) -> ModelLayers:
+        """The same where a layer's matrix whose shorter side is below r is a vector: at full rank it has fewer
+        coordinates than at rank r. Where no matrix is larger, they stay (see `check_fits`)."""
+        if r is None or all(matrix.short < r for block in self.layers for matrix in block.matrices):
+            return self
+        return dataclasses.replace(self, layers=tuple(_at_rank(block, r) for block in self.layers))
+
+
+def _at_rank(block: Block, r: int) -> Block:
+    small = tuple(Vector(m.name, math.prod(m.shape)) for m in block.matrices if m.short < r)
+    return Block(block.name, tuple(m for m in block.matrices if m.short >= r), (*block.vectors, *small))
 
 
 def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None = None) -> ModelLayers:

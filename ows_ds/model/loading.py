@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ows_ds import config, files
-from ows_ds.compat.transformers import cached_file, ignored_on_load, keeps_float32, without_sharding
+from ows_ds.compat.transformers import cached_file, ignored_on_load, is_registered, keeps_float32, without_sharding
 from ows_ds.distributed.weights import Fill
 from ows_ds.errors import UserError
 from ows_ds.model.tensor_files import Files
@@ -58,7 +58,8 @@ class Source:
         how: dict[str, Any] = (
             {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
         )
-        if model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {}):
+        own_code = model.trust_remote_code and "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {})
+        if own_code and not is_registered(described):  # it has not run yet
             how["code_revision"] = model.revision
         # with their buffers: some are computed and not stored
         with without_sharding(), init_empty_weights(include_buffers=False):
@@ -178,6 +179,14 @@ def _find(model: config.Model) -> list[Path]:
         raise UserError("model.path", f"{model.path}: {outside[0]}", right)
     shards = get_checkpoint_shard_files(model.path, path, revision=model.revision or "main")[0]
     return [Path(shard) for shard in shards]
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def processor_files(model: config.Model) -> list[Path]:
+    """Files of a model that takes more than text, which who loads it whole asks for."""
+    return [Path(found) for name in PROCESSOR_FILES if (found := _cached(model, name))]
 
 
 def _cached(model: config.Model, name: str) -> str | None:

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,7 +168,11 @@ def _refuse(recipe: Recipe, right: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         right = "expected true to run the Python code that comes with this model, or a model without any"
         return UserError("model.trust_remote_code", recipe.model.trust_remote_code, right)
-    if attention is not None and (attention in said or "attn_implementation" in said):
+    if (Path(recipe.model.path) / "adapter_config.json").is_file():
+        right = (
+            "expected a model: this folder holds an adapter, which peft's merge_and_unload merges into its base model"
+        )
+    if attention is not None and ("FlashAttention" in said or attention in said or "attn_implementation" in said):
         return UserError(
             "model.attn_implementation", attention, f"expected a kernel that transformers has here, or null ({said})"
         )

@@ -109,5 +109,6 @@ def without_weights(config: Any) -> Any:
     import torch
     import transformers as tf
 
+    trusted = type(config).__module__.startswith("transformers_modules")  # a configuration whose own code has run
     with torch.device("meta"):
-        return tf.AutoModelForCausalLM.from_config(config).train()
+        return tf.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).train()

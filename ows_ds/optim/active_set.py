@@ -340,7 +340,7 @@ def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: s
     """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
     if gamma > len(layers.layers):
         raise UserError("sampling.gamma", gamma, f"expected at most {len(layers.layers)}, the number of layers")
-    low_rank = [matrix for block in layers.layers for matrix in block.matrices]
+    low_rank = [matrix for block in layers.at_rank(rank).layers for matrix in block.matrices]
     low_rank += layers.embeddings if always_on == "low_rank" else ()
     for matrix in low_rank if rank is not None else ():
         if rank is not None and rank > matrix.short:

@@ -96,12 +96,12 @@ class FrozenLinear(torch.autograd.Function):
         inputs_first: bool,
         *values: Tensor,
     ) -> Tensor:
-        """x (..., C_in), weight as stored, bias (C_out), values: of what is ``attached`` -> (..., C_out)."""
+        """x (..., C_in), weight as stored, bias (C_out), values: of what is ``attached`` -> (..., C_out), as x."""
         tokens = x.reshape(-1, x.shape[-1])
-        matrix = weight if inputs_first else weight.t()
+        matrix = weight.to(x.dtype) if inputs_first else weight.to(x.dtype).t()
         decay = attached[0].decay if attached else 1.0
         if bias is not None:
-            y = torch.addmm(bias, tokens, matrix, alpha=decay)
+            y = torch.addmm(bias.to(x.dtype), tokens, matrix, alpha=decay)
         else:
             y = tokens @ matrix
             if decay != 1.0:
@@ -121,6 +121,7 @@ class FrozenLinear(torch.autograd.Function):
             hidden if any(needs and outside for needs, outside in needed) else None,
         )
         ctx.attached, ctx.decay, ctx.inputs_first = attached, decay, inputs_first
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -131,14 +132,15 @@ class FrozenLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         grad_hidden = None if outer is None else flat @ outer
         if ctx.needs_input_grad[0]:
-            grad_x = flat @ (weight.t() if ctx.inputs_first else weight)
+            matrix = weight.to(flat.dtype)
+            grad_x = flat @ (matrix.t() if ctx.inputs_first else matrix)
             if ctx.decay != 1.0:
                 grad_x *= ctx.decay
             if grad_hidden is not None:
                 grad_x.addmm_(grad_hidden, inner.t())
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         if ctx.needs_input_grad[2]:
-            grad_bias = flat.sum(0)
+            grad_bias = flat.sum(0).to(ctx.bias_dtype)
         grads: list[Tensor | None] = []
         first = 0
         for one, outside, needs in zip(ctx.attached, ctx.outside, ctx.needs_input_grad[5:], strict=True):
@@ -195,10 +197,13 @@ class LowRankHook:
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
         if weight.requires_grad or not (attached or self._sharded):
             return self._own(module, x)
-        inputs_first = isinstance(module, Conv1D)
-        y: Tensor = FrozenLinear.apply(
-            x, weight, module.bias, attached, inputs_first, *(one.values for one in attached)
-        )
+        inputs_first, kind = isinstance(module, Conv1D), x.device.type
+        if torch.is_autocast_enabled(kind):  # which casts what goes into products; here that is done by hand
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            y: Tensor = FrozenLinear.apply(
+                x, weight, module.bias, attached, inputs_first, *(one.values for one in attached)
+            )
         return y
 
     def _lookup(self, ids: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class OWS(OWSState):
         self.weights = as_weights(model)
         self.comm, self.module, self.device = self.weights.comm, self.weights.module, self.weights.device
         self.accumulation = config.accumulation
-        self.layers: ModelLayers = find_layers(self.module, self.weights.shape)
+        self.layers: ModelLayers = find_layers(self.module, self.weights.shape).at_rank(config.rank)
         check_fits(self.layers, config.gamma, config.rank, config.always_on)
         self.probabilities = probabilities(ratios_of(scores, self.weights, len(self.layers.layers)), config.gamma)
         self.active = ActiveSet(self.weights, self.layers, config)

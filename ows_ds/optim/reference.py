@@ -76,7 +76,7 @@ class Reference:
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parts = find_layers(self.model)
+        self.parts = find_layers(self.model).at_rank(self.rank)
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())

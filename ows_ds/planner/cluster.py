@@ -78,18 +78,20 @@ class Cluster(Settings):
 # Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
 # what the vendor's own servers have of network for a GPU (HDR 200 Gb/s, NDR 400 Gb/s; L40S and RTX: 100 Gb/s shared by
 # 4). Latencies of a hop: NCCL's tuner, ring, protocol Simple (tuning.cc: NVLink 3.4, PCI 5.7, network 14).
+PCIE = {"nvlink": 32, "nvlink_latency": 5.7, "network": 3.1}
 GPUS: dict[str, dict[str, float]] = {
     "A100-40": {"memory": 40, "tflops": 312, "memory_bandwidth": 1555, "nvlink": 300, "network": 25},
     "A100-80": {"memory": 80, "tflops": 312, "memory_bandwidth": 2039, "nvlink": 300, "network": 25},
     "H100": {"memory": 80, "tflops": 989, "memory_bandwidth": 3350, "nvlink": 450, "network": 50},
     "H200": {"memory": 141, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
     "B200": {"memory": 180, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
-    "L40S": {
-        "memory": 48, "tflops": 362, "memory_bandwidth": 864, "nvlink": 32, "nvlink_latency": 5.7, "network": 3.1,
-    },
-    "RTX4090": {
-        "memory": 24, "tflops": 165, "memory_bandwidth": 1008, "nvlink": 32, "nvlink_latency": 5.7, "network": 3.1,
-    },
+    "MI300X": {"memory": 192, "tflops": 1307, "memory_bandwidth": 5300, "nvlink": 448, "network": 50},
+    "V100": {"memory": 32, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},  # of float16
+    "L40S": {"memory": 48, "tflops": 362, "memory_bandwidth": 864, **PCIE},
+    "L4": {"memory": 24, "tflops": 121, "memory_bandwidth": 300, **PCIE},
+    "A6000": {"memory": 48, "tflops": 155, "memory_bandwidth": 768, **PCIE},
+    "RTX4090": {"memory": 24, "tflops": 165, "memory_bandwidth": 1008, **PCIE},
+    "RTX3090": {"memory": 24, "tflops": 71, "memory_bandwidth": 936, **PCIE},
 }  # fmt: skip
 
 
@@ -116,10 +118,11 @@ def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluste
 
 def _by_name(given: str) -> Cluster | None:
     """The cluster of such a name, None where it is none. Raises UserError for GPUs that are not known."""
-    found = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x([\w-]+)", given)
+    found = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x([\w-]+)", given, re.IGNORECASE)
     if found is None:
         return None
-    nodes, gpus, kind = found.groups()
+    nodes, gpus, name = found.groups()
+    kind = {"A100": "A100-80"}.get(name.upper(), name.upper())
     if kind not in GPUS:
         raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
     return Cluster(nodes=int(nodes or 1), gpus=int(gpus), **GPUS[kind])  # type: ignore[arg-type]

@@ -99,7 +99,8 @@ class StepSpec:
     @cached_property
     def plan(self) -> Plan:
         """What lies in the coordinate buffer."""
-        blocks = [self.layers.layers[i] for i in self.sampled] if self.method in SAMPLED else []
+        layers = self.layers.at_rank(self.rank) if self.low_rank else self.layers
+        blocks = [layers.layers[i] for i in self.sampled] if self.method in SAMPLED else []
         if not self.low_rank:
             blocks = [Block(block.name, (), block.vectors) for block in blocks]
         if self.method in SAMPLED and self.always_on != "none":

@@ -113,7 +113,10 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
             held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime, today)
     digests = {"data.train": rows.digest, "data.eval": held_out.digest}
     for key, digest in digests.items():
-        comm.assert_consistent(f"{key}: each rank has to read the same rows", digest)
+        other = [rank for rank, one in enumerate(comm.all_gather_object(digest, "agree")) if one != digest]
+        if other:
+            right = f"expected the same rows on every rank: rank {comm.rank} and rank {other[0]} read different ones"
+            raise UserError(key, str(getattr(recipe.data, key.removeprefix("data."))), right)
         if facts.get("rows", {}).get(key, digest) != digest and comm.rank == 0:
             where = ", in the block that is read again" if recipe.data.streaming and key == "data.train" else ""
             logger.warning("%s: not the rows that the run began with, or not encoded as they were%s", key, where)

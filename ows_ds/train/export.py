@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,13 +35,15 @@ def save_model(
     folder: Path,
     file_size: str = FILE_SIZE,
     card_of: Callable[[str], str | None] | None = None,
+    more: Iterable[Path] = (),
 ) -> None:
     """Write weights (safetensors), configuration and tokenizer to ``folder``, which appears when it is complete.
 
     Low-rank updates must be merged. Rank 0 writes; the others send it their shards in runs of entries, so that no rank
     needs more memory than for its shard and a run. Only for a model whose tensors differ from those of its family's
     files does rank 0 gather everything. file_size: of a file, at most; a larger tensor has a file of its own. card_of:
-    fingerprint of the weights -> text of the model card, called on rank 0. Collective. ``folder`` must not exist.
+    fingerprint of the weights -> text of the model card, called on rank 0.
+    more: files that are copied. Collective. ``folder`` must not exist.
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
@@ -50,6 +52,8 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)
             module.save_pretrained(partial, state_dict={})  # all but the weights
             tokenizer.save_pretrained(partial)
+            for file in more:
+                shutil.copy(file, partial / file.name)
     save_weights(weights, partial, file_size)
     name = None if card_of is None else fingerprint(weights)
     with fail_together(comm):
@@ -146,6 +150,7 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     from ows_ds.importance.scoring import layer_importance
     from ows_ds.model import generation
     from ows_ds.model.layers import find_layers
+    from ows_ds.model.loading import processor_files
     from ows_ds.model.pretrained import load_tokenizer, pretrained
     from ows_ds.train import resume
 
@@ -179,5 +184,6 @@ def export(run_dir: Path, out_dir: Path, name: str | None) -> None:
     tokenizer = load_tokenizer(recipe)
     generation.stop_at(weights.module, tokenizer, opened.facts.get("stops", ()))
     steps = int(opened.folder.name.removeprefix("step-"))
-    save_model(weights, tokenizer, out_dir, card_of=functools.partial(card.of_run, run_dir, steps))
+    card_of = functools.partial(card.of_run, run_dir, steps)
+    save_model(weights, tokenizer, out_dir, card_of=card_of, more=processor_files(recipe.model))
     logger.info(one_line(f"{out_dir}: {opened.folder.name} of {run_dir}"))

@@ -22,6 +22,7 @@ from ows_ds.importance import scoring
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.methods import Method
+from ows_ds.model.loading import processor_files
 from ows_ds.runs import card
 from ows_ds.train import resume
 from ows_ds.train.context import RunContext, calibration, evaluate, load
@@ -122,7 +123,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) ->
             module: Any = context.weights.module
             module.config.use_cache = True  # off in training; who loads the model wants to generate with it
             card_of = functools.partial(card.of_run, run_dir, None)
-            save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of)
+            more = processor_files(recipe.model) if comm.rank == 0 else []
+            save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of, more=more)
         if isinstance(context.steps, Stream):
             log.event(f"data.train: {context.steps.counts.line(recipe.data.max_length)}")
         notes = f", {method.skipped} steps skipped" if method.skipped else ""

@@ -179,7 +179,7 @@ def test_equals_galore_torch(
         ("projector", {"refresh": "sketch", "projector": "svd"}),
         ("refresh_batch", {"refresh": "sketch", "refresh_batch": "first"}),
         ("update_proj_gap", {"refresh": "sketch", "update_proj_gap": 1}),
-        ("optim.rank", {"rank": 17}),
+        ("optim.rank", {"rank": 33}),
         ("rank", {"rank": 0}),
         ("sampling.gamma", {"gamma": 4}),
         ("gamma", {"gamma": 1.5, "scheme": "fixed"}),
@@ -267,6 +267,17 @@ def test_micro_batches_may_change_and_weights_be_merged_for_a_while(pools: Pools
         assert distance(run["before"], run["after"]) == 0
         if refresh == "full":  # under sketch the last set has no coordinates yet
             assert distance(run["inside"], run["before"]) > 0
+
+
+@SHARDINGS
+def test_a_matrix_with_a_side_below_the_rank_trains_at_the_rank_it_has(pools: Pools, sharding: str) -> None:
+    settings = {**BASE, "rank": 20, "accumulation": 2}  # keys and values are 16 x 32
+    model = tiny("llama", False, torch.float64)
+    ows = Reference(model, RATIOS, **{k: v for k, v in settings.items() if k != "accumulation"})
+    for step in range(STEPS):
+        ows.step([functools.partial(mean_loss, model, ids) for ids in batch(step).view(2, -1, batch(step).shape[1])])
+    for found in pools(2).run(run_ows, sharding, "llama", False, torch.float64, STEPS, settings):
+        assert distance(found["weights"], dict(model.named_parameters())) < 1e-6
 
 
 @SHARDINGS
