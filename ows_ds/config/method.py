@@ -114,8 +114,9 @@ class OptimCore(Settings):
     without a full gradient of any matrix of the sampled layers."""
     refresh_batch: Literal["full", "first"] = "full"
     """Gradient that a projector is computed from: the full batch, or the first micro-batch."""
-    moments_on_refresh: Literal["keep", "reset", "rotate"] = "keep"
-    """Adam's moments at a refresh: kept, reset to 0, or rotated into the new basis."""
+    moments_on_refresh: Literal["align", "keep", "reset", "rotate"] = "align"
+    """Adam's moments at a refresh: kept, with the new basis turned to the old one (align) or as it comes (keep, as
+    GaLore); reset to 0; or rotated into the new basis."""
     merge_rounding: Literal["nearest", "stochastic"] = "nearest"
     """How merging coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up or down at random
     so that it is exact on average. Wider weights are not rounded."""

@@ -227,12 +227,12 @@ class ActiveSet:
     def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
         """What becomes of a matrix's moments when its subspace changes (``optim.moments_on_refresh``).
 
-        keep: nothing, as GaLore. reset: zero. rotate: the mean turns with the subspace; the second moment as that of
-        uncorrelated components would.
+        align, keep: nothing (under align the new basis is the one nearest to the old). reset: zero. rotate: the mean
+        turns with the subspace; the second moment as that of uncorrelated components would.
         """
         block, moments = self.buffer.block(name), self.config.moments_on_refresh
         rows = block.local_rows(name)
-        if rows is None or moments == "keep":
+        if rows is None or moments in ("align", "keep"):
             return
         mean, square = block.exp_avg[rows], block.exp_avg_sq[rows]
         if moments == "reset":

@@ -107,6 +107,17 @@ def sketch_width(r: int, short: int) -> int:
     return min(2 * r + OVERSAMPLING, short)
 
 
+def aligned(projector: Tensor, to: Tensor) -> Tensor:
+    """The basis of the subspace of ``projector`` (n, r) that is nearest to the basis ``to`` (n, r), in float64.
+
+    Q U V^T of Q^T Q_old = U S V^T (orthogonal Procrustes): it depends on the subspace alone, not on the signs and the
+    order in which a decomposition gives its directions, which rounding decides where these are alike.
+    """
+    wide = projector.double()
+    left, _, right = torch.linalg.svd(wide.T @ to.to(wide))
+    return (wide @ (left @ right)).to(projector.dtype)
+
+
 def rotation(old: Tensor, new: Tensor) -> Tensor:
     """(r, r), float32: old coordinates times this are their best approximation in the new subspace."""
     return old.float().T @ new.float()

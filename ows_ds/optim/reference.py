@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.model.layers import Block, find_layers
 from ows_ds.optim.projection import (
+    aligned,
     find_projector,
     leading,
     low_rank_gradient,
@@ -66,7 +67,7 @@ class Reference:
     projector: str = "randomized"
     refresh: str = "full"
     refresh_batch: str = "full"
-    moments_on_refresh: str = "keep"
+    moments_on_refresh: str = "align"
     always_on: str = "full"
     seed: int = 0
 
@@ -163,10 +164,10 @@ class Reference:
             if state.coming is not None:
                 self.turn(state, state.coming)
                 state.coming = None
-            self.sketch(state, gradient if matrix.tall else gradient.T, seed)
+            self.sketch(name, state, gradient if matrix.tall else gradient.T, seed)
         elif state.age % self.update_proj_gap == 0:
             new = find_projector(seen, self.rank, self.projector, seed, state.projector)
-            self.turn(state, new.to(gradient.dtype))
+            self.turn(state, self.aligned(name, state, new).to(gradient.dtype))
         state.age += 1
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
 
@@ -179,7 +180,14 @@ class Reference:
             state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
         state.projector = new
 
-    def sketch(self, state: State, tall: Tensor, seed: int) -> None:
+    def aligned(self, name: str, state: State, new: Tensor) -> Tensor:
+        """Under align: the basis of the new subspace that is nearest to the old one, at first to noise."""
+        if self.moments_on_refresh != "align":
+            return new
+        noise = start_basis(*new.shape, zlib.crc32(f"{self.seed}/0/{name}".encode()))
+        return aligned(new, noise if state.projector is None else state.projector)
+
+    def sketch(self, name: str, state: State, tall: Tensor, seed: int) -> None:
         """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
 
         tall: G or G^T, with the side of the projector last.
@@ -190,7 +198,8 @@ class Reference:
             start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
         elif state.basis is not None:
-            state.coming = leading(tall.T @ state.basis, self.rank).to(tall.dtype)
+            found = leading(tall.T @ state.basis, self.rank)
+            state.coming = self.aligned(name, state, found).to(tall.dtype)
             state.basis = None
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:

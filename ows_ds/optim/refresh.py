@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.layout import Plan, RefreshPlan, plan_refresh
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
 from ows_ds.optim.projection import (
+    aligned,
     find_projector,
     leading,
     low_rank_gradient,
@@ -102,6 +103,13 @@ class Refresh:
     def _seed(self, name: str, step: int) -> int:
         """Of a matrix's randomness in a step, on whatever rank."""
         return zlib.crc32(f"{self.config.seed}/{step}/{name}".encode())
+
+    def _aligned(self, name: str, projector: Tensor) -> Tensor:
+        """Under ``moments_on_refresh: align`` the basis nearest to the matrix's projector, or to noise without one."""
+        if self.config.moments_on_refresh != "align":
+            return projector
+        old = self.active.projectors.get(name)
+        return aligned(projector, start_basis(*projector.shape, self._seed(name, 0)) if old is None else old)
 
 
 class FullGradients(Refresh):
@@ -171,6 +179,7 @@ class FullGradients(Refresh):
             return
         seed, previous = self._seed(name, self._step), self.active.projectors.get(name)
         found = find_projector(gradient, self.active.r, self.config.projector, seed, previous)
+        found = self._aligned(name, found)
         # rounded as it will be stored, so that R and later coordinates share one subspace
         self.projectors[name] = projector = found.to(self.active.weight_dtype)
         low_rank = low_rank_gradient(gradient, projector.to(dtype))
@@ -269,7 +278,7 @@ class Sketches(Refresh):
     def after_step(self) -> dict[str, Tensor]:
         projectors: dict[str, Tensor] = {}
         for sketch in self._end():
-            (projectors if sketch.second else self.bases).update(sketch.finish(self.active.r))
+            (projectors if sketch.second else self.bases).update(sketch.finish(self.active.r, self._aligned))
         return projectors
 
     def skip(self) -> None:
@@ -328,9 +337,9 @@ class Sketch:
             direct = matrix.name not in lookups
             self.coordinates[matrix.name] = make_coordinates(matrix.shape, zeros, basis, sums, direct, second)
 
-    def finish(self, r: int) -> dict[str, Tensor]:
+    def finish(self, r: int, turned: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
         """By matrix, in the bases' dtype, on every rank: the second pass's basis (long, w), or, after it, the projector
-        (short, r). Collective.
+        (short, r) as ``turned``. Collective.
         """
         width = self.grads.shape[1]
         mine = self.comm.reduce_scatter(self.grads, "sketches")
@@ -340,7 +349,7 @@ class Sketch:
             if owner == self.comm.rank:
                 start, stop = self.plan.slots[name]
                 sketch = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
-                found[name] = leading(sketch, r) if self.second else orthonormal(sketch)[0]
+                found[name] = turned(name, leading(sketch, r)) if self.second else orthonormal(sketch)[0]
         dtype = next(iter(self.coordinates.values())).projector.dtype
         columns, what = (r, "projectors") if self.second else (width, "sketch_bases")
         gathered = _gather(self.comm, self.plan, found, columns, dtype, self._device, what)

@@ -71,7 +71,7 @@ def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, 50, 13, "bernoulli")
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
     assert (r.optim.rank, r.optim.update_proj_gap, r.optim.scale) == (128, 200, 1.0)
-    assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("keep", "full", "full")
+    assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("align", "full", "full")
     assert r.optim.refresh == "full"
     assert (r.train.global_batch_size, r.data.max_length, r.train.epochs, r.model.dtype) == (16, 512, 1, "bfloat16")
 
