@@ -184,7 +184,7 @@ class Reference:
         """Under align: the basis of the new subspace that is nearest to the old one, at first to noise."""
         if self.moments_on_refresh != "align":
             return new
-        noise = start_basis(*new.shape, zlib.crc32(f"{self.seed}/0/{name}".encode()))
+        noise = start_basis(len(new), new.shape[1], zlib.crc32(f"{self.seed}/0/{name}".encode()))
         return aligned(new, noise if state.projector is None else state.projector)
 
     def sketch(self, name: str, state: State, tall: Tensor, seed: int) -> None:

@@ -109,7 +109,9 @@ class Refresh:
         if self.config.moments_on_refresh != "align":
             return projector
         old = self.active.projectors.get(name)
-        return aligned(projector, start_basis(*projector.shape, self._seed(name, 0)) if old is None else old)
+        return aligned(
+            projector, start_basis(len(projector), projector.shape[1], self._seed(name, 0)) if old is None else old
+        )
 
 
 class FullGradients(Refresh):

@@ -28,6 +28,7 @@ from ows_ds.train import resume
 from ows_ds.train.context import RunContext, calibration, evaluate, load
 from ows_ds.train.export import save_model
 from ows_ds.train.log import RunLog
+from ows_ds.train.run_lock import RunLock
 from ows_ds.train.step import StepRunner
 from ows_ds.train.trackers import check_trackers
 
@@ -43,8 +44,9 @@ def train(recipe: Recipe) -> None:
     """
     with signals.stop_on_signal() as stop_requested:
         runtime = start(recipe)
-        with watchdog.armed(runtime.comm, recipe.train.timeout_seconds):
-            _train(recipe, runtime, stop_requested)
+        lock = RunLock(Path(recipe.train.output_dir))
+        with watchdog.armed(runtime.comm, recipe.train.timeout_seconds), lock:
+            _train(recipe, runtime, stop_requested, lock)
 
 
 def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> None:
@@ -60,8 +62,11 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
         scoring.report(recipe, context.weights, context.layers, batches, kinds, path)
 
 
-def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) -> None:
+def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lock: RunLock) -> None:
     run_dir, comm = Path(recipe.train.output_dir), runtime.comm
+    with fail_together(comm):
+        if comm.rank == 0 and run_dir.exists():  # a folder is made when there is something to write
+            lock.take()
     opened, skipped = _open(recipe, runtime, run_dir)
     context = load(recipe, runtime, opened=opened)
     if opened is not None:
@@ -85,6 +90,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event) ->
 
     with fail_together(comm):
         if comm.rank == 0:  # before there are records: without the recipe a run that is started again has not begun
+            lock.take()
             write_text(run_dir / "config.yaml", config.to_yaml(recipe))
         n_layers = len(context.layers.layers)
         log = RunLog(run_dir, total, n_layers, comm.rank == 0, recipe, runtime.accelerator, begin)
