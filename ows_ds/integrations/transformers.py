@@ -24,6 +24,7 @@ again from its attributes (TRL's have prepared their data by then): so there is 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -66,6 +67,9 @@ FROM_ARGUMENTS = {
     "max_grad_norm": "max_grad_norm",
     "accumulation": "gradient_accumulation_steps",
 }  # settings of OWS that TrainingArguments has
+
+WITHIN_A_STEP = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
+EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_") and name not in WITHIN_A_STEP]
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +131,8 @@ class OWSTrainerMixin(CheckpointHooks):
         self.ows_config = parse(OWSConfig, {"seed": self.args.seed, **given, **from_arguments}, "ows.")
         self.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
         self.accelerator = _Accelerator(self.accelerator)
+        for callback in trainer.callback_handler.callbacks:
+            _merge_around(callback, self)
         trainer.callback_handler.callbacks.insert(0, _Closing(self))
         self._make_ows()
 
@@ -138,6 +144,11 @@ class OWSTrainerMixin(CheckpointHooks):
         if self.optimizer is not None:
             self.optimizer.close()
         self.optimizer = self.accelerator.ows = None
+
+    def add_callback(self, callback: Any) -> None:
+        super().add_callback(callback)  # type: ignore[misc]
+        if hasattr(self, "ows_config"):  # those of before are seen to in `__init__`
+            _merge_around(self.callback_handler.callbacks[-1], self)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ a step
 
@@ -307,6 +318,21 @@ class TrainerOWS(OWS):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: see `OWSTrainerMixin.load_state`."""
+
+
+def _merge_around(callback: TrainerCallback, trainer: OWSTrainerMixin) -> None:
+    """Let a callback of others see the weights as they were trained, and not those without coordinates: one that copies
+    them (a reference model, an average) or saves them. Not within a step, where nothing can be merged."""
+    if type(callback).__module__.startswith("transformers."):
+        return  # reports and control alone
+
+    def merged(call: Any, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if trainer.optimizer is None else trainer.optimizer.merged():
+            return call(*args, **kwargs)
+
+    for event in EVENTS:
+        if getattr(type(callback), event) is not getattr(TrainerCallback, event):
+            setattr(callback, event, functools.partial(merged, getattr(callback, event)))
 
 
 class _Closing(TrainerCallback):

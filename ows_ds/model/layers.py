@@ -88,11 +88,13 @@ class ModelLayers:
     layers: the N_L transformer layers, input side first.
     embeddings: token embedding, position embedding if it is learned, and head; a tied head is the embedding's matrix.
     final: vectors between the last layer and the head (the final norm), and the head's bias.
+    heads: weights of heads for other tasks (a score, classes), flattened: they are new, and always train.
     """
 
     layers: tuple[Block, ...]
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
+    heads: tuple[Vector, ...] = ()
 
     def at_rank(self, r: int | None) -> ModelLayers:
         """The same where a layer's matrix whose shorter side is below r is a vector: at full rank it has fewer
@@ -146,7 +148,23 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
         layers.append(Block(f"{stack_name}.{index}", tuple(matrices), tuple(vectors)))
 
     embeddings, final = _outside(model, stack_name, shape, names)
-    return ModelLayers(tuple(layers), embeddings, final)
+    known = {*(matrix.name for matrix in embeddings), *(vector.name for vector in final)}
+    sizes = {name: math.prod(shape(parameter)) for parameter, name in names.items() if name not in known}
+    largest = max((math.prod(matrix.shape) for matrix in embeddings), default=0)
+    return ModelLayers(tuple(layers), embeddings, final, _heads(stack_name, sizes, largest))
+
+
+def _heads(stack_name: str, sizes: dict[str, int], most: int) -> tuple[Vector, ...]:
+    """What stands at the model's root, beside the module with the stack, and is no larger than the embedding.
+
+    sizes: of the weights that are not known yet. A vision tower is larger.
+    """
+    beside: dict[str, list[Vector]] = {}
+    for name, numel in sizes.items():
+        if (root := name.partition(".")[0]) != stack_name.partition(".")[0]:
+            beside.setdefault(root, []).append(Vector(name, numel))
+    heads = (vectors for vectors in beside.values() if sum(vector.numel for vector in vectors) <= most)
+    return tuple(vector for vectors in heads for vector in vectors)
 
 
 def _stack(

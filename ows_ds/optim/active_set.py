@@ -59,7 +59,7 @@ class ActiveSet:
         self.always = Block(
             ALWAYS,
             self.layers.embeddings if config.always_on == "low_rank" else (),
-            self.layers.final if config.always_on != "none" else (),
+            (*(self.layers.final if config.always_on != "none" else ()), *self.layers.heads),
         )
         self.layer_of = {block.name: index for index, block in enumerate(self.layers.layers)}
         self.hooks: dict[str, list[LowRankHook]] = {}
