@@ -99,3 +99,22 @@ def test_the_trainer_has_what_is_overridden(name: str) -> None:
 def test_the_trainer_writes_by_save() -> None:
     with unchanged("transformers", "Trainer._save"):
         assert list(inspect.signature(tf.Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
+
+
+def test_chat_templates() -> None:
+    """The marked template writes what `apply_chat_template` does, and the messages are those that it hands over."""
+    from ows_ds.data.template import render
+    from tests.data.test_data import byte_tokenizer
+
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.thinking or '' }}"
+        "{% generation %}!{% endgeneration %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "a", "x": None}, {"role": "assistant", "content": "b", "reasoning": "c"}]
+    with unchanged(
+        "transformers", "_compile_jinja_template, _plain_template_data, _alias_reasoning_fields or {% generation %}"
+    ):
+        found = render(byte_tokenizer(template), messages, None, False, {})
+        assert found.text == "user:a!assistant:bc!"
+        assert [found.text[slice(*found.spans[number])] for number in (0, 1)] == ["user:a!", "assistant:bc!"]
+        assert [found.text[slice(*span)] for span in found.generated] == ["!", "!"]

@@ -105,6 +105,13 @@ def test_yaml_gives_the_recipe_back(tree: dict[str, Any]) -> None:
     assert config.changed(r, {"optim.rank": 3, "optim.lr": 1.0, "train.steps": 7}).optim.rank == 3
 
 
+def test_a_tilde_is_the_home_folder(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    r = config.from_dict(changed(tree, {"train.output_dir": "~/run", "data.train": [{"path": "~/rows.jsonl"}]}))
+    assert r.train.output_dir == "/home/ann/run"
+    assert config.sources(r.data, "data.train")[0].path == "/home/ann/rows.jsonl"
+
+
 def test_numbers_that_yaml_reads_as_text_are_numbers(tree: dict[str, Any]) -> None:
     r = config.from_dict(changed(tree, {"optim.lr": yaml.safe_load("3e-4"), "sampling.gamma": 4}))
     assert (r.optim.lr, r.sampling.gamma, type(r.sampling.gamma)) == (3e-4, 4.0, float)

@@ -26,12 +26,13 @@ with signals.stop_on_signal() as stop_requested:
 """
 
 
-def waiting(seconds: float) -> subprocess.Popen[str]:
+def waiting(seconds: float, first: signal.Signals = signal.SIGUSR1) -> subprocess.Popen[str]:
     """A process that says "asked" after its first signal, and then waits in C, where no Python runs."""
-    child = subprocess.Popen([sys.executable, "-c", WAITING, str(seconds)], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", WAITING, str(seconds)]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGUSR1)
+    child.send_signal(first)
     assert child.stdout.readline() == "asked\n"
     return child
 
@@ -40,6 +41,17 @@ def test_a_second_signal_ends_at_once() -> None:
     child = waiting(0.0)
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_and_a_closed_terminal_are_such_signals() -> None:
+    closed = waiting(60.0, signal.SIGHUP)
+    closed.kill()
+    closed.wait()
+    child = waiting(0.0, signal.SIGINT)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == 128 + signal.SIGINT
+    assert child.stderr is not None
+    assert child.stderr.read().strip() == "ows-ds: stopping after this step, which is saved; Ctrl-C again ends at once"
 
 
 def test_the_same_order_passed_on_by_a_launcher_is_one() -> None:

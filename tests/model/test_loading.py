@@ -23,7 +23,7 @@ from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.loading import Source, unsharded
-from ows_ds.model.pretrained import pretrained
+from ows_ds.model.pretrained import load_tokenizer, pretrained
 from ows_ds.model.tensor_files import Files, Writer
 from ows_ds.train.export import save_model
 from tests.support.families import FAMILIES, tiny
@@ -69,6 +69,13 @@ def test_loads_and_writes_what_transformers_does(tmp_path: Path, family: str, ti
     expected.save_pretrained(tmp_path / "theirs", max_shard_size=file_size)
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("mine", "theirs")]
     assert files[0] == files[1]
+
+
+def test_an_adapter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    recipe = config.from_dict({"model": {"path": str(tmp_path)}, "train": {"output_dir": "unused"}})
+    with pytest.raises(UserError, match="this folder holds an adapter, which peft's merge_and_unload merges"):
+        load_tokenizer(recipe)
 
 
 def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:

@@ -209,6 +209,24 @@ def test_a_wrong_order_of_calls_is_refused() -> None:
         ows.backward(mean_loss(model, batch(0)[:2]))
 
 
+def test_autocast_around_the_loss() -> None:
+    losses = []
+    for autocast in (False, True):
+        model: Any = tiny("llama with biases", False, torch.float32)
+        ows = OWS(model, RATIOS, **{**BASE, "gamma": 3, "scheme": "fixed"})
+        for step in range(4):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = mean_loss(model, batch(step))
+            ows.backward(loss)
+            ows.step()
+            ows.zero_grad()
+            losses.append(float(loss))
+        ows.close()
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[4:] == pytest.approx(losses[:4], rel=1e-2)
+    assert losses[4:] != losses[:4]
+
+
 def test_closing_gives_the_model_back() -> None:
     model, plain = tiny("llama", True), tiny("llama", True)
     ows = OWS(model, RATIOS, rank=4, gamma=2, period=2, always_on="low_rank", lr=1e-2)

@@ -61,7 +61,7 @@ def test_clusters_by_name_and_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "changes", "expected"),
     [
-        ("8xA100", {}, "--cluster: '8xA100' is invalid: expected a file, or nodes x GPUs of one of A100-40"),
+        ("8xA200", {}, "--cluster: '8xA200' is invalid: expected a file, or nodes x GPUs of one of A100-40"),
         ("mine", {}, "--cluster: 'mine' is invalid"),
         ("no.yaml", {}, "--cluster: 'no.yaml' is invalid: expected a readable YAML file"),
         ("8xH100", {"nodes": 0}, "--nodes: 0 is invalid: expected an integer of at least 1"),
@@ -89,6 +89,13 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ roofline
+
+
+def test_names_of_gpus_in_any_case() -> None:
+    assert read_cluster("8xh100") == read_cluster("8xH100")
+    assert read_cluster("8XA100") == read_cluster("8xA100-80")
+    memory = {"RTX3090": 24, "A6000": 48, "L4": 24, "V100": 32, "MI300X": 192}
+    assert {name: read_cluster(f"2x{name}").memory for name in memory} == memory
 
 
 def test_flops_of_llama2_7b() -> None:

@@ -146,6 +146,7 @@ def test_model_loads_in_transformers_and_has_learned(inputs: Path, whole: Path) 
     end = AutoTokenizer.from_pretrained(folders[0]).eos_token_id
     assert trained.pop("eos_token_id") == [before.pop("eos_token_id"), end]
     assert trained == before
+    assert (folders[0] / "preprocessor_config.json").read_text() == "{}"
     assert {**loaded.config.to_dict(), "_name_or_path": ""} == {**base.config.to_dict(), "_name_or_path": ""}
     card = (folders[0] / "README.md").read_text()
     assert fingerprint(Replicated(loaded, Communicator())) in card
