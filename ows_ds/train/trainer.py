@@ -24,7 +24,7 @@ from ows_ds.importance.scores import Scores
 from ows_ds.methods import Method
 from ows_ds.model.loading import processor_files
 from ows_ds.runs import card
-from ows_ds.train import resume
+from ows_ds.train import resume, run_lock
 from ows_ds.train.context import RunContext, calibration, evaluate, load
 from ows_ds.train.export import save_model
 from ows_ds.train.log import RunLog
@@ -65,7 +65,7 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
 def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lock: RunLock) -> None:
     run_dir, comm = Path(recipe.train.output_dir), runtime.comm
     with fail_together(comm):
-        if comm.rank == 0 and run_dir.exists():  # a folder is made when there is something to write
+        if comm.rank == 0 and (run_dir / run_lock.FILE).exists():  # otherwise when there is something to write
             lock.take()
     opened, skipped = _open(recipe, runtime, run_dir)
     context = load(recipe, runtime, opened=opened)
