@@ -13,7 +13,9 @@ import pytest
 from ows_ds.distributed import signals
 
 WAITING = """
-import ctypes, sys
+import ctypes, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):  # shells start what runs behind them without
+    signal.signal(number, signal.SIG_DFL)
 from ows_ds.distributed import signals
 signals.SAME_SECONDS = float(sys.argv[1])
 with signals.stop_on_signal() as stop_requested:
