@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from ows_ds.data import chat
 from ows_ds.data.encoded import Builder, Counts, Encoded, EncodedRows
-from ows_ds.data.messages import read_chat
-from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of, ignored
+from ows_ds.data.messages import BadChat, read_chat
+from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of, system_of, unused_columns
 from ows_ds.errors import UserError
 
 # Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
@@ -39,8 +39,8 @@ def encode(
     data.loss_on where the template does not show where turns end.
     """
     kept = Builder()
-    ids, trained, _ = _tokens(row, tokenizer, loss_on, format, key, template)
-    kept.add(ids[:max_length], trained[:max_length])
+    made = _tokens(row, tokenizer, loss_on, format, key, template)
+    kept.add(made.ids[:max_length], made.trained[:max_length])
     return kept.build()[0]
 
 
@@ -69,7 +69,7 @@ def encode_rows(
         try:
             if isinstance(row, UserError):
                 raise row
-            ids, trained, notes = _tokens(row, tokenizer, loss_on, format, key, template, today)
+            ids, trained, notes, unused = _tokens(row, tokenizer, loss_on, format, key, template, today)
         except UserError as error:
             named = error if isinstance(row, UserError) else _placed(error, key, where)
             if error.key != key or on_bad_row == "stop":
@@ -77,7 +77,7 @@ def encode_rows(
             counts.bad += 1
             counts.first_bad = counts.first_bad or f"{where}: {error.right}"
             continue
-        counts.ignored |= dict.fromkeys(ignored(row, format))
+        counts.ignored |= dict.fromkeys(unused)
         for note in notes:
             counts.notes[note] = counts.notes.get(note, 0) + 1
         counts.truncated += len(ids) > max_length
@@ -109,10 +109,18 @@ def _placed(error: UserError, key: str, where: str) -> UserError:
     return UserError(error.key, error.value, f"{error.right} ({where})") if error.key == "data.loss_on" else error
 
 
+class _Tokens(NamedTuple):
+    """A row at full length. trained: of each token. notes: of `chat.NOTES`. unused: columns that mean nothing here."""
+
+    ids: list[int]
+    trained: list[bool]
+    notes: list[str]
+    unused: list[str]
+
+
 def _tokens(
     row: Row, tokenizer: Any, loss_on: str, format: str, key: str, template: str, today: datetime | None = None
-) -> tuple[list[int], list[bool], list[str]]:
-    """Tokens of one row at full length, whether each is trained, and what is to be noted (`chat.NOTES`)."""
+) -> _Tokens:
     name = format_of(row, format)
     if not tokenizer.is_fast:
         raise UserError(
@@ -129,15 +137,19 @@ def _tokens(
             raise UserError("data.template", template, "expected auto or chat for messages")
         right = "expected rows of another format, or data.chat_template: this model's tokenizer has no chat template"
         raise UserError(key, "messages", right)
-    notes: list[str] = []
+    notes, unused = list[str](), unused_columns(row, name, is_chat)
     if name == "text":
         text, spans = row["text"], [(0, len(row["text"]))]
     elif is_chat:
         if messages is None:
             task, more, answer = _question(row, name)
             said = (("user", f"{task}\n\n{more}" if more else task), ("assistant", answer))
-            messages = [{"role": role, "content": content} for role, content in said]
-        text, spans, notes = chat.write(read_chat(messages, "messages", row), tokenizer, loss_on, key, today)
+            messages = [*system_of(row), *({"role": role, "content": content} for role, content in said)]
+        try:
+            given = read_chat(messages, "messages", row)
+        except BadChat as error:  # `rows.read` has verified messages, not what stands beside a question
+            raise UserError(key, row, str(error)) from error
+        text, spans, notes = chat.write(given, tokenizer, loss_on, key, today)
     else:
         task, more, answer = _question(row, name)
         prompt, completion = (_alpaca if template == "alpaca" else _plain)(name, task, more, answer)
@@ -149,7 +161,7 @@ def _tokens(
     encoding = tokenizer(text, add_special_tokens=not is_chat, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
     if is_chat and loss_on == "all":
-        return ids, [True] * len(ids), notes
+        return _Tokens(ids, [True] * len(ids), notes, unused)
     trained = [any(start < last and first < end for first, last in spans) for start, end in encoding["offset_mapping"]]
     if not is_chat and tokenizer.eos_token_id is not None:
         if ids[-1:] == [tokenizer.eos_token_id]:  # the tokenizer has put it there
@@ -157,12 +169,12 @@ def _tokens(
             trained.pop()
         ids.append(tokenizer.eos_token_id)
         trained.append(bool(spans))
-    return ids, trained, notes
+    return _Tokens(ids, trained, notes, unused)
 
 
 def _nothing_trained(row: Row, notes: list[str]) -> str:
     """Why a row has no trained token."""
-    if notes:
+    if chat.NOTES[0] in notes:
         return "an empty answer"
     given = [row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)]
     messages: list[Any] = given[0] if given else []

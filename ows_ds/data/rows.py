@@ -60,9 +60,9 @@ def read(source: Source, key: str) -> Iterator[Found]:
     """The rows of a file or data set (`config.is_file` decides which), each verified, read lazily.
 
     A file is JSON Lines (blank lines are skipped), a JSON list, Parquet, CSV or TSV (all columns text), also
-    compressed; it has no subsets,
-    and of the split only the slice matters. The same holds for a folder that `Dataset.save_to_disk` wrote. Any other
-    data set is a folder or a name on the hub, as `datasets.load_dataset` takes it.
+    compressed; it has no subsets, and of the split only the slice matters. The same holds for a folder that
+    `Dataset.save_to_disk` wrote. Any other data set is a folder or a name on the hub, as `datasets.load_dataset` takes
+    it.
 
     A row that does not fit ``source.format`` is a UserError: of ``key``, with its place and what is expected.
     Raises UserError naming ``key`` for what cannot be read or has no row, and ``key`` with _subset or _split for one
@@ -289,12 +289,16 @@ def format_of(row: Row, format: str) -> str | None:
     return next((name for name, columns in COLUMNS.items() if all(c in row for c in columns)), None)
 
 
-def ignored(row: Row, format: str) -> list[str]:
-    """Columns of a row with a value that mean nothing to training."""
-    name = format_of(row, format)
-    used = {*COLUMNS.get(str(name), ()), *(() if name == "text" else ("system", "tools", "chat_template_kwargs"))}
-    used |= {"input", "history"} if name == "alpaca" else set()
+def unused_columns(row: Row, name: str | None, is_chat: bool) -> list[str]:
+    """Columns of a row, of the format ``name``, that have a value and mean nothing to training."""
+    used = {*COLUMNS.get(str(name), ()), *(("input", "history") if name == "alpaca" else ())}
+    used |= {"system", "tools", "chat_template_kwargs"} if is_chat else set()
     return [column for column in row if column not in used and row[column] is not None]
+
+
+def system_of(row: Row) -> list[dict[str, Any]]:
+    """The message that a row's system column is; none without one."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def conversation(row: Row, name: str | None) -> list[Any] | None:
@@ -304,8 +308,7 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
     LLaMA-Factory has them; prompts and completions are one where both are lists of messages, as TRL has them, with the
     prompt untrained.
     """
-    system = row.get("system")
-    found: list[Any] = [{"role": "system", "content": system}] if system else []
+    found: list[Any] = system_of(row)
     if name in ("messages", "sharegpt"):
         messages = row.get(COLUMNS[name][0])
         return [*found, *messages] if isinstance(messages, list) and messages else []
@@ -313,7 +316,7 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
         prompt, completion = row["prompt"], row.get("completion")
         asked = [turn | {"train": False} if isinstance(turn, dict) else turn for turn in prompt]
         return [*found, *asked, *completion] if isinstance(completion, list) and completion else []
-    if name == "alpaca" and (row.get("history") or system):
+    if name == "alpaca" and (row.get("history") or found):
         history = row.get("history") or []
         if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
             return []
@@ -336,7 +339,8 @@ def _mistake(row: Row, format: str) -> str | None:
             roles = [turn.role for turn in read_chat(messages, " and ".join(COLUMNS[name]), row).turns]
         except BadChat as error:
             return str(error)
-        return "expected one system text: the column has one, and the messages another" if _twice(roles) else None
+        twice = roles[:2] == ["system", "system"]
+        return "expected one system text: the column has one, and the messages another" if twice else None
     texts = COLUMNS[name]
     if name == "alpaca" and row.get("input") is not None:
         texts = (*texts, "input")
@@ -356,7 +360,3 @@ def _mistake(row: Row, format: str) -> str | None:
         except BadChat:
             return "expected system as text and history as a list of [question, answer], all of them text"
     return None
-
-
-def _twice(roles: list[str]) -> bool:
-    return roles[:2] == ["system", "system"]

@@ -72,6 +72,7 @@ SAME: dict[str, tuple[dict[str, Any], list[str]]] = {
         BOTH,
     ),
     "a developer": ({"messages": [{**MESSAGES[0], "role": "developer"}, *MESSAGES[1:]]}, BOTH),
+    "a question with a system column": ({"question": "2+2?", "answer": "4", "system": "Be brief."}, ["4<|im_end|>"]),
     "the user is trained too": (
         {"messages": [*MESSAGES[:3], MESSAGES[3] | {"train": True}, MESSAGES[4]]},
         ["4<|im_end|>", "sure?", "yes<|im_end|>"],
@@ -84,7 +85,8 @@ def test_ways_to_write_a_chat(name: str) -> None:
     row, expected = SAME[name]
     tokenizer = byte_tokenizer(CHATML.replace("}<|im", "}{{ m['role'] == 'developer' and m.nothing.x or '' }}<|im", 1))
     encoded = encode(row, tokenizer, 1000)
-    assert tokenizer.decode(encoded.input_ids.tolist()) == TEXT
+    text = tokenizer.decode(encoded.input_ids.tolist())
+    assert text == (TEXT if "question" not in row else "".join(TEXT.partition("4<|im_end|>\n")[:2]))
     assert trained(encoded, tokenizer) == expected
 
 
@@ -207,6 +209,14 @@ def test_what_is_no_call_is_refused(tmp_path: Path, row: dict[str, Any], says: s
     (tmp_path / "r.jsonl").write_text(json.dumps(row))
     with pytest.raises(UserError, match=says):
         load_rows(tmp_path / "r.jsonl")
+
+
+def test_what_stands_beside_a_question_is_used_or_named() -> None:
+    row = {"prompt": "a", "completion": "b", "system": "s", "tools": "["}
+    with pytest.raises(UserError, match="valid JSON"):
+        encode(row, byte_tokenizer(), 1000)
+    _, counts = encode_rows(located(row), byte_tokenizer(), 1000, template="plain")
+    assert list(counts.ignored) == ["system", "tools"]
 
 
 def test_tools_that_the_template_does_not_show_are_refused() -> None:
