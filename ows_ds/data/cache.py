@@ -27,7 +27,7 @@ from ows_ds.data.template import CLOCK
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write
 
-FORMAT = 3  # of an entry, and of what encoding makes: a change of either needs another number
+FORMAT = 4  # of an entry, and of what encoding makes: a change of either needs another number
 SETTINGS = ("max_length", "loss_on", "template", "on_bad_row")
 NAMES = ("tokens", "trained", "ends", "targets")
 
@@ -52,7 +52,7 @@ def name(
         "source": [key, content, {**source.model_dump(), "weight": None}],
         "tokenizer": [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id],
         "marks": {name: str(mark) for name, mark in tokenizer.special_tokens_map.items()},  # templates write them
-        "template": [template, str(today or datetime.date.today()) if CLOCK in template else ""],
+        "template": [template, str(today.date() if today else datetime.date.today()) if CLOCK in template else ""],
         "settings": [getattr(data, setting) for setting in SETTINGS],
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20).hexdigest()
@@ -72,7 +72,7 @@ def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_suffix(".lock"))
         lock.acquire()
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # filelock's, for a file system without locks
         return make()
     try:
         if (found := _read(path)) is not None:
@@ -85,7 +85,7 @@ def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]
             _write(path.with_suffix(".json"), lambda to: to.write_text(text))
             raise
         tensors = {name: torch.from_numpy(getattr(rows, name)) for name in NAMES}
-        metadata = {"counts": json.dumps(dataclasses.asdict(counts))}
+        metadata = {"counts": json.dumps(dataclasses.asdict(counts)), "digest": rows.digest}
         _write(path, lambda to: save_file(tensors, to, metadata))
         return rows, counts
     finally:
@@ -99,6 +99,7 @@ def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
         with safe_open(path, "pt") as file:
             rows = EncodedRows(*(file.get_tensor(name).numpy() for name in NAMES))
             counts = Counts(**json.loads(file.metadata()["counts"]))
+            vars(rows)["digest"] = file.metadata()["digest"]
         return rows, counts
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         pass

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -131,9 +132,9 @@ class EncodedRows:
             last[:-1] &= ~(self.trained[1:] & inside[:-1])
         return [int(token) for token in numpy.unique(self.tokens[last])]
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """A hash of all rows and of what is trained of them."""
+        """A hash of all rows and of what is trained of them. The cache keeps it: it takes a pass over all tokens."""
         found = hashlib.blake2b(digest_size=16)
         for part in (self.tokens, self.trained, self.ends):
             found.update(numpy.ascontiguousarray(part).view(numpy.uint8).data)

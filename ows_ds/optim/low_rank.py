@@ -197,13 +197,14 @@ class LowRankHook:
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
         if weight.requires_grad or not (attached or self._sharded):
             return self._own(module, x)
-        inputs_first, kind = isinstance(module, Conv1D), x.device.type
-        if torch.is_autocast_enabled(kind):  # which casts what goes into products; here that is done by hand
-            x = x.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            y: Tensor = FrozenLinear.apply(
-                x, weight, module.bias, attached, inputs_first, *(one.values for one in attached)
-            )
+        values, kind = (one.values for one in attached), x.device.type
+        given = (weight, module.bias, attached, isinstance(module, Conv1D), *values)
+        y: Tensor
+        if not torch.is_autocast_enabled(kind):
+            y = FrozenLinear.apply(x, *given)
+            return y
+        with torch.autocast(kind, enabled=False):  # it casts what goes into products: here that is done by hand
+            y = FrozenLinear.apply(x.to(torch.get_autocast_dtype(kind)), *given)
         return y
 
     def _lookup(self, ids: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class RunContext:
     held_out: Sequences
     steps: Steps | None = None  # None: nothing is trained
     model: str = ""  # fingerprint of the base model
-    started: str = ""  # when the run first began, which templates write as today's date
+    started: str = ""  # the day on which the run first began, which templates write as today's date
     digests: dict[str, str] = field(default_factory=dict)  # of the rows, by key
     stops: list[int] = field(default_factory=list)  # special tokens with which what is trained ends
 
@@ -97,7 +97,7 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
     comm, held_out = runtime.comm, Sequences([])
     steps: Steps | None = None
     facts, state = ({}, None) if opened is None else (opened.facts, opened.state.get("data"))
-    started = comm.broadcast_object(facts.get("started") or datetime.now().isoformat(timespec="seconds"))
+    started = comm.broadcast_object(facts.get("started") or datetime.now().date().isoformat())
     today = datetime.fromisoformat(started)
     with fail_together(comm):
         if comm.rank == 0:  # one rank downloads, the others find the data sets in the cache

@@ -44,14 +44,7 @@ class RunLock:
         except OSError as error:
             right = f"expected a folder that can be made and written to ({error})"
             raise UserError("train.output_dir", str(self._run_dir), right) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise self._taken() from None
-        except OSError:  # a file system without locks
-            pass
-        if self._beats():
+        if not self._locked(file) or self._beats():
             file.close()
             raise self._taken()
         file.truncate(0)
@@ -69,6 +62,17 @@ class RunLock:
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._file.close()
+
+    def _locked(self, file: IO[str]) -> bool:
+        """Whether the lock of the open file is ours now, and the file still the one in the folder."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+        # its holder may have removed it since it was opened: another process may have a new one
+        return self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat())
 
     def _holder(self) -> dict[str, object]:
         try:
