@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ows_ds.data.messages import Chat, Turn
-from ows_ds.data.template import Rendered, render
+from ows_ds.data.template import Rendered, render, unused_mark
 from ows_ds.errors import UserError, first_line
+from ows_ds.model.generation import special_tokens
 
 Span = tuple[int, int]
 NOTES = ("empty answers are not trained", "answers whose reasoning the chat template leaves out")
@@ -84,10 +85,9 @@ def _variants(turns: Sequence[Turn]) -> Iterator[list[Turn]]:
 
 
 @functools.lru_cache(maxsize=4)
-def special_tokens(tokenizer: Any, size: int) -> tuple[str, ...]:
+def _end_marks(tokenizer: Any, size: int) -> tuple[str, ...]:
     """A tokenizer's special tokens, the longest first. size: how many tokens it has."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted({*special, *tokenizer.all_special_tokens}, key=lambda token: (-len(token), token)))
+    return tuple(sorted(special_tokens(tokenizer).values(), key=lambda mark: (-len(mark), mark)))
 
 
 class _Shown:
@@ -174,21 +174,26 @@ class _Shown:
         """The span up to the mark at which generation stops. Where the template writes none behind the last turn, as
         it begins the next one with it, the text gets it."""
         start, end = span
-        text, marks = self.text[start:end].rstrip(), special_tokens(self.tokenizer, len(self.tokenizer))
-        if not text.endswith(marks):
-            behind = self.text[end:]
-            if not behind and i + 1 == len(self.turns):
-                next_one = Turn({"role": "tool" if self.turns[i].calls else "user", "content": "?"})
-                try:
-                    behind = self._render([*self.turns, next_one]).after(i)
-                except (UserError, KeyError):
-                    behind = ""
-                self.text += next((mark for mark in marks if behind.startswith(mark)), "")
-            mark = next((mark for mark in marks if behind.startswith(mark)), None)
-            if mark is None:
-                return start, start + len(text)
-            return start, end + len(mark)
-        return start, start + len(text)
+        said, marks = self.text[start:end].rstrip(), _end_marks(self.tokenizer, len(self.tokenizer))
+        if said.endswith(marks):
+            return start, start + len(said)
+        behind, is_last = self.text[end:], i + 1 == len(self.turns)
+        if is_last and not behind:
+            behind = self._next_head(i)
+        mark = next((mark for mark in marks if behind.startswith(mark)), None)
+        if mark is None:
+            return start, start + len(said)
+        if is_last and len(self.text) == end:
+            self.text += mark
+        return start, end + len(mark)
+
+    def _next_head(self, i: int) -> str:
+        """What the template would write behind turn i, the last one, if another one came."""
+        following = Turn({"role": "tool" if self.turns[i].calls else "user", "content": "?"})
+        try:
+            return self._render([*self.turns, following]).after(i)
+        except (UserError, KeyError):  # it does not take another one, or does not show where it stands
+            return ""
 
     def _prompt(self, i: int) -> str:
         """What the template writes for turn i to be generated."""
@@ -203,7 +208,7 @@ class _Shown:
         """Where the content of turn i stands; None where the template does not show it."""
         text = self.whole.text
         held = text + json.dumps([turn.message for turn in self.turns], ensure_ascii=False)
-        mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in held)
+        mark = unused_mark(held)
         parts = isinstance(self.turns[i].message.get("content"), list)
         content = [{"type": "text", "text": mark}] if parts else mark
         marked = dataclasses.replace(self.turns[i], message={**self.turns[i].message, "content": content})

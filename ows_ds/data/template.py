@@ -59,7 +59,7 @@ def render(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **settings
         )
     )
-    marks = _Marks(template_messages(messages), _unused(plain))
+    marks = _Marks(template_messages(messages), unused_mark(plain))
     source = tokenizer.get_chat_template(None, tools)
     fixed = {CLOCK: today.strftime} if today is not None and CLOCK in source else {}
     marked = _instrumented(source).render(
@@ -74,7 +74,7 @@ def render(
     return found if found.text == plain or fixed else Rendered(plain, {}, [])
 
 
-def _unused(text: str) -> str:
+def unused_mark(text: str) -> str:
     """A character of private use that is not in ``text``."""
     return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
 

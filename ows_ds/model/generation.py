@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def special(tokenizer: Any, tokens: Iterable[int]) -> list[int]:
-    """Those of ``tokens`` that are special, sorted."""
-    found = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return sorted((found | set(tokenizer.all_special_ids)) & set(tokens))
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The special tokens of a tokenizer, by their numbers."""
+    added = {token: str(one) for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def stop_at(model: Any, tokenizer: Any, tokens: Iterable[int]) -> str | None:

@@ -132,7 +132,8 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
     if training:
         context.model = methods.base_model(recipe, weights)
         module = cast(Any, weights.module)
-        context.stops = generation.special(tokenizer, {token for part in rows.parts for token in part.last_trained})
+        ends = {token for part in rows.parts for token in part.last_trained}
+        context.stops = sorted(ends & generation.special_tokens(tokenizer).keys())
         if (line := generation.stop_at(module, tokenizer, context.stops)) and comm.rank == 0:
             logger.info(line)
     return context

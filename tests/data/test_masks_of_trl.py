@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from ows_ds.data.chat import special_tokens
 from ows_ds.data.encode import encode
 from ows_ds.errors import UserError
+from ows_ds.model.generation import special_tokens
 from tests.data.test_data import byte_tokenizer
 
 TRL = find_spec("trl")
@@ -151,11 +151,11 @@ def reason(name: str, row: dict[str, Any]) -> str:
         before = made.decode(ids[:first])
         after = last == len(ids) or not mine[last]
         if is_ours:
-            assert text in special_tokens(made, len(made))
+            assert text in special_tokens(made).values()
             reasons.add("ours trains the mark at which generation stops")
         elif not text.strip():
             reasons.add("TRL trains a line break at an end of the answer")
-        elif after and before.endswith(special_tokens(made, len(made))) and text.strip() == made.eos_token:
+        elif after and before.endswith(tuple(special_tokens(made).values())) and text.strip() == made.eos_token:
             reasons.add("TRL trains what follows the end of the last answer")
         elif not after:
             reasons.add("TRL trains what the generation prompt has")
