@@ -24,7 +24,6 @@ again from its attributes (TRL's have prepared their data by then): so there is 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
 import math
@@ -68,8 +67,10 @@ FROM_ARGUMENTS = {
     "accumulation": "gradient_accumulation_steps",
 }  # settings of OWS that TrainingArguments has
 
-WITHIN_A_STEP = ("on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
-EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_") and name not in WITHIN_A_STEP]
+# events at which coordinates can be merged; at the end of training they are for good
+BETWEEN_STEPS = ("on_train_begin", "on_epoch_begin", "on_epoch_end", "on_step_begin", "on_step_end", "on_evaluate",
+                 "on_predict", "on_save", "on_log", "on_prediction_step")  # fmt: skip
+OURS = ("transformers.", "ows_ds.")  # packages whose callbacks report and control, and read no weights
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,8 @@ class OWSTrainerMixin(CheckpointHooks):
         self.ows_config = parse(OWSConfig, {"seed": self.args.seed, **given, **from_arguments}, "ows.")
         self.is_deepspeed_enabled = False  # it shards and gathers; what else it does to a Trainer must not happen
         self.accelerator = _Accelerator(self.accelerator)
-        for callback in trainer.callback_handler.callbacks:
-            _merge_around(callback, self)
         trainer.callback_handler.callbacks.insert(0, _Closing(self))
+        _merge_around_callbacks(self)
         self._make_ows()
 
     def _make_ows(self) -> None:
@@ -144,11 +144,6 @@ class OWSTrainerMixin(CheckpointHooks):
         if self.optimizer is not None:
             self.optimizer.close()
         self.optimizer = self.accelerator.ows = None
-
-    def add_callback(self, callback: Any) -> None:
-        super().add_callback(callback)  # type: ignore[misc]
-        if hasattr(self, "ows_config"):  # those of before are seen to in `__init__`
-            _merge_around(self.callback_handler.callbacks[-1], self)  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ a step
 
@@ -320,19 +315,21 @@ class TrainerOWS(OWS):
         """Nothing: see `OWSTrainerMixin.load_state`."""
 
 
-def _merge_around(callback: TrainerCallback, trainer: OWSTrainerMixin) -> None:
-    """Let a callback of others see the weights as they were trained, and not those without coordinates: one that copies
-    them (a reference model, an average) or saves them. Not within a step, where nothing can be merged."""
-    if type(callback).__module__.startswith("transformers."):
-        return  # reports and control alone
+def _merge_around_callbacks(trainer: Any) -> None:
+    """Let callbacks of others see the weights as they were trained, and not those without coordinates: some copy them
+    (a reference model, an average) or save them. Not within a step, where nothing can be merged, and only for events
+    that such a callback takes."""
+    handler = trainer.callback_handler
+    call_event = handler.call_event
 
-    def merged(call: Any, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if trainer.optimizer is None else trainer.optimizer.merged():
-            return call(*args, **kwargs)
+    def called(event: str, *args: Any, **kwargs: Any) -> Any:
+        foreign = (type(one) for one in handler.callbacks if not type(one).__module__.startswith(OURS))
+        takes_it = any(getattr(kind, event) is not getattr(TrainerCallback, event) for kind in foreign)
+        merges = event in BETWEEN_STEPS and takes_it and trainer.optimizer is not None
+        with trainer.optimizer.merged() if merges else nullcontext():
+            return call_event(event, *args, **kwargs)
 
-    for event in EVENTS:
-        if getattr(type(callback), event) is not getattr(TrainerCallback, event):
-            setattr(callback, event, functools.partial(merged, getattr(callback, event)))
+    handler.call_event = called
 
 
 class _Closing(TrainerCallback):

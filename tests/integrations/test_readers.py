@@ -77,6 +77,9 @@ def synced(rank: int, world_size: int, folder: Path, output: Path) -> list[float
             if state.global_step in (2, 3):
                 policy, reference = (dict(m.named_parameters()) for m in (trainer.model, trainer.ref_model))
                 apart.append(max(float((policy[n] - reference[n]).abs().max()) for n in reference))
+                trainer.save_model(str(output / "now"))  # which merges, too
+                saved = dict(tf.AutoModelForCausalLM.from_pretrained(output / "now").named_parameters())
+                assert all(torch.equal(saved[name], policy[name]) for name in saved)
 
     apart: list[float] = []
     model, tokenizer, rows = loaded(folder, "AutoModelForCausalLM")
