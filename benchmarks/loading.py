@@ -4,7 +4,7 @@ A LLaMA with random weights is written once for each size, then loaded and expor
 anonymous memory, ``RssAnon`` of ``/proc/self/status``, sampled every 2 ms, above what the process had before (after
 it has loaded and written a model of one layer, so that imports and buffers of gloo do not count). Pages of the files
 that are mapped for reading are the page cache's, which any process may use and the system takes back: they are not in
-it. glibc is told to give freed blocks back at once; otherwise it keeps some of what DeepSpeed and torch free.
+it. glibc is set to give freed blocks back at once; otherwise it keeps some of what DeepSpeed and torch free.
 
     python benchmarks/loading.py --gigabytes 0.5,1 --worlds 2,4 --json loading.json
 """

@@ -49,7 +49,7 @@ def step_seconds(one: Forecast, algorithm: str | None = None) -> tuple[float, fl
     work = one.times.work
     passes = sum(seconds for phase, seconds in work.items() if phase not in ("update", "refresh"))
     links = times(cluster, {}, one.sent, algorithm=algorithm).links
-    # what is reduced while the backward pass goes on: coordinates' gradients, or those of DeepSpeed's own optimizer
+    # what is reduced during the backward pass: coordinates' gradients, or those of DeepSpeed's own optimizer
     meanwhile = links.get("full_rank_gradients" if spec.deepspeed_trains else "gradients", 0.0)
     after = sum(seconds for op, seconds in links.items() if op != "weights") - meanwhile
     if spec.gathered is None:  # nothing is gathered

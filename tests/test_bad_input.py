@@ -426,7 +426,7 @@ def test_settings(name: str, inputs: Path, tmp_path: Path, capfd: pytest.Capture
     judge(bad, code, capfd.readouterr().err, before, tmp_path)
 
 
-def told(rank: int, world_size: int, argv: list[str], folder: Path) -> tuple[int, str]:
+def refusal(rank: int, world_size: int, argv: list[str], folder: Path) -> tuple[int, str]:
     """Exit code, and what the process writes to its standard error, libraries included."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -477,7 +477,7 @@ def test_two_processes_say_the_same(name: str, pools: Pools, inputs: Path, tmp_p
     bad = LATER[name]
     folder = lay_out(bad, inputs, tmp_path / "user" / "here")
     before = tree(tmp_path / "user" / "here")
-    first, second = pools(2).run(told, bad.argv, folder)
+    first, second = pools(2).run(refusal, bad.argv, folder)
     assert first == second
     judge(bad, *first, before, folder)
 

@@ -6,6 +6,7 @@ optimizer step is a pure function of seed, step and batch size; ranks and micro-
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +41,7 @@ class Step:
     state: dict[str, Any]
 
 
-class Steps:
+class Steps(ABC):
     """The steps of a run, and how they are split over ranks and micro-batches."""
 
     sequences: Any  # `pack.Sequences`
@@ -51,9 +52,9 @@ class Steps:
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.world_size, self.rank, self.seed = world_size, rank, seed
 
+    @abstractmethod
     def global_step(self, k: int) -> numpy.ndarray:
         """Indices of all sequences of optimizer step `k` (from 0), over all ranks, in order: int64, (batch_size)."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Numbers that another run needs, besides the settings, to take the steps after the last one taken."""
@@ -71,7 +72,7 @@ class Steps:
         tokens, targets = (int(counts[everyones].sum()) for counts in (sequences.lengths, sequences.targets))
         return Step([[sequences[i] for i in some] for some in mine], tokens, targets, self.state())
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (there may be nothing to close)
         """Read no more."""
 
 

@@ -65,7 +65,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """tools: JSON schemas of functions. settings: what else the template is told (``chat_template_kwargs``)."""
+    """tools: JSON schemas of functions. settings: what else the template reads (``chat_template_kwargs``)."""
 
     turns: list[Turn]
     tools: list[Any] | None = None

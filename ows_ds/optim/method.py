@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, always
 
 
-class Method(torch.optim.Optimizer):
+class Method(torch.optim.Optimizer, ABC):
     """The interface, and what methods without projectors have in common.
 
     Attributes:
@@ -51,13 +52,13 @@ class Method(torch.optim.Optimizer):
         """Whether nothing trains in the coming step."""
         return False
 
+    @abstractmethod
     def train_step(self, losses: Iterable[Callable[[], Tensor]], accept: Accept = always) -> Tensor:
         """A whole optimizer step with this rank's losses, one a micro-batch, the sum of which is its mean.
 
         accept: is asked once, before anything changes, whether the step is taken: not where the norm is not finite.
         Returns the sum: float64, (). Collective.
         """
-        raise NotImplementedError
 
     def projector_energy(self) -> dict[int, Tensor]:
         """Of each layer that gets new projectors in this step: see `ows_ds.optim.ows.OWS.projector_energy`."""
@@ -72,21 +73,21 @@ class Method(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------ state
 
+    @abstractmethod
     def shards(self) -> list[Shard]:
         """This rank's part of all tensors that a checkpoint needs beside the base model. Between two steps only."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_values(self) -> dict[str, Any]:
         """The rest of the state, JSON-able; rank 0's is the one to keep."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_shards(self, values: dict[str, Any], read: ReadShard) -> None:
         """Continue from where `shards` and `state_values` were taken, at any world size, over any kind of weights.
 
         read: (name, first, last + 1) -> these entries of the flattened tensor. The model must be the same base model.
         Raises UserError for a state of other settings, before anything is changed. Collective.
         """
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """``values``, JSON text, and ``tensors``, safetensors bytes; the same on all ranks. Collective.

@@ -172,7 +172,7 @@ class Reference:
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
 
     def turn(self, state: State, new: Tensor) -> None:
-        """Go on in the subspace of the projector ``new``."""
+        """Continue in the subspace of the projector ``new``."""
         if state.projector is not None and self.moments_on_refresh == "rotate":
             turn = rotation(state.projector, new).to(new.dtype)
             state.mean, state.square = state.mean @ turn, state.square @ turn.square()

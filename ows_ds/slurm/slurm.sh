@@ -1,7 +1,7 @@
 # The body of every SLURM job script of ows_ds: starts `command` on all nodes of the job, passes signals on, and has the
 # job requeued where it was stopped and saved. The script before it sets:
 #
-#   command   what stands after `ows-ds`, as an array; training needs --train.resume auto to go on
+#   command   what stands after `ows-ds`, as an array; training needs --train.resume auto to resume
 #   launcher  srun: a task for each process; torchrun, accelerate: a task for each node, which starts its processes
 #   setup     a function: what each node needs, such as modules and the Python environment
 #   inside    what stands before the command, such as a container's, as an array; may be empty
@@ -21,19 +21,19 @@ MASTER_PORT=${port:-$((10000 + SLURM_JOB_ID % 20000))} # below those that Linux 
 export MASTER_ADDR MASTER_PORT
 
 # SLURM tells this shell of a time limit or a preemption to come; the processes are to know.
-told=''
-trap 'told=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+signalled=''
+trap 'signalled=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
 
 # A launcher that started processes must outlive the signals that are for these, and it makes another exit code of
 # theirs: 75, stopped and saved, is said here by who got the signal.
 under_launcher() {
-    local told='' code
-    trap 'told=yes' USR1 TERM
+    local signalled='' code
+    trap 'signalled=yes' USR1 TERM
     (trap '' USR1 TERM && exec "${inside[@]}" "$@") &
     while kill -0 $! 2>/dev/null; do wait $!; done
     wait $!
     code=$?
-    if [[ $told && $code != [02] ]]; then code=75; fi
+    if [[ $signalled && $code != [02] ]]; then code=75; fi
     exit "$code"
 }
 
@@ -76,8 +76,8 @@ again=no
 case $code in
 0 | 2) ;; # done; a mistake that another attempt does not mend
 75) again=yes ;; # stopped and saved
-*) # told while it started: it had nothing to save
-    if [[ $told ]] || ((${SLURM_RESTART_COUNT:-0} < ${retries:-0})); then again=yes; fi ;;
+*) # signalled while it started: it had nothing to save
+    if [[ $signalled ]] || ((${SLURM_RESTART_COUNT:-0} < ${retries:-0})); then again=yes; fi ;;
 esac
 state=$(scontrol show job "$SLURM_JOB_ID")
 # not one that is being cancelled, which is COMPLETING by now

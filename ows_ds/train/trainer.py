@@ -102,10 +102,10 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
         "rows": context.digests,
         "stops": context.stops,
     }
-    go_on = recipe.train.on_save_error == "continue"
+    skip_failed = recipe.train.on_save_error == "continue"
     with (
         log,
-        checkpoint.Saver(run_dir, recipe.train.save_total_limit, comm, facts, go_on, log.event) as saver,
+        checkpoint.Saver(run_dir, recipe.train.save_total_limit, comm, facts, skip_failed, log.event) as saver,
         closing(ReadAhead(context.read, total, runtime.device)) as batches,
         closing(context.steps),  # first, so that a block that is being read ends
     ):

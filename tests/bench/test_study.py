@@ -149,7 +149,7 @@ def test_the_least_held_out_loss_chooses(losses: list[float | None], expected: f
     assert study.choose(plan, "a", {**found, Run("a", 3, 1): -9.0}) == expected
 
 
-def test_what_may_change_in_a_study_that_goes_on() -> None:
+def test_what_may_change_in_a_study_that_resumes() -> None:
     old = {**study.from_dict(tree(seeds=[0, 1])).tree(), "rows": {"test": "1"}}
     more = tree(seeds=[0, 1, 2], variants={**tree()["variants"], "new": {}}, baseline="new")
     assert study.conflict(old, {**study.from_dict(more).tree(), "rows": {"test": "1"}}, ["ows", "lisa"]) is None

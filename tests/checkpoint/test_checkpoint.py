@@ -239,7 +239,7 @@ def take(method: methods.Method, rank: int, world_size: int, steps: int) -> None
         method.train_step([functools.partial(lambda ids: mean_loss(method.weights, ids) / 2, ids) for ids in losses])
 
 
-def save_and_go_on(rank: int, world_size: int, name: str, sharding: str, folder: Path) -> dict[str, Tensor]:
+def save_and_continue(rank: int, world_size: int, name: str, sharding: str, folder: Path) -> dict[str, Tensor]:
     """The weights at the end."""
     method = build(name, sharding, world_size)
     take(method, rank, world_size, STEPS)
@@ -249,7 +249,7 @@ def save_and_go_on(rank: int, world_size: int, name: str, sharding: str, folder:
     return whole_weights(method.weights)
 
 
-def load_save_and_go_on(
+def load_save_and_continue(
     rank: int, world_size: int, name: str, sharding: str, folder: Path, copy: Path
 ) -> dict[str, Tensor]:
     method = build(name, sharding, world_size)
@@ -269,7 +269,7 @@ def saved(
     @functools.cache
     def make(name: str, sharding: str) -> tuple[Path, dict[str, Tensor]]:
         folder = tmp_path_factory.mktemp("saved") / "step-7"
-        return folder, pools(2).run(save_and_go_on, name, sharding, folder)[0]
+        return folder, pools(2).run(save_and_continue, name, sharding, folder)[0]
 
     return make
 
@@ -283,12 +283,12 @@ ALL = itertools.product(["ows", "full", "hift"], SHARDINGS, SHARDINGS, [1, 3, 4]
     ("name", "source", "target", "world_size"),
     [*FAST, *(pytest.param(*case, marks=SLOW) for case in ALL if case not in FAST)],
 )
-def test_other_worlds_hold_the_same_and_go_on(
+def test_other_worlds_hold_the_same_and_continue(
     pools: Pools, tmp_path: Path, saved: Any, name: str, source: str, target: str, world_size: int
 ) -> None:
     folder, expected = saved(name, source)
     copy = tmp_path / "step-7"
-    for weights in pools(world_size).run(load_save_and_go_on, name, target, folder, copy):
+    for weights in pools(world_size).run(load_save_and_continue, name, target, folder, copy):
         assert distance(weights, expected) < 1e-4  # float32, sums in another order
     alone = Communicator()
     ours, theirs = checkpoint.open_checkpoint(copy, alone), checkpoint.open_checkpoint(folder, alone)

@@ -128,7 +128,7 @@ def test_windows_are_within_a_row() -> None:
 
 
 def test_models_that_see_a_neighbour_are_detected() -> None:
-    """Alibi gives transformers no positions to tell rows by; a recurrence goes on through all of them."""
+    """Alibi gives transformers no positions to tell rows by; a recurrence runs through all of them."""
     common = {"vocab_size": 64, "hidden_size": 32}
     bloom = transformers.BloomConfig(**common, n_layer=2, n_head=4)
     mamba = transformers.MambaConfig(**common, num_hidden_layers=2, state_size=4)

@@ -321,22 +321,22 @@ class Portable(UserError):
 def test_all_good(pools: Pools) -> None:
     mistake = Portable("data.train", "rows.jsonl", "expected a file that exists")
     several = UserErrors((UserError("a", "1", "expected 2"), UserError("b", "3", "expected 4")))
-    told: Said = ("UserError", str(mistake), fields(mistake))
+    others: Said = ("UserError", str(mistake), fields(mistake))
     own: Said = ("UserError", str(mistake), "own")
     luck: Said = ("ValueError", "bad luck", "own")
     stopped: Said = ("RankMismatchError", "rank 1: ValueError: bad luck", None)
     cases: list[tuple[dict[int, BaseException], list[Said]]] = [
         ({}, [("", "", None)] * 3),
         # a user's mistake is one everywhere
-        ({0: mistake}, [own, told, told]),
-        ({2: mistake}, [told, told, own]),
+        ({0: mistake}, [own, others, others]),
+        ({2: mistake}, [others, others, own]),
         # other errors name the process
         ({1: ValueError("bad luck")}, [stopped, luck, stopped]),
         ({0: ValueError("bad luck"), 2: OSError("disk")},
          [luck, ("RankMismatchError", "rank 0: ValueError: bad luck; rank 2: OSError: disk", None),
           ("OSError", "disk", "own")]),
         # who has no error of its own hears of what can be put right
-        ({0: ValueError("bad luck"), 2: mistake}, [luck, told, own]),
+        ({0: ValueError("bad luck"), 2: mistake}, [luck, others, own]),
         # several mistakes are several everywhere
         ({1: several}, [("UserError", str(several), fields(several)), ("UserError", str(several), "own"),
                         ("UserError", str(several), fields(several))]),

@@ -53,7 +53,7 @@ def test_each_file_trains_the_same_bits(pools: Pools, inputs: Path, tmp_path: Pa
     expected = trained(pools, 2, inputs, tmp_path / "plain", None)
     assert trained(pools, 2, inputs, tmp_path / name, FILES[name]) == expected
     sets = [record["sampled_layers"] for record in expected[0][1:]]
-    assert len({tuple(one) for one in sets}) > 1  # units have left: merges
+    assert len({tuple(one) for one in sets}) > 1  # blocks have left: merges
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_each_file_trains_the_same_bits(pools: Pools, inputs: Path, tmp_path: Pa
         *(pytest.param(method, marks=pytest.mark.slow) for method in ("mezo", "lora")),
     ],
 )
-def test_hpz_sees_every_fold_and_gathers_within_its_group(
+def test_hpz_sees_every_merge_and_gathers_within_its_group(
     pools: Pools, inputs: Path, tmp_path: Path, method: str
 ) -> None:
     """Four processes in two groups: a copy that missed an edit would show in the losses."""

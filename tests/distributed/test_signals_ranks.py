@@ -1,4 +1,4 @@
-"""A signal stops all processes after the same step, saved; the run that goes on is the one that was not stopped."""
+"""A signal stops all processes after the same step, saved; the run that resumes is the one that was not stopped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def whole(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) 
     ("order", "within"),
     [((0, signal.SIGUSR1), False), ((signal.SIGTERM, signal.SIGUSR1), False), ((0, signal.SIGTERM), True)],
 )
-def test_all_stop_after_the_same_step_and_go_on(
+def test_all_stop_after_the_same_step_and_resume(
     pools: Pools, inputs: Path, tmp_path: Path, whole: Any, order: Sequence[int], within: bool
 ) -> None:
     """The signals come when step 4 is logged, the last of a period, or within step 5, after which one is due."""

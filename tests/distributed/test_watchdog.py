@@ -1,4 +1,4 @@
-"""Processes that watch each other, here as threads of one that share a store: who is told what, and who leaves."""
+"""Processes that watch each other, here as threads of one that share a store: who learns what, and who leaves."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_what_goes_and_what_stays(tmp_path: Path) -> None:
         shard = Shard("weight/a", (4,), 0, torch.full((4,), float(step)))
         checkpoint.save(checkpoint.folder_of(tmp_path, step), [shard], {"step": step}, ALONE)
     (tmp_path / "checkpoints" / "step-11.partial").mkdir()
-    savers.prune(tmp_path, keep=2, newest=6)  # a run that went on after 4: what is later was damaged, or is left
+    savers.prune(tmp_path, keep=2, newest=6)  # a run that was resumed after 4: what is later was damaged, or is left
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-4", "step-6"]
     opened, _ = checkpoint.find(tmp_path, "auto", ALONE)
     assert opened is not None

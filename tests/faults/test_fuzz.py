@@ -105,7 +105,7 @@ ROWS: list[Any] = [
 def spoiled(draw: Any, good: Any, more: list[str] | None = None) -> Any:
     """A tree of dicts and lists like ``good``, in which up to three places are other values, gone, or new.
 
-    more: keys that may come anew, beside any text.
+    more: keys that may be new, beside any text.
     """
     tree = copy.deepcopy(good)
     for _ in range(draw(st.integers(0, 3))):
@@ -182,7 +182,7 @@ def manifest() -> Any:
 
 
 def read_manifest(folder: Path, content: bytes) -> None:
-    """As the newest of a run, where it may be passed over, and as the checkpoint that is named."""
+    """As the newest of a run, where it may be skipped, and as the checkpoint that is named."""
     place = checkpoint.folder_of(folder, 3)
     if not place.exists():
         save(folder)
@@ -300,7 +300,7 @@ def test_nothing_but_mistakes_in_one_line(
             assert len(one) < 3000
         assert {path.name for path in tmp_path.iterdir()} <= FILES
 
-    if name == "option":  # parsers are made anew each time
+    if name == "option":  # parsers are made each time
         examples //= 5
     # the few of every day are always the same
     often = settings(max_examples=examples, derandomize=examples < 1000, database=None, deadline=None,

@@ -1,4 +1,4 @@
-"""Trainers of TRL whose model has a head of its own, or whose callbacks read the weights while training goes on."""
+"""Trainers of TRL whose model has a head of its own, or whose callbacks read the weights during training."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def still(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def deepspeed_on_cpus() -> Iterator[None]:
-    """As `accelerate launch` would set it up on GPUs; on CPUs Accelerate has to be told of the backend."""
+    """As `accelerate launch` would set it up on GPUs; on CPUs Accelerate needs the backend's name."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 

@@ -176,7 +176,7 @@ def test_a_lost_node(inputs: Path, tmp_path: Path, tmp_path_factory: pytest.Temp
         with hosts.frozen() as [first, _]:
             subprocess.run([*cable, "down"], check=True)
         end = time.monotonic() + LIMIT
-        # if the cable came back while both live, they would go on, and save
+        # if the cable came back while both live, they would continue, and save
         while (found := cluster.state(job))["Restarts"] != "1" or Path(f"/proc/{first}").exists():
             assert time.monotonic() < end, found
             time.sleep(0.5)

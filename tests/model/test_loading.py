@@ -95,10 +95,10 @@ def test_a_tied_weight_under_its_other_name(tmp_path: Path) -> None:
 def test_a_launcher_that_has_told_transformers_of_shards(tmp_path: Path) -> None:
     model: Any = tiny("llama", True)
     model.save_pretrained(tmp_path)
-    told = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     found = loaded(tmp_path)
-    assert deepspeed_config() is told.config  # as before
-    del told
+    assert deepspeed_config() is settings.config  # as before
+    del settings
     assert_same(found, tf.AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
@@ -132,7 +132,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, how: Any, text: str) 
     assert str(caught.value).endswith(f"is invalid: expected a checkpoint that fits its config.json ({text})")
 
 
-def test_left_overs_of_old_files_are_passed_over(tmp_path: Path) -> None:
+def test_left_overs_of_old_files_are_skipped(tmp_path: Path) -> None:
     change(tmp_path, False, lambda content: content | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     assert_same(loaded(tmp_path), tf.AutoModelForCausalLM.from_pretrained(tmp_path))
 
@@ -158,7 +158,7 @@ def test_transformers_loads_the_rest_and_it_is_said(
 
 
 def test_what_transformers_does_not_find_is_not_made_up(tmp_path: Path) -> None:
-    """It would go on with random numbers."""
+    """It would continue with random numbers."""
     change(tmp_path, True, lambda content: {n: t for n, t in both_names(content).items() if n != "model.norm.weight"})
     with pytest.raises(UserError, match=r"1 of its weights are missing: model\.norm\.weight"):
         pretrained(recipe(tmp_path), Communicator(), CPU)

@@ -470,7 +470,7 @@ def test_tied_embedding_and_head_share_their_gradient() -> None:
         for index, attachment in enumerate(attachments):
             attachment.coordinates = attached if index in which else None
         hidden = table(ids)
-        # stop the gradient between the two, so that their parts can be told apart
+        # stop the gradient between the two, so that their parts can be distinguished
         ((hidden * random(2, 5, seed=1)).sum() + (head(random(2, 5, seed=2)) * random(2, 9)).sum()).backward()
         gradients.append(attached.values.grad.clone())
     torch.testing.assert_close(gradients[0] + gradients[1], gradients[2], **CLOSE)

@@ -61,17 +61,17 @@ def test_norms_and_energies(pools: Pools, sharding: str, refresh: str, always_on
     one, other = pools(2).run(watch, sharding, refresh, always_on)
     for key in ("seen", "all"):
         assert one[key] == other[key]  # to the last bit
-    folds = 0
+    merges = 0
     for step, (layers, energies, moved, change) in enumerate(one["seen"]):
         assert moved == pytest.approx({n: length for n, length in change.items() if length})
         assert set(moved) <= set(layers)
-        folds += len(moved)
+        merges += len(moved)
         assert set(energies) <= set(layers)
         if step % PERIOD == 0 and refresh == "full":
             entered = set(layers) - set(one["seen"][step - 1][0] if step else ())
             assert entered <= set(energies)
         assert all(0 < share < 1 for share in energies.values())
-    assert folds >= 3
+    assert merges >= 3
     assert one["seen"][1][1:3] == ({}, {})  # a plain step
     # what has not been merged after the last step shows when it is
     left = {n: length for n, length in one["rest"].items() if length}

@@ -159,7 +159,7 @@ def test_full_gradients(pools: Pools, sharding: str, accumulation: int, refresh_
                 assert [made for made, _, _ in counts] == [matrices] * accumulation
                 assert all(most <= owned + 1 for _, most, _ in counts)
                 assert counts[0][2] == owned
-                # watched anew in each backward: earlier accumulators do not count, and no new one stays
+                # watched again in each backward: earlier accumulators do not count, and no new one stays
                 assert [left for _, _, left in counts[1:]] == [0] * (accumulation - 1)
     if accumulation > 1 and refresh_batch == "full":
         assert len(set(owners)) > 1 or owners[0] > 0
@@ -259,7 +259,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits(rank: int, world_size: int, sharding: str, always_on: str) -> list[tuple[bool, list[Any]]]:
-    """For each step: whether anything is found anew after it, or in it; what waits for the device."""
+    """For each step: whether anything is found again after it, or in it; what waits for the device."""
     settings = {**SETTINGS, "gamma": 2.0, "max_grad_norm": 0.1, "weight_decay": 0.1, "period": 4, "update_proj_gap": 4}
     ows = OWS(home(tiny("llama", dtype=torch.bfloat16), sharding, world_size), RATIOS, always_on=always_on, **settings)
     seen = []

@@ -126,7 +126,7 @@ def test_equals_separate_adamws(dtype: torch.dtype, weight_decay: float) -> None
 
 
 def test_bfloat16_weights_under_float32_masters() -> None:
-    """Values are the masters rounded; the masters go on as if there were no rounding."""
+    """Values are the masters rounded; the masters continue as if there were no rounding."""
     buffer, exact = (
         buffer_of("a", dtype=torch.float32, weight_dtype=torch.bfloat16),
         buffer_of("a", dtype=torch.float32),
@@ -220,7 +220,7 @@ def test_set_steps() -> None:
 # ---- from one plan to the next
 
 
-def test_units_that_stay_go_on_and_others_begin_anew() -> None:
+def test_blocks_that_stay_continue_and_others_start_again() -> None:
     """Units leave, return and stay; all as if each slot had an AdamW of its own. What stays does not move."""
     separate = Separate()
     buffer = buffer_of()

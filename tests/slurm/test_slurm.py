@@ -170,7 +170,7 @@ def test_bash_understands_the_scripts(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_end_in_the_same_body_and_go_on(script: Path) -> None:
+def test_scripts_end_in_the_same_body_and_resume(script: Path) -> None:
     text = script.read_text()
     assert text.endswith("\nsource ows_ds/slurm/slurm.sh\n")
     for option in ("--requeue", "--open-mode=append", "--signal=B:USR1@", "--ntasks-per-node="):

@@ -1,4 +1,4 @@
-"""A trained model goes on to llama.cpp's file format, by its own converter, and comes back the same."""
+"""A trained model is converted to llama.cpp's file format, by its own converter, and comes back the same."""
 
 from __future__ import annotations
 
