@@ -44,7 +44,8 @@ class RunLock:
         except OSError as error:
             right = f"expected a folder that can be made and written to ({error})"
             raise UserError("train.output_dir", str(self._run_dir), right) from error
-        if not self._locked(file) or self._beats():
+        locked = self._locked(file)
+        if locked is False or self._beats(here=locked is None):
             file.close()
             raise self._taken()
         file.truncate(0)
@@ -63,14 +64,15 @@ class RunLock:
                 self._path.unlink()
             self._file.close()
 
-    def _locked(self, file: IO[str]) -> bool:
-        """Whether the lock of the open file is ours now, and the file still the one in the folder."""
+    def _locked(self, file: IO[str]) -> bool | None:
+        """Whether the lock of the open file is ours now, and the file still the one in the folder; None: on a file
+        system without locks."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # a file system without locks
-            return True
+        except OSError:
+            return None
         # its holder may have removed it since it was opened: another process may have a new one
         return self._path.exists() and os.path.samestat(os.fstat(file.fileno()), self._path.stat())
 
@@ -87,9 +89,10 @@ class RunLock:
         right = f"expected a folder that no other run is writing to{by}"
         return UserError("train.output_dir", str(self._run_dir), right)
 
-    def _beats(self) -> bool:
-        """Whether a process of another host holds the lock: seen by the file's time, which is that of one clock."""
-        if self._holder().get("host") in (None, socket.gethostname()):
+    def _beats(self, here: bool) -> bool:
+        """Whether a process of another host, or of this one (here), holds the lock: its beat is the file's time."""
+        host = self._holder().get("host")
+        if host is None or (host == socket.gethostname() and not here):
             return False
         before = self._path.stat().st_mtime_ns
         end = time.monotonic() + QUIET

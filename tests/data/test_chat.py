@@ -201,6 +201,8 @@ def test_files_of_calls_give_the_same_tokens(tmp_path: Path) -> None:
         ),
         (asking({"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}), "valid JSON"),
         (asking({"role": "assistant", "content": "x"}, tools="{}x"), "valid JSON"),
+        (asking({"role": "assistant", "content": "x"}, tools=[3]), "tools as a list of JSON schemas"),
+        (asking({"role": "assistant", "content": "x"}, chat_template_kwargs=[3]), "a name and a value each"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of parts that are all text"),
         ({"messages": MESSAGES, "system": "Be long."}, "expected one system text"),
     ],
@@ -238,6 +240,51 @@ def test_a_template_whose_end_mark_is_the_head_of_the_next_turn() -> None:
     assert trained(encoded, tokenizer) == ["4<|im_start|>", "yes<|im_start|>"]
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # what the template marks is trained, to the mark at which generation stops
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+            "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}",
+            BOTH,
+        ),
+        # messages are looked up by their numbers, in a loop that looks at some before
+        (
+            "{% for i in range(messages | length) %}{% set last = messages[-1] %}{% endfor %}"
+            "{% for i in range(messages | length) %}{% set m = messages[i] %}<|im_start|>{{ m['role'] }}\n"
+            "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            BOTH,
+        ),
+        # a loop that is left early, and begins again within another
+        (
+            "{% for m in messages %}{% if loop.first %}{% for other in messages %}{% break %}{% endfor %}{% endif %}"
+            "{% if m.role == 'system' %}<|im_start|>{{ m.content }}{% continue %}{% endif %}"
+            "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            BOTH,
+        ),
+        # no loop: the content, and the mark behind it
+        (
+            "{{ messages[0].content }}{{ messages[1].content }}{{ messages[2].content }}<|im_end|>"
+            "{{ messages[3].content }}{{ messages[4].content }}<|im_end|>",
+            BOTH,
+        ),
+        # no mark at all, and another turn is refused: the content alone
+        (
+            "{% if messages | length > 5 %}{{ raise_exception('long') }}{% endif %}"
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}",
+            ["4", "yes"],
+        ),
+    ],
+)
+def test_where_answers_stand(template: str, expected: list[str]) -> None:
+    tokenizer = byte_tokenizer(template)
+    assert trained(encode({"messages": MESSAGES}, tokenizer, 1000), tokenizer) == expected
+
+
 def test_empty_answers_are_not_trained_and_counted() -> None:
     empty = [MESSAGES[1], {"role": "assistant", "content": " "}]
     rows = [{"messages": [*empty, *MESSAGES[3:]], "id": 3}, {"messages": empty, "source": "x"}]
@@ -247,3 +294,13 @@ def test_empty_answers_are_not_trained_and_counted() -> None:
         "1 rows, 4 trained tokens; 1 without a trained token dropped, the first is r.jsonl:2: an empty answer; "
         "2 empty answers are not trained; ignored columns: id, source"
     )
+    _, counts = encode_rows(located({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}),
+                            byte_tokenizer(None), 1000)  # fmt: skip
+    assert (counts.kept, counts.notes) == (1, {"empty answers are not trained": 1})
+
+
+def test_reasoning_that_the_template_leaves_out_is_counted() -> None:
+    row = {"messages": [MESSAGES[1], MESSAGES[2] | {"reasoning_content": "two and two"}]}
+    assert encode_rows(located(row), byte_tokenizer(), 1000)[1].notes == {
+        "answers whose reasoning the chat template leaves out": 1
+    }

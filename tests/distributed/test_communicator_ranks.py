@@ -357,3 +357,15 @@ def joined(rank: int, world_size: int) -> tuple[bool, int, int]:
 def test_join(pools: Pools) -> None:
     assert pools(2).run(joined) == [(True, 0, 2), (True, 1, 2)]
     assert issubclass(Distributed, Communicator)
+
+
+def meeting(rank: int, world_size: int, absent: int | None) -> bool | None:
+    """Whether all came; None for the one that did not."""
+    comm = join("cpu")
+    return None if rank == absent else comm.meets(f"here without {absent}", 0.5 if absent is not None else 20.0)
+
+
+def test_ranks_that_meet_without_a_collective(pools: Pools) -> None:
+    assert pools(3).run(meeting, None) == [True, True, True]
+    assert pools(3).run(meeting, 1) == [False, None, False]
+    assert Communicator().meets("alone", 0.0)
