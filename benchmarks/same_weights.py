@@ -7,7 +7,7 @@ write.
     python benchmarks/same_weights.py OLD NEW
 
 OLD and NEW are checkouts; both run in this interpreter's environment. Exit code 1 if weights differ by more than 1e-12
-relative (Frobenius, of a tensor) in float64, or by more than 1e-8 in bfloat16.
+relative (Frobenius, of a tensor) in float64, or at all in bfloat16, but for `REORDERED`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("ows", "lisa", "galore", "full", "lora")
 SHARDINGS = ("replicated", "zero3")
 DTYPES = ("float64", "bfloat16")
-# relative differences: the squares of a gradient's norm may be summed in another order, which clipping shows
-LARGEST = {"float64": 1e-12, "bfloat16": 1e-8}
+LARGEST = {"float64": 1e-12, "bfloat16": 0.0}  # relative differences
+# buckets sum the squares of a gradient's norm in an order of their own, which clipping shows in float32 masters
+REORDERED = {("full", "replicated", "bfloat16"): 1e-8}
 LIMIT = 900  # seconds for all runs of a checkout
 RENAMED = {  # key now: key before
     "model.attn_implementation": "model.attention",
@@ -47,7 +48,14 @@ def recipe(inputs: Path, output: Path, method: str, sharding: str, dtype: str) -
         "data": {"train": str(inputs / "train.jsonl"), "max_length": 64, "cache": str(output.parent / "cache")},
         "method": {"name": method, "lora_rank": 4},
         "sampling": {"gamma": 1.5, "period": 3, "tau": 2.0, "calibration_samples": 4},
-        "optim": {"rank": 4, "lr": 1e-2, "update_proj_gap": 2, "warmup_steps": 2, "weight_decay": 0.01},
+        "optim": {
+            "rank": 4,
+            "lr": 1e-2,
+            "update_proj_gap": 2,
+            "warmup_steps": 2,
+            "weight_decay": 0.01,
+            "moments_on_refresh": "keep",
+        },  # its default was another one before
         "train": {
             "output_dir": str(output),
             "global_batch_size": 8,
@@ -166,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| method | sharding | dtype | equal to the bit | largest relative difference |\n|---|---|---|---|---|")
     for method, sharding, dtype, difference in table:
         print(f"| {method} | {sharding} | {dtype} | {'yes' if difference == 0 else 'no'} | {difference:.1e} |")
-    return int(any(not difference <= LARGEST[dtype] for *_, dtype, difference in table))
+    return int(any(not found <= REORDERED.get((*case, dtype), LARGEST[dtype]) for *case, dtype, found in table))
 
 
 if __name__ == "__main__":
