@@ -215,11 +215,11 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Callable[..., Method], 
 
 
 @contextmanager
-def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
+def same_projectors(found: dict[int, Any]) -> Iterator[None]:
     """Within it projectors are those of ``found``; what is not there is computed and kept there."""
-    exact, theirs, calls = ows_ds.optim.refresh.find_projector, GaLoreProjector.get_orthogonal_matrix, itertools.count()
+    exact, theirs, calls = ows_ds.optim.refresh.find_range, GaLoreProjector.get_orthogonal_matrix, itertools.count()
 
-    def find(gradient: Tensor, rank: int, method: str, seed: int, *more: Any) -> Tensor:
+    def find(gradient: Tensor, rank: int, method: str, seed: int, *more: Any) -> Any:
         if seed not in found:  # it stands for step and matrix
             found[seed] = exact(gradient, rank, method, seed, *more)
         return found[seed]
@@ -231,7 +231,7 @@ def same_projectors(found: dict[int, Tensor]) -> Iterator[None]:
         return found[call].to(gradient.dtype)
 
     with (
-        mock.patch("ows_ds.optim.refresh.find_projector", find),
+        mock.patch("ows_ds.optim.refresh.find_range", find),
         mock.patch.object(GaLoreProjector, "get_orthogonal_matrix", get),
     ):
         yield

@@ -32,11 +32,11 @@ from ows_ds.distributed.weights import Replicated
 from ows_ds.model.layers import find_layers
 from ows_ds.optim.projection import (
     exact_projector,
+    find_projector,
     is_tall,
     leading,
     low_rank_gradient,
     orthonormal,
-    randomized_projector,
     sketch_width,
     start_basis,
 )
@@ -45,6 +45,11 @@ from ows_ds.train.loss import token_losses
 
 SHAPES = {"4096 x 4096": (4096, 4096), "11008 x 4096": (11008, 4096)}  # of LLaMA 2 7B, the latter also transposed
 TOKENS = 512  # a gradient's rank is at most the number of its tokens
+
+
+def randomized_projector(gradient: Tensor, rank: int, seed: int, previous: Tensor | None = None) -> Tensor:
+    """As OWS finds it by default."""
+    return find_projector(gradient, rank, "randomized", seed, previous)
 
 
 def times(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, float]:

@@ -14,6 +14,27 @@ from torch import Tensor, nn
 # On a GPU one kernel for many tensors. torch documents these functions ("foreach"), but under private names only.
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. Does not wait for a GPU: from the CPU by way of pinned memory, which torch keeps until
+    the copy is done."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total`` (n, k) <- total + a (n, t) b (t, k), products and sums in total's dtype where the device can.
+
+    A product in bfloat16 would be rounded to it, on a GPU perhaps more than once (split-K).
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 def zero_all(tensors: Sequence[Tensor]) -> None:
     """Set all entries to zero."""
     torch._foreach_zero_(list(tensors))

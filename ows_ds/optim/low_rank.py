@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.compat.torch import with_weight
+from ows_ds.compat.torch import add_product, with_weight
 from ows_ds.optim.projection import is_tall
 
 
@@ -50,10 +50,7 @@ class Coordinates:
         """The gradient a^T b, for a (tokens, max(m, n)) and b (tokens, r): added to `grad`, or returned."""
         if self.grad is None:
             return (a.t() @ b).to(self.values.dtype)
-        if self.grad.dtype == a.dtype:
-            self.grad.addmm_(a.t(), b)
-        else:
-            self.grad += a.t() @ b
+        add_product(self.grad, a.t(), b)
         return None
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.model.layers import Block, find_layers
 from ows_ds.optim.projection import (
-    aligned,
     find_projector,
     leading,
     low_rank_gradient,
@@ -166,8 +165,9 @@ class Reference:
                 state.coming = None
             self.sketch(name, state, gradient if matrix.tall else gradient.T, seed)
         elif state.age % self.update_proj_gap == 0:
-            new = find_projector(seen, self.rank, self.projector, seed, state.projector)
-            self.turn(state, self.aligned(name, state, new).to(gradient.dtype))
+            near = self.near(name, state, matrix.short)
+            new = find_projector(seen, self.rank, self.projector, seed, state.projector, near)
+            self.turn(state, new.to(gradient.dtype))
         state.age += 1
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
 
@@ -180,12 +180,12 @@ class Reference:
             state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
         state.projector = new
 
-    def aligned(self, name: str, state: State, new: Tensor) -> Tensor:
-        """Under align: the basis of the new subspace that is nearest to the old one, at first to noise."""
-        if self.moments_on_refresh != "align":
-            return new
-        noise = start_basis(len(new), new.shape[1], zlib.crc32(f"{self.seed}/0/{name}".encode()))
-        return aligned(new, noise if state.projector is None else state.projector)
+    def near(self, name: str, state: State, short: int) -> Tensor | None:
+        """Under align: what the basis of the new subspace is to be near to, the old one, at first noise."""
+        if self.moments_on_refresh != "align" or self.rank is None:
+            return None
+        noise = start_basis(short, self.rank, zlib.crc32(f"{self.seed}/0/{name}".encode()))
+        return noise if state.projector is None else state.projector
 
     def sketch(self, name: str, state: State, tall: Tensor, seed: int) -> None:
         """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
@@ -198,8 +198,8 @@ class Reference:
             start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
         elif state.basis is not None:
-            found = leading(tall.T @ state.basis, self.rank)
-            state.coming = self.aligned(name, state, found).to(tall.dtype)
+            near = self.near(name, state, tall.shape[1])
+            state.coming = leading(tall.T @ state.basis, self.rank, near).to(tall.dtype)
             state.basis = None
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:

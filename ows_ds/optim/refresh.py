@@ -8,10 +8,11 @@ the step in hand.
 
     backward reaches W      G  (every rank, its own part of the batch)
         reduce              G  summed, on W's owner only; the others drop theirs
-        owner               one micro-batch: Q = projector(G),  R = G Q  (its low-rank gradient) is added up, G is freed
+        owner               one micro-batch: B = basis of G's range,  G B; G is freed
                             more: G is added up
     ... next W ...
-    reduce                  owners, all at once: Q and R of the sums;  all_gather of all Q
+    reduce                  owners, all at once: B and G B of the sums; then, with one wait for the device, the leading
+                            directions of every B: Q and the low-rank gradients R = G Q;  all_gather of all Q
 
 `Sketches`: two products of G with known matrices, as the coordinates' backward pass gives them; no G anywhere.
 `after_step` gives projectors for the steps that follow.
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ows_ds.compat.torch import to_device
 from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model.layers import Block, Matrix
@@ -37,11 +39,12 @@ from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.layout import Plan, RefreshPlan, plan_refresh
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
 from ows_ds.optim.projection import (
-    aligned,
-    find_projector,
-    leading,
+    Range,
+    choose,
+    find_range,
     low_rank_gradient,
     orthonormal,
+    range_of,
     sketch_width,
     start_basis,
 )
@@ -104,30 +107,34 @@ class Refresh:
         """Of a matrix's randomness in a step, on whatever rank."""
         return zlib.crc32(f"{self.config.seed}/{step}/{name}".encode())
 
-    def _aligned(self, name: str, projector: Tensor) -> Tensor:
-        """Under ``moments_on_refresh: align`` the basis nearest to the matrix's projector, or to noise without one."""
-        if self.config.moments_on_refresh != "align":
-            return projector
-        old = self.active.projectors.get(name)
-        return aligned(
-            projector, start_basis(len(projector), projector.shape[1], self._seed(name, 0)) if old is None else old
-        )
+    def _choose(self, ranges: Mapping[str, Range]) -> dict[str, Tensor]:
+        """See `choose`. Under ``moments_on_refresh: align`` near the matrix's projector, or near noise without one."""
+        near: dict[str, Tensor] = {}
+        for name, one in ranges.items() if self.config.moments_on_refresh == "align" else ():
+            old = self.active.projectors.get(name)
+            near[name] = self._start(name, len(one.basis), self.active.r, 0) if old is None else old
+        return choose(ranges, self.active.r, near)
+
+    def _start(self, name: str, short: int, width: int, step: int, previous: Tensor | None = None) -> Tensor:
+        """See `start_basis`; where the model runs."""
+        return to_device(start_basis(short, width, self._seed(name, step), previous), self.active.weights.device)
 
 
 class FullGradients(Refresh):
     """Projectors of full gradients.
 
-    With one micro-batch an owner keeps nothing of a gradient's size; with more, a sum for each matrix it owns.
+    With one micro-batch an owner keeps nothing of a gradient's size: of each matrix a basis and a product, little wider
+    than the projector and the coordinates; with more, a sum for each matrix it owns.
     """
 
     def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
         super().__init__(active, config)
         self.plan: RefreshPlan | None = None  # of what is under way
-        self.projectors: dict[str, Tensor] = {}  # what this rank has found
         self.set_accumulation_steps(config.accumulation)
         self._step = 0
         self._found: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this rank owns
+        self._ranges: dict[str, tuple[Range, Tensor]] = {}  # of those, before the choice; and G times the basis
         self._refreshed: Collection[str] = ()
         self._left: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
@@ -142,7 +149,7 @@ class FullGradients(Refresh):
         [plan] = plans
         if not plan.owners:
             return
-        self.plan, self.projectors, self._step = plan, {}, step
+        self.plan, self._step = plan, step
         self._left = dict.fromkeys(plan.owners, self._passes)
         for name in plan.owners:
             self.active.detach(name)
@@ -173,20 +180,27 @@ class FullGradients(Refresh):
         return stream
 
     def _project(self, name: str, gradient: Tensor) -> None:
-        dtype, added = self.active.dtype, self.active.buffer.grad(name)
-        norm = torch.linalg.vector_norm(gradient, dtype=dtype)
-        if not bool(norm.isfinite()):
-            # no projector is made of it; the norm of all gradients lets every rank skip the step
-            added.add_(gradient.new_full((), math.nan))
-            return
-        seed, previous = self._seed(name, self._step), self.active.projectors.get(name)
-        found = find_projector(gradient, self.active.r, self.config.projector, seed, previous)
-        found = self._aligned(name, found)
-        # rounded as it will be stored, so that R and later coordinates share one subspace
-        self.projectors[name] = projector = found.to(self.active.weight_dtype)
-        low_rank = low_rank_gradient(gradient, projector.to(dtype))
-        self._squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), norm]).double().square()
-        added.add_(low_rank)
+        config, previous = self.config, self.active.projectors.get(name)
+        found = find_range(gradient, self.active.r, config.projector, self._seed(name, self._step), previous)
+        self._ranges[name] = found, low_rank_gradient(gradient, found.basis.to(self.active.dtype))
+
+    def _finish(self) -> dict[str, Tensor]:
+        """The projectors of what this rank owns, whose low-rank gradients are added to the buffer. One wait."""
+        ranges, self._ranges = self._ranges, {}
+        turns = self._choose({name: found for name, (found, _) in ranges.items()})
+        dtype, projectors = self.active.dtype, {}
+        for name in list(ranges):
+            found, product = ranges.pop(name)
+            added, turn = self.active.buffer.grad(name), turns.get(name)
+            if turn is None:
+                # no projector is made of it; the norm of all gradients lets every rank skip the step
+                added.add_(added.new_full((), math.nan))
+                continue
+            low_rank = product @ turn.to(dtype)
+            projectors[name] = (found.basis.to(dtype) @ turn.to(dtype)).to(self.active.weight_dtype)
+            self._squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), found.norm]).double().square()
+            added.add_(low_rank)
+        return projectors
 
     def after_backward(self) -> None:
         if self.config.refresh_batch == "first" and self.plan is not None:
@@ -207,10 +221,10 @@ class FullGradients(Refresh):
             )
         for name in list(self._sums):  # nothing is sent here: all owners work at the same time
             self._project(name, self._sums.pop(name))
+        mine = self._finish()
         self.cancel()
         self._refreshed = plan.owners
         dtype, device = self.active.weight_dtype, self.active.weights.device
-        mine, self.projectors = self.projectors, {}  # which nothing keeps alive when their layers leave
         self._found = _gather(self.comm, plan, mine, self.active.r, dtype, device, "projectors")
 
     def energy(self) -> dict[int, Tensor]:
@@ -235,6 +249,7 @@ class FullGradients(Refresh):
             handle.remove()
         self._handles.clear()
         self._sums.clear()
+        self._ranges.clear()
         for name in self.plan.owners if self.plan is not None else ():
             self.active.parameters[name].requires_grad_(False)
         self.plan, self._found = None, {}
@@ -265,8 +280,8 @@ class Sketches(Refresh):
                     bases[matrix.name] = self.bases.pop(matrix.name)
                     continue
                 width, name = sketch_width(active.r, matrix.short), matrix.name
-                start = start_basis(matrix.short, width, self._seed(name, step), active.projectors.get(name))
-                bases[name] = start.to(active.weights.device, active.weight_dtype)
+                start = self._start(name, matrix.short, width, step, active.projectors.get(name))
+                bases[name] = start.to(active.weight_dtype)
             sketch = Sketch(self.comm, plan, matrices, bases, active.dtype, bool(second), active.lookups)
             self.sketches.append(sketch)
             for name, coordinates in sketch.coordinates.items():
@@ -280,7 +295,10 @@ class Sketches(Refresh):
     def after_step(self) -> dict[str, Tensor]:
         projectors: dict[str, Tensor] = {}
         for sketch in self._end():
-            (projectors if sketch.second else self.bases).update(sketch.finish(self.active.r, self._aligned))
+            if sketch.second:
+                projectors.update(sketch.projectors(self.active.r, self._choose))
+            else:
+                self.bases.update(sketch.bases())
         return projectors
 
     def skip(self) -> None:
@@ -306,7 +324,7 @@ class Sketches(Refresh):
 
 
 class Sketch:
-    """One pass of sketches of some matrices' gradients, summed over backward passes; alive until `finish`.
+    """One pass of sketches of some matrices' gradients, summed over backward passes; alive until `bases` or `projectors`.
 
     Each matrix gets coordinates of value zero beside those that train: their gradient is a sketch of the matrix's.
     """
@@ -339,25 +357,32 @@ class Sketch:
             direct = matrix.name not in lookups
             self.coordinates[matrix.name] = make_coordinates(matrix.shape, zeros, basis, sums, direct, second)
 
-    def finish(self, r: int, turned: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        """By matrix, in the bases' dtype, on every rank: the second pass's basis (long, w), or, after it, the projector
-        (short, r) as ``turned``. Collective.
-        """
-        width = self.grads.shape[1]
-        mine = self.comm.reduce_scatter(self.grads, "sketches")
-        first = self.comm.rank * self.plan.stride
+    def bases(self) -> dict[str, Tensor]:
+        """Of a first pass: by matrix, (long, w), orthonormal, on every rank. Collective."""
+        found = {name: orthonormal(sketch)[0] for name, sketch in self._mine().items()}
+        gathered = self._gathered(found, self.grads.shape[1], "sketch_bases")
+        return {name: basis[:, : self.coordinates[name].projector.shape[1]] for name, basis in gathered.items()}
+
+    def projectors(self, r: int, choose: Callable[[Mapping[str, Range]], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Of a second pass: by matrix, (short, r), on every rank. Collective."""
+        ranges = {name: range_of(sketch) for name, sketch in self._mine().items()}
+        dtype = self.grads.dtype
+        found = {name: ranges[name].basis.to(dtype) @ turn.to(dtype) for name, turn in choose(ranges).items()}
+        return self._gathered(found, r, "projectors")
+
+    def _mine(self) -> dict[str, Tensor]:
+        """The sketches, summed over ranks, of the matrices that this rank owns. Collective."""
+        mine, first = self.comm.reduce_scatter(self.grads, "sketches"), self.comm.rank * self.plan.stride
         found = {}
         for name, owner in self.plan.owners.items():
             if owner == self.comm.rank:
                 start, stop = self.plan.slots[name]
-                sketch = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
-                found[name] = turned(name, leading(sketch, r)) if self.second else orthonormal(sketch)[0]
+                found[name] = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
+        return found
+
+    def _gathered(self, found: dict[str, Tensor], columns: int, what: str) -> dict[str, Tensor]:
         dtype = next(iter(self.coordinates.values())).projector.dtype
-        columns, what = (r, "projectors") if self.second else (width, "sketch_bases")
-        gathered = _gather(self.comm, self.plan, found, columns, dtype, self._device, what)
-        if self.second:
-            return gathered
-        return {name: basis[:, : self.coordinates[name].projector.shape[1]] for name, basis in gathered.items()}
+        return _gather(self.comm, self.plan, found, columns, dtype, self._device, what)
 
 
 def _gather(

@@ -117,6 +117,8 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
         for phase in {"loss", "backward", "embedding"} & phases.keys():
             phases[phase] |= {"bucket": FULL_RANK_BUCKET}
     phases["update"] = {"temporaries": _update(spec), "gradients": kept[-1]}
+    if refresh and spec.low_rank and spec.refresh == "full":
+        phases["choice"] = {"new projectors": _arrived(spec, _ranges(spec), spec.refresh_plan().owners)[-1]}
     if refresh and spec.low_rank:  # the all-gather's buffers, and the old projectors
         stride, old = spec.refresh_plan().stride, sum(m.short for m in spec.projected)
         phases["gather"] = {"projectors": ((spec.world_size + 1) * stride + old) * spec.rank * b}
@@ -173,11 +175,16 @@ def _gradients(spec: StepSpec) -> list[int]:
 
 
 def _projectors(spec: StepSpec, refresh: bool) -> list[int]:
-    """As `_arrived`: projectors that were found from one micro-batch."""
+    """As `_arrived`: what projectors are chosen from, of one micro-batch."""
     if not (refresh and spec.low_rank and spec.refresh == "full" and spec.refresh_passes == 1):
         return [0] * (len(spec.layers.layers) + 1)
-    sizes = {m.name: m.short * spec.itemsize * spec.rank for m in spec.projected}
-    return _arrived(spec, sizes, spec.refresh_plan().owners)
+    return _arrived(spec, _ranges(spec), spec.refresh_plan().owners)
+
+
+def _ranges(spec: StepSpec) -> dict[str, int]:
+    """Bytes of a basis of each gradient's range, float32, and of the gradient times it."""
+    widths = {m.name: min(spec.rank + OVERSAMPLING, m.short) for m in spec.projected}
+    return {m.name: (4 * m.short + spec.wide * m.long) * widths[m.name] for m in spec.projected}
 
 
 def _everywhere(spec: StepSpec, refresh: bool) -> Parts:

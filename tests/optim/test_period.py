@@ -170,9 +170,9 @@ def order_of_work(rank: int, world_size: int, accumulation: int) -> tuple[list[s
     events = []
     weights = home(tiny("llama", False, torch.float32), "replicated", world_size)
     ows = OWS(weights, RATIOS, always_on="none", accumulation=accumulation, **{**SETTINGS, "gamma": 3})
-    plan, reduce, find = ows.refresh.plan, ows.comm.reduce, ows_ds.optim.refresh.find_projector
+    plan, reduce, find = ows.refresh.plan, ows.comm.reduce, ows_ds.optim.refresh.find_range
     ows.comm.reduce = lambda *a: (events.append("reduce"), reduce(*a))[1]  # type: ignore[method-assign,func-returns-value]
-    with mock.patch("ows_ds.optim.refresh.find_projector", lambda *a: (events.append("find"), find(*a))[1]):
+    with mock.patch("ows_ds.optim.refresh.find_range", lambda *a: (events.append("find"), find(*a))[1]):
         one_step(ows, rank, world_size)
     ows.close()
     return events, list(plan.owners.values()).count(rank)
