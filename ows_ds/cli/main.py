@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(words)
     except UserError as error:
+        _leave_group(argv)
         print(*(f"ows-ds: error: {one}" for one in error.errors), sep="\n", file=sys.stderr, flush=True)
         return 2
     except Failed as error:
@@ -56,10 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if isinstance(error, signals.Stopped):
             signals.ignore()
+            _leave_group(argv)
             return signals.EXIT_CODE
         traceback.print_exc()
         return 1
+    _leave_group(argv)
     return 0
+
+
+def _leave_group(argv: Sequence[str] | None) -> None:
+    """At the end of a program on which all ranks agree: what is left to the interpreter's end may warn, wait or abort.
+
+    Not where a caller has given ``argv``, whose process group it may be.
+    """
+    if argv is None and "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _run(argv: list[str]) -> None:

@@ -112,12 +112,23 @@ class Gathers:
         self._went_back = False  # whether the last pass had a backward pass
         self._traced_backward = False  # whether what the prefetcher recorded, or records, has a backward pass
 
+    def order(self) -> None:
+        """Let what is gathered from now on see what was written to the shards on the current stream.
+
+        DeepSpeed gathers on a stream of its own, which waits for nothing: its users are safe as long as it keeps some
+        weights gathered, for which it waits for the whole device after each step. Here it keeps none.
+        """
+        stream = getattr(self._offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
+        if stream is not None and torch.cuda.is_available():
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
     def before_forward(self) -> None:
-        """Let the prefetcher record again if it has recorded other passes than those that come now.
+        """Order gathers (`order`), and let the prefetcher record again if it has recorded other passes than those that come now.
 
         What it has recorded says which weights to keep gathered for their next use. A record of evaluations has no
         backward pass; one of a backward pass that went further down keeps what is not used again.
         """
+        self.order()
         coordinator = self._offload.get_param_coordinator()
         steps, recorded = (getattr(coordinator, f"{_COORDINATOR}__{name}") for name in ("step_id", "submodule_order"))
         shorter = self._went_back and steps < len(recorded)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ows_ds.compat.torch import default_store
+from ows_ds.compat.torch import default_store, to_device
 from ows_ds.errors import UserError, joined
 
 # torch >= 2.13 has new names for these and warns about the old ones
@@ -58,7 +58,7 @@ class _Copied:
 class Communicator:
     """World size 1: every operation is the identity. Also the interface.
 
-    sent: bytes that this rank has sent, by the name of the operation.
+    sent: bytes that this rank has sent, by the name of the operation. begun: collectives that it has begun.
     """
 
     rank = 0
@@ -66,6 +66,12 @@ class Communicator:
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
+        self.begun = 0
+
+    def count(self, name: str, sent: int) -> None:
+        """Count a collective that this rank begins now, and the bytes that it sends."""
+        self.sent[name] += sent
+        self.begun += 1
 
     def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
         """Rank 0's ``tensor`` on all, in place."""
@@ -121,8 +127,7 @@ class Communicator:
 
         Raises RankMismatchError on every rank, naming ``what``, the ranks and the first difference.
         """
-        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-        if len(set(self.all_gather_object(digest, "agree"))) == 1:
+        if self._same(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()):
             return
         values = self.all_gather_object(value, "agree")
         lines = [
@@ -131,6 +136,10 @@ class Communicator:
             if v != values[0]
         ]
         raise RankMismatchError(f"the ranks do not agree on {what}: " + "; ".join(lines))
+
+    def _same(self, digest: bytes) -> bool:
+        """Whether all ranks have the same 32 bytes."""
+        return True
 
     def raise_if_any_failed(self, error: BaseException | None) -> None:
         """Where any rank has an error, all raise.
@@ -164,13 +173,13 @@ class Distributed(Communicator):
         self.world_size = dist.get_world_size(group)
 
     def broadcast(self, tensor: Tensor, name: str = "broadcast") -> Tensor:
+        self.count(name, tensor.nbytes if self.rank == 0 else 0)
         dist.broadcast(tensor, group_src=0, group=self.group)
-        self.sent[name] += tensor.nbytes if self.rank == 0 else 0
         return tensor
 
     def reduce(self, tensor: Tensor, owner: int, name: str = "reduce") -> None:
+        self.count(name, 0 if self.rank == owner else tensor.nbytes)
         dist.reduce(tensor, group_dst=owner, group=self.group)
-        self.sent[name] += 0 if self.rank == owner else tensor.nbytes
 
     def reduce_scatter(self, tensor: Tensor, name: str = "reduce_scatter") -> Tensor:
         part = tensor.new_empty(tensor.shape[0] // self.world_size, *tensor.shape[1:])
@@ -178,7 +187,7 @@ class Distributed(Communicator):
         return part
 
     def start_reduce_scatter(self, tensor: Tensor, part: Tensor, name: str = "reduce_scatter") -> Pending:
-        self.sent[name] += part.nbytes * (self.world_size - 1)
+        self.count(name, part.nbytes * (self.world_size - 1))
         work: Pending = _reduce_scatter(part, tensor, group=self.group, async_op=True)
         return work
 
@@ -188,13 +197,13 @@ class Distributed(Communicator):
         return full
 
     def start_all_gather(self, part: Tensor, full: Tensor, name: str = "all_gather") -> Pending:
-        self.sent[name] += part.nbytes * (self.world_size - 1)
+        self.count(name, part.nbytes * (self.world_size - 1))
         work: Pending = _all_gather(full, part, group=self.group, async_op=True)
         return work
 
     def all_reduce(self, tensor: Tensor, name: str = "all_reduce") -> Tensor:
+        self.count(name, 2 * math.ceil(tensor.nbytes / self.world_size) * (self.world_size - 1))
         dist.all_reduce(tensor, group=self.group)
-        self.sent[name] += 2 * math.ceil(tensor.nbytes / self.world_size) * (self.world_size - 1)
         return tensor
 
     def broadcast_object(self, value: Any, name: str = "broadcast_object") -> Any:
@@ -205,16 +214,22 @@ class Distributed(Communicator):
 
     def _objects(self, value: list[Any], name: str) -> list[Any]:
         # JSON as bytes rather than pickled objects: what arrives is data, never code
-        text = torch.frombuffer(bytearray(json.dumps(value[0]).encode()), dtype=torch.uint8).to(self.device)
-        lengths = self.all_gather(torch.tensor([text.numel()], device=self.device), name)
-        longest = int(lengths.max())
-        padded = text.new_zeros(longest)
-        padded[: text.numel()] = text
-        texts = self.all_gather(padded, name).view(self.world_size, longest).cpu()
-        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
+        text = torch.frombuffer(bytearray(json.dumps(value[0]).encode()), dtype=torch.uint8)
+        lengths = self.all_gather(to_device(torch.tensor([len(text)]), self.device), name).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = self.all_gather(to_device(padded, self.device), name).cpu().view(self.world_size, -1).numpy()
+        return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+    def _same(self, digest: bytes) -> bool:
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        everyones = self.all_gather(to_device(mine, self.device), "agree").cpu().view(self.world_size, -1)
+        return bool((everyones == mine).all())
 
     def barrier(self) -> None:
-        dist.barrier(group=self.group)
+        self.begun += 1
+        # NCCL otherwise guesses the device, and says so
+        dist.barrier(group=self.group, device_ids=[self.device.index] if self.device.index is not None else None)
 
     def store(self) -> Any:
         return default_store().clone()

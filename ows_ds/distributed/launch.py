@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ from ows_ds.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+DRIVER = Path("/proc/driver/nvidia/version")  # where there is a driver of GPUs
 FORMED = "ows_ds/formed"  # in torchrun's store: how many process groups have met there
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,14 +60,17 @@ def start(recipe: Recipe) -> Runtime:
     environment.update(rendezvous.discover(environment))
     show_log(int(environment.get("RANK", 0)))
     launched = "LOCAL_RANK" in environment
-    cuda = torch.cuda.is_available() and environment.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    cuda = _uses_gpus(environment)
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    timeout = timedelta(seconds=recipe.train.timeout_seconds)
+    # NCCL ends the process without a word when its time is over: before that the watchdog says who is to blame
+    timeout = timedelta(seconds=recipe.train.timeout_seconds * (2 if cuda else 1))
     backend = "nccl" if cuda else "gloo"
     if launched:
         rendezvous.check(environment, backend)
     if launched and cuda:
         _check_gpus(environment, torch.cuda.device_count())
+    if cuda and environment.get("DS_ACCELERATOR") == "cpu":  # of a shell that was used without GPUs
+        del environment["DS_ACCELERATOR"]
     # without the backend, Accelerate with DeepSpeed on CPUs takes the world size for 1 on every rank; with cpu=True it
     # ignores DeepSpeed
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if launched else []
@@ -78,7 +85,10 @@ def start(recipe: Recipe) -> Runtime:
         store = _join_torchrun(environment, backend, timeout)
     suppress_warnings()
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its CPU operator is there
-        accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
+        try:
+            accelerator = accelerate.Accelerator(cpu=not cuda and not deepspeed, kwargs_handlers=handlers)
+        except NotImplementedError as error:  # GPUs of RTX 40 with an old driver, which do not reach each other
+            raise UserError("NCCL_P2P_DISABLE", environment.get("NCCL_P2P_DISABLE"), str(error)) from error
     sharded = recipe.train.sharding == "zero3" or (
         recipe.train.sharding == "auto" and accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
     )
@@ -103,7 +113,28 @@ def start(recipe: Recipe) -> Runtime:
         micro, hosts = recipe.train.micro_batch_size, comm.all_gather_object(socket.gethostname())
         config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world_size, per_host(hosts))
         check_by_deepspeed(config)
+    names = comm.all_gather_object(torch.cuda.get_device_name(accelerator.device) if cuda else "CPU")
+    devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    if comm.rank == 0:
+        logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
     return Runtime(accelerator, comm, accelerator.device, config)
+
+
+def _uses_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether this run computes on GPUs. Refuses (UserError) a torch that cannot use those that are there: a run on the
+    CPU would take weeks where hours are expected."""
+    if environment.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        return False
+    if torch.cuda.is_available():
+        return True
+    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if DRIVER.exists() and not hidden:
+        version = DRIVER.read_text().partition("\n")[0]
+        right = (
+            f"expected a build that the driver of this host's GPUs runs ({version}), such as one for an older CUDA; "
+        )
+        raise UserError("torch", torch.__version__, f"{right}ACCELERATE_USE_CPU=true trains on the CPU")
+    return False
 
 
 def _check_gpus(environment: Mapping[str, str], gpus: int) -> None:
@@ -137,7 +168,10 @@ def _join_torchrun(environment: Mapping[str, str], backend: str, timeout: timede
     store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
     own = dist.PrefixStore(f"{FORMED}-{store.add(FORMED, 0)}", store)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+    device = torch.device("cuda", int(environment["LOCAL_RANK"])) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout, device_id=device)
     return store
 
 

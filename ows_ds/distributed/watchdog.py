@@ -3,12 +3,12 @@
 Ranks share a store, torch's, in which they met. Each has two threads here, which never touch the accelerator. One
 talks to the store about once a second:
 
-    beat/I      "3", "4", ...   rank I lives; "left": it has ended as it should
+    beat/I      "3 17", ...     rank I lives, and has begun so many collectives; "left": it has ended as it should
     cause       {"line", "code"}   why the run ends; the first rank that knows writes it
     seen        how many ranks know the cause
 
-It checks that the beat of the next rank changes, and that the other processes of the host exist. The other thread never
-waits for anything: when a cause is known, or the store is silent for too long, and the program does not end by itself,
+It checks that the beat of the next rank changes, and that the other processes of the host exist; rank 0's also that no
+rank stays behind the others, who would wait for it, for longer than the limit. The other thread never waits for anything: when a cause is known, or the store is silent for too long, and the program does not end by itself,
 it writes the cause as the last line to standard error and ends the process.
 """
 
@@ -62,6 +62,7 @@ def armed(comm: Communicator, limit: float) -> Iterator[None]:
         comm.all_gather_object(_who()),
         comm.broadcast_object(f"{os.getpid()}-{time.time_ns()}"),
         limit,
+        begun=lambda: comm.begun,
     )
     try:
         yield
@@ -88,12 +89,16 @@ class Watch:
         name: str,
         limit: float,
         leave: Callable[[str, int], None] | None = None,
+        begun: Callable[[], int] = lambda: 0,
     ) -> None:
         """store: torch's, for this object alone. who: by rank, what `_who` gives. name: the same on all ranks, of no
-        other watch. limit: seconds. leave: (line, exit code) is called instead of ending the process.
+        other watch. limit: seconds. leave: (line, exit code) is called instead of ending the process. begun: number of
+        collectives that this rank has begun.
         """
         self._store, self.rank, self.who, self._prefix = store, rank, who, f"watch/{name}"
-        self.silence = SHARE * limit
+        self.limit, self.silence = limit, SHARE * limit
+        self._begun = begun
+        self._behind: dict[int, tuple[int, float]] = {}  # rank -> collectives begun, fewer than others'; seconds since
         self._leave = leave or _leave
         store.set_timeout(timedelta(seconds=max(1.0, min(limit, 10.0))))
         self.cause: dict[str, Any] | None = None
@@ -173,7 +178,7 @@ class Watch:
                 self._know({"line": _one_line(f"{line} ({type(error).__name__}: {error})")})
 
     def _talk_until_closed(self) -> None:
-        world_size, beats, seen = len(self.who), 0, False
+        world_size, beats, seen, pause = len(self.who), 0, False, 0.0
         after = (self.rank + 1) % world_size
         # seconds are those that this thread has waited: clocks run while a job is suspended
         last, quiet = None, 0.0
@@ -181,7 +186,7 @@ class Watch:
         neighbours = [i for i, one in enumerate(self.who) if i != self.rank and one["space"] == space]
         doubt, doubted = None, 0.0
         while not self._closed.is_set():
-            self._store.set(self._key(f"beat/{self.rank}"), str(beats))
+            self._store.set(self._key(f"beat/{self.rank}"), f"{beats} {self._begun()}")
             beats += 1
             if self.cause is None and (text := self._get("cause")) is not None:
                 self._know(json.loads(text))
@@ -194,6 +199,8 @@ class Watch:
                 for other in neighbours:
                     if not exists(self.who[other]) and self._get(f"beat/{other}") != "left":
                         self._propose(f"{self.name_of(other)} is gone: it was killed, or it crashed")
+                if self.rank == 0:
+                    self._find_behind(pause)
                 if self._doubtful is not None and doubt is None:
                     doubt, doubted = [self._get(f"beat/{i}") for i in range(world_size)], 0.0
                 elif doubt is not None and doubted > DOUBT:
@@ -213,6 +220,20 @@ class Watch:
                 quiet, doubted = quiet + pause, doubted + pause
             self._wake.clear()
         self._store.set(self._key(f"beat/{self.rank}"), "left")
+
+    def _find_behind(self, seconds: float) -> None:
+        """Propose the rank that others have waited for longer than the limit. seconds: since the last call.
+
+        NCCL would end such a run without a word of who is to blame; gloo names who waits.
+        """
+        beats = {rank: self._get(f"beat/{rank}") or "left" for rank in range(len(self.who))}
+        counts = {rank: int(beat.split()[1]) for rank, beat in beats.items() if beat != "left"}
+        for rank, count in counts.items():
+            before, waited = self._behind.get(rank, (count, 0.0))
+            waited = waited + seconds if count == before and count < max(counts.values()) else 0.0
+            self._behind[rank] = count, waited
+            if waited > self.limit:
+                self._propose(f"{self.name_of(rank)} does not come on: the others have waited for it {waited:.0f} s")
 
     def _write_cause(self) -> None:
         assert self._mine is not None

@@ -133,16 +133,13 @@ class Zero3:
         self.comm = comm
         self.device = torch.device(engine.device)
         self._gathers = inside.Gathers(engine)
-        inside.count_bytes(engine, self._count)
+        inside.count_bytes(engine, comm.count)
         # before DeepSpeed's own hooks, whoever calls the module
         self.module.register_forward_pre_hook(lambda module, inputs: self._gathers.before_forward(), prepend=True)
         for name, parameter in self.module.named_parameters():
             size, found = math.ceil(inside.full_numel(parameter) / comm.world_size), inside.shard_numel(parameter)
             if found != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {found} entries, not {size}")
-
-    def _count(self, name: str, sent: int) -> None:
-        self.comm.sent[name] += sent
 
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
@@ -163,11 +160,13 @@ class Zero3:
     def publish(self, parameters: list[ZeroParameter]) -> None:
         for parameter in parameters:  # also on the ranks that had no entry to write
             inside.forget_copy(parameter)
+        self._gathers.order()
 
     def write(self, parameters: Sequence[ZeroParameter], values: Sequence[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
             start, stop = self.interval(parameter)
             self.local(parameter).copy_(value.reshape(-1)[start:stop])
+        self._gathers.order()
 
     def merge(
         self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
@@ -175,6 +174,7 @@ class Zero3:
         start, local = self.resident_slice(parameter)
         columns = full_shape(parameter)[1]
         add_low_rank(local, start, columns, left.to(local.device), right.to(local.device), decay, noise)
+        self._gathers.order()
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()

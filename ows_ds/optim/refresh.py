@@ -123,8 +123,8 @@ class Refresh:
 class FullGradients(Refresh):
     """Projectors of full gradients.
 
-    With one micro-batch an owner keeps nothing of a gradient's size: of each matrix a basis and a product, little wider
-    than the projector and the coordinates; with more, a sum for each matrix it owns.
+    With one micro-batch an owner keeps nothing of a gradient's size: of each matrix a basis little wider than its
+    projector; with more, a sum for each matrix it owns.
     """
 
     def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
@@ -134,7 +134,8 @@ class FullGradients(Refresh):
         self._step = 0
         self._found: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this rank owns
-        self._ranges: dict[str, tuple[Range, Tensor]] = {}  # of those, before the choice; and G times the basis
+        # of those, before the choice; and G times the basis' columns from r on: times the others it is in the buffer
+        self._ranges: dict[str, tuple[Range, Tensor]] = {}
         self._refreshed: Collection[str] = ()
         self._left: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
@@ -182,24 +183,26 @@ class FullGradients(Refresh):
     def _project(self, name: str, gradient: Tensor) -> None:
         config, previous = self.config, self.active.projectors.get(name)
         found = find_range(gradient, self.active.r, config.projector, self._seed(name, self._step), previous)
-        self._ranges[name] = found, low_rank_gradient(gradient, found.basis.to(self.active.dtype))
+        product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
+        self.active.buffer.grad(name).copy_(product[:, : self.active.r])
+        self._ranges[name] = found, product[:, self.active.r :].clone()
 
     def _finish(self) -> dict[str, Tensor]:
-        """The projectors of what this rank owns, whose low-rank gradients are added to the buffer. One wait."""
+        """The projectors of what this rank owns; their low-rank gradients into the buffer. One wait for the device."""
         ranges, self._ranges = self._ranges, {}
         turns = self._choose({name: found for name, (found, _) in ranges.items()})
         dtype, projectors = self.active.dtype, {}
         for name in list(ranges):
-            found, product = ranges.pop(name)
-            added, turn = self.active.buffer.grad(name), turns.get(name)
-            if turn is None:
+            found, rest = ranges.pop(name)
+            low_rank = self.active.buffer.grad(name)
+            if name not in turns:
                 # no projector is made of it; the norm of all gradients lets every rank skip the step
-                added.add_(added.new_full((), math.nan))
+                low_rank.fill_(math.nan)
                 continue
-            low_rank = product @ turn.to(dtype)
-            projectors[name] = (found.basis.to(dtype) @ turn.to(dtype)).to(self.active.weight_dtype)
+            turn = turns[name].to(dtype)
+            projectors[name] = (found.basis.to(dtype) @ turn).to(self.active.weight_dtype)
+            low_rank.copy_(torch.addmm(rest @ turn[self.active.r :], low_rank, turn[: self.active.r]))
             self._squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), found.norm]).double().square()
-            added.add_(low_rank)
         return projectors
 
     def after_backward(self) -> None:

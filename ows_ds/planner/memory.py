@@ -182,9 +182,11 @@ def _projectors(spec: StepSpec, refresh: bool) -> list[int]:
 
 
 def _ranges(spec: StepSpec) -> dict[str, int]:
-    """Bytes of a basis of each gradient's range, float32, and of the gradient times it."""
-    widths = {m.name: min(spec.rank + OVERSAMPLING, m.short) for m in spec.projected}
-    return {m.name: (4 * m.short + spec.wide * m.long) * widths[m.name] for m in spec.projected}
+    """Bytes of a basis of each gradient's range, float32, and of what the buffer does not take of their product."""
+    more = {m.name: min(OVERSAMPLING, m.short - spec.rank) for m in spec.projected}
+    return {
+        m.name: 4 * m.short * (spec.rank + more[m.name]) + spec.wide * m.long * more[m.name] for m in spec.projected
+    }
 
 
 def _everywhere(spec: StepSpec, refresh: bool) -> Parts:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ows_ds import methods
 from ows_ds.checkpoint import Checkpoint
+from ows_ds.compat.torch import to_device
 from ows_ds.config import Recipe, Source, sources
 from ows_ds.data import attention, mix, prepare
 from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, held_out_batches
@@ -73,16 +74,14 @@ class RunContext:
         for sequences in step.micro_batches:
             batch = collate(sequences, self.pad_id, self.rows.packed)
             del batch["attention_mask"]  # the loss does without
-            if self.runtime.device.type == "cuda":
+            if self.runtime.device.type == "cuda":  # here, beside the step before
                 batch = {name: t if name in HOST else t.pin_memory() for name, t in batch.items()}
             batches.append(batch)
         return step, batches
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``batch`` where the model runs, but for `batches.HOST`."""
-        # blocking, also from pinned memory: DeepSpeed gathers on a stream of its own, and nothing else orders a forward
-        # pass' gathers after what was written to the shards
-        return {name: t if name in HOST else t.to(self.runtime.device) for name, t in batch.items()}
+        """``batch`` where the model runs, but for `batches.HOST`. Does not wait for the device."""
+        return {name: t if name in HOST else to_device(t, self.runtime.device) for name, t in batch.items()}
 
     def batch(self, sequences: list[list[Encoded]], packed: bool = False) -> dict[str, Tensor]:
         """Right-padded tensors (sequences, tokens) where the model runs, but for `batches.HOST`."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from ows_ds.compat.torch import times_written
+from ows_ds.compat.torch import times_written, to_device
 from ows_ds.compat.transformers import known_rows
 from ows_ds.data.attention import inputs
 from ows_ds.data.encoded import IGNORE
@@ -68,7 +68,7 @@ def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels
     """
     wanted = (labels != IGNORE).nonzero().squeeze(1)
     device = inputs["input_ids"].device
-    targets, wanted = labels[wanted].to(device), wanted.to(device)
+    targets, wanted = to_device(labels[wanted], device), to_device(wanted, device)
     own, leaves = head.forward, trained(head)
     made: list[tuple[Tensor, int]] = []  # the loss, and how often it was written to
 

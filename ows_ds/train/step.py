@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ows_ds.checkpoint import Saver
+from ows_ds.compat.torch import to_device
 from ows_ds.data.batches import Step
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.methods import Method
@@ -72,7 +73,7 @@ class StepRunner:
             more = torch.tensor([_peak_memory(device), stop, self.saver.done], dtype=loss.dtype)
             energies = method.projector_energy()
             refreshed.extend(energies)
-            mine = torch.cat([torch.stack([loss, norm.to(loss)]), more.to(device), *energies.values()])
+            mine = torch.cat([torch.stack([loss, norm.to(loss)]), to_device(more, device), *energies.values()])
             # the step's only wait for the device
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])

@@ -29,12 +29,20 @@ class World:
         self.watches: list[Watch] = []
         self.left: list[tuple[int, str, int]] = []
 
-    def start(self, world_size: int, limit: float = 100.0, missing: int | None = None, **odd: Any) -> list[Watch]:
-        """odd: of ``p1``, what process 1 says of itself."""
+    def start(
+        self,
+        world_size: int,
+        limit: float = 100.0,
+        missing: int | None = None,
+        begun: list[int] | None = None,
+        **odd: Any,
+    ) -> list[Watch]:
+        """odd: of ``p1``, what process 1 says of itself. begun: collectives, by process; may change."""
         who = [{**_who(), "host": f"n{i}", "pid": os.getpid(), **odd.get(f"p{i}", {})} for i in range(world_size)]
         for index in range(world_size):
             if index != missing:
-                self.watches.append(Watch(self.store, index, who, "run", limit, self._leaver(index)))
+                count = (lambda index=index: begun[index]) if begun else lambda: 0
+                self.watches.append(Watch(self.store, index, who, "run", limit, self._leaver(index), count))
         return self.watches
 
     def _leaver(self, index: int) -> Callable[[str, int], None]:
@@ -122,6 +130,27 @@ def test_a_silent_process_is_named(run: World) -> None:
         assert index in (0, 2)
         assert line.startswith(f"{ME} has been silent for ")
         assert code == 1
+
+
+def test_who_lives_but_does_not_come_on_is_named(run: World) -> None:
+    """As under NCCL, which never raises: the others wait in a collective that one has not begun."""
+    begun = [8, 7, 8]
+    run.start(3, limit=0.5, begun=begun)
+    for index, line, code in run.wait(3):
+        assert (index, code) == (len([one for one in run.left if one[0] < index]), 1)
+        assert line.startswith(f"{ME} does not come on: the others have waited for it ")
+
+
+def test_who_comes_on_or_is_behind_nobody_is_not_blamed(run: World) -> None:
+    begun = [8, 7, 8]
+    watches = run.start(3, limit=0.5, begun=begun)
+    for _ in range(8):  # slow, but it moves
+        time.sleep(0.2)
+        begun[1] += 1
+        begun[0] = begun[2] = begun[1] + 1
+    begun[1] += 1  # all compute
+    time.sleep(1.0)
+    assert watches[0].cause is None
 
 
 def test_a_killed_process_is_named(run: World) -> None:
