@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds.checkpoint.manifest import File, Manifest, sha256, write_manifest
+from ows_ds.compat.torch import copy_to_host
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import CHUNK, Shard
 from ows_ds.errors import Failed
@@ -134,7 +135,7 @@ class Writing:
 
 def copies(shards: list[Shard]) -> list[Shard]:
     """The shards as they are now, in the host's memory."""
-    return [replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True)) for shard in shards]
+    return [replace(shard, tensor=copy_to_host(shard.tensor.detach())) for shard in shards]
 
 
 def write_shards(path: Path, shards: list[Shard], abandoned: threading.Event) -> File:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+PINNED = 1 << 26  # bytes of a piece of pinned memory
+
 # On a GPU one kernel for many tensors. torch documents these functions ("foreach"), but under private names only.
 
 
@@ -20,6 +22,35 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. From a GPU by way of two pieces of pinned memory in turns, which is several times as fast as
+    into ordinary memory, of which there may be much."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    flat = tensor.reshape(-1)
+    host = torch.empty(flat.shape, dtype=flat.dtype)
+    size = min(PINNED // flat.element_size(), max(1, flat.numel()))
+    buffers = [(torch.empty(size, dtype=flat.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+    pending: list[tuple[int, Tensor, torch.cuda.Event]] = []
+
+    def receive() -> None:
+        start, piece, event = pending.pop(0)
+        event.synchronize()
+        host[start : start + len(piece)] = piece
+
+    for number, start in enumerate(range(0, flat.numel(), size)):
+        buffer, event = buffers[number % 2]
+        if len(pending) == len(buffers):
+            receive()
+        piece = buffer[: flat.numel() - start]
+        piece.copy_(flat[start : start + size], non_blocking=True)
+        event.record()
+        pending.append((start, piece, event))
+    while pending:
+        receive()
+    return host.view(tensor.shape)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -63,6 +63,9 @@ class Train(Settings):
     timeout_seconds: MayChange[Count] = 600
     """Seconds after which a rank that is not heard of, or a collective that does not complete, stops all ranks."""
 
+    check_memory: MayChange[bool] = True
+    """Refuse a run whose planned memory exceeds what is free, before its weights load; false: try it."""
+
     def contradictions(self) -> Iterator[Wrong]:
         if self.global_batch_size % self.micro_batch_size:
             right = f"expected a multiple of train.micro_batch_size, {self.micro_batch_size}"

@@ -20,11 +20,18 @@ from ows_ds.compat.torch import copy_all
 from ows_ds.distributed.communicator import Communicator
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
-MERGE_ENTRIES = 1 << 20  # entries of a matrix that are merged at once, in whole rows
+MERGE_ENTRIES = 1 << 20  # entries of a matrix that a CPU merges at once, in whole rows
+SAME_ON_ALL_GPUS = 1 << 17  # random numbers drawn at once: of more, torch takes as many threads as a GPU can run
+
+
+def entries_at_once(device: torch.device, on_cpu: int) -> int:
+    """Entries of a weight to work on at once: ``on_cpu``, which fit its cache, or as many as keep a GPU busy."""
+    return CHUNK if device.type == "cuda" else on_cpu
 
 
 def stream(key: str, device: torch.device) -> torch.Generator:
-    """A random stream that depends on ``key`` and the kind of device alone."""
+    """A random stream that depends on ``key`` and the kind of device alone, if at most `SAME_ON_ALL_GPUS` numbers are
+    drawn at once."""
     word = hashlib.blake2b(key.encode(), digest_size=7).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
 
@@ -121,7 +128,7 @@ def add_low_rank(
 
     Blocks of rows are the same for every run, so that all shardings give the same bits.
     """
-    rows_at_once = max(1, MERGE_ENTRIES // columns)
+    rows_at_once = max(1, entries_at_once(flat.device, MERGE_ENTRIES) // columns)
     stop = start + flat.numel()
     for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
         update = (left[row : row + rows_at_once] @ right.T).flatten()
@@ -136,7 +143,10 @@ def add_low_rank(
 
 def draw_bits(count: int, key: str, device: torch.device) -> Tensor:
     """(count,), int32, uniform in [0, 2^16): the noise of `round_stochastically`."""
-    return torch.randint(1 << 16, (count,), generator=stream(key, device), dtype=torch.int32, device=device)
+    bits, generator = torch.empty(count, dtype=torch.int32, device=device), stream(key, device)
+    for run in bits.split(SAME_ON_ALL_GPUS):
+        run.random_(1 << 16, generator=generator)
+    return bits
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ows_ds.distributed.weights import Weights
+from ows_ds.distributed.weights import Weights, entries_at_once
 from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
 from ows_ds.importance.scores import Scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import Matrix, ModelLayers
 
-BLOCK = 1 << 20  # entries of a weight whose float64 copy is made at once: small enough for a CPU's cache
+BLOCK = 1 << 20  # entries of a weight whose float64 copy a CPU makes at once: small enough for its cache
 
 
 def outlier_scores(
@@ -94,17 +94,17 @@ def input_squares(weights: Weights, matrices: Sequence[Matrix], batches: Batches
 
 
 def blocks(weights: Weights, matrix: Matrix, parameter: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
-    """This rank's interval of a matrix as blocks (any, features) of at most about `BLOCK` entries.
+    """This rank's interval of a matrix as blocks (any, features) of some entries: about `BLOCK` on a CPU.
 
     Yields the slice of input features that are a block's columns, and the block.
     """
     start, _ = weights.interval(parameter)
     width = matrix.shape[1]
     flat = weights.local(parameter).to(weights.device)  # DeepSpeed may keep the shards on the CPU
-    position = 0
+    position, at_once = 0, max(1, entries_at_once(flat.device, BLOCK) // width)
     while position < len(flat):
         row, column = divmod(start + position, width)
-        rows = min((len(flat) - position) // width, max(1, BLOCK // width)) if column == 0 else 0
+        rows = min((len(flat) - position) // width, at_once) if column == 0 else 0
         if rows:
             block = flat[position : position + rows * width].view(rows, width)
         else:  # the interval begins or ends within this row

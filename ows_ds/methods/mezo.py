@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, stream, weight_shards
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, entries_at_once, load_weights, stream, weight_shards
 from ows_ds.model.layers import ModelLayers
 from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, always
 
-BLOCK = 1 << 16  # entries that are drawn at once
+BLOCK = 1 << 16  # entries that a CPU draws at once
 
 
 def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """z of the entries [start, stop) of the flattened weight ``name``, in runs of at most BLOCK.
+    """z of the entries [start, stop) of the flattened weight ``name``, in runs.
 
     Yields (first entry of the run, float32 1-D on ``device``). Every entry's value depends on seed, step, name, the
-    entry's position and the kind of device alone.
+    entry's position and the device alone: on GPUs also on their model, which draws long runs in its own order.
     """
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        drawn = torch.randn(BLOCK, generator=stream(f"{seed}/{step}/{name}/{block}", device), device=device)
-        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
-        yield first, drawn[first - block * BLOCK : last - block * BLOCK]
+    size = entries_at_once(device, BLOCK)
+    for block in range(start // size, -(-stop // size)):
+        drawn = torch.randn(size, generator=stream(f"{seed}/{step}/{name}/{block}", device), device=device)
+        first, last = max(start, block * size), min(stop, (block + 1) * size)
+        yield first, drawn[first - block * size : last - block * size]
 
 
 class MeZO(Method):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ows_ds.distributed.weights import Weights
+from ows_ds.distributed.weights import Weights, entries_at_once
 
 _BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
 
@@ -37,6 +37,13 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def replica(weights: Weights) -> str:
+    """The content of this rank's own copy of replicated ``weights``, to be compared with the others'. Not collective."""
+    places = _mix(torch.arange(_BLOCK, device=weights.device))
+    sums = [_checksum(weights.resident_slice(p)[1], 0, places) for p in weights.module.parameters()]
+    return hashlib.sha256(json.dumps(torch.stack(sums).tolist()).encode()).hexdigest()
+
+
 def _checksum(entries: Tensor, start: int, places: Tensor) -> Tensor:
     """Sum of position weight times bits, modulo 2^64; the sums of a parameter's intervals add up to its own.
 
@@ -47,9 +54,16 @@ def _checksum(entries: Tensor, start: int, places: Tensor) -> Tensor:
     at = 0
     while at < len(entries):
         block, place = divmod(start + at, _BLOCK)
-        part = entries[at : at + _BLOCK - place]
-        bits = part.to(torch.bfloat16).view(torch.int16)
-        total += (places[place : place + len(part)] * bits).sum() * int(_mix(torch.tensor(block)))
+        whole = (len(entries) - at) // _BLOCK if place == 0 else 0  # blocks
+        if whole:
+            whole = min(whole, entries_at_once(entries.device, _BLOCK) // _BLOCK)
+            part = entries[at : at + whole * _BLOCK]
+            numbers = torch.arange(block, block + whole, device=entries.device)
+            total += ((part.to(torch.bfloat16).view(torch.int16).view(whole, -1) * places).sum(1) * _mix(numbers)).sum()
+        else:
+            part = entries[at : at + _BLOCK - place]
+            bits = part.to(torch.bfloat16).view(torch.int16)
+            total += (places[place : place + len(part)] * bits).sum() * int(_mix(torch.tensor(block)))
         at += len(part)
     return total
 

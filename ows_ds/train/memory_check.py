@@ -19,8 +19,11 @@ from ows_ds.planner.forecast import Planner
 def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
     """Refuse (UserError) a recipe whose step needs clearly more memory than is free, before weights load. Collective.
 
-    longest: tokens of the longest row. A model that cannot be planned is not refused.
+    longest: tokens of the longest row. Nothing is refused without ``train.check_memory``, nor a model that cannot be
+    planned.
     """
+    if not recipe.train.check_memory:
+        return
     config, comm, device = runtime.ds_config, runtime.comm, runtime.device
     hosts = comm.all_gather_object(socket.gethostname())
     if config is not None and (config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu":

@@ -22,6 +22,7 @@ from ows_ds.importance import scoring
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.methods import Method
+from ows_ds.model.fingerprint import replica
 from ows_ds.model.loading import processor_files
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
@@ -201,6 +202,10 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
 
 def _save(steps: StepRunner, step: int, scheduler: Any, save: Callable[..., None]) -> None:
     """A checkpoint after so many steps. Collective."""
+    weights = steps.context.weights
+    if not weights.sharded and steps.comm.world_size > 1:
+        # each rank merges into its own copy: on unlike GPUs products may differ in their last bits
+        steps.comm.assert_consistent(f"the weights after step {step}", replica(weights))
     shards, numbers = resume.contents(steps.method, steps.context.recipe.train.checkpoint == "full")
     save(step, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
 
