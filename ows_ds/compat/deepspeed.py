@@ -123,7 +123,7 @@ class Gathers:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
 
     def before_forward(self) -> None:
-        """Order gathers (`order`), and let the prefetcher record again if it has recorded other passes than those that come now.
+        """`order`; and let the prefetcher record again if it has recorded other passes than those that come now.
 
         What it has recorded says which weights to keep gathered for their next use. A record of evaluations has no
         backward pass; one of a backward pass that went further down keeps what is not used again.

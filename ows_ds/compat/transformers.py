@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,23 @@ from torch import Tensor
 
 # ------------------------------------------------------------------ packed sequences
 
-_ROWS: ContextVar[tuple[Tensor | None] | None] = ContextVar("rows of the sequences", default=None)
+_rows: list[Tensor | None] = []  # the innermost `known_rows` last; autograd's threads, which recompute, see it too
 
 
 @contextmanager
 def known_rows(rows: Tensor | None) -> Iterator[None]:
-    """Within it, transformers takes from ``rows`` which rows are packed in a sequence, in this thread.
+    """Within it, transformers takes from ``rows`` which rows are packed in a sequence.
 
     rows: the number of its row for each token; None: one row a sequence. Without it, transformers finds the rows from
     the positions and waits for the device in each forward pass: in ``find_packed_sequence_indices``, and with
     FlashAttention in each layer.
     """
     _look_up_rows()
-    token = _ROWS.set((rows,))
+    _rows.append(rows)
     try:
         yield
     finally:
-        _ROWS.reset(token)
+        _rows.pop()
 
 
 def _look_up_rows() -> None:
@@ -40,11 +39,10 @@ def _look_up_rows() -> None:
     find, is_packed = masking_utils.find_packed_sequence_indices, modeling_flash_attention_utils._is_packed_sequence
 
     def find_packed_sequence_indices(position_ids: Any) -> Any:
-        known = _ROWS.get()
-        return find(position_ids) if known is None else known[0]
+        return _rows[-1] if _rows else find(position_ids)
 
     def is_packed_sequence(position_ids: Any, batch_size: Any) -> Any:
-        return is_packed(position_ids, batch_size) if _ROWS.get() is None else False
+        return False if _rows else is_packed(position_ids, batch_size)
 
     find_packed_sequence_indices.looks_up_rows = True  # type: ignore[attr-defined]
     masking_utils.find_packed_sequence_indices = find_packed_sequence_indices

@@ -93,14 +93,15 @@ def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]
 
 
 def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
-    """The entry at ``path``, mapped into memory; None where there is no complete one. Raises the UserError that was
-    kept in its place."""
+    """The entry at ``path``, mapped into memory; None where there is none, or none that is whole. Raises the UserError
+    that was kept in its place."""
     try:
         with safe_open(path, "pt") as file:
             rows = EncodedRows(*(file.get_tensor(name).numpy() for name in NAMES))
             counts = Counts(**json.loads(file.metadata()["counts"]))
-            vars(rows)["digest"] = file.metadata()["digest"]
-        return rows, counts
+            whole = rows.digest == file.metadata()["digest"]
+        if whole:
+            return rows, counts
     except (OSError, SafetensorError, ValueError, TypeError, KeyError):
         pass
     try:

@@ -134,9 +134,9 @@ class EncodedRows:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all rows and of what is trained of them. The cache keeps it: it takes a pass over all tokens."""
+        """A hash of all rows and of what is trained of them, which takes a pass over all tokens."""
         found = hashlib.blake2b(digest_size=16)
-        for part in (self.tokens, self.trained, self.ends):
+        for part in (self.tokens, self.trained, self.ends, self.targets):
             found.update(numpy.ascontiguousarray(part).view(numpy.uint8).data)
         return found.hexdigest()
 

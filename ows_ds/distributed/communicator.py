@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ows_ds.compat.torch import default_store, to_device
-from ows_ds.errors import UserError, joined
+from ows_ds.errors import Failed, UserError, joined
 
 # torch >= 2.13 has new names for these and warns about the old ones
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -144,11 +144,14 @@ class Communicator:
     def raise_if_any_failed(self, error: BaseException | None) -> None:
         """Where any rank has an error, all raise.
 
-        A rank that failed raises its own; the others the same UserError, or a RankMismatchError that names the rank.
+        A rank that failed raises its own; the others the same, if it is a UserError or Failed, else a RankMismatchError
+        that names the rank.
         """
         mine: Any = None
         if isinstance(error, UserError):
             mine = [[one.key, str(one.value), one.right] for one in error.errors]
+        elif isinstance(error, Failed):
+            mine = {"failed": str(error)}
         elif error is not None:
             mine = f"{type(error).__name__}: {error}"
         everyones = self.all_gather_object(mine, "agree")
@@ -158,6 +161,8 @@ class Communicator:
         for _, theirs in failed:
             if isinstance(theirs, list):
                 raise joined(UserError(*one) for one in theirs)
+            if isinstance(theirs, dict):
+                raise Failed(theirs["failed"])
         if failed:
             raise RankMismatchError("; ".join(f"rank {i}: {text}" for i, text in failed))
 

@@ -46,9 +46,10 @@ class Runtime:
     ds_config: dict[str, Any] | None
 
 
-def start(recipe: Recipe) -> Runtime:
+def start(recipe: Recipe, training: bool = True) -> Runtime:
     """Join the ranks that the launcher started; without a launcher the world size is 1. Collective.
 
+    training: steps are taken, for which the batch must be divisible by the ranks.
     It changes this process: variables of the environment that the launcher left out, the log (`show_log`), warnings
     (`suppress_warnings`). Raises UserError for a sharding or a DeepSpeed file that cannot be had, and for hosts that
     cannot meet.
@@ -109,7 +110,7 @@ def start(recipe: Recipe) -> Runtime:
     config = None
     if sharded:
         raw = _ds_config(recipe, accelerator)
-        steps = accumulation(recipe, comm.world_size)
+        steps = accumulation(recipe, comm.world_size) if training else 1
         micro, hosts = recipe.train.micro_batch_size, comm.all_gather_object(socket.gethostname())
         config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world_size, per_host(hosts))
         check_by_deepspeed(config)

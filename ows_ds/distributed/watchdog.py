@@ -8,8 +8,9 @@ talks to the store about once a second:
     seen        how many ranks know the cause
 
 It checks that the beat of the next rank changes, and that the other processes of the host exist; rank 0's also that no
-rank stays behind the others, who would wait for it, for longer than the limit. The other thread never waits for anything: when a cause is known, or the store is silent for too long, and the program does not end by itself,
-it writes the cause as the last line to standard error and ends the process.
+rank stays behind the others, who would wait for it, for longer than the limit. The other thread never waits for
+anything: when a cause is known, or the store is silent for too long, and the program does not end by itself, it writes
+the cause as the last line to standard error and ends the process.
 """
 
 from __future__ import annotations

@@ -353,6 +353,9 @@ def _measured(trainer: Trainer, weights: Weights, model: str, tau: float, sample
     with torch.random.fork_rng(devices=[]):  # the order of the data in training is that without this pass
         count = math.ceil(samples / (args.train_batch_size * comm.world_size))
         batches = list(itertools.islice(trainer.get_train_dataloader(), count))
+    if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches):
+        right = "expected a file of `ows-ds score`, or one number a layer: this Trainer's batches are not tokens"
+        raise UserError("scores", None, right)
     known = ("input_ids", "attention_mask", "position_ids")
     inputs = [{key: batch[key].to(args.device) for key in known if key in batch} for batch in batches]
     found = outlier_scores(weights, find_layers(weights.module, weights.shape), inputs, tau, model)

@@ -38,7 +38,7 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
 
 
 def replica(weights: Weights) -> str:
-    """The content of this rank's own copy of replicated ``weights``, to be compared with the others'. Not collective."""
+    """The content of this rank's own copy of replicated ``weights``, to be compared with the others'."""
     places = _mix(torch.arange(_BLOCK, device=weights.device))
     sums = [_checksum(weights.resident_slice(p)[1], 0, places) for p in weights.module.parameters()]
     return hashlib.sha256(json.dumps(torch.stack(sums).tolist()).encode()).hexdigest()

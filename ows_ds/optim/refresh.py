@@ -327,7 +327,7 @@ class Sketches(Refresh):
 
 
 class Sketch:
-    """One pass of sketches of some matrices' gradients, summed over backward passes; alive until `bases` or `projectors`.
+    """One pass of sketches of some matrices' gradients, summed over backward passes, until `bases` or `projectors`.
 
     Each matrix gets coordinates of value zero beside those that train: their gradient is a sketch of the matrix's.
     """

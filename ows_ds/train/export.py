@@ -8,18 +8,20 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from ows_ds.compat.transformers import ignored_on_save
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.errors import UserError, one_line
+from ows_ds.errors import Failed, UserError, one_line
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.tensor_files import Writer
 from ows_ds.runs import card
@@ -43,11 +45,12 @@ def save_model(
     needs more memory than for its shard and a run. Only for a model whose tensors differ from those of its family's
     files does rank 0 gather everything. file_size: of a file, at most; a larger tensor has a file of its own. card_of:
     fingerprint of the weights -> text of the model card, called on rank 0.
-    more: files that are copied. Collective. ``folder`` must not exist.
+    more: files that are copied. Collective. ``folder`` must not exist. Raises Failed, and leaves nothing behind, where
+    the disk does not take it.
     """
     comm, module = weights.comm, cast(Any, weights.module)
     partial = folder.with_name(folder.name + ".partial")
-    with fail_together(comm):
+    with _written(comm, partial):
         if comm.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             module.save_pretrained(partial, state_dict={})  # all but the weights
@@ -56,7 +59,7 @@ def save_model(
                 shutil.copy(file, partial / file.name)
     save_weights(weights, partial, file_size)
     name = None if card_of is None else fingerprint(weights)
-    with fail_together(comm):
+    with _written(comm, partial):
         if comm.rank == 0:
             text = None if card_of is None else card_of(str(name))
             if text is not None:
@@ -64,6 +67,18 @@ def save_model(
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors lets nobody but the owner read
             partial.rename(folder)
+
+
+@contextmanager
+def _written(comm: Communicator, folder: Path) -> Iterator[None]:
+    """As `fail_together`, around what rank 0 writes to ``folder``, which is removed where the disk does not take it."""
+    with fail_together(comm):
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # at once: it frees space for others
+            what = folder.with_name(folder.name.removesuffix(".partial"))
+            raise Failed(one_line(f"{what} could not be written ({type(error).__name__}: {error})")) from None
 
 
 @torch.no_grad()
@@ -93,7 +108,7 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
         full = weights.full_tensor(tensor) if isinstance(tensor, nn.Parameter) else tensor
         if comm.rank == 0:
             state[name] = full.to("cpu", copy=True)
-    with fail_together(comm):
+    with _written(comm, folder):
         if comm.rank == 0:
             module.save_pretrained(folder, state_dict=state, max_shard_size=file_size)
 
@@ -111,7 +126,7 @@ def _stream(
     )
     for file, names in plan.filename_to_tensors.items():
         writer = None
-        with fail_together(comm):
+        with _written(comm, folder):
             if comm.rank == 0:
                 writer = Writer(folder / file, {name: empty[name] for name in names})
         for name in names:
@@ -123,11 +138,13 @@ def _stream(
                 except OSError as caught:  # the other ranks have to gather the rest of this tensor
                     error = caught
                 del run  # before the next is there
-            comm.raise_if_any_failed(error)
-        with fail_together(comm):
+            with _written(comm, folder):
+                if error is not None:
+                    raise error
+        with _written(comm, folder):
             if writer is not None:
                 writer.close()
-    with fail_together(comm):
+    with _written(comm, folder):
         if comm.rank == 0 and plan.is_sharded:
             entries = sum(tensor.numel() for tensor in empty.values())
             metadata = {"total_parameters": entries, **plan.metadata}

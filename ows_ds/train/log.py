@@ -98,7 +98,7 @@ class RunLog:
         metrics = run_dir / "metrics.jsonl"
         for record in keep_until(metrics, start_step or -1):
             self._note_layers(record)
-        self._trackers = Trackers(accelerator, recipe.log, run_dir, start_step, self.event) if accelerator else None
+        self._trackers = Trackers(accelerator, recipe.log, run_dir, start_step, self.warn) if accelerator else None
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
         self._screen = screen(recipe.log.progress, total_steps, n_layers, start_step, console)
@@ -131,6 +131,11 @@ class RunLog:
         if self.main:
             self._screen.event(one_line(text))
 
+    def warn(self, text: str) -> None:
+        """As `event`, whatever ``log.progress`` is."""
+        if self.main:
+            self._screen.warn(one_line(text))
+
     def close(self) -> None:
         """Write the final picture, close files and trackers, restore the terminal. Can be called again."""
         if not self.main or self._closed:
@@ -160,7 +165,7 @@ class RunLog:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not reported:
-                self.event(f"metrics.jsonl is behind until it can be written again ({error})")
+                self.warn(f"metrics.jsonl is behind until it can be written again ({error})")
 
     def _note_layers(self, record: Mapping[str, Any]) -> bool:
         """Remember the step's set of layers; say whether it is a new one."""

@@ -43,6 +43,10 @@ class Screen:
     def event(self, text: str) -> None:
         """Show a line."""
 
+    def warn(self, text: str) -> None:
+        """Show a line in any case."""
+        print(text, flush=True)
+
     def close(self) -> None:
         """Give the terminal back."""
 
@@ -88,6 +92,8 @@ class _Plain(Screen):
     def event(self, text: str) -> None:
         self._line(text)
 
+    warn = event
+
     def _line(self, text: str) -> None:
         self.console.file.write(text + "\n")  # as it is: no wrapping at a width that a file does not have
         self.console.file.flush()
@@ -131,6 +137,8 @@ class _Rich(Screen):
 
     def event(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
+
+    warn = event
 
     def close(self) -> None:
         self.live.stop()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ows_ds.checkpoint import Saver
 from ows_ds.compat.torch import to_device
+from ows_ds.compat.transformers import known_rows
 from ows_ds.data.batches import Step
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.methods import Method
@@ -78,7 +79,9 @@ class StepRunner:
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])
 
-        method.train_step([functools.partial(self._loss, batch, scale) for batch in batches], accept)
+        losses_of = [functools.partial(self._loss, batch, scale) for batch in batches]
+        with known_rows(None):  # layers that are computed again in a backward pass ask, too
+            method.train_step(losses_of, accept)
         losses, norms, peaks, stops, saved, *squares = zip(*everyones, strict=True)
         self.stop, self.saved = any(stops), all(saved)
         self.nonfinite = _nonfinite(losses, norms[0])

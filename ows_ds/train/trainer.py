@@ -55,7 +55,7 @@ def score(recipe: Recipe, output: Path | None, kinds: Sequence[str] = ()) -> Non
 
     output: file of the scores; None: scores.json in ``train.output_dir``. kinds: see `scoring.report`.
     """
-    runtime = start(recipe)
+    runtime = start(recipe, training=False)
     with watchdog.armed(runtime.comm, recipe.train.timeout_seconds):
         context = load(recipe, runtime, training=False)
         path = output or Path(recipe.train.output_dir) / "scores.json"
@@ -106,12 +106,12 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     skip_failed = recipe.train.on_save_error == "continue"
     with (
         log,
-        checkpoint.Saver(run_dir, recipe.train.save_total_limit, comm, facts, skip_failed, log.event) as saver,
+        checkpoint.Saver(run_dir, recipe.train.save_total_limit, comm, facts, skip_failed, log.warn) as saver,
         closing(ReadAhead(context.read, total, runtime.device)) as batches,
         closing(context.steps),  # first, so that a block that is being read ends
     ):
         for line in skipped:
-            log.event(f"skipped a checkpoint: {line}")
+            log.warn(f"skipped a checkpoint: {line}")
         steps = StepRunner(context, method, batches, stop_requested, saver)
         if opened is not None:
             log.event(f"resuming after step {begin} from {opened.folder}")
@@ -123,7 +123,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
             except UserError:  # of rows that are read while training: every rank reads them all
                 if step > begin and not steps.taken and comm.meets(f"rows of step {begin}, {step}", ROWS_SECONDS):
                     _save(steps, step, scheduler, saver.save)
-                    log.event(f"saved after step {step}: the rows of the next one cannot be used")
+                    log.warn(f"saved after step {step}: the rows of the next one cannot be used")
                 raise
         method.close()
         if not comm.broadcast_object((run_dir / "model").exists()):  # a run that was complete is resumed
@@ -188,14 +188,14 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
         saver.complete()
     log.step(record)
     if steps.nonfinite is not None:
-        log.event(f"step {step + 1} is skipped: {steps.nonfinite}")
+        log.warn(f"step {step + 1} is skipped: {steps.nonfinite}")
         if steps.in_a_row == settings.max_nonfinite_steps:
             saver.complete()  # it may be the last good one
             raise Failed(_given_up(step + 1, steps))
     if last or steps.stop or _due(step + 1, settings.save_steps):
         _save(steps, step + 1, scheduler, saver.save if last or steps.stop else saver.start)
     if steps.stop:
-        log.event(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto resumes")
+        log.warn(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto resumes")
         comm.barrier()  # not before rank 0 is done, or a launcher could end it
         raise signals.Stopped
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,12 @@ def test_mistakes_are_kept_too(tmp_path: Path) -> None:
     assert cache.entry(tmp_path, "y", made)[1] == made()[1]
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 99, None])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: b"x" * 99, lambda old: old[:-1],
+                                    lambda old: old[:-1] + bytes([old[-1] ^ 1])])  # fmt: skip
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     cache.entry(tmp_path, "x", made)
     path = tmp_path / "x.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] if content is None else content)
+    path.write_bytes(damage(path.read_bytes()))
     assert lists_of(cache.entry(tmp_path, "x", lambda: made("cd"))[0]) == lists_of(made("cd")[0])
     assert lists_of(cache.entry(tmp_path, "x", lambda: pytest.fail("it is there"))[0]) == lists_of(made("cd")[0])
 

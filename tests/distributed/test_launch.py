@@ -1,4 +1,4 @@
-"""What is looked at before processes meet and before a model is loaded: a lock left behind, and memory."""
+"""What is looked at before processes meet and before a model is loaded: a lock left behind, devices, memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from ows_ds.distributed import zero3
+from ows_ds.config import changed
+from ows_ds.distributed import launch, zero3
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError
@@ -72,6 +73,20 @@ def test_without_a_lock_nothing_is_said(lock: Path, caplog: pytest.LogCaptureFix
     assert not caplog.messages
 
 
+# ------------------------------------------------------------------ devices
+
+
+def test_a_torch_that_cannot_use_the_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "DRIVER", tmp_path / "version")
+    assert not launch._uses_gpus({})
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.12\nGCC version:\n")
+    with pytest.raises(UserError, match=r"torch: '.*' is invalid: .*\(NVRM version: .* 535\.12\)"):
+        launch._uses_gpus({})
+    for asked in ({"ACCELERATE_USE_CPU": "true"}, {"CUDA_VISIBLE_DEVICES": ""}):
+        assert not launch._uses_gpus(asked)
+
+
 # ------------------------------------------------------------------ memory
 
 
@@ -95,6 +110,7 @@ def test_what_cannot_fit_is_refused_with_the_figure(
     words = f"train.sharding: 'replicated' is invalid: a step needs {needed / 1e9:.1f} GB of a process that has "
     assert str(caught.value).startswith(words)
     check_memory(asked, alone(), 8)  # shorter rows than data.max_length
+    check_memory(changed(asked, {"train.check_memory": False}), alone(), 64)
 
 
 def test_what_cannot_be_planned_is_not_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

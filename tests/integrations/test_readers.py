@@ -98,3 +98,27 @@ def test_a_reference_that_is_copied_in_the_middle_is_what_was_trained(
     [[at_once, a_step_later]] = pools(1).run(synced, inputs / "model", tmp_path)
     assert at_once == 0
     assert a_step_later > 0
+
+
+def without_scores(rank: int, world_size: int, folder: Path, output: Path) -> str:
+    from transformers import Trainer, TrainingArguments
+
+    from ows_ds.errors import UserError
+    from ows_ds.integrations.transformers import OWSTrainerMixin
+
+    class Prompts(OWSTrainerMixin, Trainer):
+        pass
+
+    model, _, rows = loaded(folder, "AutoModelForCausalLM")
+    args = TrainingArguments(**arguments(output), remove_unused_columns=False)
+    try:
+        Prompts(model=model, args=args, train_dataset=rows, data_collator=list, ows=OWS)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_trainer_of_prompts_asks_for_scores(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    """As GRPO's, whose batches are rows and no tokens."""
+    [said] = pools(1).run(without_scores, inputs / "model", tmp_path)
+    assert said.startswith("scores: None is invalid: expected a file of `ows-ds score`, or one number a layer")

@@ -20,11 +20,12 @@ from ows_ds import config
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated
-from ows_ds.errors import UserError
+from ows_ds.errors import Failed, UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.loading import Source, unsharded
 from ows_ds.model.pretrained import load_tokenizer, pretrained
 from ows_ds.model.tensor_files import Files, Writer
+from ows_ds.train import export
 from ows_ds.train.export import save_model
 from tests.support.families import FAMILIES, tiny
 
@@ -69,6 +70,19 @@ def test_loads_and_writes_what_transformers_does(tmp_path: Path, family: str, ti
     expected.save_pretrained(tmp_path / "theirs", max_shard_size=file_size)
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("mine", "theirs")]
     assert files[0] == files[1]
+
+
+def test_a_full_disk_ends_an_export_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.Writer, "write", full)
+    with pytest.raises(Failed) as caught:
+        save_model(Replicated(tiny("llama"), Communicator()), SimpleNamespace(save_pretrained=str), tmp_path / "model")
+    assert (
+        str(caught.value) == f"{tmp_path / 'model'} could not be written (OSError: [Errno 28] No space left on device)"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_is_named(tmp_path: Path) -> None:

@@ -210,7 +210,9 @@ def test_nothing_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixtu
     with RunLog(tmp_path, 3, 4, True, QUIET) as log:
         log.event("hello")
         log.step(record(1))
-    assert capsys.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", "")
+        log.warn("a checkpoint could not be\nwritten")  # nobody wants that hidden
+    assert capsys.readouterr() == ("a checkpoint could not be written\n", "")
 
 
 @pytest.mark.parametrize("progress", ["plain", "rich"])
