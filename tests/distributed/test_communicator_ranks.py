@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ows_ds.distributed.communicator import Communicator, Distributed, RankMismatchError, join
 from ows_ds.distributed.weights import Replicated
-from ows_ds.errors import UserError, UserErrors
+from ows_ds.errors import Failed, UserError, UserErrors
 from ows_ds.optim.ows import OWS
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -337,6 +337,9 @@ def test_all_good(pools: Pools) -> None:
           ("OSError", "disk", "own")]),
         # who has no error of its own hears of what can be put right
         ({0: ValueError("bad luck"), 2: mistake}, [luck, others, own]),
+        # what no rank is to blame for is the same everywhere
+        ({0: Failed("the disk is full")},
+         [("Failed", "the disk is full", "own"), *[("Failed", "the disk is full", None)] * 2]),
         # several mistakes are several everywhere
         ({1: several}, [("UserError", str(several), fields(several)), ("UserError", str(several), "own"),
                         ("UserError", str(several), fields(several))]),
