@@ -179,7 +179,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         layers, recipe.method.name, tuple(method.layer_set), setting.rank, recipe.optim.always_on, setting.refresh,
         lora_rank=setting.lora_rank, itemsize=ITEMSIZE[setting.dtype], length=setting.tokens,
         checkpointing=setting.gradient_checkpointing, world_size=world_size, sharded=sharded,
-        foreach=setting.device == "cuda",
+        on_gpu=setting.device == "cuda",
     )  # fmt: skip
     if ds_config is not None and not setting.inside:
         replays = Replays(model.config, ds_config["zero_optimization"])

@@ -8,7 +8,8 @@ the step in hand.
 
     backward reaches W      G  (every rank, its own part of the batch)
         reduce              G  summed, on W's owner only; the others drop theirs
-        owner               one micro-batch: B = basis of G's range,  G B; G is freed
+        owner               one micro-batch: B = basis of G's range,  G B; G is freed (on a GPU beside the backward pass,
+                            so that the owners of several matrices work at the same time)
                             more: G is added up
     ... next W ...
     reduce                  owners, all at once: B and G B of the sums; then, with one wait for the device, the leading
@@ -25,7 +26,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,6 +139,7 @@ class FullGradients(Refresh):
         # of those, before the choice; and G times the basis' columns from r on: times the others it is in the buffer
         self._ranges: dict[str, tuple[Range, Tensor]] = {}
         self._refreshed: Collection[str] = ()
+        self._side = torch.cuda.Stream(active.weights.device) if active.weights.device.type == "cuda" else None
         self._left: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -182,13 +185,30 @@ class FullGradients(Refresh):
 
     def _project(self, name: str, gradient: Tensor) -> None:
         config, previous = self.config, self.active.projectors.get(name)
-        found = find_range(gradient, self.active.r, config.projector, self._seed(name, self._step), previous)
-        product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
-        self.active.buffer.grad(name).copy_(product[:, : self.active.r])
-        self._ranges[name] = found, product[:, self.active.r :].clone()
+        with self._beside(gradient):
+            found = find_range(gradient, self.active.r, config.projector, self._seed(name, self._step), previous)
+            product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
+            self.active.buffer.grad(name).copy_(product[:, : self.active.r])
+            self._ranges[name] = found, product[:, self.active.r :].clone()
+
+    @contextmanager
+    def _beside(self, gradient: Tensor) -> Iterator[None]:
+        """On a GPU, run what is within beside the backward pass, on a stream of its own: other ranks need not wait for
+        this one's search. One search at a time, so that no more than two gradients are there."""
+        if self._side is None:
+            yield
+            return
+        now = torch.cuda.current_stream(self._side.device)
+        now.wait_stream(self._side)
+        self._side.wait_stream(now)
+        gradient.record_stream(self._side)
+        with torch.cuda.stream(self._side):
+            yield
 
     def _finish(self) -> dict[str, Tensor]:
         """The projectors of what this rank owns; their low-rank gradients into the buffer. One wait for the device."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
         ranges, self._ranges = self._ranges, {}
         turns = self._choose({name: found for name, (found, _) in ranges.items()})
         dtype, projectors = self.active.dtype, {}

@@ -220,6 +220,7 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
         return
     came = 0  # this rank's parts of the layer's gradients
     widths = 1  # of the MLP, beside what was kept: its activations go one after the other
+    searching = 0  # on a GPU, of the matrix before: its gradient, and the search beside the backward pass
     for matrix in reversed(block.matrices):
         flowing = 2 * hidden - spec.tokens * parts.made * spec.itemsize  # the MLP's activations have gone
         if matrix is parts.down or matrix in parts.up:
@@ -228,7 +229,9 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
         whole = came + numel(matrix) * spec.itemsize + (0 if searched or spec.world_size == 1 else part)
         yield matrix.modules[0], max(0, flowing), whole
         if searched and spec.refresh_passes == 1:  # when the module's own input has gone
+            yield matrix.modules[0], max(0, flowing) + searching, whole
             yield matrix.modules[0], max(0, flowing - inner) + _finder(spec, matrix), whole
+            searching = (_finder(spec, matrix) + numel(matrix) * spec.itemsize) * spec.on_gpu
         if not searched and spec.accumulation == 1 and not spec.deepspeed_trains:
             came += part
 
@@ -286,7 +289,7 @@ def _update(spec: StepSpec) -> int:
 
 
 def _roots(spec: StepSpec, sizes: Sequence[int]) -> int:
-    if spec.foreach:
+    if spec.on_gpu:
         return sum(sizes) * spec.wide
     # one after the other: root and quotient, beside what is left of the tensor before
     return max((before + 2 * size for before, size in zip([0, *sizes], sizes, strict=False)), default=0) * spec.wide

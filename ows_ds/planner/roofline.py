@@ -105,19 +105,17 @@ def _update(spec: StepSpec) -> Work:
 def _refresh(spec: StepSpec, block: Block) -> Work:
     """New projectors of a layer: its full gradients, and the range finder's products with them (projection.py).
 
-    With several micro-batches the owners of matrices work at the same time, else one after the other.
+    The owners of matrices work at the same time.
     """
     entries, sides = _sizes(block)
     if spec.refresh == "sketch":
         width = max(sketch_width(spec.rank, min(m.shape)) for m in block.matrices)
         return Work(2 * 2 * 2 * spec.tokens * spec.accumulation * width * sides, 0)
     finder = sum(4 * ROUNDS * numel(m) * (spec.rank + OVERSAMPLING) for m in block.matrices)
-    share = 1.0
-    if spec.refresh_passes > 1:
-        owners, load = spec.refresh_plan().owners, Counter[int]()
-        for matrix in spec.projected:
-            load[owners[matrix.name]] += numel(matrix)
-        share = max(load.values()) / load.total()
+    owners, load = spec.refresh_plan().owners, Counter[int]()
+    for matrix in spec.projected:
+        load[owners[matrix.name]] += numel(matrix)
+    share = max(load.values()) / load.total()
     return Work(2 * spec.tokens * spec.accumulation * entries + finder * share, 4 * 2 * ROUNDS * entries * share)
 
 

@@ -45,7 +45,7 @@ class StepSpec:
     world_size: int = 1
     sharded: bool = False
     max_live: int = 500_000_000  # DeepSpeed's stage3_max_live_parameters
-    foreach: bool = True  # Adam works on all tensors at once, as torch does on GPUs
+    on_gpu: bool = True  # Adam works on all tensors at once, and searches run beside the backward pass
     bucket: int = 500_000_000  # DeepSpeed's reduce_bucket_size
     gathered: Gathered | None = None  # what ZeRO-3 gathers; None: only bounds are known
 

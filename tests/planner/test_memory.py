@@ -109,7 +109,7 @@ def steps(
             peaks[step == 2] = alive.peak
     spec = StepSpec(
         layers, method, layer_set, RANK, always_on, itemsize=BYTES[dtype], rows=rows, length=length,
-        checkpointing=checkpointing, foreach=False,
+        checkpointing=checkpointing, on_gpu=False,
     )  # fmt: skip
     return spec, between, peaks, kept
 
