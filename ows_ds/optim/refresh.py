@@ -8,8 +8,8 @@ the step in hand.
 
     backward reaches W      G  (every rank, its own part of the batch)
         reduce              G  summed, on W's owner only; the others drop theirs
-        owner               one micro-batch: B = basis of G's range,  G B; G is freed (on a GPU beside the backward pass,
-                            so that the owners of several matrices work at the same time)
+        owner               one micro-batch: B = basis of G's range,  G B; G is freed (on a GPU beside the backward
+                            pass, so that the owners of several matrices work at the same time)
                             more: G is added up
     ... next W ...
     reduce                  owners, all at once: B and G B of the sums; then, with one wait for the device, the leading

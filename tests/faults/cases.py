@@ -35,7 +35,6 @@ SHOWN: dict[str, list[str]] = {}
 def run(folder: Path, seconds: float = 400) -> str:
     """What the script of a case prints."""
     around = {**os.environ, "PROJECT": os.environ.get("PROJECT", str(ROOT))}
-    command = ["bash", "-c", f"trap '' PIPE; source {folder / 'run.sh'}"]
     done = subprocess.run(
         ["bash", str(folder / "run.sh")], env=around, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
     )
