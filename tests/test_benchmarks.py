@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ pytest.importorskip("galore_torch")
 pytest.importorskip("reasoning_gym")
 
 from benchmarks import bf16_drift as drift
-from benchmarks import refresh, same_weights
+from benchmarks import gpu, refresh, same_weights
 from ows_ds.optim.projection import exact_projector
 
 SMALL = Namespace(
@@ -90,3 +93,27 @@ def test_weights_that_are_not_the_same() -> None:
     assert same_weights.renamed(recipe)["train"].keys() ^ recipe["train"].keys() == {
         "global_batch_size", "batch_size", "save_steps", "save_every",
     }  # fmt: skip
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_what_a_gpu_shows_is_the_same_on_a_cpu(tmp_path: Path) -> None:
+    """The same parts, rows and columns, so that the first GPU finds a command that works."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--shape", "tiny", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [text] = [file.read_text() for file in tmp_path.glob("*-gpu-cpu.md")]
+    [found] = [json.loads(file.read_text()) for file in tmp_path.glob("*-gpu-cpu.json")]
+    assert found["parts"].keys() == gpu.PARTS.keys()
+    assert all(re.fullmatch(r"\d+ s", said) for said in found["parts"].values()), found["parts"]
+    rows = {part: [row for row in found["rows"] if row["part"] == part] for part in gpu.PARTS}
+    for part, columns in gpu.TABLES.items():
+        assert "| " + " | ".join(columns.values()) + " |" in text
+        assert all(row.keys() <= {"part", *columns} for row in rows[part])
+        results = [row["result"] for row in rows[part]]
+        assert results == (["ok"] * len(results) if part != "streams" else ["not measured: no GPU"]), rows[part]
+    assert [row["what"] for row in rows["runs"]] == ["train", "resume", "zero3", "two ranks zero3"]
+    assert len(rows["mathematics"]) == len(gpu.SETTINGS)
+    assert [row["method"] for row in rows["costs"]] == list(gpu.METHODS)
+    assert all(row["tokens_per_second"] > 0 for row in rows["costs"])
+    assert text.count(gpu.UNKNOWN) > len(gpu.METHODS)  # nothing is made up

@@ -17,7 +17,8 @@ def measure(setting: Setting, methods: Sequence[str], how: How) -> dict[str, Res
     """Of each limit and method, {"failed": reason} or, with KIND ``step`` and ``refresh`` (None: there is none):
 
     KIND: {component: bytes} at the peak (see `ows_ds.bench.tracking`); KIND_planned: the planner's number; KIND_parts:
-    that by component, between steps and in each phase; KIND_allocated: the most that torch took on a GPU.
+    that by component, between steps and in each phase; KIND_allocated, KIND_reserved: the most that torch's tensors and
+    torch itself took on a GPU.
     """
     answers = ask_each(setting, (*limits(setting), *methods), "memory")
     return {name: one if "failed" in one else one[0] for name, one in answers.items()}

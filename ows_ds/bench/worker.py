@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -97,13 +98,14 @@ def answer_memory(trial: Trial, setting: Setting) -> Answer:
     """See `ows_ds.bench.memory.measure`."""
     answer: Answer = {}
     for kind, work in {"step": trial.step, "refresh": trial.refresh}.items():
-        answer |= dict.fromkeys((kind, f"{kind}_planned", f"{kind}_parts", f"{kind}_allocated"))
+        answer |= dict.fromkeys([kind, *(f"{kind}_{what}" for what in ("planned", "parts", "allocated", "reserved"))])
         if work is None:
             continue
         if setting.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             work()
             answer[f"{kind}_allocated"] = torch.cuda.max_memory_allocated()
+            answer[f"{kind}_reserved"] = torch.cuda.max_memory_reserved()
         tracker = Tracker(trial.model, trial.weights, trial.state)
         trial.watch = tracker.forward
         with tracker:
@@ -114,6 +116,22 @@ def answer_memory(trial: Trial, setting: Setting) -> Answer:
             planned = memory(trial.spec, kind == "refresh")
             answer[f"{kind}_planned"] = planned.peak
             answer[f"{kind}_parts"] = {"state": planned.state, **planned.phases}
+    return answer
+
+
+def answer_waits(trial: Trial, setting: Setting) -> Answer:
+    """How often the host waits for the GPU in a plain step and in one with new projectors, as torch counts."""
+    answer: Answer = {}
+    for kind, work in {"step": trial.step, "refresh": trial.refresh}.items():
+        answer[kind] = None
+        if work is None or setting.device != "cuda":
+            continue
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            work()
+        torch.cuda.set_sync_debug_mode("default")
+        answer[kind] = sum("synchroniz" in str(one.message) for one in found)
     return answer
 
 
@@ -149,5 +167,6 @@ WORK: dict[str, Callable[..., Answer]] = {
     "time": answer_time,
     "flops": answer_flops,
     "memory": answer_memory,
+    "waits": answer_waits,
     "traffic": answer_traffic,
 }

@@ -5,20 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ows_ds.data.encode import encode, encode_rows
 from ows_ds.data.encoded import IGNORE, Builder, Encoded
 from ows_ds.data.rows import Found, load_rows
 from ows_ds.errors import UserError
+from tests.support.tokenizer import byte_tokenizer
 
-# ChatML with a system message of its own, as SmolLM2 has it.
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Shows earlier answers without their thoughts, so that a prefix of the messages is no prefix of the text.
 FORGETFUL = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -31,19 +24,6 @@ TALK = [
     {"role": "user", "content": "sure?"},
     {"role": "assistant", "content": "yes"},
 ]
-
-
-def byte_tokenizer(template: str | None = CHATML) -> Any:
-    """One token per byte, and the two marks of ChatML."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-    )
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def lists(encoded: Encoded) -> tuple[list[int], list[int]]:

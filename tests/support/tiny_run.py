@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ows_ds import config
-from tests.data.test_data import byte_tokenizer
 from tests.support.families import tiny
+from tests.support.tokenizer import byte_tokenizer
 
 
 def write_inputs(folder: Path) -> Path:

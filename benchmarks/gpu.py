@@ -1,0 +1,447 @@
+"""What a GPU shows in one command, most valuable first: whether everything is right on it, then what it costs.
+
+    python -m benchmarks.gpu --minutes 8
+    python -m benchmarks.gpu --device cpu --shape tiny       # the same on a CPU, in 90 seconds
+
+Nothing is downloaded; weights are random, of real shapes. Each part runs in a process of its own with a limit of its
+own; what it finds is written to OUTPUT/DATE-gpu-DEVICE.md and .json row by row. `--wheels FOLDER` first installs what
+``fetch_wheels.sh`` has put there, for a machine that has torch, transformers, accelerate and peft and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
+METHODS = ("ows", "ows-lean", "lora", "lisa", "galore", "full")
+SHAPES = {"real": ("llama3-8b", "qwen2.5-7b"), "tiny": ("tiny",)}
+TINY = {"hidden": 128, "heads": 2, "layers": "2", "vocab": 256, "tokens": 64, "gamma": 1, "rank": 8, "lora_rank": 2}
+LIMITS = {"runs": 150, "mathematics": 60, "streams": 90, "search": 40, "costs": 600}  # seconds at most, by part
+ANCHORS = {  # what others publish, by (shape, method)
+    ("llama3-8b", "lora"): "NeMo AutoModel, one H100: 12,473 tokens/s, 402 TFLOP/s",
+    ("llama3-8b", "full"): "torchtune, 8-bit Adam, one RTX 4090: 1,650 tokens/s, 18.9 GiB",
+    ("llama3-8b", "ows"): "the paper, LLaMA2-7B: 23 GB",
+}
+TABLES = {  # by part: key of a row -> head of its column
+    "runs": {"what": "what", "result": "result", "seconds": "seconds", "loss": "last loss", "digest": "model"},
+    "mathematics": {"what": "settings", "result": "result", "float64": "float64", "bfloat16": "bfloat16"},
+    "streams": {"what": "what", "result": "result"},
+    "search": {"what": "gradient", "result": "result", "range_ms": "range [ms]", "choice_ms": "choice [ms]",
+               "product_error": "sum of products, relative error"},
+    "costs": {"shape": "shape", "method": "method", "result": "result", "tokens_per_second": "tokens/s",
+              "tflops": "TFLOP/s", "mfu": "MFU [%]", "step_ms": "step [ms]", "planned_ms": "planned [ms]",
+              "allocated_gib": "allocated [GiB]", "reserved_gib": "reserved [GiB]", "planned_gib": "planned [GiB]",
+              "waits": "waits a step", "waits_refresh": "waits a refresh", "refresh_ms": "refresh [ms]",
+              "refresh_share": "share [%]", "anchor": "published by others"},
+}  # fmt: skip
+NOTES = {
+    "runs": "Whole programs on a tiny model, 9 steps with refreshes, draws, evaluation and checkpoints. A resumed run "
+    "has to end in the same weights.",
+    "mathematics": "Largest difference of ten losses between the CPU and the device: in float64 at most 1e-6, in "
+    "bfloat16 at most 0.2.",
+    "streams": "ZeRO-3 on two ranks of one GPU, while what writes to shards is held up on its stream: losses have to "
+    "be those of a run in which the host waits after each step.",
+    "search": "A projector of one matrix, rank 128, and the gradient of coordinates from bfloat16 in float32 sums.",
+    "costs": "One sequence a step. TFLOP/s: of a step's own matrix products; MFU: of a pass forward and one backward "
+    "through activations, over the data sheet's peak. Allocated and reserved: torch's peaks, in a refresh where there "
+    "is one. Planned: by the planner, before anything ran. Waits: of the host for the GPU, as torch counts. Share: of "
+    "refreshes, one every 200 steps.",
+}
+UNKNOWN = "not measured"
+
+# ------------------------------------------------------------------ parts; each yields rows
+
+
+def runs(device: str, shape: str) -> Iterator[Row]:
+    """Whole programs."""
+    import torch
+
+    from tests.support.tiny_run import write_inputs
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = write_inputs(Path(place))
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(f"""
+model: {{path: {folder}/model}}
+data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 64, cache: {folder}/cache}}
+sampling: {{gamma: 1.5, period: 4, tau: 2.0, calibration_samples: 4}}
+optim: {{rank: 4, lr: 0.01, update_proj_gap: 3, warmup_steps: 2, weight_decay: 0.01}}
+train: {{global_batch_size: 12, micro_batch_size: 2, steps: 9, save_steps: 3, eval_steps: 4}}
+log: {{progress: none, trackers: []}}
+""")
+
+        def train(name: str, *options: str, ranks: int = 1) -> Row:
+            output = folder / name.replace(" ", "-")
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+            words = [*launch, "-m", "ows_ds", "train", "--config", str(recipe), "--train.output_dir", str(output)]
+            begun = time.monotonic()
+            done = subprocess.run([sys.executable, *words, *options], cwd=ROOT, capture_output=True, text=True)
+            row: Row = {"what": name, "seconds": round(time.monotonic() - begun, 1), "result": "ok"}
+            if done.returncode:
+                return row | {"result": f"failed: {(done.stderr.strip() or 'no word').splitlines()[-1][:300]}"}
+            model = (output / "model" / "model.safetensors").read_bytes()
+            last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+            return row | {"digest": hashlib.sha256(model).hexdigest()[:12], "loss": round(last["loss"], 4)}
+
+        def compared(row: Row, with_: Row, key: str, within: float = 0.0) -> Row:
+            same = row.get(key) == with_.get(key) or (within and abs(row[key] - with_[key]) <= within)
+            return row if row["result"] != "ok" or same else row | {"result": f"{key} differs from {with_['what']}"}
+
+        whole = train("train")
+        yield whole
+        if whole["result"] != "ok":
+            return
+        yield compared(train("resume", "--train.resume", str(folder / "train" / "checkpoints" / "step-6")), whole,
+                       "digest")  # fmt: skip
+        yield compared(train("zero3", "--train.sharding", "zero3"), whole, "loss", 0.02)
+        if shape == "tiny":
+            yield compared(train("two ranks zero3", "--train.sharding", "zero3", ranks=2), whole, "loss", 0.1)
+            return
+        extras = ("--data.packing", "true", "--train.global_batch_size", "2", "--train.micro_batch_size", "1",
+                  "--train.gradient_checkpointing", "true", "--optim.refresh", "sketch",
+                  "--optim.merge_rounding", "stochastic")  # fmt: skip
+        yield train("packing checkpointing sketch", *extras)
+        if device == "cpu" or torch.cuda.device_count() > 1:
+            two = train("two ranks", ranks=2)
+            yield compared(two, whole, "loss", 0.1)
+            yield compared(train("two ranks zero3", "--train.sharding", "zero3", ranks=2), two, "loss", 0.02)
+        else:
+            yield {"what": "two ranks", "result": f"{UNKNOWN}: one GPU"}
+
+
+SETTINGS: tuple[Row, ...] = (
+    {}, {"refresh": "sketch"}, {"always_on": "none"}, {"always_on": "low_rank"}, {"rank": None}, {"projector": "svd"},
+    {"accumulation": 2}, {"accumulation": 2, "refresh_batch": "first"}, {"moments_on_refresh": "rotate"},
+    {"merge_rounding": "stochastic"},
+)  # fmt: skip
+
+
+def mathematics(device: str, shape: str) -> Iterator[Row]:
+    """The same losses on the CPU and on the device."""
+    import torch
+    import transformers as tf
+
+    from ows_ds import OWS
+    from ows_ds.train.loss import token_losses
+
+    def losses(where: str, dtype: torch.dtype, settings: Row) -> list[float]:
+        config = tf.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=172, num_hidden_layers=4,
+                                num_attention_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+                                tie_word_embeddings=False)  # fmt: skip
+        torch.manual_seed(0)
+        model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=dtype)  # on the CPU: the same anywhere
+        model.config.use_cache = False
+        given = {"gamma": 2, "period": 4, "rank": 8, "update_proj_gap": 3, "lr": 1e-2, "seed": 1, "weight_decay": 0.1}
+        given |= settings
+        ows, count = OWS(model.to(where).train(), [1.0, 2.0, 3.0, 4.0], **given), given.get("accumulation", 1)
+        noise = torch.Generator().manual_seed(0)
+
+        def loss() -> torch.Tensor:
+            ids = torch.randint(3, 256, (2, 24), generator=noise)
+            return token_losses(ows.weights, {"input_ids": ids.to(where), "labels": ids}) / 46 / count
+
+        found = torch.stack([ows.train_step([loss] * count) for _ in range(10 if shape == "real" else 5)]).tolist()
+        ows.close()
+        return list(found)
+
+    for settings in SETTINGS:
+        row: Row = {"what": ", ".join(f"{key} {value}" for key, value in settings.items()) or "default"}
+        for name, dtype in (("float64", torch.float64), ("bfloat16", torch.bfloat16)):
+            pairs = zip(*(losses(where, dtype, settings) for where in ("cpu", device)), strict=True)
+            row[name] = float(f"{max(abs(a - b) for a, b in pairs):.1e}")
+        good = row["float64"] <= 1e-6 and row["bfloat16"] <= 0.2
+        yield row | {"result": "ok" if good else "failed: other losses"}
+
+
+def streams(device: str, shape: str) -> Iterator[Row]:
+    """Whether gathers see what was just written, on real streams."""
+    if device == "cpu":
+        yield {"what": "gathers after held-up writes", "result": f"{UNKNOWN}: no GPU"}
+        return
+    around = os.environ | {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29777"}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", "rank"]
+    ranks = [
+        subprocess.Popen(command, cwd=ROOT, env=around | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank, one in enumerate(ranks):
+        said = one.communicate()[0]
+        [found] = [json.loads(line[4:]) for line in said.splitlines() if line.startswith("ROW ")] or [None]
+        row: Row = {"what": f"gathers after held-up writes, rank {rank}"}
+        if found is None:
+            yield row | {"result": f"failed: {(said.strip() or 'no word').splitlines()[-1][:300]}"}
+        else:
+            yield row | {"result": "ok" if found["held up"] == found["waited for"] else "failed: other losses"}
+
+
+def rank(device: str, shape: str) -> Iterator[Row]:
+    """One of the two ranks of `streams`."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+    import transformers as tf
+
+    from ows_ds import OWS
+    from ows_ds.distributed.zero3 import Zero3
+
+    torch.cuda.set_device(0)
+    dist.init_process_group("gloo")  # NCCL refuses two ranks on one GPU
+    deepspeed.init_distributed()
+    found: Row = {}
+    for way in ("waited for", "held up"):
+        torch.manual_seed(0)
+        config = tf.LlamaConfig(vocab_size=1024, hidden_size=512, intermediate_size=1376, num_hidden_layers=6,
+                                num_attention_heads=4, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+                                tie_word_embeddings=False)  # fmt: skip
+        model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.config.use_cache = False
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        settings = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True}, "zero_optimization": zero}
+        engine = deepspeed.initialize(model=model, config=settings | {"gradient_accumulation_steps": 1})[0]
+        ows = OWS(engine, [1.0] * 6, gamma=3, period=4, rank=32, update_proj_gap=3, lr=3e-3, seed=1)
+        weights: Any = ows.weights
+        if way == "held up":  # about 0.1 s on the stream, before each write
+            weights.write = lambda *a, own=weights: (torch.cuda._sleep(200_000_000), Zero3.write(own, *a))
+            weights.merge = lambda *a, own=weights: (torch.cuda._sleep(20_000_000), Zero3.merge(own, *a))
+        noise, losses = torch.Generator().manual_seed(2 + dist.get_rank()), []
+        for ids in [torch.randint(3, 1024, (2, 128), generator=noise).cuda() for _ in range(10)]:
+            loss = engine.module(input_ids=ids, labels=ids).loss
+            ows.backward(loss)
+            ows.step()
+            ows.zero_grad()
+            losses.append(loss.detach())
+            if way == "waited for":
+                torch.cuda.synchronize()
+        found[way] = torch.stack(losses).tolist()
+        ows.close()
+    yield found
+    dist.barrier()
+
+
+def search(device: str, shape: str) -> Iterator[Row]:
+    """A projector, and sums of products."""
+    import statistics
+
+    import torch
+
+    from ows_ds.bench.worker import timed
+    from ows_ds.compat.torch import add_product
+    from ows_ds.optim.projection import choose, find_range, start_basis
+
+    sizes, r = ((4096, 4096), (14336, 4096)) if shape == "real" else ((64, 64),), 128 if shape == "real" else 8
+    for m, n in sizes:
+        gradient = torch.randn(m, n, device=device, dtype=torch.bfloat16)
+        near = start_basis(n, r, 0).to(device)
+        one = find_range(gradient, r, "randomized", 1)
+        ways: dict[str, Callable[[], Any]] = {
+            "range_ms": lambda g=gradient: find_range(g, r, "randomized", 1),  # type: ignore[misc]
+            "choice_ms": lambda one=one, near=near: choose({"": one}, r, {"": near}),  # type: ignore[misc]
+        }
+        row: Row = {"what": f"{m} x {n}", "result": "ok"}
+        row |= {name: round(1e3 * statistics.median(timed(work) for _ in range(5)), 2) for name, work in ways.items()}
+        a, b = (torch.randn(2048, width, device=device, dtype=torch.bfloat16) for width in (m, r))
+        total = torch.zeros(m, r, device=device)
+        add_product(total, a.t(), b)
+        exact = a.t().double() @ b.double()
+        row["product_error"] = float(f"{float((total - exact).norm() / exact.norm()):.1e}")
+        yield row
+
+
+def costs(device: str, shape: str) -> Iterator[Row]:
+    """Time and memory of a step, by shape and method."""
+    import torch
+
+    from ows_ds.bench.setting import Setting, flops_of_limit, resolve
+    from ows_ds.bench.time import summarize
+    from ows_ds.bench.workers import WorkerError, Workers
+    from ows_ds.planner.cluster import GPUS
+
+    cuda = device == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    known = next((gpu for gpu in GPUS if gpu.split("-")[0] in name.replace(" ", "")), None)
+    free = torch.cuda.mem_get_info()[0] if cuda else 2**62
+    for model in SHAPES[shape]:
+        given = TINY if shape == "tiny" else {"shape": model, "layers": "all", "gamma": 5, "tokens": 2048}
+        setting = resolve(Setting(**given, device=device), cuda)
+        for method in METHODS:
+            row: Row = {"shape": model, "method": method, "result": "ok", "anchor": ANCHORS.get((model, method), "")}
+            planned, seconds = _planned(setting, method, known)
+            row |= {"planned_gib": round(planned / 2**30, 2), "planned_ms": seconds and round(1e3 * seconds, 1)}
+            if planned > free:
+                yield row | {"result": f"does not fit: {free / 2**30:.1f} GiB are free"}
+                continue
+            try:
+                with contextlib.closing(Workers(setting, method)) as workers:
+                    found = workers.ask("time", 2, 6)
+                    [flops], [memory], [waits] = (workers.ask(question) for question in ("flops", "memory", "waits"))
+            except WorkerError as error:
+                yield row | {"result": f"failed: {error}"}
+                continue
+            time_ = summarize([found[0] | flops], setting.update_proj_gap)
+            step, last = time_["seconds"]["median"], "step" if memory["refresh"] is None else "refresh"
+            row |= {"tokens_per_second": round(setting.tokens / step), "step_ms": round(1e3 * step, 1)}
+            row["tflops"] = round(time_["flops"] / step / 1e12, 1 if cuda else 4)
+            row |= {"waits": waits["step"], "waits_refresh": waits["refresh"]}
+            if known is not None:
+                peak = GPUS[known]["tflops"] * 1e12
+                row["mfu"] = round(100 * flops_of_limit(setting.widths, setting.tokens) / step / peak, 1)
+            for kind in ("allocated", "reserved"):
+                size = memory[f"{last}_{kind}"]
+                row[f"{kind}_gib"] = size and round(size / 2**30, 2)
+            if time_["refresh"] is not None:
+                row |= {"refresh_ms": round(1e3 * time_["refresh"]["median"], 1),
+                        "refresh_share": round(100 * time_["refresh_share"], 2)}  # fmt: skip
+            yield row
+
+
+def _planned(setting: Any, method: str, gpu: str | None) -> tuple[int, float | None]:
+    """Bytes at the most, with a refresh, and seconds of a plain step with all overlap."""
+    import transformers as tf
+
+    from ows_ds.bench.trial import recipe_of
+    from ows_ds.config import changed
+    from ows_ds.model.shapes import read_model
+    from ows_ds.planner.cluster import read_cluster
+    from ows_ds.planner.forecast import Planner
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = asdict(setting.widths)
+        tf.LlamaConfig(
+            vocab_size=sizes["vocab"], hidden_size=sizes["hidden"], intermediate_size=sizes["intermediate"],
+            num_hidden_layers=sizes["layers"], num_attention_heads=sizes["heads"],
+            num_key_value_heads=sizes["kv_heads"], tie_word_embeddings=False,
+        ).save_pretrained(folder)  # fmt: skip
+        recipe = changed(recipe_of(setting, method, 1), {"data.max_length": setting.tokens, "model.path": folder})
+        planner = Planner(recipe, read_model(folder))
+        choice = planner.choice(1, "replicated")
+        times = None if gpu is None else planner.forecast(read_cluster(f"1x{gpu}"), choice).times
+        return planner.peak(choice), None if times is None else times.overlapped
+
+
+PARTS = {"runs": runs, "mathematics": mathematics, "streams": streams, "search": search, "costs": costs}
+
+# ------------------------------------------------------------------ the command
+
+
+def report(summary: Row, output: Path) -> None:
+    """OUTPUT.json and OUTPUT.md, as far as there is something."""
+    from ows_ds.bench.report import heading, sections
+    from ows_ds.files import write_text
+    from ows_ds.tables import Table
+
+    def shown(value: Any) -> str:
+        return UNKNOWN if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = heading(f"What a GPU shows: {summary['device']}", summary)
+    for part, columns in TABLES.items():
+        rows = [one for one in summary["rows"] if one["part"] == part]
+        cells = [[shown(one.get(key)) for key in columns] for one in rows]
+        said = summary["parts"].get(part, UNKNOWN)
+        lines += sections([Table(f"{part}: {said}", list(columns.values()), cells)])
+        lines += ["", NOTES[part]]
+    write_text(output.with_suffix(".json"), json.dumps(summary, indent=2) + "\n")
+    write_text(output.with_suffix(".md"), "\n".join(lines) + "\n")
+
+
+def measure(part: str, arguments: Sequence[str], seconds: float, take: Callable[[Row], None]) -> str:
+    """Run a part in a process of its own for at most so long; each of its rows goes to ``take``. How it ended."""
+    if seconds < 10:
+        return "no time left"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, *arguments]
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+        timer = threading.Timer(seconds, child.kill)
+        timer.start()
+        begun = time.monotonic()
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("ROW "):
+                take(json.loads(line[4:]))
+        code = child.wait()
+        timer.cancel()
+        took = f"{time.monotonic() - begun:.0f} s"
+        errors.seek(0)
+        last = (errors.read().strip() or "no word").splitlines()[-1][:300]
+    return took if code == 0 else f"stopped after {took}" if code == -9 else f"failed after {took}: {last}"
+
+
+def install(wheels: Path) -> None:
+    """Start this command again with what is in ``wheels``."""
+    place = Path(tempfile.gettempdir()) / f"ows_ds-wheels-{os.getuid()}"
+    if not place.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target"]
+        subprocess.run([*pip, str(place), *map(str, wheels.glob("*.whl"))], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(place), os.environ.get("PYTHONPATH", "")])
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if word != "--wheels" or next(words) is None]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *kept])
+
+
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    """Measure and write; the Markdown file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="for all parts together (8)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--shape", choices=list(SHAPES), default="real")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the files")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS), help="all")
+    parser.add_argument("--wheels", type=Path, help="folder of fetch_wheels.sh, to be installed first")
+    parser.add_argument("--part", choices=[*PARTS, "rank"], help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.wheels is not None:
+        install(args.wheels)
+    if args.device == "cpu":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    if args.part is not None:
+        for row in {**PARTS, "rank": rank}[args.part](args.device, args.shape):
+            print("ROW " + json.dumps(row), flush=True)
+        return None
+
+    import torch
+
+    from ows_ds.bench.report import facts
+
+    end = time.monotonic() + 60 * args.minutes
+    words = ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    day = datetime.date.today().isoformat()
+    output = args.output / f"{day}-gpu-{'-'.join(name.lower().replace('nvidia', '').split())}"
+    args.output.mkdir(parents=True, exist_ok=True)
+    summary: Row = {"format": 1, **facts(shlex.join(words), 1), "device": name, "parts": {}, "rows": []}
+    for part in args.parts:
+
+        def take(row: Row, part: str = part) -> None:
+            summary["rows"].append({"part": part, **row})
+            print(json.dumps(summary["rows"][-1]), flush=True)
+            report(summary, output)
+
+        limit = min(LIMITS[part], end - time.monotonic())
+        summary["parts"][part] = measure(part, ["--device", args.device, "--shape", args.shape], limit, take)
+        print(f"{part}: {summary['parts'][part]}", flush=True)
+        report(summary, output)
+    return output.with_suffix(".md")
+
+
+if __name__ == "__main__":
+    main()
