@@ -83,7 +83,7 @@ class Log(Settings):
     ] = Field(["tensorboard"])
     """Trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...; [] for none."""
     progress: MayChange[Literal["auto", "rich", "plain", "none"]] = "auto"
-    """On the terminal: a live bar (rich), a line every few steps (plain), none, or auto."""
+    """On the terminal: a live bar (rich), a line every few steps (plain), nothing but warnings (none), or auto."""
 
 
 class Recipe(Settings):
