@@ -130,6 +130,14 @@ class Gathers:
             release_cache(coordinator).cache_clear()
             self._traced_backward = torch.is_grad_enabled()
 
+    def wait_for_current_stream(self) -> None:
+        """Let the stream that gathers read shards come after what is on the current one. The host does not wait.
+
+        DeepSpeed itself waits for the device where it gathers the weights that it keeps, and here it keeps none.
+        """
+        stream = self._offload._DeepSpeedZeRoOffload__allgather_stream
+        stream.wait_stream(torch.cuda.current_stream())
+
     def after_backward(self) -> None:
         """Release what a backward pass leaves gathered: the norm at the input of the lowest layer that trains."""
         self._offload.release_backward_leftovers()

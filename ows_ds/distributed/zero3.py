@@ -135,11 +135,20 @@ class Zero3:
         self._gathers = inside.Gathers(engine)
         inside.count_bytes(engine, self._count)
         # before DeepSpeed's own hooks, whoever calls the module
-        self.module.register_forward_pre_hook(lambda module, inputs: self._gathers.before_forward(), prepend=True)
+        self.module.register_forward_pre_hook(lambda module, inputs: self._before_forward(), prepend=True)
         for name, parameter in self.module.named_parameters():
             size, found = math.ceil(inside.full_numel(parameter) / comm.world_size), inside.shard_numel(parameter)
             if found != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {found} entries, not {size}")
+
+    def _before_forward(self) -> None:
+        self.order_gathers()
+        self._gathers.before_forward()
+
+    def order_gathers(self) -> None:
+        """Let DeepSpeed's gathers, on a stream of their own, come after what was written to the shards on this one."""
+        if self.device.type == "cuda":
+            self._gathers.wait_for_current_stream()
 
     def _count(self, name: str, sent: int) -> None:
         self.comm.sent[name] += sent
