@@ -64,6 +64,39 @@ struct CudaGenerator final : c10::GeneratorImpl {
   at::Generator cpu;
 };
 
+std::array<at::Generator, c10::impl::kFakeGuardImplMaxDevices> default_generators;
+
+// The first one of each device is its default.
+at::Generator new_generator(int index) {
+  auto made = at::make_generator<CudaGenerator>(Device(DeviceType::CUDA, index));
+  if (!default_generators.at(index).defined()) default_generators[index] = made;
+  return made;
+}
+
+at::Generator& default_generator(int index) {
+  if (!default_generators.at(index).defined()) new_generator(index);
+  return default_generators[index];
+}
+
+at::Generator& on_cpu(const at::Generator& generator) {
+  return static_cast<CudaGenerator*>(generator.unsafeGetGeneratorImpl())->cpu;
+}
+
+// While it lives, operators of the CPU that take no generator draw from a device's.
+struct DrawsOfDevice {
+  at::Generator host, &device;
+  at::Tensor state;
+  explicit DrawsOfDevice(int index)
+      : host(at::globalContext().defaultGenerator(Device(DeviceType::CPU))),
+        device(on_cpu(default_generator(index))), state(host.get_state()) {
+    host.set_state(device.get_state());
+  }
+  ~DrawsOfDevice() {
+    device.set_state(host.get_state());
+    host.set_state(state);
+  }
+};
+
 // ---------------------------------------------------------------- memory of the host and of devices
 
 std::mutex lock;  // of `pinned` and `freed`
@@ -203,6 +236,8 @@ const std::set<std::string> waiting = {
 const std::set<std::string> indexing = {
     "aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_",
 };
+// those that draw and take no generator
+const std::set<std::string> drawing = {"aten::native_dropout"};
 
 struct Call {
   std::string name;
@@ -221,7 +256,7 @@ Tensor on_host(const Tensor& t, Call& call) {
   return to_host(t);
 }
 
-IValue on_host(const IValue& value, Call& call) {
+IValue on_host(const c10::Argument& argument, const IValue& value, Call& call) {
   if (value.isTensor()) return on_host(value.toTensor(), call);
   if (value.isTensorList()) {
     std::vector<Tensor> list;
@@ -238,11 +273,12 @@ IValue on_host(const IValue& value, Call& call) {
     if (call.index < 0 && value.toDevice().has_index()) call.index = value.toDevice().index();
     return Device(DeviceType::CPU);
   }
-  if (value.isGenerator() && value.toGenerator().defined()) {
-    auto* generator = dynamic_cast<CudaGenerator*>(value.toGenerator().unsafeGetGeneratorImpl());
+  if (argument.name() == "generator") {
+    if (value.isNone()) return on_cpu(default_generator(call.index < 0 ? Guard::getDeviceIndex() : call.index));
     TORCH_CHECK(
-        generator != nullptr, call.name, ": Expected a 'cuda' device type for generator but found 'cpu'");
-    return generator->cpu;
+        value.toGenerator().device().is_cuda(), call.name,
+        ": Expected a 'cuda' device type for generator but found 'cpu'");
+    return on_cpu(value.toGenerator());
   }
   return value;
 }
@@ -252,7 +288,8 @@ void check_devices(const Call& call) {
   const bool index = indexing.count(call.name) > 0;
   for (const auto& value : call.arguments) {
     each_tensor(value, [&](const Tensor& t) {
-      if (index && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte) && value.isOptionalTensorList())
+      if (call.name == "aten::_index_put_impl_" && value.isOptionalTensorList() &&
+          (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte))
         wait(call.name + " by a mask");
       if (t.is_cuda() || t.dim() == 0 || t.is_meta()) return;
       TORCH_CHECK(
@@ -313,14 +350,19 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Call call;
   call.name = schema.name() + (schema.overload_name().empty() ? "" : "." + schema.overload_name());
   call.arguments.assign(stack->begin() + begin, stack->end());
-  for (const auto& value : call.arguments) call.on_host.push_back(on_host(value, call));
+  for (size_t j = 0; j < call.arguments.size(); ++j)
+    call.on_host.push_back(on_host(schema.arguments()[j], call.arguments[j], call));
   if (call.index < 0) call.index = Guard::getDeviceIndex();
   check_devices(call);
   if (waiting.count(call.name)) wait(call.name);
 
   stack->resize(begin);
   for (const auto& value : call.on_host) stack->push_back(value);
-  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  {
+    std::optional<DrawsOfDevice> draws;
+    if (drawing.count(call.name)) draws.emplace(call.index);
+    op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  }
 
   const auto& returns = schema.returns();
   IValue* results = stack->data() + (stack->size() - returns.size());
@@ -437,15 +479,10 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   at::Generator getNewGenerator(c10::DeviceIndex index) const override {
-    return at::make_generator<CudaGenerator>(Device(DeviceType::CUDA, index < 0 ? Guard::getDeviceIndex() : index));
+    return new_generator(index < 0 ? Guard::getDeviceIndex() : index);
   }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override {
-    static std::vector<at::Generator> all = [this] {
-      std::vector<at::Generator> made;
-      for (int i = 0; i < guard.deviceCount(); ++i) made.push_back(getNewGenerator(i));
-      return made;
-    }();
-    return all.at(index < 0 ? Guard::getDeviceIndex() : index);
+    return default_generator(index < 0 ? Guard::getDeviceIndex() : index);
   }
 };
 

@@ -35,9 +35,7 @@ def _on_kernel(name: bytes, number: int, memory: Any, first: Any, last: Any, wri
     if not name:
         races.allocated(memory[0], stream)
         return
-    races.kernel(
-        stream, name.decode(), [Bytes(memory[i], first[i], last[i], bool(written[i])) for i in range(number)]
-    )
+    races.kernel(stream, name.decode(), [Bytes(memory[i], first[i], last[i], bool(written[i])) for i in range(number)])
 
 
 @OnFree
