@@ -112,23 +112,12 @@ class Gathers:
         self._went_back = False  # whether the last pass had a backward pass
         self._traced_backward = False  # whether what the prefetcher recorded, or records, has a backward pass
 
-    def order(self) -> None:
-        """Let what is gathered from now on see what was written to the shards on the current stream.
-
-        DeepSpeed gathers on a stream of its own, which waits for nothing: its users are safe as long as it keeps some
-        weights gathered, for which it waits for the whole device after each step. Here it keeps none.
-        """
-        stream = getattr(self._offload, "_DeepSpeedZeRoOffload__allgather_stream", None)
-        if stream is not None and torch.cuda.is_available():
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-
     def before_forward(self) -> None:
-        """`order`; and let the prefetcher record again if it has recorded other passes than those that come now.
+        """Let the prefetcher record again if it has recorded other passes than those that come now.
 
         What it has recorded says which weights to keep gathered for their next use. A record of evaluations has no
         backward pass; one of a backward pass that went further down keeps what is not used again.
         """
-        self.order()
         coordinator = self._offload.get_param_coordinator()
         steps, recorded = (getattr(coordinator, f"{_COORDINATOR}__{name}") for name in ("step_id", "submodule_order"))
         shorter = self._went_back and steps < len(recorded)
@@ -140,6 +129,15 @@ class Gathers:
         if coordinator.is_invalid_trace():
             release_cache(coordinator).cache_clear()
             self._traced_backward = torch.is_grad_enabled()
+
+    def wait_for_current_stream(self) -> None:
+        """Let the stream that gathers read shards come after what is on the current one. The host does not wait.
+
+        DeepSpeed's users are safe as long as it keeps some weights gathered, for which it waits for the whole device after
+        each step. Here it keeps none.
+        """
+        stream = self._offload._DeepSpeedZeRoOffload__allgather_stream
+        stream.wait_stream(torch.cuda.current_stream())
 
     def after_backward(self) -> None:
         """Release what a backward pass leaves gathered: the norm at the input of the lowest layer that trains."""

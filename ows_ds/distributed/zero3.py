@@ -135,11 +135,20 @@ class Zero3:
         self._gathers = inside.Gathers(engine)
         inside.count_bytes(engine, comm.count)
         # before DeepSpeed's own hooks, whoever calls the module
-        self.module.register_forward_pre_hook(lambda module, inputs: self._gathers.before_forward(), prepend=True)
+        self.module.register_forward_pre_hook(lambda module, inputs: self._before_forward(), prepend=True)
         for name, parameter in self.module.named_parameters():
             size, found = math.ceil(inside.full_numel(parameter) / comm.world_size), inside.shard_numel(parameter)
             if found != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {found} entries, not {size}")
+
+    def _before_forward(self) -> None:
+        self.order_gathers()
+        self._gathers.before_forward()
+
+    def order_gathers(self) -> None:
+        """Let DeepSpeed's gathers, on a stream of their own, come after what was written to the shards on this one."""
+        if self.device.type == "cuda":
+            self._gathers.wait_for_current_stream()
 
     def __call__(self, **batch: Any) -> Any:
         return self.module(**batch)
@@ -160,13 +169,13 @@ class Zero3:
     def publish(self, parameters: list[ZeroParameter]) -> None:
         for parameter in parameters:  # also on the ranks that had no entry to write
             inside.forget_copy(parameter)
-        self._gathers.order()
+        self.order_gathers()
 
     def write(self, parameters: Sequence[ZeroParameter], values: Sequence[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
             start, stop = self.interval(parameter)
             self.local(parameter).copy_(value.reshape(-1)[start:stop])
-        self._gathers.order()
+        self.order_gathers()
 
     def merge(
         self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
@@ -174,7 +183,7 @@ class Zero3:
         start, local = self.resident_slice(parameter)
         columns = full_shape(parameter)[1]
         add_low_rank(local, start, columns, left.to(local.device), right.to(local.device), decay, noise)
-        self._gathers.order()
+        self.order_gathers()
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()

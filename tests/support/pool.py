@@ -74,15 +74,16 @@ class Pool:
 
     world_size: number of processes; 1 is a world too, with a process group and in a process of its own.
     collective_timeout: seconds after which a collective that not all ranks join raises.
+    backend: gloo, or nccl where there is a GPU for each rank.
 
     The processes start with the first call. In each: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-    set (nothing listens there), DS_ACCELERATOR is cpu, torch uses one thread, the default group is initialised.
+    set (nothing listens there), DS_ACCELERATOR is cpu or cuda, torch uses one thread, the default group is initialised.
     They are daemons, so a function cannot start ``multiprocessing`` children (data loaders with workers).
     """
 
-    def __init__(self, world_size: int, collective_timeout: float = 60.0) -> None:
+    def __init__(self, world_size: int, collective_timeout: float = 60.0, backend: str = "gloo") -> None:
         self.world_size = world_size
-        self.collective_timeout = collective_timeout
+        self.collective_timeout, self.backend = collective_timeout, backend
         self._folder: Path | None = None
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
@@ -156,7 +157,7 @@ class Pool:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_work,
-                args=(rank, self.world_size, port, self._folder, self.collective_timeout, theirs),
+                args=(rank, self.world_size, port, self._folder, self.collective_timeout, self.backend, theirs),
                 name=f"rank {rank} of {self.world_size}",
                 daemon=True,
             )
@@ -220,15 +221,15 @@ class Pool:
 class Pools:
     """Worlds by size, each started when first asked for: ``pools(2).run(function)``.
 
-    keep: how many worlds stay alive at once; the one that was used least recently goes.
+    keep: how many worlds stay alive at once; the one that was used least recently goes. backend: see `Pool`.
     """
 
-    def __init__(self, keep: int = 3) -> None:
-        self.keep = keep
+    def __init__(self, keep: int = 3, backend: str = "gloo") -> None:
+        self.keep, self.backend = keep, backend
         self._pools: dict[int, Pool] = {}
 
     def __call__(self, world_size: int) -> Pool:
-        pool = self._pools.pop(world_size, None) or Pool(world_size)
+        pool = self._pools.pop(world_size, None) or Pool(world_size, backend=self.backend)
         while len(self._pools) >= self.keep:
             self._pools.pop(next(iter(self._pools))).close()
         self._pools[world_size] = pool  # last: used most recently
@@ -267,6 +268,7 @@ def _work(
     port: int,
     folder: Path,
     collective_timeout: float,
+    backend: str,
     pipe: multiprocessing.connection.Connection,
 ) -> None:
     log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
@@ -277,7 +279,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipes
     answer: tuple[bool, str | None] = (True, None)
     try:
-        _join(rank, world_size, port, folder, collective_timeout)
+        _join(rank, world_size, port, folder, collective_timeout, backend)
     except BaseException:
         answer = (False, traceback.format_exc())
     with contextlib.suppress(EOFError, OSError):
@@ -290,7 +292,7 @@ def _work(
     os._exit(0)
 
 
-def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeout: float) -> None:
+def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeout: float, backend: str) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -298,9 +300,10 @@ def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeou
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
+        DS_ACCELERATOR="cpu" if backend == "gloo" else "cuda",
     )
+    if backend == "gloo":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # The same ninja whether or not the environment is activated: two versions of it would take turns at compiling
     # DeepSpeed's operator again, which takes minutes.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -309,8 +312,10 @@ def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeou
     import torch
 
     torch.set_num_threads(1)
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo",
+        backend,
         store=torch.distributed.FileStore(str(folder / "store"), world_size),
         rank=rank,
         world_size=world_size,
@@ -318,7 +323,7 @@ def _join(rank: int, world_size: int, port: int, folder: Path, collective_timeou
     )
     import deepspeed
 
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=collective_timeout))
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=collective_timeout))
 
 
 def _answer(rank: int, world_size: int, call: bytes) -> bytes:
@@ -343,7 +348,8 @@ def _check(rank: int, world_size: int) -> None:
     """Whether the ranks' collectives are in step: each must receive what the others send now."""
     import torch
 
-    token = torch.tensor([rank + 0.25], dtype=torch.float64)
+    device = "cpu" if torch.distributed.get_backend() == "gloo" else "cuda"
+    token = torch.tensor([rank + 0.25], dtype=torch.float64, device=device)
     parts = [torch.zeros_like(token) for _ in range(world_size)]
     torch.distributed.all_gather(parts, token)
     if [float(part) for part in parts] != [other + 0.25 for other in range(world_size)]:

@@ -1,0 +1,30 @@
+"""Where the host waits for the device: .item(), bool(), copies of memory that is not pinned, nonzero, eigh, ..."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from tests.fake_cuda.places import Place, here
+
+
+class HostWaits:
+    """Counts waits by cause and place."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[str, Place]] = Counter()
+
+    def count(self, cause: str) -> None:
+        """The host waits here."""
+        with self._lock:
+            self._counts[cause, here()] += 1
+
+    def take(self) -> Counter[str]:
+        """In words, with how often: what was counted since it was taken last."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return Counter({f"{cause} at {place}": number for (cause, place), number in counts.items()})
+
+
+host_waits = HostWaits()

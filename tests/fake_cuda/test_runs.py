@@ -1,0 +1,149 @@
+"""Training on GPUs without one: nothing races, and the host waits once a step."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from ows_ds import OWS, config
+from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
+from ows_ds.distributed.zero3 import Zero3
+from ows_ds.train.log import RunLog
+from ows_ds.train.trainer import train
+from tests.fake_cuda.host_waits import host_waits
+from tests.fake_cuda.races import races
+from tests.fake_cuda.worlds import FakeCuda
+from tests.support.families import tiny
+from tests.support.tiny_run import recipe
+
+METHODS, SHARDINGS = ("ows", "lisa", "full"), ("replicated", "zero3")
+BUDGET = {"steady": 1, "refresh": 3}  # host waits of a step: the one is for its losses and its gradients' norm
+PERIOD, STEPS = 6, 8
+
+
+@contextlib.contextmanager
+def no_races() -> Any:
+    """Gives a dict that is filled with the races of the body."""
+    races.found.clear()
+    found: dict[str, int] = {}
+    yield found
+    gc.collect()
+    torch.zeros((), device="cuda").add_(1)  # memory that was freed is reported before the next kernel
+    found |= races.found
+
+
+# ---------------------------------------------------------------- runs of the trainer
+
+
+def train_steps(rank: int, world_size: int, recipe: config.Recipe) -> dict[str, Any]:
+    """Of a run: its races, and of each step the kind and where its host waited."""
+    steps: list[tuple[str, Counter[str]]] = []
+    step = RunLog.step
+
+    def counted(self: RunLog, record: dict[str, Any]) -> None:
+        steps.append((kind(record), host_waits.take()))
+        step(self, record)
+
+    with no_races() as found, patch.object(RunLog, "step", counted):
+        train(recipe)
+    return {"steps": steps, "races": found}
+
+
+def kind(record: dict[str, Any]) -> str:
+    """first, draw (it ends with the merges and the draw of the next set), refresh, or steady."""
+    if record["step"] == 1:
+        return "first"
+    if record["step"] % PERIOD == 0:
+        return "draw"
+    return "refresh" if "projector_energy" in record else "steady"
+
+
+@pytest.fixture(scope="module")
+def steps(fake_cuda: FakeCuda, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``steps(method, sharding)``: what `train_steps` gives, by rank."""
+    made: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def run(method: str, sharding: str) -> list[dict[str, Any]]:
+        if (method, sharding) not in made:
+            whole = recipe(
+                inputs, tmp_path_factory.mktemp("runs") / "run", {"importance": "uniform", "period": PERIOD},
+                method=method, sharding=sharding, steps=STEPS, save_steps=None, global_batch_size=8,
+            )  # fmt: skip
+            without = whole.model_copy(update={"data": whole.data.model_copy(update={"eval": None})})
+            made[method, sharding] = fake_cuda(2).run(train_steps, without)
+        return made[method, sharding]
+
+    return run
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_training_has_no_races(steps: Any, method: str, sharding: str) -> None:
+    for rank in steps(method, sharding):
+        assert rank["races"] == {}
+        assert [kind for kind, _ in rank["steps"]].count("steady") >= 4
+
+
+BLOCKING = "batches are copied from memory that is not pinned"
+CASES = [
+    *(("steady", m, s, BLOCKING) for m in METHODS for s in SHARDINGS),
+    *(("refresh", "ows", s, "each matrix is looked at by itself") for s in SHARDINGS),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "sharding"),
+    [pytest.param(*case, marks=pytest.mark.xfail(reason=reason, strict=True)) for *case, reason in CASES],
+)
+def test_the_host_waits_once_a_step(steps: Any, kind: str, method: str, sharding: str) -> None:
+    """DeepSpeed's own waits are not ours: it bounds how far it gathers ahead."""
+    for rank in steps(method, sharding):
+        for waits in (waits for this, waits in rank["steps"] if this == kind):
+            ours = {place: number for place, number in waits.items() if " at [deepspeed/" not in place}
+            assert sum(ours.values()) <= BUDGET[kind], report(ours)
+
+
+def report(waits: dict[str, int]) -> str:
+    """A line for each place, the most frequent first."""
+    lines = [f"{number:6d} {place}" for place, number in Counter(waits).most_common()]
+    return "\n".join(["the host waits", *lines])
+
+
+# ---------------------------------------------------------------- a loop whose batches are on the device
+
+
+def loop(rank: int, world_size: int, ordered: bool) -> dict[str, int]:
+    """The races of a loop over ZeRO-3 in which nothing lets the host wait between an update and the next gathers."""
+    import deepspeed
+
+    fix = contextlib.nullcontext() if ordered else patch.object(Zero3, "order_gathers", lambda self: None)
+    model: Any = tiny("llama", False, torch.bfloat16)
+    with no_races() as found, fix:
+        engine = deepspeed.initialize(model=model, config=resolve_config(DEFAULT_CONFIG, "bfloat16", 2, 1, world_size))[
+            0
+        ]
+        ows = OWS(engine, [1.0] * 3, gamma=1, period=4, rank=4, update_proj_gap=3, lr=1e-2)
+        ids = torch.randint(3, 60, (8, 2, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(rank))
+        for batch in ids:
+            ows.backward(engine.module(input_ids=batch, labels=batch).loss)
+            ows.step()
+            ows.zero_grad()
+        ows.close()
+    return found
+
+
+def test_gathers_follow_what_was_written_to_shards(fake_cuda: FakeCuda) -> None:
+    assert fake_cuda(2).run(loop, True) == [{}, {}]
+
+
+def test_gathers_race_where_nothing_orders_them(fake_cuda: FakeCuda) -> None:
+    for found in fake_cuda(2).run(loop, False):
+        assert found
+        assert all(race.startswith("write then read: ") for race in found)
