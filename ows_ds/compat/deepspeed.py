@@ -133,8 +133,8 @@ class Gathers:
     def wait_for_current_stream(self) -> None:
         """Let the stream that gathers read shards come after what is on the current one. The host does not wait.
 
-        DeepSpeed's users are safe as long as it keeps some weights gathered, for which it waits for the whole device after
-        each step. Here it keeps none.
+        DeepSpeed's users are safe as long as it keeps some weights gathered, for which it waits for the whole device
+        after each step. Here it keeps none.
         """
         stream = self._offload._DeepSpeedZeRoOffload__allgather_stream
         stream.wait_stream(torch.cuda.current_stream())

@@ -190,6 +190,10 @@ class FullGradients(Refresh):
             product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
             self.active.buffer.grad(name).copy_(product[:, : self.active.r])
             self._ranges[name] = found, product[:, self.active.r :].clone()
+        if self._side is not None:  # where the choice is made
+            for tensor in (found.basis, found.squares, found.norm, self._ranges[name][1]):
+                if tensor is not None:
+                    tensor.record_stream(torch.cuda.current_stream(self._side.device))
 
     @contextmanager
     def _beside(self, gradient: Tensor) -> Iterator[None]:

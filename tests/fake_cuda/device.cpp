@@ -451,7 +451,15 @@ TORCH_LIBRARY_IMPL(_, CUDA, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
+// The CPU has no kernel for products that are summed in a wider type.
+Tensor& addmm_wide(
+    const Tensor& total, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha,
+    Tensor& out) {
+  return out.copy_(at::addmm(total.to(dtype), a.to(dtype), b.to(dtype), beta, alpha));
+}
+
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("addmm.dtype_out", &addmm_wide);
   m.impl("empty.memory_format", &empty);
   m.impl("empty_strided", &empty_strided);
   m.impl("copy_", &copy_);
