@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+from tests.fake_cuda import streams
 from tests.fake_cuda.build import library
 from tests.fake_cuda.host_waits import host_waits
 from tests.fake_cuda.races import Bytes, races
-from tests.fake_cuda import streams
 
 MEMORY = 80 << 30  # bytes of each device, of which nothing is ever taken
 INTEGERS = ctypes.POINTER(ctypes.c_uint64)
