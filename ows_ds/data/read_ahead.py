@@ -33,8 +33,10 @@ class ReadAhead(Generic[T]):
     """
 
     def __init__(self, read: Callable[[int], T], end: int, device: torch.device) -> None:
-        """end: the step after the last one. device: where the run computes; pinned memory belongs to its context."""
-        select = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        """end: the step after the last one. device: where the run computes, the CPU or the current GPU, to whose context
+        pinned memory belongs."""
+        # without a launcher the device has no index
+        select = (torch.cuda.set_device, (torch.cuda.current_device(),)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "read-ahead", *select)
         self._read, self._end = read, end
         self._next: Future[T] | None = None

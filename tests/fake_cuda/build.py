@@ -32,12 +32,10 @@ def library() -> Path:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            include, partial = torch / "include", path.with_suffix(".partial")
-            subprocess.run(
-                ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", str(SOURCE), "-o", str(partial)]
-                + [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
-                + [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"],
-                check=True,
-            )
+            partial = path.with_suffix(".partial")
+            headers = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
+            libraries = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
+            options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC"]
+            subprocess.run(["g++", *options, *headers, str(SOURCE), "-o", str(partial), *libraries], check=True)
             partial.rename(path)
     return path

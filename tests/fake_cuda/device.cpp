@@ -440,6 +440,25 @@ Tensor& set_storage(
   return self;
 }
 
+// Products in a wider format, which the CPU does not have.
+Tensor mm_dtype(const Tensor& a, const Tensor& b, at::ScalarType dtype) { return at::mm(a.to(dtype), b.to(dtype)); }
+
+Tensor& mm_dtype_out(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) {
+  return out.copy_(mm_dtype(a, b, dtype));
+}
+
+Tensor addmm_dtype(
+    const Tensor& self, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
+    const at::Scalar& alpha) {
+  return at::addmm(self.to(dtype), a.to(dtype), b.to(dtype), beta, alpha);
+}
+
+Tensor& addmm_dtype_out(
+    const Tensor& self, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
+    const at::Scalar& alpha, Tensor& out) {
+  return out.copy_(addmm_dtype(self, a, b, dtype, beta, alpha));
+}
+
 // Which attention: the one made of products.
 int64_t attention_choice(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>,
@@ -465,6 +484,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", &copy_);
   m.impl("resize_", &resize_);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
+  m.impl("mm.dtype", &mm_dtype);
+  m.impl("mm.dtype_out", &mm_dtype_out);
+  m.impl("addmm.dtype", &addmm_dtype);
+  m.impl("addmm.dtype_out", &addmm_dtype_out);
   m.impl("_fused_sdp_choice", &attention_choice);
 }
 

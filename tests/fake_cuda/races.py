@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from tests.fake_cuda.places import Place, here
@@ -122,3 +124,16 @@ def _covers(new: Bytes, old: Bytes) -> bool:
 
 
 races = Races()
+
+
+@contextmanager
+def races_of_body() -> Iterator[dict[str, int]]:
+    """Gives a dict that is filled at the end with what `Races.found` is of the body."""
+    import torch
+
+    races.found.clear()
+    found: dict[str, int] = {}
+    yield found
+    gc.collect()
+    torch.zeros((), device="cuda").add_(1)  # memory that was freed is reported before the next kernel
+    found.update(races.found)

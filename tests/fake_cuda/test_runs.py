@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -19,32 +19,22 @@ from ows_ds.distributed.zero3 import Zero3
 from ows_ds.train.log import RunLog
 from ows_ds.train.trainer import train
 from tests.fake_cuda.host_waits import host_waits
-from tests.fake_cuda.races import races
+from tests.fake_cuda.races import races_of_body
 from tests.fake_cuda.worlds import FakeCuda
 from tests.support.families import tiny
 from tests.support.tiny_run import recipe
 
-METHODS, SHARDINGS = ("ows", "lisa", "full"), ("replicated", "zero3")
+RUNS = [(1, "ows", "replicated"), *((2, m, s) for m in ("ows", "lisa", "full") for s in ("replicated", "zero3"))]
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BUDGET = {"steady": 1, "refresh": 3}  # host waits of a step: the one is for its losses and its gradients' norm
 PERIOD, STEPS = 6, 9
-
-
-@contextlib.contextmanager
-def no_races() -> Any:
-    """Gives a dict that is filled with the races of the body."""
-    races.found.clear()
-    found: dict[str, int] = {}
-    yield found
-    gc.collect()
-    torch.zeros((), device="cuda").add_(1)  # memory that was freed is reported before the next kernel
-    found |= races.found
 
 
 # ---------------------------------------------------------------- runs of the trainer
 
 
 def train_steps(rank: int, world_size: int, recipe: config.Recipe) -> dict[str, Any]:
-    """Of a run: its races, and of each step the kind and where its host waited."""
+    """Of a run: its races, and of each step the kind and where its host waited. One rank has no launcher."""
     steps: list[tuple[str, Counter[str]]] = []
     step = RunLog.step
 
@@ -52,7 +42,9 @@ def train_steps(rank: int, world_size: int, recipe: config.Recipe) -> dict[str, 
         steps.append((kind(record), host_waits.take()))
         step(self, record)
 
-    with no_races() as found, patch.object(RunLog, "step", counted):
+    with patch.dict(os.environ), patch.object(RunLog, "step", counted), races_of_body() as found:
+        for variable in LAUNCHER if world_size == 1 else ():
+            del os.environ[variable]
         train(recipe)
     kinds = [this for this, _ in steps] + [""]
     # what the coming step needs, merges and the ranks' agreement, counts for the step before it
@@ -71,46 +63,48 @@ def kind(record: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def steps(fake_cuda: FakeCuda, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``steps(method, sharding)``: what `train_steps` gives, by rank."""
-    made: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """``steps(ranks, method, sharding)``: what `train_steps` gives, by rank."""
+    made: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
 
-    def run(method: str, sharding: str) -> list[dict[str, Any]]:
-        if (method, sharding) not in made:
+    def run(ranks: int, method: str, sharding: str) -> list[dict[str, Any]]:
+        key = ranks, method, sharding
+        if key not in made:
             whole = recipe(
                 inputs, tmp_path_factory.mktemp("runs") / "run", {"importance": "uniform", "period": PERIOD},
-                method=method, sharding=sharding, steps=STEPS, save_steps=None, global_batch_size=8,
+                method=method, sharding=sharding, steps=STEPS, save_steps=None, global_batch_size=4 * ranks,
             )  # fmt: skip
             without = whole.model_copy(update={"data": whole.data.model_copy(update={"eval": None})})
-            made[method, sharding] = fake_cuda(2).run(train_steps, without)
-        return made[method, sharding]
+            made[key] = fake_cuda(ranks).run(train_steps, without)
+        return made[key]
 
     return run
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("method", METHODS)
-def test_training_has_no_races(steps: Any, method: str, sharding: str) -> None:
-    for rank in steps(method, sharding):
+@pytest.mark.parametrize(("ranks", "method", "sharding"), RUNS)
+def test_training_has_no_races(steps: Any, ranks: int, method: str, sharding: str) -> None:
+    for rank in steps(ranks, method, sharding):
         assert rank["races"] == {}
         assert [kind for kind, _ in rank["steps"]].count("steady") >= 3
 
 
-CASES = [*(("steady", m, s) for m in METHODS for s in SHARDINGS), *(("refresh", "ows", s) for s in SHARDINGS)]
+@pytest.mark.parametrize(("ranks", "method", "sharding"), RUNS)
+def test_the_host_waits_once_a_step(steps: Any, ranks: int, method: str, sharding: str) -> None:
+    assert_budget(steps(ranks, method, sharding), "steady")
 
 
-@pytest.mark.parametrize(("kind", "method", "sharding"), CASES)
-def test_the_host_waits_once_a_step(steps: Any, kind: str, method: str, sharding: str) -> None:
-    """DeepSpeed's own waits are not ours: it bounds how far it gathers ahead."""
-    for rank in steps(method, sharding):
-        for waits in (waits for this, waits in rank["steps"] if this == kind):
-            ours = {place: number for place, number in waits.items() if " at [deepspeed/" not in place}
-            assert sum(ours.values()) <= BUDGET[kind], report(ours)
+@pytest.mark.parametrize(("ranks", "sharding"), [(1, "replicated"), (2, "replicated"), (2, "zero3")])
+def test_the_host_waits_thrice_a_refresh(steps: Any, ranks: int, sharding: str) -> None:
+    assert_budget(steps(ranks, "ows", sharding), "refresh")
 
 
-def report(waits: dict[str, int]) -> str:
-    """A line for each place, the most frequent first."""
-    lines = [f"{number:6d} {place}" for place, number in Counter(waits).most_common()]
-    return "\n".join(["the host waits", *lines])
+def assert_budget(ranks: list[dict[str, Any]], kind: str) -> None:
+    """DeepSpeed's own waits are not ours: they bound how far ahead it gathers."""
+    steps = [waits for rank in ranks for this, waits in rank["steps"] if this == kind]
+    assert steps
+    for waits in steps:
+        ours = Counter({place: number for place, number in waits.items() if " at [deepspeed/" not in place})
+        report = "\n".join(f"{number:6d} {place}" for place, number in ours.most_common())
+        assert ours.total() <= BUDGET[kind], f"the host waits\n{report}"
 
 
 # ---------------------------------------------------------------- a loop whose batches are on the device
@@ -122,7 +116,7 @@ def loop(rank: int, world_size: int, ordered: bool) -> dict[str, int]:
 
     fix = contextlib.nullcontext() if ordered else patch.object(Zero3, "order_gathers", lambda self: None)
     model: Any = tiny("llama", False, torch.bfloat16)
-    with no_races() as found, fix:
+    with races_of_body() as found, fix:
         engine = deepspeed.initialize(model=model, config=resolve_config(DEFAULT_CONFIG, "bfloat16", 2, 1, world_size))[
             0
         ]

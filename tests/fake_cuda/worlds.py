@@ -33,7 +33,7 @@ class FakeCuda:
         _send(self._process.stdin, (world_size, pickle.dumps((function, args))))
         failed, answer = _receive(self._process.stdout)
         if failed:
-            raise AssertionError(answer)
+            raise RuntimeError(answer)
         return answer
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class World:
         self._worlds, self._world_size = worlds, world_size
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(rank, world, *args)`` on every rank; the results by rank. Raises AssertionError."""
+        """``function(rank, world, *args)`` on every rank; the results by rank. Raises RuntimeError."""
         return self._worlds.run(self._world_size, function, args)
 
 
