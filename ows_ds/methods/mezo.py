@@ -9,6 +9,7 @@ rank holds. They are rounded to their own format three times a step (the authors
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,15 +26,18 @@ from ows_ds.optim.update import Accept, always
 BLOCK = 1 << 16  # entries that a CPU draws at once
 
 
-def noise(seed: int, step: int, name: str, start: int, stop: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """z of the entries [start, stop) of the flattened weight ``name``, in runs.
+def noise(
+    seed: int, step: int, name: str, start: int, stop: int, numel: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """z of the entries [start, stop) of the flattened weight ``name``, which has ``numel``, in runs.
 
     Yields (first entry of the run, float32 1-D on ``device``). Every entry's value depends on seed, step, name, the
     entry's position and the device alone: on GPUs also on their model, which draws long runs in its own order.
     """
     size = entries_at_once(device, BLOCK)
     for block in range(start // size, -(-stop // size)):
-        drawn = torch.randn(size, generator=stream(f"{seed}/{step}/{name}/{block}", device), device=device)
+        count, generator = min(size, numel - block * size), stream(f"{seed}/{step}/{name}/{block}", device)
+        drawn = torch.randn(count, generator=generator, device=device)
         first, last = max(start, block * size), min(stop, (block + 1) * size)
         yield first, drawn[first - block * size : last - block * size]
 
@@ -99,10 +103,9 @@ class MeZO(Method):
         """W <- W + vectors * z for biases and norms, W <- decay * W + matrices * z for the rest, where they lie."""
         for name, parameter in self._named.items():
             start, resident_slice = self.weights.resident_slice(parameter)
-            flat = len(self.weights.shape(parameter)) <= 1
-            for first, z in noise(
-                self.seed, self.steps, name, start, start + len(resident_slice), resident_slice.device
-            ):
+            shape, stop = self.weights.shape(parameter), start + len(resident_slice)
+            flat, numel = len(shape) <= 1, math.prod(shape)
+            for first, z in noise(self.seed, self.steps, name, start, stop, numel, resident_slice.device):
                 run = resident_slice[first - start : first - start + len(z)]
                 wide = torch.promote_types(run.dtype, torch.float32)
                 run.copy_(run.to(wide).mul_(1.0 if flat else decay).add_(z, alpha=vectors if flat else matrices))

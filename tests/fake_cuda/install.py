@@ -101,6 +101,8 @@ def _install_functions(torch: Any, library: Any, devices: int) -> None:
     torch.version.cuda = "13.0"
     for name in ("Stream", "Event", "stream", "set_stream", "current_stream", "synchronize"):
         setattr(cuda, name, getattr(streams, name))
+    svd = torch.linalg.svd
+    torch.linalg.svd = lambda A, full_matrices=True, *, driver=None, out=None: svd(A, full_matrices, out=out)
     cuda.default_stream = lambda device=None: streams.DEFAULT
     torch.Tensor.record_stream = lambda self, stream: races.record(
         self.untyped_storage().data_ptr(), stream.cuda_stream

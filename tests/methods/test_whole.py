@@ -209,7 +209,9 @@ def mezo(dtype: torch.dtype) -> dict[str, Tensor]:
     for step in range(STEPS):
         old = {name: p.detach().clone() for name, p in parameters.items()}
         z = {
-            name: torch.cat([run for _, run in noise(3, step, name, 0, p.numel(), p.device)]).view_as(p).to(dtype)
+            name: torch.cat([run for _, run in noise(3, step, name, 0, p.numel(), p.numel(), p.device)])
+            .view_as(p)
+            .to(dtype)
             for name, p in parameters.items()
         }
         losses = []
@@ -253,7 +255,7 @@ def test_mezo_noise_is_the_same_at_any_world_size(pools: Pools, world_size: int,
     device = torch.device("cpu")
     for weights in pools(world_size).run(moved, sharding, torch.float32):
         for name, z in weights.items():
-            whole = torch.cat([run for _, run in noise(3, 0, name, 0, z.numel(), device)])
+            whole = torch.cat([run for _, run in noise(3, 0, name, 0, z.numel(), z.numel(), device)])
             assert torch.equal(z.flatten(), whole)
     entries = torch.cat([z.flatten() for z in weights.values()])
     assert len(entries) > 2 * BLOCK
