@@ -36,8 +36,9 @@ from ows_ds.importance.scores import Scores, ratios_of
 from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.optim.active_set import ActiveSet, check_fits
 from ows_ds.optim.layout import Plan
-from ows_ds.optim.refresh import FullGradients, Refresh, Sketches
+from ows_ds.optim.refresh import FullGradients, Refresh
 from ows_ds.optim.sampling import Cycle, LayerSet, Sampler
+from ows_ds.optim.sketch import Sketches
 from ows_ds.optim.state import OWSState
 from ows_ds.optim.update import Accept, AdamWSettings, always, clip_factor
 
@@ -107,9 +108,8 @@ class OWS(OWSState):
         return not self.plan.blocks and not self.active.full.parameters
 
     def set_accumulation_steps(self, steps: int) -> None:
-        """From the coming step on, ``backward`` is called this often a step, the same on all ranks.
-
-        Between two steps. A step that was begun and not taken counts as skipped; nothing of it stays.
+        """From the coming step on, ``backward`` is called this often a step, the same on all ranks. Between two steps; one
+        that was begun and not taken counts as skipped, and nothing of it stays.
         """
         if steps < 1:
             raise UserError("accumulation", steps, "expected an integer of at least 1")
