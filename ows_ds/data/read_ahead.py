@@ -33,8 +33,10 @@ class ReadAhead(Generic[T]):
     """
 
     def __init__(self, read: Callable[[int], T], end: int, device: torch.device) -> None:
-        """end: the step after the last one. device: where the run computes, the CPU or the current GPU: pinned memory
-        belongs to its context."""
+        """end: the step after the last one.
+
+        device: where the run computes, the CPU or the current GPU; pinned memory belongs to its context.
+        """
         # without a launcher the device has no index
         select = (torch.cuda.set_device, (torch.cuda.current_device(),)) if device.type == "cuda" else (None, ())
         self._pool = ThreadPoolExecutor(1, "read-ahead", *select)

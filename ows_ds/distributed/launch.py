@@ -102,7 +102,10 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         raise RuntimeError(f"Accelerate counts {accelerator.num_processes} of {dist.get_world_size()} ranks")
     if sharded:
         join_deepspeed()
-    comm = join(accelerator.device)
+    device = accelerator.device
+    if cuda and device.index is None:  # without a launcher
+        device = torch.device("cuda", torch.cuda.current_device())
+    comm = join(device)
     if store is not None:
         comm.all_gather_object("formed")  # all are there
         if comm.rank == 0:
@@ -114,11 +117,11 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         micro, hosts = recipe.train.micro_batch_size, comm.all_gather_object(socket.gethostname())
         config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world_size, per_host(hosts))
         check_by_deepspeed(config)
-    names = comm.all_gather_object(torch.cuda.get_device_name(accelerator.device) if cuda else "CPU")
+    names = comm.all_gather_object(torch.cuda.get_device_name(device) if cuda else "CPU")
     devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
     if comm.rank == 0:
         logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
-    return Runtime(accelerator, comm, accelerator.device, config)
+    return Runtime(accelerator, comm, device, config)
 
 
 def _uses_gpus(environment: Mapping[str, str]) -> bool:

@@ -42,10 +42,10 @@ _lock = threading.RLock()
 
 
 class Work:
-    """A collective that was begun, on the stream of its group."""
+    """A collective that was begun, on the stream of its group. Keeps its tensors."""
 
-    def __init__(self, stream: streams.Stream, run: Callable[[], None]) -> None:
-        self._run, self._clock = run, Clock(races.clock(stream.cuda_stream))
+    def __init__(self, stream: streams.Stream, run: Callable[[], None], tensors: Sequence[Any]) -> None:
+        self._run, self._tensors, self._clock = run, tensors, Clock(races.clock(stream.cuda_stream))
 
     def wait(self, timeout: Any = None) -> bool:
         """The current stream waits; the host does not."""
@@ -132,11 +132,13 @@ def _collective(
                 given[name] = tensors if isinstance(given[name], list) else tensors[0]
             original(**given)
 
-        work = Work(stream, run)
-        work.tensors = inputs, outputs  # type: ignore[attr-defined]
+        work = Work(stream, run, (*inputs, *outputs))
         with _lock:
             _begun.append(work)
-        return work if asynchronous else work.wait() and None
+        if asynchronous:
+            return work
+        work.wait()
+        return None
 
     return call
 

@@ -87,13 +87,10 @@ def _install_functions(torch: Any, library: Any, devices: int) -> None:
     at._cuda_resetPeakMemoryStats = lambda index: library.fake_cuda_reset_peak()
     at._cuda_emptyCache = lambda: None
     at._cuda_getCurrentRawStream = lambda index: 0
-    at._cuda_getArchFlags = lambda: "sm_90"
     cuda._initialized = True
     cuda._exchange_device = cuda._maybe_exchange_device = exchange_device
     cuda.default_generators = tuple(torch.Generator(f"cuda:{i}") for i in range(devices))
-    properties = SimpleNamespace(
-        name="not a GPU", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132, is_integrated=0
-    )
+    properties = SimpleNamespace(name="not a GPU", major=9, minor=0, total_memory=MEMORY)
     cuda._get_device_properties = lambda index: properties
     cuda.mem_get_info = cuda.memory.mem_get_info = lambda device=None: (MEMORY, MEMORY)
     cuda.nvtx = SimpleNamespace(range_push=lambda name: None, range_pop=lambda: None, range=lambda name: nullcontext())

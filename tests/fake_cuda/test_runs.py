@@ -27,7 +27,7 @@ from tests.support.tiny_run import recipe
 RUNS = [(1, "ows", "replicated"), *((2, m, s) for m in ("ows", "lisa", "full") for s in ("replicated", "zero3"))]
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BUDGET = {"steady": 1, "refresh": 3}  # host waits of a step: the one is for its losses and its gradients' norm
-PERIOD, STEPS = 6, 9
+PERIOD, STEPS = 6, 7
 
 
 # ---------------------------------------------------------------- runs of the trainer
@@ -84,7 +84,7 @@ def steps(fake_cuda: FakeCuda, inputs: Path, tmp_path_factory: pytest.TempPathFa
 def test_training_has_no_races(steps: Any, ranks: int, method: str, sharding: str) -> None:
     for rank in steps(ranks, method, sharding):
         assert rank["races"] == {}
-        assert [kind for kind, _ in rank["steps"]].count("steady") >= 3
+        assert [kind for kind, _ in rank["steps"]].count("steady") >= 2
 
 
 @pytest.mark.parametrize(("ranks", "method", "sharding"), RUNS)
@@ -120,8 +120,8 @@ def loop(rank: int, world_size: int, ordered: bool) -> dict[str, int]:
         engine = deepspeed.initialize(model=model, config=resolve_config(DEFAULT_CONFIG, "bfloat16", 2, 1, world_size))[
             0
         ]
-        ows = OWS(engine, [1.0] * 3, gamma=1, period=4, rank=4, update_proj_gap=3, lr=1e-2)
-        ids = torch.randint(3, 60, (8, 2, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(rank))
+        ows = OWS(engine, [1.0] * 3, gamma=1, period=3, rank=4, update_proj_gap=2, lr=1e-2)
+        ids = torch.randint(3, 60, (5, 2, 16), device="cuda", generator=torch.Generator("cuda").manual_seed(rank))
         for batch in ids:
             ows.backward(engine.module(input_ids=batch, labels=batch).loss)
             ows.step()

@@ -65,7 +65,10 @@ def _send(pipe: IO[bytes], value: Any) -> None:
 
 
 def _receive(pipe: IO[bytes]) -> Any:
-    return pickle.loads(pipe.read(struct.unpack("Q", pipe.read(8))[0]))
+    length = pipe.read(8)
+    if not length:
+        raise EOFError("the process that starts the ranks has died")
+    return pickle.loads(pipe.read(*struct.unpack("Q", length)))
 
 
 def _serve() -> None:

@@ -16,6 +16,7 @@ import accelerate
 import datasets
 import matplotlib.figure
 import transformers.models.llama.modeling_llama
+import transformers.optimization  # where peft is installed, it imports peft
 from deepspeed.comm.torch import build_shm_op
 
 from ows_ds.train import trainer
