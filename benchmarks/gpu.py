@@ -422,6 +422,8 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
 
     from ows_ds.bench.report import facts
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is to be seen; --device cpu --shape tiny does the same on a CPU")
     end = time.monotonic() + 60 * args.minutes
     words = ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

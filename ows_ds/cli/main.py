@@ -71,10 +71,9 @@ def _leave_group(argv: Sequence[str] | None) -> None:
     Not where a caller has given ``argv``, whose process group it may be.
     """
     if argv is None and "torch" in sys.modules:
-        import torch.distributed as dist
+        from ows_ds.distributed.communicator import leave
 
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 
 def _run(argv: list[str]) -> None:

@@ -257,6 +257,12 @@ def join(device: torch.device | str) -> Communicator:
     return Communicator()
 
 
+def leave() -> None:
+    """End the default process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def fail_together(comm: Communicator) -> Iterator[None]:
     """Where the body, which must not communicate, fails on any rank, all raise (see `raise_if_any_failed`)."""

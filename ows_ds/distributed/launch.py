@@ -119,7 +119,7 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         check_by_deepspeed(config)
     names = comm.all_gather_object(torch.cuda.get_device_name(device) if cuda else "CPU")
     devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    if comm.rank == 0:
+    if training and comm.rank == 0:
         logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
     return Runtime(accelerator, comm, device, config)
 

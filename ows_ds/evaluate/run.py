@@ -48,7 +48,7 @@ def evaluate(given: str, evaluation: Evaluation, bench: MTBench) -> None:
     subject = find(given, evaluation)
     before = _before(subject, evaluation)
     train = {"output_dir": "runs", "sharding": "replicated", "timeout_seconds": TIMEOUT}
-    runtime = start(config.from_dict({"model": {"path": subject.path}, "train": train}))
+    runtime = start(config.from_dict({"model": {"path": subject.path}, "train": train}), training=False)
     comm = runtime.comm
     settings = evaluation.model_dump() | ({} if bench.mt_bench is None else bench.model_dump())
     settings = {name: value for name, value in settings.items() if name not in ("output", "as_json", "judge_key")}

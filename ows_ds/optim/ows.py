@@ -108,8 +108,8 @@ class OWS(OWSState):
         return not self.plan.blocks and not self.active.full.parameters
 
     def set_accumulation_steps(self, steps: int) -> None:
-        """From the coming step on, ``backward`` is called this often a step, the same on all ranks. A step that was begun
-        and not taken counts as skipped, and nothing of it stays.
+        """From the coming step on, ``backward`` is called this often a step, the same on all ranks. A step that was
+        begun and not taken counts as skipped, and nothing of it stays.
         """
         if steps < 1:
             raise UserError("accumulation", steps, "expected an integer of at least 1")

@@ -133,8 +133,9 @@ class RunLog:
 
     def warn(self, text: str) -> None:
         """As `event`, whatever ``log.progress`` is."""
-        if self.main:
-            self._screen.warn(one_line(text))
+        self.event(text)
+        if self.main and not self._screen.shows:
+            print(one_line(text), flush=True)
 
     def close(self) -> None:
         """Write the final picture, close files and trackers, restore the terminal. Can be called again."""

@@ -33,6 +33,8 @@ def numbered(layers: Sequence[int]) -> str:
 class Screen:
     """Shows nothing; the base class of the others."""
 
+    shows = False
+
     def __init__(self, total_steps: int, n_layers: int, start_step: int) -> None:
         self.total_steps, self.n_layers, self.start_step = total_steps, n_layers, start_step
         self.started = time.monotonic()
@@ -42,10 +44,6 @@ class Screen:
 
     def event(self, text: str) -> None:
         """Show a line."""
-
-    def warn(self, text: str) -> None:
-        """Show a line in any case."""
-        print(text, flush=True)
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -73,6 +71,8 @@ class Screen:
 class _Plain(Screen):
     """A line every 50th of the run or 10 seconds, for files and for terminals that cannot move the cursor."""
 
+    shows = True
+
     def __init__(self, total_steps: int, n_layers: int, start_step: int, console: Console) -> None:
         super().__init__(total_steps, n_layers, start_step)
         self.console, self.shown_step, self.shown_at = console, start_step, self.started
@@ -92,8 +92,6 @@ class _Plain(Screen):
     def event(self, text: str) -> None:
         self._line(text)
 
-    warn = event
-
     def _line(self, text: str) -> None:
         self.console.file.write(text + "\n")  # as it is: no wrapping at a width that a file does not have
         self.console.file.flush()
@@ -101,6 +99,8 @@ class _Plain(Screen):
 
 class _Rich(Screen):
     """Three lines that stay at the bottom: bar and time left; numbers; strip of layers."""
+
+    shows = True
 
     def __init__(self, total_steps: int, n_layers: int, start_step: int, console: Console) -> None:
         super().__init__(total_steps, n_layers, start_step)
@@ -137,8 +137,6 @@ class _Rich(Screen):
 
     def event(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
-
-    warn = event
 
     def close(self) -> None:
         self.live.stop()

@@ -18,7 +18,8 @@ from ows_ds.data import cache, prepare
 from ows_ds.data.encoded import Builder, Counts, EncodedRows
 from ows_ds.data.rows import digest
 from ows_ds.errors import UserError
-from tests.data.test_data import CHATML, byte_tokenizer, lists
+from tests.data.test_data import lists
+from tests.support.tokenizer import CHATML, byte_tokenizer
 
 
 def made(text: str = "ab") -> tuple[EncodedRows, Counts]:

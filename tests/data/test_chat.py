@@ -11,7 +11,8 @@ import pytest
 from ows_ds.data.encode import encode, encode_rows
 from ows_ds.data.rows import load_rows
 from ows_ds.errors import UserError
-from tests.data.test_data import CHATML, byte_tokenizer, located, trained
+from tests.data.test_data import located, trained
+from tests.support.tokenizer import CHATML, byte_tokenizer
 
 SAID = "<|im_start|>{}\n{}<|im_end|>\n".format
 # What every row of `SAME` becomes; its last turn is trained, and the one before where the row does not say no.

@@ -125,7 +125,7 @@ def victim(rank: int, port: int, folder: Path, job: config.Recipe, plan: Plan | 
     os.dup2(output, 2)
     code = 1
     try:
-        pool._join(rank, WORLD, port, folder, LIMIT)
+        pool._join(rank, WORLD, port, folder, LIMIT, "gloo")
         if plan is not None and plan.place != AT_A_TIME and rank == plan.rank:
             arm(plan)
         trainer.train(job)
