@@ -292,7 +292,14 @@ def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
 
 
-WAYS = [(1, "replicated", 1), (1, "replicated", 12), (2, "zero3", 3), (3, "replicated", 2)]
+WAYS = [
+    (1, "replicated", 1),
+    (1, "replicated", 12),
+    (2, "replicated", 6),
+    (2, "zero3", 3),
+    (3, "replicated", 2),
+    (3, "zero3", 1),
+]
 
 
 @pytest.mark.parametrize(
