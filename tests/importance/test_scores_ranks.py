@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, join
 from ows_ds.distributed.ds_config import resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
@@ -17,7 +18,9 @@ from ows_ds.distributed.zero3 import Zero3
 from ows_ds.importance.outliers import outlier_scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
+from ows_ds.train.trainer import score
 from tests.support.pool import Pools
+from tests.support.tiny_run import recipe
 
 TAU = 13.0
 # Chosen so that no entry of A lies within 1e-5 of a threshold (`reference` makes sure): then D, which counts entries,
@@ -200,3 +203,14 @@ def test_fingerprint_is_that_of_the_content(measured: Any) -> None:
     changed = {rank["changed"] for rank in ranks}
     assert len(changed) == 1
     assert not changed & fingerprints
+
+
+def score_without_steps(rank: int, world_size: int, recipe: Recipe) -> bool:
+    score(recipe, None)
+    return (Path(recipe.train.output_dir) / "scores.json").exists()
+
+
+def test_scores_ask_for_no_batch(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    """A batch that two ranks cannot share is no mistake where no step is taken."""
+    asked = recipe(inputs, tmp_path / "run", global_batch_size=3, micro_batch_size=3, sharding="zero3")
+    assert pools(2).run(score_without_steps, asked) == [True, True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -292,14 +292,8 @@ def far(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
 
 
-WAYS = [
-    (1, "replicated", 1),
-    (1, "replicated", 12),
-    (2, "replicated", 6),
-    (2, "zero3", 3),
-    (3, "replicated", 2),
-    (3, "zero3", 1),
-]
+WAYS = [(1, "replicated", 1), (1, "replicated", 12), (2, "zero3", 3), (3, "replicated", 2)]
+MORE = [(2, "replicated", 6), (3, "zero3", 1)]
 
 
 @pytest.mark.parametrize(
@@ -313,13 +307,13 @@ WAYS = [
         ),
     ],
 )
-def test_results_do_not_jump_with_rounding(pools: Pools, method: str, projector: str, seeds: Iterable[int]) -> None:
+def test_results_do_not_jump_with_rounding(pools: Pools, method: str, projector: str, seeds: Sequence[int]) -> None:
     """Ten refreshes: however the rows are dealt to ranks and micro-batches, and wherever the weights live."""
     chosen = {"gamma": 3, "scheme": "fixed"} if method == "galore" else {}
     same = {**BASE, **BIASED, **chosen, "projector": projector, "update_proj_gap": 1, "period": 10}
     for seed in seeds:
         runs = []
-        for world_size, sharding, parts in WAYS:
+        for world_size, sharding, parts in WAYS + (MORE if len(seeds) > 1 else []):
             settings = {**same, "seed": seed, "accumulation": parts}
             found = pools(world_size).run(run_ows, sharding, "llama", False, torch.float64, 11, settings)
             runs.append(found[0]["weights"])
