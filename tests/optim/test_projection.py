@@ -191,6 +191,25 @@ def test_degenerate_gradients(shape: tuple[int, int], method: str, kind: str) ->
         assert energy(g, q) >= 0.99 * energy(g, top(g, RANK))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+def test_equal_singular_values_do_not_turn_an_aligned_basis(shape: tuple[int, int], method: str) -> None:
+    """What a decomposition makes of them is rounding's choice: moments would go to other columns with each change of
+    the order of sums. The subspace is not."""
+    jumps = []
+    for seed in range(5):
+        left, right = (torch.linalg.qr(gradient((n, n), seed=seed)).Q for n in shape)
+        values = torch.where(torch.arange(min(shape)) < RANK, 1.0, 1e-3).double()
+        g = (left[:, : min(shape)] * values) @ right[:, : min(shape)].T
+        other = g * (1 + 1e-7 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=g.dtype))
+        near = torch.linalg.qr(start_basis(min(shape), RANK, seed)).Q
+        free, turned = ([find_projector(one, RANK, method, seed, near=to) for one in (g, other)] for to in (None, near))
+        assert float((turned[0] - turned[1]).abs().max()) < 2e-6
+        assert_orthonormal(turned[0])
+        jumps.append(float((free[0] - free[1]).abs().max()))
+    assert max(jumps) > 0.1
+
+
 def test_find_projector_is_what_it_is_told() -> None:
     g = gradient(SHAPES[0])
     assert torch.equal(find_projector(g, RANK, "svd", 1), exact_projector(g, RANK).double())
