@@ -133,10 +133,12 @@ def compiled_template(source: str) -> Any:
 
 def template_messages(messages: Sequence[Any]) -> list[Any]:
     """Messages, without None in them, as `apply_chat_template` hands them to the template: copies, with reasoning under
-    all its names."""
+    all its names. As they are under versions (5.17) that do neither."""
     from transformers.utils import chat_template_utils as utils
 
-    found: list[Any] = utils._alias_reasoning_fields(utils._plain_template_data(list(messages)))
+    found = list(messages)
+    for name in ("_plain_template_data", "_alias_reasoning_fields"):
+        found = getattr(utils, name, lambda same: same)(found)
     return found
 
 
