@@ -37,6 +37,8 @@ SHAPES = {"real": ("llama3-8b", "qwen2.5-7b"), "tiny": ("tiny",)}
 TINY = {"hidden": 128, "heads": 2, "layers": "2", "vocab": 256, "tokens": 64, "gamma": 1, "rank": 8, "lora_rank": 2}
 LIMITS = {"runs": 150, "mathematics": 60, "streams": 90, "costs": 900, "search": 40}  # seconds at most, by part
 METHOD = 75  # seconds at most of a method in `costs`
+PATIENCE = {"real": 1, "tiny": 4}  # times these limits: the CPUs that rehearse may be busy
+LEAST = 10  # seconds, with less no part begins
 ANCHORS = {  # what others publish, by (shape, method)
     ("llama3-8b", "lora"): "NeMo AutoModel, one H100: 12,473 tokens/s, 402 TFLOP/s",
     ("llama3-8b", "full"): "torchtune, 8-bit Adam, one RTX 4090: 1,650 tokens/s, 18.9 GiB",
@@ -300,22 +302,25 @@ def costs(device: str, shape: str, seconds: float) -> Iterator[Row]:
     known = next((gpu for gpu in GPUS if gpu.split("-")[0] in name.replace(" ", "")), None)
     total = torch.cuda.get_device_properties(0).total_memory if cuda else 2**62
     end = time.monotonic() + seconds
+    digits = 2 if shape == "real" else 5  # of GiB
     for model in SHAPES[shape]:
         given = TINY if shape == "tiny" else {"shape": model, "layers": "all", "gamma": 5, "tokens": 4096}
         setting = resolve(Setting(**given, device=device), cuda)
         for method in METHODS:
             row: Row = {"shape": model, "method": method, "result": "ok", "anchor": ANCHORS.get((model, method), "")}
-            if (left := end - time.monotonic() - 5) < 10:
+            if (left := end - time.monotonic() - 5) < LEAST:
                 yield row | {"result": f"{UNKNOWN}: no time left"}
                 continue
             planned, expected = _planned(setting, method, known)
-            row |= {"planned_gib": round(planned / 2**30, 2), "planned_ms": expected and round(1e3 * expected, 1)}
+            row |= {"planned_gib": round(planned / 2**30, digits), "planned_ms": expected and round(1e3 * expected, 1)}
             if planned > total:
                 sizes = f"planned {planned / 2**30:.1f} GiB of {total / 2**30:.1f}"
                 yield row | {"result": f"does not fit: {sizes}"}
                 continue
             try:
-                with contextlib.closing(Workers(setting, method, seconds=min(left, METHOD))) as workers:
+                with contextlib.closing(
+                    Workers(setting, method, seconds=min(left, METHOD * PATIENCE[shape]))
+                ) as workers:
                     found = workers.ask("time", 2, 6)
                     [flops], [memory], [waits] = (workers.ask(question) for question in ("flops", "memory", "waits"))
             except WorkerError as error:
@@ -330,10 +335,10 @@ def costs(device: str, shape: str, seconds: float) -> Iterator[Row]:
             row |= {"waits": waits["step"], "waits_refresh": waits["refresh"]}
             if known is not None:
                 row["mfu"] = round(100 * model_flops / step / (GPUS[known]["tflops"] * 1e12), 1)
-            row["planned_gib"] = round(memory[f"{last}_planned"] / 2**30, 2)  # of the layers that were sampled
+            row["planned_gib"] = round(memory[f"{last}_planned"] / 2**30, digits)  # of the layers that were sampled
             for kind in ("allocated", "reserved"):
                 size = memory[f"{last}_{kind}"]
-                row[f"{kind}_gib"] = size and round(size / 2**30, 2)
+                row[f"{kind}_gib"] = size and round(size / 2**30, digits)
             refresh, share = time_["refresh"] or {"median": 0.0}, time_["refresh_share"] or 0.0
             row |= {"refresh_ms": round(1e3 * refresh["median"], 1), "refresh_share": round(100 * share, 2)}
             yield row
@@ -390,7 +395,7 @@ def report(summary: Row, output: Path) -> None:
 
 def measure(part: str, arguments: Sequence[str], seconds: float, take: Callable[[Row], None]) -> str:
     """Run a part in a process of its own for at most so long; each of its rows goes to ``take``. How it ended."""
-    if seconds < 10:
+    if seconds < LEAST:
         return "no time left"
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--seconds", f"{seconds:.0f}", *arguments]
     begun = time.monotonic()
@@ -483,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
             print(json.dumps(summary["rows"][-1]), flush=True)
             report(summary, output)
 
-        limit = min(LIMITS[part], end - time.monotonic())
+        limit = min(LIMITS[part] * PATIENCE[args.shape], end - time.monotonic())
         summary["parts"][part] = measure(part, ["--device", args.device, "--shape", args.shape], limit, take)
         print(f"{part}: {summary['parts'][part]}", flush=True)
         report(summary, output)
