@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,30 @@ def test_what_a_gpu_shows_is_the_same_on_a_cpu(tmp_path: Path) -> None:
     rows = {part: [row for row in found["rows"] if row["part"] == part] for part in gpu.PARTS}
     for part, columns in gpu.TABLES.items():
         assert "| " + " | ".join(columns.values()) + " |" in text
-        assert all(row.keys() <= {"part", *columns} for row in rows[part])
+        assert all(row.keys() == {"part", *columns} for row in rows[part])
         results = [row["result"] for row in rows[part]]
         assert results == (["ok"] * len(results) if part != "streams" else ["not measured: no GPU"]), rows[part]
     assert [row["what"] for row in rows["runs"]] == ["train", "resume", "zero3", "two ranks zero3"]
     assert len(rows["mathematics"]) == len(gpu.SETTINGS)
     assert [row["method"] for row in rows["costs"]] == list(gpu.METHODS)
-    assert all(row["tokens_per_second"] > 0 for row in rows["costs"])
-    assert text.count(gpu.UNKNOWN) > len(gpu.METHODS)  # nothing is made up
+    of_a_gpu = ("mfu", "planned_ms", "allocated_gib", "reserved_gib", "waits", "waits_refresh")
+    for row in rows["costs"]:
+        assert row["tokens_per_second"] > 0
+        assert (row["refresh_ms"] == 0) == (row["method"] not in ("ows", "ows-lean", "galore"))
+        assert [row[key] for key in of_a_gpu] == [None] * len(of_a_gpu)  # nothing is made up
+    assert text.count(gpu.UNKNOWN) == len(gpu.METHODS) * len(of_a_gpu) + 1
+
+
+def test_a_part_that_fails_or_takes_too_long_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = []
+    assert gpu.measure("costs", ["--shape", "none"], 60, rows.append).startswith("failed after ")
+    assert "invalid choice" in rows[0]["result"]
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho \'ROW {"result": "ok"}\'\nsleep 60 &\nsleep 60\n')  # the first keeps stdout
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(gpu, "LEAST", 0)
+    began = time.monotonic()
+    assert gpu.measure("runs", [], 0.5, rows.append).startswith("stopped after ")
+    assert time.monotonic() - began < 30
+    assert rows[1:] == [{"result": "ok"}, {"what": "all of it", "result": rows[2]["result"]}]

@@ -85,11 +85,12 @@ def answer_time(trial: Trial, setting: Setting, warm_up: int, steps: int) -> Ans
 def answer_flops(trial: Trial, setting: Setting) -> Answer:
     """Of the matrix products of a step, a multiply-add being two: the same in every run."""
 
-    def product(into: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
+    def product(into: Any, a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    # torch does not count addmm in place
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
+    # torch does not count addmm in place, and takes its dtype (`ows_ds.compat.torch.add_product`) for something else
+    products = {torch.ops.aten.addmm_: product, torch.ops.aten.addmm: product}
+    with FlopCounterMode(display=False, custom_mapping=products) as counter:
         trial.step()
     return {"flops": counter.get_total_flops()}
 
@@ -120,18 +121,21 @@ def answer_memory(trial: Trial, setting: Setting) -> Answer:
 
 
 def answer_waits(trial: Trial, setting: Setting) -> Answer:
-    """How often the host waits for the GPU in a plain step and in one with new projectors, as torch counts."""
+    """How often the host waits for the GPU, as torch counts: {"step": in a plain one, "refresh": in one that finds new
+    projectors, 0 where there is none}; None without a GPU.
+    """
     answer: Answer = {}
     for kind, work in {"step": trial.step, "refresh": trial.refresh}.items():
-        answer[kind] = None
+        answer[kind] = 0 if setting.device == "cuda" else None
         if work is None or setting.device != "cuda":
             continue
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            work()
+            steps = work() or 1
         torch.cuda.set_sync_debug_mode("default")
-        answer[kind] = sum("synchroniz" in str(one.message) for one in found)
+        plain = (steps - 1) * answer["step"]
+        answer[kind] = sum("synchroniz" in str(one.message) for one in found) - plain
     return answer
 
 

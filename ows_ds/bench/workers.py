@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import socket
+import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -27,8 +28,9 @@ class Workers:
     first: what each rank answers after the first step.
     """
 
-    def __init__(self, setting: Setting, method: str, world_size: int = 1) -> None:
-        """Returns after the first step. Raises WorkerError."""
+    def __init__(self, setting: Setting, method: str, world_size: int = 1, seconds: float | None = None) -> None:
+        """Returns after the first step. seconds: for all answers together; None: any. Raises WorkerError."""
+        self._end = None if seconds is None else time.monotonic() + seconds
         # forked from a process that has imported everything; what CUDA has looked at cannot be forked
         context: Any = multiprocessing.get_context("spawn" if setting.device == "cuda" else "forkserver")
         context.set_forkserver_preload(["ows_ds.bench.worker", "transformers.models.llama.modeling_llama"])
@@ -53,10 +55,11 @@ class Workers:
         return self._answers()
 
     def _answers(self) -> list[Result]:
-        answers = []
+        answers: list[Result] = []
         for process, pipe in self._ranks:
             try:
-                answers.append(pipe.recv())
+                in_time = pipe.poll(None if self._end is None else max(0.0, self._end - time.monotonic()))
+                answers.append(pipe.recv() if in_time else {"failed": "it took too long"})
             except (EOFError, ConnectionError):
                 process.join()
                 killed = "the process was killed, as the system does when memory runs out"

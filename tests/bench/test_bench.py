@@ -325,6 +325,11 @@ def test_a_worker_that_cannot_start_says_why() -> None:
         Workers(TINY.model_copy(update={"rank": 1000}), "ows")
 
 
+def test_a_worker_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(WorkerError, match="it took too long"):
+        Workers(TINY, "ows", seconds=0)
+
+
 # ---- tables
 
 TIMES: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter
 
 from tests.fake_cuda.places import Place, here
@@ -14,11 +15,18 @@ class HostWaits:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, Place]] = Counter()
+        self._warns = False
+
+    def warn(self, mode: int) -> None:
+        """Warn of each wait from now on, or no more: torch.cuda.set_sync_debug_mode."""
+        self._warns = mode > 0
 
     def count(self, cause: str) -> None:
         """The host waits here."""
         with self._lock:
             self._counts[cause, here()] += 1
+        if self._warns:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     def take(self) -> Counter[str]:
         """In words, with how often: what was counted since it was taken last."""

@@ -86,6 +86,7 @@ def _install_functions(torch: Any, library: Any, devices: int) -> None:
     at._cuda_memoryStats = memory
     at._cuda_resetPeakMemoryStats = lambda index: library.fake_cuda_reset_peak()
     at._cuda_emptyCache = lambda: None
+    at._cuda_set_sync_debug_mode = host_waits.warn
     at._cuda_getCurrentRawStream = lambda index: 0
     cuda._initialized = True
     cuda._exchange_device = cuda._maybe_exchange_device = exchange_device

@@ -177,3 +177,18 @@ def test_a_command(inputs: Path, tmp_path: Path, name: str) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=around, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert races.read_text() == ""
+    assert "failed" not in done.stdout  # a method's row
+
+
+def test_what_a_gpu_shows(tmp_path: Path) -> None:
+    """All parts of benchmarks/gpu.py, two ranks with a GPU each, whatever the first real GPU will be asked."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--shape", "tiny", "--minutes", "12", "--output", str(tmp_path)]
+    around = environment(2) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    [found] = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
+    assert {row["part"] for row in found["rows"]} == {"runs", "mathematics", "streams", "costs", "search"}
+    assert [row for row in found["rows"] if row["result"] != "ok"] == []
+    costs = [row for row in found["rows"] if row["part"] == "costs"]
+    assert all(0 < row["allocated_gib"] <= row["reserved_gib"] for row in costs)
+    assert all((row["waits"], row["waits_refresh"]) in ((0, 0), (0, 1)) for row in costs)
