@@ -295,11 +295,11 @@ def costs(device: str, shape: str, seconds: float) -> Iterator[Row]:
     from ows_ds.bench.setting import Setting, flops_of_limit, resolve
     from ows_ds.bench.time import summarize
     from ows_ds.bench.workers import WorkerError, Workers
-    from ows_ds.planner.cluster import GPUS
+    from ows_ds.planner.cluster import GPUS, known_gpu
 
     cuda = device == "cuda"
     name = torch.cuda.get_device_name() if cuda else "CPU"
-    known = next((gpu for gpu in GPUS if gpu.split("-")[0] in name.replace(" ", "")), None)
+    known = known_gpu(name)
     total = torch.cuda.get_device_properties(0).total_memory if cuda else 2**62
     end = time.monotonic() + seconds
     digits = 2 if shape == "real" else 5  # of GiB

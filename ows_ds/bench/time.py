@@ -16,7 +16,7 @@ import torch
 from ows_ds.bench.report import cells
 from ows_ds.bench.setting import How, Setting, estimate, flops_of_limit, limit_of, limits
 from ows_ds.bench.workers import Result, WorkerError, Workers
-from ows_ds.planner.cluster import GPUS
+from ows_ds.planner.cluster import GPUS, known_gpu
 from ows_ds.tables import Table, number
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ def tables(results: dict[str, Result], setting: Setting, gpu: str | None = None)
         gpu = torch.cuda.get_device_name()
     peak = None
     if gpu is not None and setting.dtype == "bfloat16":
-        found = (one["tflops"] for name, one in GPUS.items() if name.split("-")[0] in gpu.replace(" ", ""))
-        peak = next(found, None)
+        known = known_gpu(gpu)
+        peak = None if known is None else GPUS[known]["tflops"]
 
     def row(one: Result) -> list[str]:
         seconds, refresh, share = one["seconds"]["median"], one["refresh"], one["refresh_share"]

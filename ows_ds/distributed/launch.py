@@ -117,10 +117,11 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         micro, hosts = recipe.train.micro_batch_size, comm.all_gather_object(socket.gethostname())
         config = resolve_config(raw, recipe.model.dtype, micro, steps, comm.world_size, per_host(hosts))
         check_by_deepspeed(config)
-    names = comm.all_gather_object(torch.cuda.get_device_name(device) if cuda else "CPU")
-    devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    if training and comm.rank == 0:
-        logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
+    if training:
+        names = comm.all_gather_object(torch.cuda.get_device_name(device) if cuda else "CPU")
+        devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+        if comm.rank == 0:
+            logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
     return Runtime(accelerator, comm, device, config)
 
 

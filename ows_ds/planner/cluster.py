@@ -95,6 +95,11 @@ GPUS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
+def known_gpu(name: str) -> str | None:
+    """The name in `GPUS` of the GPU that a driver calls ``name``, such as NVIDIA H100 80GB HBM3."""
+    return next((gpu for gpu in GPUS if gpu.split("-")[0] in name.replace(" ", "")), None)
+
+
 def read_cluster(given: str, changes: Mapping[str, Any] | None = None) -> Cluster:
     """A cluster by its name (``8xA100-80``, ``4x8xH100``: nodes x GPUs of a node), or in a YAML file of its keys.
 

@@ -1,4 +1,4 @@
-"""Two whole runs that are told to write to one folder, on one host and on two that do not see each other's locks."""
+"""Two whole runs whose recipes name one folder, on one host and on two that do not see each other's locks."""
 
 from __future__ import annotations
 
