@@ -103,6 +103,11 @@ class OptimCore(Settings):
     """Largest global norm of the gradient; null: no clipping."""
     rank: Count = 128
     """Dimension of the subspace of each matrix; at most its smaller side."""
+    expert_rank: Count | None = None
+    """The same of each matrix of a stack of experts, at most optim.rank and a divisor of it; null: so that coordinates
+    of all experts take as much memory as those of the experts of one token would at optim.rank."""
+    router: Literal["freeze", "train"] = "freeze"
+    """The weights that choose experts: frozen, or trained with their layer."""
     update_proj_gap: Count = 200
     """Active steps of a layer between two projectors (T_p)."""
     scale: Positive = 1.0
@@ -125,6 +130,8 @@ class OptimCore(Settings):
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
+        if self.rank is not None and self.expert_rank is not None and self.rank % self.expert_rank:
+            yield Wrong("expert_rank", f"expected a divisor of optim.rank, {self.rank}", ("rank",))
         if self.refresh == "sketch":  # one over each of two whole steps
             if self.projector == "svd":
                 yield Wrong("projector", "expected randomized under optim.refresh sketch", ("refresh",))

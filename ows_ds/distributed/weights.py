@@ -95,7 +95,8 @@ class Weights(Protocol):
     def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
-        """In place W <- decay * W + left @ right.T, left (rows, r), right (columns, r), without communication.
+        """In place W <- decay * W + left @ right.mT, left (rows, r), right (columns, r), without communication. Of a
+        stack of matrices, left (E, rows, r), right (E, columns, r).
 
         noise: None, or what the randomness of stochastic rounding depends on (see `add_low_rank`).
         """
@@ -118,18 +119,26 @@ class Weights(Protocol):
 
 
 def add_low_rank(
-    flat: Tensor, start: int, columns: int, left: Tensor, right: Tensor, decay: float = 1.0, noise: str | None = None
+    flat: Tensor, start: int, left: Tensor, right: Tensor, decay: float = 1.0, noise: str | None = None
 ) -> None:
-    """flat <- decay * flat + (left @ right.T).flatten()[start : start + flat.numel()], in place.
+    """flat <- decay * flat + (left @ right.mT).flatten()[start : start + flat.numel()], in place.
 
-    flat: a run of entries of a (rows, columns) matrix, any float dtype; the sum is formed in the factors' dtype
+    flat: a run of entries of a (rows, columns) matrix, or of a stack of them, any float dtype; the sum is formed in the factors' dtype
     (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is bfloat16,
     stochastically, by noise that depends on that key and the entry's position alone.
 
     Blocks of rows are the same for every run, so that all shardings give the same bits.
     """
+    columns, stop = right.shape[-2], start + flat.numel()
+    if left.dim() == 3:
+        size = left.shape[1] * columns
+        for expert in range(start // size, math.ceil(stop / size)):
+            first, last = max(start, expert * size), min(stop, (expert + 1) * size)
+            own = None if noise is None else f"{noise}/{expert}"
+            part = flat[first - start : last - start]
+            add_low_rank(part, first - expert * size, left[expert], right[expert], decay, own)
+        return
     rows_at_once = max(1, entries_at_once(flat.device, MERGE_ENTRIES) // columns)
-    stop = start + flat.numel()
     for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
         update = (left[row : row + rows_at_once] @ right.T).flatten()
         first = row * columns
@@ -208,7 +217,7 @@ class Replicated:
     def merge(
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
-        add_low_rank(parameter.data.view(-1), 0, parameter.shape[1], left, right, decay, noise)
+        add_low_rank(parameter.data.view(-1), 0, left, right, decay, noise)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.comm.world_size if self.comm.world_size > 1 else loss).backward()

@@ -181,8 +181,7 @@ class Zero3:
         self, parameter: ZeroParameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         start, local = self.resident_slice(parameter)
-        columns = full_shape(parameter)[1]
-        add_low_rank(local, start, columns, left.to(local.device), right.to(local.device), decay, noise)
+        add_low_rank(local, start, left.to(local.device), right.to(local.device), decay, noise)
         self.order_gathers()
 
     def backward(self, loss: Tensor) -> None:

@@ -1,7 +1,8 @@
 """A model -> its transformer layers, their matrices and vectors, found by structure.
 
-Nothing here knows a model family by name: the stack of layers is the module list that holds the most
-parameters, a matrix is the weight of a plain linear module, and whatever is left in a layer is a vector.
+Nothing here knows a model family by name. The stack of layers is the largest module list beside the token embedding. In
+a layer, a matrix is the weight of a linear module, or one of a stack of experts, stored as one parameter of three
+dimensions; whatever is left is a vector, however many dimensions it has.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.errors import UserError
@@ -21,17 +24,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A two-dimensional weight that can be trained in a low-rank subspace.
+    """A two-dimensional weight that can be trained in a low-rank subspace, or a stack of such weights under one name.
 
     name: the parameter's dotted name in the model.
-    shape: as stored: (C_out, C_in), or (C_in, C_out) where ``inputs_first`` (GPT-2's ``Conv1D``).
-    modules: dotted names of the modules that use it: one, or embedding and head where they are tied.
+    shape: as stored: (C_out, C_in), or (C_in, C_out) where ``inputs_first`` (GPT-2's ``Conv1D``, gpt-oss' experts).
+    modules: dotted names of the modules that use it: one, or several where they share it.
+    experts: E, where the parameter is a stack (E, *shape) of experts' matrices; None: it is one matrix.
+    active: of a stack, how many experts a token goes to.
+    rank: the low rank of each matrix of a stack; None: the block's.
     """
 
     name: str
     shape: tuple[int, int]
     modules: tuple[str, ...]
     inputs_first: bool = False
+    experts: int | None = None
+    active: int = 1
+    rank: int | None = None
 
     @property
     def tall(self) -> bool:
@@ -63,6 +72,24 @@ class Matrix:
         """Whether its coordinates are on the output side, so that X Q is kept for the backward pass in place of X."""
         return self.tall != self.inputs_first
 
+    @property
+    def count(self) -> int:
+        """How many matrices there are under this name."""
+        return self.experts or 1
+
+    @property
+    def numel(self) -> int:
+        """Entries of all of them."""
+        return self.count * math.prod(self.shape)
+
+    def low_rank(self, r: int) -> int:
+        """The low rank, in a block of low rank r."""
+        return self.rank or r
+
+    def side(self, length: int, r: int) -> tuple[int, ...]:
+        """(length, r), or (E, length, r) of a stack, at its own rank: `long`, of coordinates; `short`, of projectors."""
+        return (*([] if self.experts is None else [self.experts]), length, self.low_rank(r))
+
 
 @dataclass(frozen=True)
 class Vector:
@@ -74,11 +101,15 @@ class Vector:
 
 @dataclass(frozen=True)
 class Block:
-    """What is sampled, attached and merged together: one transformer layer, or what always trains."""
+    """What is sampled, attached and merged together: one transformer layer, or what always trains.
+
+    routers: the weights that choose experts, among neither the matrices nor the vectors (see `ModelLayers.trained`).
+    """
 
     name: str
     matrices: tuple[Matrix, ...]
     vectors: tuple[Vector, ...]
+    routers: tuple[Matrix | Vector, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,17 +127,57 @@ class ModelLayers:
     final: tuple[Vector, ...]
     heads: tuple[Vector, ...] = ()
 
-    def at_rank(self, r: int | None) -> ModelLayers:
+    @property
+    def router_names(self) -> frozenset[str]:
+        """Of all layers."""
+        return frozenset(router.name for block in self.layers for router in block.routers)
+
+    def with_routers(self, train: bool) -> ModelLayers:
+        """The same with routers among the matrices and vectors of their layers, or (not ``train``) left out."""
+        return dataclasses.replace(self, layers=tuple(_with_routers(block, train) for block in self.layers))
+
+    def at_rank(self, r: int | None, expert_rank: int | None = None) -> ModelLayers:
         """The same where a layer's matrix whose shorter side is below r is a vector: at full rank it has fewer
-        coordinates than at rank r. Where no matrix is larger, they stay (see `check_fits`)."""
-        if r is None or all(matrix.short < r for block in self.layers for matrix in block.matrices):
+        coordinates than at rank r. Where no matrix is larger, they stay (see `check_fits`).
+
+        expert_rank: of the matrices of stacks; None: `rank_of_experts`. It is no larger than their shorter side.
+        """
+        if r is None:
             return self
-        return dataclasses.replace(self, layers=tuple(_at_rank(block, r) for block in self.layers))
+        single = [m for block in self.layers for m in block.matrices if m.experts is None]
+        keep = all(matrix.short < r for matrix in single)
+        return dataclasses.replace(self, layers=tuple(_at_rank(b, r, expert_rank, keep) for b in self.layers))
 
 
-def _at_rank(block: Block, r: int) -> Block:
-    small = tuple(Vector(m.name, math.prod(m.shape)) for m in block.matrices if m.short < r)
-    return Block(block.name, tuple(m for m in block.matrices if m.short >= r), (*block.vectors, *small))
+def _with_routers(block: Block, train: bool) -> Block:
+    matrices = tuple(router for router in block.routers if train and isinstance(router, Matrix))
+    vectors = tuple(router for router in block.routers if train and isinstance(router, Vector))
+    return Block(block.name, (*block.matrices, *matrices), (*block.vectors, *vectors))
+
+
+def _at_rank(block: Block, r: int, expert_rank: int | None, keep: bool) -> Block:
+    matrices, small = [], []
+    for matrix in block.matrices:
+        if matrix.experts is not None:
+            rank = expert_rank or rank_of_experts(matrix, r)
+            matrices.append(dataclasses.replace(matrix, rank=largest_divisor(r, min(rank, matrix.short))))
+        elif keep or matrix.short >= r:
+            matrices.append(matrix)
+        else:
+            small.append(Vector(matrix.name, matrix.numel))
+    return dataclasses.replace(block, matrices=tuple(matrices), vectors=(*block.vectors, *small))
+
+
+def rank_of_experts(matrix: Matrix, r: int) -> int:
+    """The rank at which the coordinates of all E experts take as much memory as those of the k experts that a token goes
+    to would at rank r: r k / E. At least 8, below which GPUs have no grouped products, and a divisor of r."""
+    least = max(r * matrix.active / matrix.count, min(8, r))
+    return next(rank for rank in range(1, r + 1) if r % rank == 0 and rank >= least)
+
+
+def largest_divisor(r: int, most: int) -> int:
+    """The largest divisor of r that is at most ``most``."""
+    return next(rank for rank in range(min(r, most), 0, -1) if r % rank == 0)
 
 
 def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None = None) -> ModelLayers:
@@ -114,54 +185,108 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
 
     shape: gives a parameter's full shape where the parameter itself does not (ZeRO-3 empties it).
     Raises UserError (key ``model.path``) for what cannot be trained here: no stack of layers, encoder-decoders,
-    quantised or wrapped linear modules, parameters of three and more dimensions inside a layer.
+    quantised weights, adapters.
     """
     shape = shape or (lambda parameter: tuple(parameter.shape))
-    label = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    config = getattr(model, "config", None)
+    label = getattr(config, "name_or_path", "") or type(model).__name__
 
     def refuse(right: str) -> UserError:
         return UserError("model.path", label, right)
 
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
         raise refuse("expected a causal language model; this one is an encoder-decoder")
     stack_name, stack = _stack(model, shape, refuse)
     names = {parameter: name for name, parameter in model.named_parameters()}
+    active = experts_per_token(config)
+
+    users: dict[nn.Parameter, list[str]] = {}  # the modules of parameters that several layers share
+    for module_name, module in stack.named_modules(prefix=stack_name):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module_name)
+    seen: set[nn.Parameter] = set()
 
     layers = []
     for index, layer in enumerate(stack):
-        matrices: list[Matrix] = []
-        vectors: list[Vector] = []
+        parts: list[tuple[str, Shape, Matrix | Vector]] = []  # with the name of their module
+        experts: dict[str, int] = {}  # the module that has experts in it -> their number
         for module_name, module in layer.named_modules(prefix=f"{stack_name}.{index}"):
             if hasattr(module, "base_layer"):  # what peft calls the module inside an adapter
                 kind = type(module).__name__
                 raise refuse(f"{module_name} is a {kind}; give a model without adapters, or merge them")
             for key, parameter in module.named_parameters(recurse=False):
-                full = shape(parameter)
-                name = names[parameter]
-                if key == "weight" and isinstance(module, (nn.Linear, Conv1D)):
-                    _plain(module, module_name, refuse)
-                    matrices.append(Matrix(name, (full[0], full[1]), (module_name,), isinstance(module, Conv1D)))
-                elif len(full) <= 1:
-                    vectors.append(Vector(name, full[0] if full else 1))
-                else:
-                    raise refuse(f"{name} has shape {full}; in a layer only linear weights may have two dimensions")
-        layers.append(Block(f"{stack_name}.{index}", tuple(matrices), tuple(vectors)))
+                if parameter in seen:  # an earlier layer's
+                    continue
+                seen.add(parameter)
+                full, name = shape(parameter), names[parameter]
+                if not parameter.is_floating_point():
+                    kind = f"{type(module).__name__} of {parameter.dtype}"
+                    raise refuse(f"{module_name} is a {kind}; give a model of plain modules (not quantised)")
+                sides, part = (full[-2], full[-1]) if len(full) > 1 else (0, 0), Vector(name, math.prod(full))
+                found: Matrix | Vector = part
+                if key == "weight" and type(module).forward in (nn.Linear.forward, Conv1D.forward):
+                    found = Matrix(name, sides, tuple(users[parameter]), isinstance(module, Conv1D))
+                elif len(full) == 3 and not isinstance(module, _ConvNd) and min(full) > 1:
+                    first = bool(getattr(module, "is_transposed", False))
+                    found = Matrix(name, sides, tuple(users[parameter]), first, full[0], min(active or 1, full[0]))
+                    experts[module_name] = full[0]
+                parts.append((module_name, full, found))
+            if isinstance(module, nn.ModuleList) and len({type(one) for one in module}) == 1 < len(module):
+                experts[module_name] = len(module)
+        routers = tuple(part for module_name, full, part in parts if _chooses(module_name, full, experts))
+        others = [part for _, _, part in parts if part not in routers]
+        matrices = tuple(part for part in others if isinstance(part, Matrix))
+        vectors = tuple(part for part in others if isinstance(part, Vector))
+        layers.append(Block(f"{stack_name}.{index}", matrices, vectors, routers))
 
     embeddings, final = _outside(model, stack_name, shape, names)
     known = {*(matrix.name for matrix in embeddings), *(vector.name for vector in final)}
     sizes = {name: math.prod(shape(parameter)) for parameter, name in names.items() if name not in known}
-    largest = max((math.prod(matrix.shape) for matrix in embeddings), default=0)
-    return ModelLayers(tuple(layers), embeddings, final, _heads(stack_name, sizes, largest))
+    largest = max((matrix.numel for matrix in embeddings), default=0)
+    return ModelLayers(tuple(layers), embeddings, final, _heads(model, stack_name, sizes, largest))
 
 
-def _heads(stack_name: str, sizes: dict[str, int], most: int) -> tuple[Vector, ...]:
-    """What stands at the model's root, beside the module with the stack, and is no larger than the embedding.
+def _chooses(module_name: str, shape: Shape, experts: dict[str, int]) -> bool:
+    """Whether a weight chooses experts: it has an output for each, and stands beside them.
 
-    sizes: of the weights that are not known yet. A vision tower is larger.
+    experts: names of the modules with experts in them, and how many.
     """
+
+    def inside(outer: str) -> bool:
+        return f"{module_name}.".startswith(f"{outer}.")
+
+    if any(inside(one) for one in experts):
+        return False
+    return any(count in shape[:1] and inside(one.rpartition(".")[0]) for one, count in experts.items())
+
+
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+
+
+def experts_per_token(config: Any) -> int | None:
+    """How many experts a token goes to, as transformers' configurations say it; None where they do not."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = next((value for key in EXPERTS_PER_TOKEN if (value := getattr(config, key, None))), None)
+    return max(found) if isinstance(found, (list, tuple)) else found
+
+
+def _heads(model: nn.Module, stack_name: str, sizes: dict[str, int], most: int) -> tuple[Vector, ...]:
+    """What stands at the model's root, after the module with the stack, and is no larger than the embedding.
+
+    sizes: of the weights that are not known yet. Towers for images and their projectors come before the stack.
+    """
+    roots = [name for name, _ in model.named_children()]
+    after = roots[roots.index(stack_name.partition(".")[0]) + 1 :]
     beside: dict[str, list[Vector]] = {}
     for name, numel in sizes.items():
-        if (root := name.partition(".")[0]) != stack_name.partition(".")[0]:
+        if (root := name.partition(".")[0]) in after:
             beside.setdefault(root, []).append(Vector(name, numel))
     heads = (vectors for vectors in beside.values() if sum(vector.numel for vector in vectors) <= most)
     return tuple(vector for vectors in heads for vector in vectors)
@@ -170,23 +295,27 @@ def _heads(stack_name: str, sizes: dict[str, int], most: int) -> tuple[Vector, .
 def _stack(
     model: nn.Module, shape: Callable[[nn.Parameter], Shape], refuse: Callable[[str], UserError]
 ) -> tuple[str, nn.ModuleList]:
+    """The largest module list in the smallest module that has both the token embedding and a module list in it, or of
+    all the model where it does not say which its embedding is."""
+
     def size(module: nn.Module) -> int:
         return sum(math.prod(shape(parameter)) for parameter in module.parameters())
 
-    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not stacks:
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not any(map(size, stacks.values())):
         raise refuse("expected a transformer: no list of layers was found in this model")
-    return max(stacks, key=lambda item: size(item[1]))
-
-
-def _plain(module: nn.Module, name: str, refuse: Callable[[str], UserError]) -> None:
-    weight = module.weight
-    forward = type(module).forward
-    if forward not in (nn.Linear.forward, Conv1D.forward) or not getattr(weight, "is_floating_point", bool)():
-        raise refuse(
-            f"{name} is a {type(module).__name__} of {weight.dtype}; give a model of plain linear modules "
-            "(not quantised, without adapters)"
-        )
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        embedding = None
+    holder = next((name for name, module in model.named_modules() if module is embedding), "")
+    while holder:
+        holder = holder.rpartition(".")[0]
+        inside = {name: one for name, one in stacks.items() if name.startswith(f"{holder}." if holder else "")}
+        if any(map(size, inside.values())):
+            stacks = inside
+            break
+    return max(stacks.items(), key=lambda item: size(item[1]))
 
 
 def _outside(

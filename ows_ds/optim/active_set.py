@@ -22,7 +22,7 @@ from ows_ds.errors import UserError
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
-from ows_ds.optim.low_rank import Coordinates, LowRankHook, make_coordinates
+from ows_ds.optim.low_rank import Coordinates, Hook, LowRankHook, StackHook, make_coordinates
 from ows_ds.optim.projection import rotation
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import CoordinateBuffer
@@ -62,10 +62,12 @@ class ActiveSet:
             (*(self.layers.final if config.always_on != "none" else ()), *self.layers.heads),
         )
         self.layer_of = {block.name: index for index, block in enumerate(self.layers.layers)}
-        self.hooks: dict[str, list[LowRankHook]] = {}
+        self.hooks: dict[str, list[Hook]] = {}
         for matrix in (m for block in (*self.layers.layers, self.always) for m in block.matrices):
             modules = [module.get_submodule(name) for name in matrix.modules]
-            self.hooks[matrix.name] = [LowRankHook(one, weights.sharded) for one in modules]
+            key = matrix.name.rpartition(".")[2]
+            stack = matrix.experts is not None
+            self.hooks[matrix.name] = [StackHook(m, key) if stack else LowRankHook(m, weights.sharded) for m in modules]
         self.projectors: dict[str, Tensor] = {}
         self.clocks: dict[str, int] = {}
         self.trained_names: set[str] = set()
@@ -156,11 +158,11 @@ class ActiveSet:
     def _listen(self, block: Block) -> None:
         """Let the block's vectors train: their gradients go straight into the buffer."""
 
-        def hook_of(name: str, numel: int) -> Any:
+        def hook_of(name: str) -> Any:
             def hook(parameter: Tensor) -> None:
                 gradient, parameter.grad = parameter.grad, None
                 assert gradient is not None
-                self.buffer.grad(name).view(-1)[:numel] += gradient.reshape(-1)
+                self.buffer.grad(name).add_(gradient.reshape(-1))
                 self.buffer.arrived(name)
 
             return hook
@@ -168,7 +170,7 @@ class ActiveSet:
         for vector in block.vectors:
             parameter = self.parameters[vector.name]
             parameter.requires_grad_(True)
-            hook = hook_of(vector.name, vector.numel)
+            hook = hook_of(vector.name)
             self._vector_hooks[vector.name] = parameter.register_post_accumulate_grad_hook(hook)
         parts: tuple[Vector | Matrix, ...] = (*block.vectors, *block.matrices)
         self.trained_names.update(part.name for part in parts)
@@ -238,10 +240,15 @@ class ActiveSet:
         if moments == "reset":
             mean.zero_()
             square.zero_()
-        else:
-            turn = rotation(old, new).to(self.dtype)
-            mean.copy_(mean @ turn)
-            square.copy_(square @ turn.square())
+            return
+        turn = rotation(old, new).to(self.dtype)
+        *_, long, r = block.layout.shapes[name]  # r divides a row, so that none of a stack's is cut
+        first = (block.layout.part(self.weights.comm.rank)[0] + rows.start - block.layout.slots[name][0]) * self.r // r
+        mean, square = mean.view(-1, r), square.view(-1, r)
+        for expert, one in enumerate(turn.view(-1, r, r)):
+            own = slice(max(expert * long - first, 0), max((expert + 1) * long - first, 0))
+            mean[own] = mean[own] @ one
+            square[own] = square[own] @ one.square()
 
     def merge(self, block: Block) -> None:
         """W <- decay * W + L R^T for the block's matrices, on this rank's part of W; coordinates become zero.
@@ -258,7 +265,7 @@ class ActiveSet:
             attached = self.coordinates(matrix.name)
             if attached is None:
                 continue
-            mine, projector = values[slice(*buffer.layout.slots[matrix.name])], attached.projector.to(self.dtype)
+            mine, projector = buffer.slot(values, matrix.name), attached.projector.to(self.dtype)
             left, right = (mine, projector) if attached.left else (projector, mine)
             noise = f"{self.config.seed}/{self.steps}/{matrix.name}"
             stochastic = self.config.merge_rounding == "stochastic"
@@ -328,7 +335,7 @@ class ActiveSet:
         vectors = [vector for block in self.plan.blocks for vector in block.vectors]
         self.weights.write(
             [self.parameters[vector.name] for vector in vectors],
-            [self.buffer.value(vector.name).view(-1)[: vector.numel] for vector in vectors],
+            [self.buffer.value(vector.name) for vector in vectors],
         )
         for matrix in self.plan.matrices.values() if decay != 1.0 else ():
             attached = self.coordinates(matrix.name)
@@ -340,7 +347,7 @@ def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: s
     """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
     if gamma > len(layers.layers):
         raise UserError("sampling.gamma", gamma, f"expected at most {len(layers.layers)}, the number of layers")
-    low_rank = [matrix for block in layers.at_rank(rank).layers for matrix in block.matrices]
+    low_rank = [m for block in layers.at_rank(rank).layers for m in block.matrices if m.experts is None]
     low_rank += layers.embeddings if always_on == "low_rank" else ()
     for matrix in low_rank if rank is not None else ():
         if rank is not None and rank > matrix.short:

@@ -1,6 +1,7 @@
 """Who owns what, where it lies, and how many bytes move: a pure function of blocks, r and world size.
 
-The coordinates of a block are the rows of one matrix of r columns; a vector of n entries takes ceil(n / r) rows of it.
+The coordinates of a block are the rows of one matrix of r columns. What is narrower, a vector of n entries or a stack of
+experts' coordinates, takes ceil(n / r) rows of it.
 Each rank owns an equal run of whole rows, so that one collective moves a block, and what a rank owns does not depend
 on which other blocks train:
 
@@ -11,13 +12,17 @@ on which other blocks train:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from ows_ds.model.layers import Block, Matrix
+from ows_ds.optim.projection import sketch_width
 
 Rows = tuple[int, int]
 
@@ -30,7 +35,7 @@ class Layout:
     """Where the coordinates of one block lie. Build it with `lay_out`.
 
     r: the low rank, the number of columns. slots: name -> rows of each matrix's coordinates and vector's
-    entries. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
+    entries. shapes: name -> what is in these rows. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
     share their number of steps). rows: padded to a multiple of ``world_size``.
     """
 
@@ -38,6 +43,7 @@ class Layout:
     r: int
     world_size: int
     slots: dict[str, Rows]
+    shapes: dict[str, tuple[int, ...]]
     segments: dict[str, Rows]
     rows: int
 
@@ -66,18 +72,21 @@ def lay_out(block: Block, r: int, world_size: int) -> Layout:
     """A matrix takes as many rows as its longer side; rows are padded to a multiple of ``world_size``."""
     slots: dict[str, Rows] = {}
     segments: dict[str, Rows] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     row = 0
-    for kind, sizes in (
-        ("matrices", [(m.name, m.long) for m in block.matrices]),
-        ("vectors", [(v.name, math.ceil(v.numel / r)) for v in block.vectors]),
+    for kind, parts in (
+        ("matrices", {m.name: m.side(m.long, r) for m in block.matrices}),
+        ("vectors", {v.name: (v.numel,) for v in block.vectors}),
     ):
         start = row
-        for name, size in sizes:
+        for name, shape in parts.items():
+            size = math.ceil(math.prod(shape) / r)
             slots[name] = (row, row + size)
             row += size
+        shapes |= parts
         if row > start:
             segments[kind] = (start, row)
-    return Layout(block, r, world_size, slots, segments, math.ceil(row / world_size) * world_size)
+    return Layout(block, r, world_size, slots, shapes, segments, math.ceil(row / world_size) * world_size)
 
 
 @dataclass(frozen=True)
@@ -158,64 +167,111 @@ def pack(sizes: Mapping[str, int], limit: int = CHUNK) -> list[list[tuple[str, i
 
 
 @dataclass(frozen=True)
+class RefreshPart:
+    """What one rank finds of one matrix's projector, or of those of some experts of a stack.
+
+    experts: first and last + 1; None: it is no stack. rows: in the gathered buffer. shape: of what is in these rows, in
+    row-major order: (side, columns), before it the number of experts.
+    """
+
+    name: str
+    experts: tuple[int, int] | None
+    owner: int
+    rows: Rows
+    shape: tuple[int, ...]
+
+    def of(self, stack: Tensor) -> Tensor:
+        """This part of a whole matrix or stack, or of anything else that has experts first."""
+        return stack if self.experts is None else stack[slice(*self.experts)]
+
+
+@dataclass(frozen=True)
 class RefreshPlan:
     """Who computes which projector, and how the projectors travel in one all-gather (sketches: in one reduce-scatter).
 
-    owners: matrix name -> rank. slots: matrix name -> rows in the gathered buffer of ``world * stride`` rows, to
-    which rank i contributes rows [i * stride, (i + 1) * stride).
+    parts: in the order of the gathered buffer of ``world * stride`` rows of ``columns`` entries, to which rank i
+    contributes rows [i * stride, (i + 1) * stride).
     """
 
-    owners: dict[str, int]
-    slots: dict[str, Rows]
+    parts: tuple[RefreshPart, ...]
     stride: int
+    columns: int
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all matrices, each once."""
+        return tuple(dict.fromkeys(part.name for part in self.parts))
+
+    def parts_of(self, name: str) -> list[RefreshPart]:
+        """Those of one matrix: one, or a stack's in the order of its experts."""
+        return [part for part in self.parts if part.name == name]
 
     def describe(self) -> dict[str, Any]:
         """What all ranks must have in common, JSON-able."""
-        return {"owners": self.owners, "slots": self.slots}
+        return {"parts": [list(dataclasses.astuple(part)) for part in self.parts], "columns": self.columns}
 
-    def bytes_of_pass(
-        self, world_size: int, width: int, r: int | None = None, itemsize: int = 4, weight_itemsize: int = 2
-    ) -> dict[str, int]:
-        """Bytes that each rank sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
+    def bytes_of_pass(self, world_size: int, result: RefreshPlan, itemsize: int = 4, weight_itemsize: int = 2) -> int:
+        """Bytes that each rank sends for one pass of sketches (`optim.refresh: sketch`), in a ring.
 
-        width: columns of the sketches. r: the low rank in the second pass, None in the first. itemsize: bytes of a
-        coordinate; weight_itemsize: of a weight's entry.
+        result: what the owners send, the first pass's bases (this plan) or projectors. itemsize: bytes of a coordinate;
+        weight_itemsize: of a weight's entry.
         """
-        sent = self.stride * (world_size - 1)
-        found = {"sketch_bases": width} if r is None else {"projectors": r}
-        return {"sketches": sent * width * itemsize, **{n: sent * c * weight_itemsize for n, c in found.items()}}
+        sent = self.stride * self.columns * itemsize + result.stride * result.columns * weight_itemsize
+        return sent * (world_size - 1)
 
 
-def plan_refresh(matrices: Sequence[Matrix], world_size: int, long: bool = False) -> RefreshPlan:
+def plan_refresh(
+    matrices: Sequence[Matrix], world_size: int, r: int, sketch: Literal["first", "second"] | None = None
+) -> RefreshPlan:
     """Spread the projectors of ``matrices`` over the ranks so that the busiest has as little as possible to do.
 
-    Longest processing time first: the costliest matrix left goes to the rank with least work; ties go to the lower
+    Longest processing time first: the costliest part left goes to the rank with least work; ties go to the lower
     rank, so that the result depends on nothing but the arguments. The cost of an exact SVD of an m x n matrix
-    is m * n * min(m, n) flops up to a factor, which also orders the range finder's m * n * r.
+    is m * n * min(m, n) flops up to a factor, which also orders the range finder's m * n * r. A stack is cut into runs
+    of experts, one a rank where there are as many.
 
-    long: a slot has as many rows as the matrix's longer side (what a first sketch takes), else as its shorter one.
+    r: the low rank. sketch: None, projectors of full gradients; else which of two sketches of them is spread.
     """
-
-    def rows(matrix: Matrix) -> int:
-        return matrix.long if long else matrix.short
-
+    columns = max((_width(matrix, r, sketch) for matrix in matrices), default=r)
     work = [0] * world_size
-    owned: list[list[Matrix]] = [[] for _ in range(world_size)]
-    for matrix in sorted(matrices, key=lambda m: (-_cost(m), m.name)):
+    owned: list[list[tuple[Matrix, tuple[int, int] | None]]] = [[] for _ in range(world_size)]
+    parts = [(matrix, experts) for matrix in matrices for experts in _runs(matrix, world_size)]
+    for matrix, experts in sorted(parts, key=lambda part: (-_cost(*part), part[0].name, part[1])):
         owner = min(range(world_size), key=lambda i: (work[i], i))
-        work[owner] += _cost(matrix)
-        owned[owner].append(matrix)
-    stride = max((sum(rows(m) for m in mine) for mine in owned), default=0)
-    owners: dict[str, int] = {}
-    slots: dict[str, Rows] = {}
+        work[owner] += _cost(matrix, experts)
+        owned[owner].append((matrix, experts))
+
+    def shape(matrix: Matrix, experts: tuple[int, int] | None) -> tuple[int, ...]:
+        side = matrix.long if sketch == "first" else matrix.short
+        return (*(() if experts is None else (experts[1] - experts[0],)), side, _width(matrix, r, sketch))
+
+    def rows(matrix: Matrix, experts: tuple[int, int] | None) -> int:
+        return math.ceil(math.prod(shape(matrix, experts)) / columns)
+
+    stride = max((sum(rows(*part) for part in mine) for mine in owned), default=0)
+    found = []
     for owner, mine in enumerate(owned):
         row = owner * stride
-        for matrix in mine:
-            owners[matrix.name] = owner
-            slots[matrix.name] = (row, row + rows(matrix))
-            row += rows(matrix)
-    return RefreshPlan(owners, slots, stride)
+        for matrix, experts in mine:
+            last = row + rows(matrix, experts)
+            found.append(RefreshPart(matrix.name, experts, owner, (row, last), shape(matrix, experts)))
+            row = last
+    return RefreshPlan(tuple(found), stride, columns)
 
 
-def _cost(matrix: Matrix) -> int:
-    return matrix.shape[0] * matrix.shape[1] * min(matrix.shape)
+def _width(matrix: Matrix, r: int, sketch: str | None) -> int:
+    """Columns of a matrix's projector, or of its sketch."""
+    low_rank = matrix.low_rank(r)
+    return low_rank if sketch is None else sketch_width(low_rank, matrix.short)
+
+
+def _runs(matrix: Matrix, world_size: int) -> list[tuple[int, int] | None]:
+    if matrix.experts is None:
+        return [None]
+    size = math.ceil(matrix.experts / world_size)
+    return [(first, min(first + size, matrix.experts)) for first in range(0, matrix.experts, size)]
+
+
+def _cost(matrix: Matrix, experts: tuple[int, int] | None) -> int:
+    count = 1 if experts is None else experts[1] - experts[0]
+    return count * matrix.shape[0] * matrix.shape[1] * min(matrix.shape)

@@ -1,27 +1,132 @@
-"""Linear modules whose weight is frozen and whose coordinates train.
+"""Products with weights that are frozen and whose coordinates train.
 
 A weight as stored, W (rows, columns), is used as decay * W + L R^T with L (rows, r), R (columns, r): for rows >=
 columns L is the trained coordinates and R the projector, otherwise the other way round (see ``project.py``). Neither
 L R^T nor the gradient of W is ever formed: the coordinates' gradient comes out of products of their own size.
+
+A stack of experts' weights is E such matrices, and a token is multiplied with those of its own experts. Which, a model
+says by how it uses the stack: `Use`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.compat.torch import add_product, with_weight
+from ows_ds.compat.torch import add_product, grouped_product, has_grouped_product, with_weight
 from ows_ds.optim.projection import is_tall
+
+
+class Use:
+    """How tokens (n, C_in) are multiplied with a matrix (C_in, C_out). Subclasses: with a stack of matrices."""
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Tokens as the other methods take them."""
+        return x.reshape(-1, x.shape[-1])
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """x (n, i) matrix (i, o) -> (n, o)."""
+        return x @ matrix
+
+    def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
+        """The same, added to ``total`` in place."""
+        total.addmm_(x, matrix)
+
+    def add_outer(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """``total`` (i, o), perhaps of a wider dtype, <- total + a^T b, for tokens a (n, i) and b (n, o)."""
+        add_product(total, a.t(), b)
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """a^T b alone."""
+        return a.t() @ b
+
+
+@dataclass(frozen=True)
+class OneExpert(Use):
+    """All tokens with the matrix of one expert."""
+
+    index: int
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return x @ matrix[self.index]
+
+    def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
+        total.addmm_(x, matrix[self.index])
+
+    def add_outer(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        add_product(total[self.index], a.t(), b)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped(Use):
+    """Tokens in the order of their experts. ends: (E,), int, where each expert's tokens end; what comes after the last
+    of them belongs to no expert, and its products are zero."""
+
+    ends: Tensor
+
+    def _groups(self) -> list[tuple[int, slice]]:
+        ends = self.ends.tolist()
+        return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if a < b]
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if has_grouped_product(x, matrix):
+            return grouped_product(x, matrix, self.ends)
+        y = x.new_zeros(x.shape[0], matrix.shape[-1])
+        for expert, rows in self._groups():
+            torch.mm(x[rows], matrix[expert], out=y[rows])
+        return y
+
+    def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
+        if has_grouped_product(x, matrix):
+            total += grouped_product(x, matrix, self.ends)
+            return
+        for expert, rows in self._groups():
+            total[rows].addmm_(x[rows], matrix[expert])
+
+    def add_outer(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        if has_grouped_product(a.t(), b):
+            total += grouped_product(a.t(), b, self.ends)
+            return
+        for expert, rows in self._groups():
+            add_product(total[expert], a[rows].t(), b[rows])
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        if has_grouped_product(a.t(), b):
+            return grouped_product(a.t(), b, self.ends)
+        total = a.new_zeros(len(self.ends), a.shape[-1], b.shape[-1])
+        for expert, rows in self._groups():
+            torch.mm(a[rows].t(), b[rows], out=total[expert])
+        return total
+
+
+class Batched(Use):
+    """Tokens (E, n, C_in): some for each expert."""
+
+    def flat(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
+        total.baddbmm_(x, matrix)
+
+    def add_outer(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        total += a.mT @ b
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return a.mT @ b
+
+
+EVERY = Use()
 
 
 @dataclass
 class Coordinates:
-    """What is attached to one matrix.
+    """What is attached to one matrix (m, n), or to a stack (E, m, n) of them: then everything has E first.
 
     values: (max(m, n), r), a leaf. projector: (min(m, n), r). Both of the weight's dtype.
     grad: where linear modules add the gradient of ``values``, its shape, float32 or wider; None: autograd brings it.
@@ -29,7 +134,7 @@ class Coordinates:
     transposed: values on the shorter side, the projector on the longer one (the second pass of a `Sketch`).
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     values: Tensor
     projector: Tensor
     decay: float = 1.0
@@ -46,16 +151,16 @@ class Coordinates:
         """L (rows, r) and R (columns, r)."""
         return (self.values, self.projector) if self.left else (self.projector, self.values)
 
-    def accumulate(self, a: Tensor, b: Tensor) -> Tensor | None:
+    def accumulate(self, a: Tensor, b: Tensor, use: Use) -> Tensor | None:
         """The gradient a^T b, for a (tokens, max(m, n)) and b (tokens, r): added to `grad`, or returned."""
         if self.grad is None:
             return (a.t() @ b).to(self.values.dtype)
-        add_product(self.grad, a.t(), b)
+        use.add_outer(self.grad, a, b)
         return None
 
 
 def make_coordinates(
-    shape: tuple[int, int], values: Tensor, projector: Tensor, grad: Tensor, direct: bool, transposed: bool = False
+    shape: tuple[int, ...], values: Tensor, projector: Tensor, grad: Tensor, direct: bool, transposed: bool = False
 ) -> Coordinates:
     """Coordinates whose gradients are added to ``grad``, in its dtype.
 
@@ -63,24 +168,26 @@ def make_coordinates(
     embeddings, and to a head that is differentiated where its loss is computed).
     """
     leaf = values.detach().requires_grad_()
-    if direct:
-        return Coordinates(shape, leaf, projector, transposed=transposed, grad=grad)
 
-    def add(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        grad.add_(leaf.grad)
+    def add(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            grad.add_(gradient)
+
+    def forget(leaf: Tensor) -> None:
         leaf.grad = None
 
-    leaf.register_post_accumulate_grad_hook(add)
-    return Coordinates(shape, leaf, projector, transposed=transposed)
+    leaf.register_hook(add)
+    leaf.register_post_accumulate_grad_hook(forget)
+    return Coordinates(shape, leaf, projector, transposed=transposed, grad=grad if direct else None)
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x (decay * W + sum of L R^T)^T + b with frozen W.
+    """y = x (decay * W + sum of L R^T)^T + b, each token with a matrix W of its own where W is a stack.
 
-    Saves x B (tokens x r) where coordinates stand on the output side, x where any stand on the input side, and nothing
-    of the tokens' size without coordinates. The weight is saved as the module's own parameter, so that ZeRO-3 may
-    release it after the forward pass and gather it again for the backward pass.
+    W is frozen, or trains at full rank and has no coordinates. Saves x B (tokens x r) where coordinates stand on the
+    output side, x where any stand on the input side or W trains, and nothing of the tokens' size otherwise. The weight
+    is saved as the module's own parameter, so that ZeRO-3 may release it after the forward pass and gather it again for
+    the backward pass.
     """
 
     @staticmethod
@@ -91,33 +198,35 @@ class FrozenLinear(torch.autograd.Function):
         bias: Tensor | None,
         attached: list[Coordinates],
         inputs_first: bool,
+        use: Use,
         *values: Tensor,
     ) -> Tensor:
         """x (..., C_in), weight as stored, bias (C_out), values: of what is ``attached`` -> (..., C_out), as x."""
-        tokens = x.reshape(-1, x.shape[-1])
-        matrix = weight.to(x.dtype) if inputs_first else weight.to(x.dtype).t()
+        tokens = use.flat(x)
+        matrix = weight.to(x.dtype) if inputs_first else weight.to(x.dtype).mT
         decay = attached[0].decay if attached else 1.0
         if bias is not None:
             y = torch.addmm(bias.to(x.dtype), tokens, matrix, alpha=decay)
         else:
-            y = tokens @ matrix
+            y = use.product(tokens, matrix)
             if decay != 1.0:
                 y *= decay
         inner = outer = hidden = None
         if attached:
             inner, outer = _sides(attached, inputs_first, x.dtype)
-            hidden = tokens @ inner
-            y.addmm_(hidden, outer.t())
+            hidden = use.product(tokens, inner)
+            use.add_product(y, hidden, outer.mT)
         ctx.outside = [one.left != inputs_first for one in attached]
-        needed = list(zip(ctx.needs_input_grad[5:], ctx.outside, strict=True))
+        needed = list(zip(ctx.needs_input_grad[FIRST_VALUE:], ctx.outside, strict=True))
+        inputs_needed = ctx.needs_input_grad[1] or any(needs and not outside for needs, outside in needed)
         ctx.save_for_backward(
             weight,
             inner,
             outer,
-            tokens if any(needs and not outside for needs, outside in needed) else None,
+            tokens if inputs_needed else None,
             hidden if any(needs and outside for needs, outside in needed) else None,
         )
-        ctx.attached, ctx.decay, ctx.inputs_first = attached, decay, inputs_first
+        ctx.attached, ctx.decay, ctx.inputs_first, ctx.use = attached, decay, inputs_first, use
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -125,67 +234,94 @@ class FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad (..., C_out)."""
         weight, inner, outer, tokens, hidden = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_bias = None
-        grad_hidden = None if outer is None else flat @ outer
+        use: Use = ctx.use
+        flat = use.flat(grad)
+        grad_x = grad_weight = grad_bias = None
+        grad_hidden = None if outer is None else use.product(flat, outer)
         if ctx.needs_input_grad[0]:
             matrix = weight.to(flat.dtype)
-            grad_x = flat @ (matrix.t() if ctx.inputs_first else matrix)
+            grad_x = use.product(flat, matrix.mT if ctx.inputs_first else matrix)
             if ctx.decay != 1.0:
                 grad_x *= ctx.decay
             if grad_hidden is not None:
-                grad_x.addmm_(grad_hidden, inner.t())
+                use.add_product(grad_x, grad_hidden, inner.mT)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        if ctx.needs_input_grad[1]:
+            grad_weight = use.outer(*((tokens, flat) if ctx.inputs_first else (flat, tokens))).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         grads: list[Tensor | None] = []
         first = 0
-        for one, outside, needs in zip(ctx.attached, ctx.outside, ctx.needs_input_grad[5:], strict=True):
-            columns = slice(first, first + one.projector.shape[1])
+        for one, outside, needs in zip(ctx.attached, ctx.outside, ctx.needs_input_grad[FIRST_VALUE:], strict=True):
+            columns = slice(first, first + one.projector.shape[-1])
             first = columns.stop
             a, b = (flat, hidden) if outside else (tokens, grad_hidden)
             if needs:
                 assert b is not None
-                grads.append(one.accumulate(a, b[:, columns]))
+                grads.append(one.accumulate(a, b[..., columns], use))
             else:
                 grads.append(None)
-        return grad_x, None, grad_bias, None, None, *grads
+        return grad_x, grad_weight, grad_bias, None, None, None, *grads
+
+
+FIRST_VALUE = 6  # of `FrozenLinear`'s arguments
 
 
 def _sides(attached: list[Coordinates], inputs_first: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(C_in, k) and (C_out, k) of all that is attached, side by side."""
     lefts, rights = zip(*(one.factors for one in attached), strict=True)
     # one alone: the tensors themselves, for copies would be kept for the backward pass
-    left, right = (some[0].to(dtype) if len(some) == 1 else torch.cat(some, 1).to(dtype) for some in (lefts, rights))
+    left, right = (some[0].to(dtype) if len(some) == 1 else torch.cat(some, -1).to(dtype) for some in (lefts, rights))
     return (left, right) if inputs_first else (right, left)
 
 
-class LowRankHook:
-    """Takes the place of a module's forward pass for as long as it is installed.
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, attached: list[Coordinates], inputs_first: bool, use: Use = EVERY
+) -> Tensor:
+    """See `FrozenLinear`."""
+    given = (weight, bias, attached, inputs_first, use, *(one.values for one in attached))
+    y: Tensor
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        y = FrozenLinear.apply(x, *given)
+        return y
+    with torch.autocast(kind, enabled=False):  # it casts what goes into products: here that is done by hand
+        y = FrozenLinear.apply(x.to(torch.get_autocast_dtype(kind)), *given)
+    return y
 
-    With `coordinates` and `sketch` None and the weight frozen or trained at full rank, the module computes what it
-    always did. The values of `sketch` are zero: only their gradient counts.
-    """
+
+class Hook:
+    """What acts on a module's weight while it is installed: `coordinates`, `sketch`, both or nothing. Without either,
+    and with a weight that is frozen or trains at full rank, the module computes what it always did. The values of
+    `sketch` are zero: only their gradient counts."""
+
+    coordinates: Coordinates | None = None
+    sketch: Coordinates | None = None
+
+    @property
+    def attached(self) -> list[Coordinates]:
+        """What acts now."""
+        return [one for one in (self.coordinates, self.sketch) if one is not None]
+
+    def remove(self) -> None:
+        """Give the module back as it was."""
+        raise NotImplementedError
+
+
+class LowRankHook(Hook):
+    """Takes the place of a linear module's or an embedding's forward pass."""
 
     def __init__(self, module: nn.Module, sharded: bool) -> None:
         """sharded: the weight is gathered only around each pass (ZeRO-3)."""
         self.module = module
-        self.coordinates: Coordinates | None = None
-        self.sketch: Coordinates | None = None
         self._sharded = sharded
         self._own: Callable[..., Tensor] = type(module).forward
         self._forward = self._lookup if isinstance(module, nn.Embedding) else self._linear
         module.forward = self._forward
 
     def remove(self) -> None:
-        """Give the module its own forward pass back."""
         self.coordinates = self.sketch = None
         del self.module.forward
-
-    @property
-    def attached(self) -> list[Coordinates]:
-        """What acts now: coordinates, sketch, both or nothing."""
-        return [one for one in (self.coordinates, self.sketch) if one is not None]
 
     def _linear(self, x: Tensor) -> Tensor:
         module: Any = self.module
@@ -194,15 +330,7 @@ class LowRankHook:
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
         if weight.requires_grad or not (attached or self._sharded):
             return self._own(module, x)
-        values, kind = (one.values for one in attached), x.device.type
-        given = (weight, module.bias, attached, isinstance(module, Conv1D), *values)
-        y: Tensor
-        if not torch.is_autocast_enabled(kind):
-            y = FrozenLinear.apply(x, *given)
-            return y
-        with torch.autocast(kind, enabled=False):  # it casts what goes into products: here that is done by hand
-            y = FrozenLinear.apply(x.to(torch.get_autocast_dtype(kind)), *given)
-        return y
+        return frozen_linear(x, weight, module.bias, attached, isinstance(module, Conv1D))
 
     def _lookup(self, ids: Tensor) -> Tensor:
         y = self._own(self.module, ids)
@@ -214,6 +342,134 @@ class LowRankHook:
         shadow = with_weight(self.module, left)
         low_rank = self._own(shadow, ids) @ right.t()
         return torch.add(low_rank, y, alpha=attached[0].decay)
+
+
+class StackHook(Hook):
+    """Stands in for a module's stack of experts' weights, under its name: the module's own code, or a function of
+    transformers' ``ALL_EXPERTS_FUNCTIONS``, computes with it as with the parameter (see `Stack`)."""
+
+    def __init__(self, module: nn.Module, key: str) -> None:
+        """key: the parameter's name in ``module``."""
+        self.module, self.key = module, key
+        self._unbound: tuple[Tensor, ...] | None = None
+        module.__dict__[key] = Stack(self)  # found before nn.Module's own __getattr__ looks among its parameters
+        self._handle = module.register_forward_pre_hook(self._forget)
+
+    def _forget(self, *_: Any) -> None:
+        self._unbound = None
+
+    def remove(self) -> None:
+        self.coordinates = self.sketch = self._unbound = None
+        self._handle.remove()
+        del self.module.__dict__[self.key]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's own."""
+        found: nn.Parameter = self.module._parameters[self.key]
+        return found
+
+    def unbound(self) -> tuple[Tensor, ...]:
+        """Each expert's weight where they train at full rank: one gradient of the stack is made of all of theirs."""
+        if self._unbound is None:
+            self._unbound = self.parameter.unbind()
+        return self._unbound
+
+    def merged(self) -> Tensor:
+        """decay * W + L R^T, (E, ...), differentiable: for code that does something else with it than to multiply."""
+        weight: Tensor = self.parameter
+        for one in self.attached:
+            left, right = one.factors
+            weight = torch.add(left @ right.mT, weight, alpha=one.decay)
+        return weight
+
+
+SIZES = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "data_ptr", "is_cuda", "is_contiguous")
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A stack of weights (E, a, b) as a model's code sees it, or its transpose, or one expert's weight.
+
+    Tokens are multiplied with it by `FrozenLinear`; in all else it is the tensor that it stands for.
+    """
+
+    hook: StackHook
+    flipped: bool = False
+    expert: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """What it stands for."""
+        hook = self.hook
+        if self.expert is not None and hook.parameter.requires_grad:
+            return self._seen(hook.unbound()[self.expert], None)
+        return self._seen(hook.merged(), self.expert)
+
+    def _seen(self, weight: Tensor, expert: int | None) -> Tensor:
+        found = weight if expert is None else weight[expert]
+        return found.mT if self.flipped else found
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("hook", "flipped", "expert"):  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._seen(self.hook.parameter, self.expert) if name in SIZES else self.tensor, name)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        one = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool)
+        if not one or self.expert is not None:
+            return self.tensor[index]
+        return replace(self, expert=range(len(self))[int(index)])
+
+    @property
+    def mT(self) -> Stack:  # noqa: N802 (torch's name)
+        """As a tensor's."""
+        return replace(self, flipped=not self.flipped)
+
+    def transpose(self, a: int, b: int) -> Any:
+        """As a tensor's."""
+        dims = self.dim()
+        return self.mT if {a % dims, b % dims} == {dims - 2, dims - 1} else self.tensor.transpose(a, b)
+
+    def t(self) -> Any:
+        """As a tensor's."""
+        return self.T
+
+    @property
+    def T(self) -> Any:  # noqa: N802 (torch's name)
+        """As a tensor's."""
+        return self.tensor.T if self.expert is None else self.mT
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x, stack = (*args, None, None)[:2]
+        if isinstance(stack, cls) and isinstance(x, Tensor):
+            y = stack._product(getattr(func, "__name__", ""), x, args[2:], kwargs)
+            if y is not None:
+                return y
+        args, kwargs = tree_map(lambda one: one.tensor if isinstance(one, cls) else one, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _product(self, name: str, x: Tensor, more: Any, kwargs: Any) -> Tensor | None:
+        """What the function of torch of this name makes of x and this; None if it is no product of tokens with it."""
+        one, inputs_first, bias = self.expert, not self.flipped, None
+        use: Use | None = None
+        if one is not None and name in ("linear", "matmul", "mm") and not self.hook.parameter.requires_grad:
+            use = OneExpert(one)
+            if name == "linear":
+                inputs_first, bias = self.flipped, (*more, kwargs.get("bias"))[0]
+        elif one is None and name in ("bmm", "matmul") and x.dim() == 3:
+            use = Batched()
+        elif one is None and name in ("_grouped_mm", "grouped_mm_fallback"):
+            use = Grouped((*more, kwargs.get("offs"))[0])
+        if use is None:
+            return None
+        y = frozen_linear(x, self.hook.parameter, None, self.hook.attached, inputs_first, use)
+        return y if bias is None else y + bias
 
 
 def trained(module: nn.Module) -> list[Tensor]:

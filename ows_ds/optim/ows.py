@@ -83,7 +83,8 @@ class OWS(OWSState):
         self.weights = as_weights(model)
         self.comm, self.module, self.device = self.weights.comm, self.weights.module, self.weights.device
         self.accumulation = config.accumulation
-        self.layers: ModelLayers = find_layers(self.module, self.weights.shape).at_rank(config.rank)
+        layers = find_layers(self.module, self.weights.shape).with_routers(config.router == "train")
+        self.layers: ModelLayers = layers.at_rank(config.rank, config.expert_rank)
         check_fits(self.layers, config.gamma, config.rank, config.always_on)
         self.probabilities = probabilities(ratios_of(scores, self.weights, len(self.layers.layers)), config.gamma)
         self.active = ActiveSet(self.weights, self.layers, config)
@@ -280,7 +281,7 @@ class OWS(OWSState):
             plan = active.plan_of(self.layer_set)
         due = active.due(plan)
         passes = self.refresh.plans(plan, due)
-        if changed or any(one.owners for one in passes):
+        if changed or any(one.parts for one in passes):
             described = {"layers": list(self.layer_set), "plan": plan.describe()}
             described |= {f"refresh {number}": one.describe() for number, one in enumerate(passes)}
             self.comm.assert_consistent(f"the layers and the plan of step {self.steps + 1}", described)

@@ -11,7 +11,6 @@ What `ows_ds.optim.ows.OWS` does with shards, coordinates and messages must come
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import Block, find_layers
+from ows_ds.model.layers import Block, Matrix, find_layers
 from ows_ds.optim.projection import (
     find_projector,
     leading,
     low_rank_gradient,
     orthonormal,
     rotation,
+    seeds,
     sketch_width,
     start_basis,
 )
@@ -56,6 +56,8 @@ class Reference:
     period: int = 50
     scheme: str = "bernoulli"
     rank: int | None = 128
+    expert_rank: int | None = None
+    router: str = "freeze"
     update_proj_gap: int = 200
     scale: float = 1.0
     lr: float = 3e-4
@@ -76,7 +78,7 @@ class Reference:
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parts = find_layers(self.model).at_rank(self.rank)
+        self.parts = find_layers(self.model).with_routers(self.router == "train").at_rank(self.rank, self.expert_rank)
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
@@ -141,12 +143,12 @@ class Reference:
         for name, gradient in gradients.items():
             weight, low_rank = self.parameters[name], names[name]
             direction = self.adam(name, gradient * clip)
-            if weight.dim() > 1:
+            if name in self.matrices:
                 weight.mul_(1 - self.lr * self.weight_decay)
             if low_rank:
                 q = self.state[name].projector
                 assert q is not None
-                full = direction @ q.T if self.matrices[name].tall else q @ direction.T
+                full = direction @ q.mT if self.matrices[name].tall else q @ direction.mT
                 weight.sub_(full, alpha=self.lr * self.scale)
             else:
                 weight.sub_(direction, alpha=self.lr)
@@ -156,17 +158,17 @@ class Reference:
         assert self.rank is not None
         state, matrix = self.state.get(name), self.matrices[name]
         if state is None:
-            rows = torch.zeros(matrix.long, self.rank, dtype=gradient.dtype)
+            rows = torch.zeros(matrix.side(matrix.long, self.rank), dtype=gradient.dtype)
             state = self.state[name] = State(rows, rows.clone())
-        seed = zlib.crc32(f"{self.seed}/{self.step_number}/{name}".encode())
+        seed = self.seeds(matrix, self.step_number)
         if self.refresh == "sketch":
             if state.coming is not None:
                 self.turn(state, state.coming)
                 state.coming = None
-            self.sketch(name, state, gradient if matrix.tall else gradient.T, seed)
+            self.sketch(matrix, state, gradient if matrix.tall else gradient.mT, seed)
         elif state.age % self.update_proj_gap == 0:
-            near = self.near(name, state, matrix.short)
-            new = find_projector(seen, self.rank, self.projector, seed, state.projector, near)
+            near = self.near(matrix, state)
+            new = find_projector(seen, matrix.low_rank(self.rank), self.projector, seed, state.projector, near)
             self.turn(state, new.to(gradient.dtype))
         state.age += 1
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
@@ -180,26 +182,29 @@ class Reference:
             state.mean, state.square, state.steps = state.mean * 0, state.square * 0, 0
         state.projector = new
 
-    def near(self, name: str, state: State, short: int) -> Tensor | None:
+    def seeds(self, matrix: Matrix, step: int) -> int | list[int]:
+        """Of a matrix's randomness in a step; of a stack, of each of its matrices."""
+        return seeds(f"{self.seed}/{step}/{matrix.name}", None if matrix.experts is None else range(matrix.experts))
+
+    def near(self, matrix: Matrix, state: State) -> Tensor | None:
         """Under align: what the basis of the new subspace is to be near to, the old one, at first noise."""
         if self.moments_on_refresh != "align" or self.rank is None:
             return None
-        noise = start_basis(short, self.rank, zlib.crc32(f"{self.seed}/0/{name}".encode()))
+        noise = start_basis(matrix.short, matrix.low_rank(self.rank), self.seeds(matrix, 0))
         return noise if state.projector is None else state.projector
 
-    def sketch(self, name: str, state: State, tall: Tensor, seed: int) -> None:
+    def sketch(self, matrix: Matrix, state: State, tall: Tensor, seed: int | list[int]) -> None:
         """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
 
         tall: G or G^T, with the side of the projector last.
         """
         assert self.rank is not None
+        r = matrix.low_rank(self.rank)
         if state.age % self.update_proj_gap == 0:
-            width = sketch_width(self.rank, min(tall.shape))
-            start = start_basis(tall.shape[1], width, seed, state.projector).to(tall.dtype)
+            start = start_basis(matrix.short, sketch_width(r, matrix.short), seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
         elif state.basis is not None:
-            near = self.near(name, state, tall.shape[1])
-            state.coming = leading(tall.T @ state.basis, self.rank, near).to(tall.dtype)
+            state.coming = leading(tall.mT @ state.basis, r, self.near(matrix, state)).to(tall.dtype)
             state.basis = None
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ the step in hand.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,12 +32,13 @@ from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model.layers import Block
 from ows_ds.optim.active_set import ActiveSet
-from ows_ds.optim.layout import Plan, RefreshPlan, plan_refresh
+from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.projection import (
     Range,
     choose,
     find_range,
     low_rank_gradient,
+    seeds,
     start_basis,
 )
 
@@ -96,21 +96,27 @@ class Refresh:
         """By matrix, (long, w): what the coming step's second sketches are taken with."""
         return {}
 
-    def _seed(self, name: str, step: int) -> int:
-        """Of a matrix's randomness in a step, on whatever rank."""
-        return zlib.crc32(f"{self.config.seed}/{step}/{name}".encode())
+    def _seeds(self, part: RefreshPart, step: int) -> int | list[int]:
+        """Of a part's randomness in a step, on whatever rank."""
+        experts = None if part.experts is None else range(*part.experts)
+        return seeds(f"{self.config.seed}/{step}/{part.name}", experts)
 
-    def _choose(self, ranges: Mapping[str, Range]) -> dict[str, Tensor]:
+    def _previous(self, part: RefreshPart) -> Tensor | None:
+        """The projectors that there are."""
+        old = self.active.projectors.get(part.name)
+        return None if old is None else part.of(old)
+
+    def _choose(self, ranges: Mapping[RefreshPart, Range]) -> dict[RefreshPart, Tensor]:
         """See `choose`. Under ``moments_on_refresh: align`` near the matrix's projector, or near noise without one."""
-        near: dict[str, Tensor] = {}
-        for name, one in ranges.items() if self.config.moments_on_refresh == "align" else ():
-            old = self.active.projectors.get(name)
-            near[name] = self._start(name, len(one.basis), self.active.r, 0) if old is None else old
-        return choose(ranges, self.active.r, near)
+        near: dict[RefreshPart, Tensor] = {}
+        for part, one in ranges.items() if self.config.moments_on_refresh == "align" else ():
+            old = self._previous(part)
+            near[part] = self._start(part, one.basis.shape[-2], one.r, 0) if old is None else old
+        return choose(ranges, near)
 
-    def _start(self, name: str, short: int, width: int, step: int, previous: Tensor | None = None) -> Tensor:
+    def _start(self, part: RefreshPart, short: int, width: int, step: int, previous: Tensor | None = None) -> Tensor:
         """See `start_basis`; where the model runs."""
-        return to_device(start_basis(short, width, self._seed(name, step), previous), self.active.weights.device)
+        return to_device(start_basis(short, width, self._seeds(part, step), previous), self.active.weights.device)
 
 
 class FullGradients(Refresh):
@@ -126,63 +132,66 @@ class FullGradients(Refresh):
         self.set_accumulation_steps(config.accumulation)
         self._step = 0
         self._found: dict[str, Tensor] = {}
-        self._squares: dict[str, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this rank owns
+        self._squares: dict[RefreshPart, Tensor] = {}  # (2,), float64: ||G Q||^2 and ||G||^2 of what this rank owns
         # of those, before the choice; and G times the basis' columns from r on: times the others it is in the buffer
-        self._ranges: dict[str, tuple[Range, Tensor]] = {}
+        self._ranges: dict[RefreshPart, tuple[Range, Tensor]] = {}
         self._refreshed: Collection[str] = ()
         self._side = torch.cuda.Stream(active.weights.device) if active.weights.device.type == "cuda" else None
         self._left: dict[str, int] = {}
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[RefreshPart, Tensor] = {}
         self._handles: list[Any] = []
 
     def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
-        return [plan_refresh([matrix for block in due for matrix in block.matrices], self.comm.world_size)]
+        matrices = [matrix for block in due for matrix in block.matrices]
+        return [plan_refresh(matrices, self.comm.world_size, self.active.r)]
 
     def begin(self, plans: Sequence[RefreshPlan], step: int) -> None:
         """Detach the (merged) matrices and let their full gradients through."""
         self._refreshed, self._squares = (), {}
         [plan] = plans
-        if not plan.owners:
+        if not plan.parts:
             return
         self.plan, self._step = plan, step
-        self._left = dict.fromkeys(plan.owners, self._passes)
-        for name in plan.owners:
+        self._left = dict.fromkeys(plan.names, self._passes)
+        for name in plan.names:
             self.active.detach(name)
             parameter = self.active.parameters[name]
             parameter.requires_grad_(True)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name, plan.owners[name])))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name, plan.parts_of(name))))
 
     def set_accumulation_steps(self, steps: int) -> None:
         self._passes = 1 if self.config.refresh_batch == "first" else steps
         if self.plan is not None:
-            self._left = dict.fromkeys(self.plan.owners, self._passes)
+            self._left = dict.fromkeys(self.plan.names, self._passes)
 
-    def _hook(self, name: str, owner: int) -> Any:
+    def _hook(self, name: str, parts: Sequence[RefreshPart]) -> Any:
         def stream(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            self.comm.reduce(gradient, owner, "refresh_gradients")
             self._left[name] -= 1
-            if self.comm.rank != owner:
-                return
-            if self._passes == 1:
-                self._project(name, gradient)
-            elif name in self._sums:
-                self._sums[name].add_(gradient)
-            else:
-                self._sums[name] = gradient.to(self.active.dtype)
+            for part in parts:
+                mine = part.of(gradient)
+                self.comm.reduce(mine, part.owner, "refresh_gradients")
+                if self.comm.rank != part.owner:
+                    continue
+                if self._passes == 1:
+                    self._project(part, mine)
+                elif part in self._sums:
+                    self._sums[part].add_(mine)
+                else:  # not a view, which would keep all of a stack's
+                    self._sums[part] = mine.to(self.active.dtype, copy=mine.numel() < gradient.numel())
 
         return stream
 
-    def _project(self, name: str, gradient: Tensor) -> None:
-        config, previous = self.config, self.active.projectors.get(name)
+    def _project(self, part: RefreshPart, gradient: Tensor) -> None:
+        config, previous, r = self.config, self._previous(part), part.shape[-1]
         with self._beside(gradient):
-            found = find_range(gradient, self.active.r, config.projector, self._seed(name, self._step), previous)
+            found = find_range(gradient, r, config.projector, self._seeds(part, self._step), previous)
             product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
-            self.active.buffer.grad(name).copy_(product[:, : self.active.r])
-            self._ranges[name] = found, product[:, self.active.r :].clone()
+            part.of(self.active.buffer.grad(part.name)).copy_(product[..., :r])
+            self._ranges[part] = found, product[..., r:].clone()
         if self._side is not None:  # where the choice is made
-            for tensor in (found.basis, found.squares, found.norm, self._ranges[name][1]):
+            for tensor in (found.basis, found.squares, found.norm, self._ranges[part][1]):
                 if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream(self._side.device))
 
@@ -200,24 +209,25 @@ class FullGradients(Refresh):
         with torch.cuda.stream(self._side):
             yield
 
-    def _finish(self) -> dict[str, Tensor]:
+    def _finish(self) -> dict[RefreshPart, Tensor]:
         """The projectors of what this rank owns; their low-rank gradients into the buffer. One wait for the device."""
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
         ranges, self._ranges = self._ranges, {}
-        turns = self._choose({name: found for name, (found, _) in ranges.items()})
+        turns = self._choose({part: found for part, (found, _) in ranges.items()})
         dtype, projectors = self.active.dtype, {}
-        for name in list(ranges):
-            found, rest = ranges.pop(name)
-            low_rank = self.active.buffer.grad(name)
-            if name not in turns:
+        for part in list(ranges):
+            found, rest = ranges.pop(part)
+            low_rank = part.of(self.active.buffer.grad(part.name))
+            if part not in turns:
                 # no projector is made of it; the norm of all gradients lets every rank skip the step
                 low_rank.fill_(math.nan)
                 continue
-            turn = turns[name].to(dtype)
-            projectors[name] = (found.basis.to(dtype) @ turn).to(self.active.weight_dtype)
-            low_rank.copy_(torch.addmm(rest @ turn[self.active.r :], low_rank, turn[: self.active.r]))
-            self._squares[name] = torch.stack([torch.linalg.vector_norm(low_rank), found.norm]).double().square()
+            turn = turns[part].to(dtype)
+            projectors[part] = (found.basis.to(dtype) @ turn).to(self.active.weight_dtype)
+            low_rank.copy_((rest @ turn[..., found.r :, :]).add_(low_rank @ turn[..., : found.r, :]))
+            norms = [torch.linalg.vector_norm(one).double() for one in (low_rank, found.norm)]
+            self._squares[part] = torch.stack(norms).square()
         return projectors
 
     def after_backward(self) -> None:
@@ -232,25 +242,26 @@ class FullGradients(Refresh):
         if plan is None:
             return
         missing = [name for name, left in self._left.items() if left]
-        if missing:
+        if any(self._left[name] != self._passes for name in missing) or len(missing) == len(self._left):
             raise RuntimeError(
                 f"no gradient of {missing[0]} arrived in {self._left[missing[0]]} of the backward passes that a "
                 "refresh takes: call OWS.backward once a micro-batch, `accumulation` times a step"
             )
-        for name in list(self._sums):  # nothing is sent here: all owners work at the same time
-            self._project(name, self._sums.pop(name))
+        for part in list(self._sums):  # nothing is sent here: all owners work at the same time
+            self._project(part, self._sums.pop(part))
         mine = self._finish()
         self.cancel()
-        self._refreshed = plan.owners
+        self._refreshed = plan.names
         dtype, device = self.active.weight_dtype, self.active.weights.device
-        self._found = gather(self.comm, plan, mine, self.active.r, dtype, device, "projectors")
+        # of weights that a model has, and does not use with what it was given, projectors are zero
+        self._found = gather(self.comm, plan, mine, dtype, device, "projectors")
 
     def energy(self) -> dict[int, Tensor]:
         device, energy = self.active.weights.device, {}
         for layer, block in enumerate(self.active.layers.layers):
             names = [matrix.name for matrix in block.matrices if matrix.name in self._refreshed]
             if names:
-                mine = [self._squares[name].to(device) for name in names if name in self._squares]
+                mine = [squares.to(device) for part, squares in self._squares.items() if part.name in names]
                 energy[layer] = sum(mine, torch.zeros(2, dtype=torch.float64, device=device))
         return energy
 
@@ -268,7 +279,7 @@ class FullGradients(Refresh):
         self._handles.clear()
         self._sums.clear()
         self._ranges.clear()
-        for name in self.plan.owners if self.plan is not None else ():
+        for name in self.plan.names if self.plan is not None else ():
             self.active.parameters[name].requires_grad_(False)
         self.plan, self._found = None, {}
 
@@ -276,18 +287,22 @@ class FullGradients(Refresh):
 def gather(
     comm: Communicator,
     plan: RefreshPlan,
-    found: Mapping[str, Tensor],
-    columns: int,
+    found: Mapping[RefreshPart, Tensor],
     dtype: torch.dtype,
     device: torch.device,
     what: str,
 ) -> dict[str, Tensor]:
-    """What each owner ``found``, (rows of its slot, <= columns), on every rank, padded with zeros. Collective."""
-    part = torch.zeros(plan.stride, columns, dtype=dtype, device=device)
-    first = comm.rank * plan.stride
-    for name, matrix in found.items():
-        start, stop = plan.slots[name]
-        part[start - first : stop - first, : matrix.shape[1]] = matrix
-    gathered = comm.all_gather(part, what)
+    """What each owner ``found``, of the shapes of the plan's parts, on every rank, by matrix. Collective."""
+    mine = torch.zeros(plan.stride, plan.columns, dtype=dtype, device=device)
+    for part, one in found.items():
+        rows_of(mine, part, comm.rank * plan.stride).copy_(one)
+    gathered = comm.all_gather(mine, what)
     # cloned, so that a matrix that leaves gives its memory back
-    return {name: gathered[start:stop].clone() for name, (start, stop) in plan.slots.items()}
+    parts = {name: [rows_of(gathered, part) for part in plan.parts_of(name)] for name in plan.names}
+    return {name: some[0].clone() if len(some) == 1 else torch.cat(some) for name, some in parts.items()}
+
+
+def rows_of(buffer: Tensor, part: RefreshPart, first: int = 0) -> Tensor:
+    """What is in the part's rows of a ``buffer`` that begins with row ``first``: a view."""
+    start, stop = part.rows
+    return buffer[start - first : stop - first].view(-1)[: math.prod(part.shape)].view(part.shape)

@@ -16,10 +16,10 @@ from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model.layers import Block, Matrix
 from ows_ds.optim.active_set import ActiveSet
-from ows_ds.optim.layout import Plan, RefreshPlan, plan_refresh
+from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
 from ows_ds.optim.projection import Range, orthonormal, range_of, sketch_width
-from ows_ds.optim.refresh import Refresh, gather
+from ows_ds.optim.refresh import Refresh, gather, rows_of
 
 
 class Sketches(Refresh):
@@ -32,38 +32,40 @@ class Sketches(Refresh):
     def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
         first = [matrix for block in due for matrix in block.matrices]
         second = [matrix for matrix in plan.matrices.values() if matrix.name in self.bases]
-        return [plan_refresh(first, self.comm.world_size, True), plan_refresh(second, self.comm.world_size)]
+        world_size, r = self.comm.world_size, self.active.r
+        return [plan_refresh(first, world_size, r, "first"), plan_refresh(second, world_size, r, "second")]
 
     def begin(self, plans: Sequence[RefreshPlan], step: int) -> None:
         """Let the coming step take first and second sketches of gradients."""
         active = self.active
         for second, plan in enumerate(plans):
-            if not plan.owners:
+            if not plan.parts:
                 continue
-            matrices = [active.plan.matrices[name] for name in plan.owners]
-            bases = {}
-            for matrix in matrices:
-                if second:
-                    bases[matrix.name] = self.bases.pop(matrix.name)
-                    continue
-                width, name = sketch_width(active.r, matrix.short), matrix.name
-                start = self._start(name, matrix.short, width, step, active.projectors.get(name))
-                bases[name] = start.to(active.weight_dtype)
-            sketch = Sketch(self.comm, plan, matrices, bases, active.dtype, bool(second), active.lookups)
+            matrices = [active.plan.matrices[name] for name in plan.names]
+            bases, result = {}, plan
+            if second:
+                bases = {name: self.bases.pop(name) for name in plan.names}
+                result = plan_refresh(matrices, self.comm.world_size, active.r)
+            for matrix in () if second else matrices:
+                whole = RefreshPart(matrix.name, matrix.experts and (0, matrix.experts), 0, (0, 0), ())
+                width = sketch_width(matrix.low_rank(active.r), matrix.short)
+                start = self._start(whole, matrix.short, width, step, active.projectors.get(matrix.name))
+                bases[matrix.name] = start.to(active.weight_dtype)
+            sketch = Sketch(self.comm, plan, result, matrices, bases, active.dtype, bool(second), active.lookups)
             self.sketches.append(sketch)
             for name, coordinates in sketch.coordinates.items():
                 for hook in active.hooks[name]:
                     hook.sketch = coordinates
 
     def not_finite(self) -> list[Tensor]:
-        return [torch.linalg.vector_norm(sketch.grads) * 0 for sketch in self.sketches]
+        return [norm * 0 for sketch in self.sketches for norm in sketch.norms()]
 
     @torch.no_grad()
     def after_step(self) -> dict[str, Tensor]:
         projectors: dict[str, Tensor] = {}
         for sketch in self._end():
             if sketch.second:
-                projectors.update(sketch.projectors(self.active.r, self._choose))
+                projectors.update(sketch.projectors(self._choose))
             else:
                 self.bases.update(sketch.bases())
         return projectors
@@ -83,7 +85,7 @@ class Sketches(Refresh):
 
     def zero_grad(self) -> None:
         for sketch in self.sketches:
-            sketch.grads.zero_()
+            sketch.zero_grad()
 
     def second_bases(self) -> dict[str, Tensor]:
         second = (sketch for sketch in self.sketches if sketch.second)
@@ -100,53 +102,65 @@ class Sketch:
         self,
         comm: Communicator,
         plan: RefreshPlan,
+        result: RefreshPlan,
         matrices: Iterable[Matrix],
         bases: Mapping[str, Tensor],
         dtype: torch.dtype,
         second: bool,
         lookups: Collection[str] = (),
     ) -> None:
-        """plan: of the longer sides, or of the shorter ones where this is the ``second`` pass.
+        """plan: of the sketches' way to their owners; ``result``, of what these find to all ranks.
 
         bases: by name, what the gradient is multiplied with: (short, w), or the first pass's result (long, w) in the
         second. dtype: of the sums. lookups: names of the matrices that are embeddings or heads.
         """
-        self.comm, self.plan, self.second = comm, plan, second
+        self.comm, self.plan, self.result, self.second = comm, plan, result, second
         self._device = next(iter(bases.values())).device
-        width = max(basis.shape[1] for basis in bases.values())
-        self.grads = torch.zeros(comm.world_size * plan.stride, width, dtype=dtype, device=self._device)
+        self.grads = torch.zeros(comm.world_size * plan.stride, plan.columns, dtype=dtype, device=self._device)
         self.coordinates: dict[str, Coordinates] = {}
+        self._apart: dict[str, Tensor] = {}  # sums of stacks whose parts go to several ranks
         for matrix in matrices:
-            basis = bases[matrix.name]
-            sums = self.grads[slice(*plan.slots[matrix.name]), : basis.shape[1]]
+            basis, parts = bases[matrix.name], plan.parts_of(matrix.name)
+            if len(parts) == 1:
+                sums = rows_of(self.grads, parts[0])
+            else:
+                shape = (matrix.count, *parts[0].shape[1:])
+                sums = self._apart[matrix.name] = torch.zeros(shape, dtype=dtype, device=self._device)
             # of one entry's memory: never written to, only its gradient is of interest
             zeros = torch.zeros((), dtype=basis.dtype, device=self._device).expand_as(sums)
             direct = matrix.name not in lookups
             self.coordinates[matrix.name] = make_coordinates(matrix.shape, zeros, basis, sums, direct, second)
 
+    def zero_grad(self) -> None:
+        """Forget the sums."""
+        for sums in (self.grads, *self._apart.values()):
+            sums.zero_()
+
+    def norms(self) -> list[Tensor]:
+        """Of the sums."""
+        return [torch.linalg.vector_norm(sums) for sums in (self.grads, *self._apart.values())]
+
     def bases(self) -> dict[str, Tensor]:
         """Of a first pass: by matrix, (long, w), orthonormal, on every rank. Collective."""
-        found = {name: orthonormal(sketch)[0] for name, sketch in self._mine().items()}
-        gathered = self._gathered(found, self.grads.shape[1], "sketch_bases")
-        return {name: basis[:, : self.coordinates[name].projector.shape[1]] for name, basis in gathered.items()}
+        return self._gathered({part: orthonormal(sketch)[0] for part, sketch in self._mine().items()}, "sketch_bases")
 
-    def projectors(self, r: int, choose: Callable[[Mapping[str, Range]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def projectors(self, choose: Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Tensor]]) -> dict[str, Tensor]:
         """Of a second pass: by matrix, (short, r), on every rank. Collective."""
-        ranges = {name: range_of(sketch) for name, sketch in self._mine().items()}
+        found = {(part.name, part.experts): part for part in self.result.parts}
+        mine = {found[part.name, part.experts]: sketch for part, sketch in self._mine().items()}
+        ranges = {part: range_of(sketch, part.shape[-1]) for part, sketch in mine.items()}
         dtype = self.grads.dtype
-        found = {name: ranges[name].basis.to(dtype) @ turn.to(dtype) for name, turn in choose(ranges).items()}
-        return self._gathered(found, r, "projectors")
+        turns = choose(ranges).items()
+        return self._gathered({part: ranges[part].basis.to(dtype) @ turn.to(dtype) for part, turn in turns}, "projectors")
 
-    def _mine(self) -> dict[str, Tensor]:
-        """The sketches, summed over ranks, of the matrices that this rank owns. Collective."""
+    def _mine(self) -> dict[RefreshPart, Tensor]:
+        """The sketches, summed over ranks, of what this rank owns. Collective."""
+        for name, sums in self._apart.items():
+            for part in self.plan.parts_of(name):
+                rows_of(self.grads, part).copy_(part.of(sums))
         mine, first = self.comm.reduce_scatter(self.grads, "sketches"), self.comm.rank * self.plan.stride
-        found = {}
-        for name, owner in self.plan.owners.items():
-            if owner == self.comm.rank:
-                start, stop = self.plan.slots[name]
-                found[name] = mine[start - first : stop - first, : self.coordinates[name].projector.shape[1]]
-        return found
+        return {part: rows_of(mine, part, first) for part in self.plan.parts if part.owner == self.comm.rank}
 
-    def _gathered(self, found: dict[str, Tensor], columns: int, what: str) -> dict[str, Tensor]:
+    def _gathered(self, found: dict[RefreshPart, Tensor], what: str) -> dict[str, Tensor]:
         dtype = next(iter(self.coordinates.values())).projector.dtype
-        return gather(self.comm, self.plan, found, columns, dtype, self._device, what)
+        return gather(self.comm, self.result, found, dtype, self._device, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ class OWSState(Method):
             "steps": self.steps,
             "skipped": self.skipped,
             "rank": self.config.rank,
+            "expert_rank": self.config.expert_rank,
             "layer_set": list(self.layer_set),
             "probabilities": self.probabilities,
             "sampler": self._sampler.state_dict(),
@@ -51,8 +53,9 @@ class OWSState(Method):
 
     @torch.no_grad()
     def load_shards(self: OWS, values: dict[str, Any], read: ReadShard) -> None:  # type: ignore[misc]
-        if values["rank"] != self.config.rank:
-            raise UserError("optim.rank", self.config.rank, f"expected {values['rank']}, the rank of the checkpoint")
+        for key in ("rank", "expert_rank"):
+            if values.get(key) != (given := getattr(self.config, key)):
+                raise UserError(f"optim.{key}", given, f"expected {values.get(key)}, the rank of the checkpoint")
         if values["probabilities"] != self.probabilities:
             expected = "expected those of the checkpoint: resume with its scores and gamma"
             raise UserError("sampling", "other probabilities", expected)
@@ -74,11 +77,12 @@ class OWSState(Method):
         for matrix in plan.matrices.values():
             name, device, dtype = matrix.name, self.device, active.weight_dtype
             if name in values["projectors"]:
-                flat = read(f"projector/{name}", 0, matrix.short * r)
-                active.projectors[name] = flat.view(matrix.short, r).to(device, dtype)
+                shape = matrix.side(matrix.short, r)
+                flat = read(f"projector/{name}", 0, math.prod(shape))
+                active.projectors[name] = flat.view(shape).to(device, dtype)
                 active.attach(name, active.projectors[name], values["decays"].get(name, 1.0))
             if name in values["sketch_bases"]:
-                width = sketch_width(r, matrix.short)
-                flat = read(f"sketch_basis/{name}", 0, matrix.long * width)
-                self.refresh.bases[name] = flat.view(matrix.long, width).to(device, dtype)
+                shape = (*matrix.side(matrix.long, r)[:-1], sketch_width(matrix.low_rank(r), matrix.short))
+                flat = read(f"sketch_basis/{name}", 0, math.prod(shape))
+                self.refresh.bases[name] = flat.view(shape).to(device, dtype)
         self._arm(self.refresh.plans(plan, active.due(plan)))

@@ -11,6 +11,7 @@ all blocks at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -136,6 +137,11 @@ class BlockBuffer:
             start = self.layout.part(self.comm.rank)[0]
             self.master[rows] = self.values[start + rows.start : start + rows.stop].to(self.master)
 
+    def slot(self, rows: Tensor, name: str) -> Tensor:
+        """What is in a slot of ``rows`` (rows, r), all of the block's: a view of the slot's own shape."""
+        shape = self.layout.shapes[name]
+        return rows[slice(*self.layout.slots[name])].view(-1)[: math.prod(shape)].view(shape)
+
     def local_rows(self, name: str) -> slice | None:
         """Where the slot's rows lie in this rank's part, None if none do."""
         return self.layout.local(self.layout.slots[name], self.comm.rank)
@@ -184,12 +190,12 @@ class CoordinateBuffer:
         return self._block_of[name]
 
     def value(self, name: str) -> Tensor:
-        """(rows, r) view of a slot's values."""
-        return self.block(name).values[slice(*self.block(name).layout.slots[name])]
+        """What is in a slot: a view of its values."""
+        return self.block(name).slot(self.block(name).values, name)
 
     def grad(self, name: str) -> Tensor:
-        """(rows, r) view of a slot's gradients."""
-        return self.block(name).grads[slice(*self.block(name).layout.slots[name])]
+        """The same of its gradients."""
+        return self.block(name).slot(self.block(name).grads, name)
 
     # ------------------------------------------------------------------ a step
 
