@@ -66,6 +66,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """``tensor`` in another shape, without a copy, as its only owner may hand it on: not a view to autograd, so that a
+    model may write to what a function of ours gives it, as torch's own matmul allows."""
+    found: Tensor = torch.ops.aten._unsafe_view(tensor, list(shape))
+    return found
+
+
 def has_grouped_product(a: Tensor, b: Tensor) -> bool:
     """Whether `grouped_product` takes these: what torch has for GPUs needs bfloat16, and rows that begin at multiples
     of 16 bytes."""

@@ -12,7 +12,6 @@ on which other blocks train:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,6 +179,11 @@ class RefreshPart:
     rows: Rows
     shape: tuple[int, ...]
 
+    @property
+    def label(self) -> str:
+        """For people, and to compare."""
+        return self.name if self.experts is None else "{}[{}:{}]".format(self.name, *self.experts)
+
     def of(self, stack: Tensor) -> Tensor:
         """This part of a whole matrix or stack, or of anything else that has experts first."""
         return stack if self.experts is None else stack[slice(*self.experts)]
@@ -208,16 +212,23 @@ class RefreshPlan:
 
     def describe(self) -> dict[str, Any]:
         """What all ranks must have in common, JSON-able."""
-        return {"parts": [list(dataclasses.astuple(part)) for part in self.parts], "columns": self.columns}
+        return {
+            "columns": self.columns,
+            "owners": {part.label: part.owner for part in self.parts},
+            "slots": {part.label: part.rows for part in self.parts},
+        }
 
-    def bytes_of_pass(self, world_size: int, result: RefreshPlan, itemsize: int = 4, weight_itemsize: int = 2) -> int:
-        """Bytes that each rank sends for one pass of sketches (`optim.refresh: sketch`), in a ring.
+    def bytes_of_pass(
+        self, world_size: int, result: RefreshPlan, itemsize: int = 4, weight_itemsize: int = 2
+    ) -> dict[str, int]:
+        """Bytes that each rank sends for one pass of sketches (`optim.refresh: sketch`), by operation (ring).
 
         result: what the owners send, the first pass's bases (this plan) or projectors. itemsize: bytes of a coordinate;
         weight_itemsize: of a weight's entry.
         """
-        sent = self.stride * self.columns * itemsize + result.stride * result.columns * weight_itemsize
-        return sent * (world_size - 1)
+        found = result.stride * result.columns * weight_itemsize * (world_size - 1)
+        sketches = self.stride * self.columns * itemsize * (world_size - 1)
+        return {"sketches": sketches, "sketch_bases" if result is self else "projectors": found}
 
 
 def plan_refresh(

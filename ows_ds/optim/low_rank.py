@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.compat.torch import add_product, grouped_product, has_grouped_product, with_weight
+from ows_ds.compat.torch import add_product, grouped_product, has_grouped_product, reshaped, with_weight
 from ows_ds.optim.projection import is_tall
 
 
@@ -228,7 +228,7 @@ class FrozenLinear(torch.autograd.Function):
         )
         ctx.attached, ctx.decay, ctx.inputs_first, ctx.use = attached, decay, inputs_first, use
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

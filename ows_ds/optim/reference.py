@@ -167,8 +167,10 @@ class Reference:
                 state.coming = None
             self.sketch(matrix, state, gradient if matrix.tall else gradient.mT, seed)
         elif state.age % self.update_proj_gap == 0:
-            near = self.near(matrix, state)
-            new = find_projector(seen, matrix.low_rank(self.rank), self.projector, seed, state.projector, near)
+            start = self.start(matrix, state)
+            new = find_projector(
+                seen, matrix.low_rank(self.rank), self.projector, seed, state.projector, start, self.aligned
+            )
             self.turn(state, new.to(gradient.dtype))
         state.age += 1
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
@@ -186,12 +188,17 @@ class Reference:
         """Of a matrix's randomness in a step; of a stack, of each of its matrices."""
         return seeds(f"{self.seed}/{step}/{matrix.name}", None if matrix.experts is None else range(matrix.experts))
 
-    def near(self, matrix: Matrix, state: State) -> Tensor | None:
-        """Under align: what the basis of the new subspace is to be near to, the old one, at first noise."""
-        if self.moments_on_refresh != "align" or self.rank is None:
-            return None
-        noise = start_basis(matrix.short, matrix.low_rank(self.rank), self.seeds(matrix, 0))
-        return noise if state.projector is None else state.projector
+    def start(self, matrix: Matrix, state: State) -> Tensor:
+        """The old projector, at first noise: under align, what the basis of the new subspace is to be near to."""
+        assert self.rank is not None
+        if state.projector is not None:
+            return state.projector
+        return start_basis(matrix.short, matrix.low_rank(self.rank), self.seeds(matrix, 0))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it is."""
+        return self.moments_on_refresh == "align"
 
     def sketch(self, matrix: Matrix, state: State, tall: Tensor, seed: int | list[int]) -> None:
         """Where a projector is due: what G does to some columns in this step, and to their image in the next one.
@@ -204,7 +211,8 @@ class Reference:
             start = start_basis(matrix.short, sketch_width(r, matrix.short), seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
         elif state.basis is not None:
-            state.coming = leading(tall.mT @ state.basis, r, self.near(matrix, state)).to(tall.dtype)
+            start = self.start(matrix, state)
+            state.coming = leading(tall.mT @ state.basis, r, start, self.aligned).to(tall.dtype)
             state.basis = None
 
     def adam(self, name: str, gradient: Tensor) -> Tensor:

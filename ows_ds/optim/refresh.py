@@ -34,6 +34,7 @@ from ows_ds.model.layers import Block
 from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.projection import (
+    Choice,
     Range,
     choose,
     find_range,
@@ -106,13 +107,15 @@ class Refresh:
         old = self.active.projectors.get(part.name)
         return None if old is None else part.of(old)
 
-    def _choose(self, ranges: Mapping[RefreshPart, Range]) -> dict[RefreshPart, Tensor]:
+    def _choose(self, ranges: Mapping[RefreshPart, Range]) -> dict[RefreshPart, Choice]:
         """See `choose`. Under ``moments_on_refresh: align`` near the matrix's projector, or near noise without one."""
-        near: dict[RefreshPart, Tensor] = {}
-        for part, one in ranges.items() if self.config.moments_on_refresh == "align" else ():
-            old = self._previous(part)
-            near[part] = self._start(part, one.basis.shape[-2], one.r, 0) if old is None else old
-        return choose(ranges, near)
+
+        def start(part: RefreshPart) -> Tensor:
+            old, one = self._previous(part), ranges[part]
+            return self._start(part, one.basis.shape[-2], one.r, 0) if old is None else old
+
+        near = {part: start(part) for part in ranges} if self.config.moments_on_refresh == "align" else {}
+        return choose(ranges, near, start)
 
     def _start(self, part: RefreshPart, short: int, width: int, step: int, previous: Tensor | None = None) -> Tensor:
         """See `start_basis`; where the model runs."""
@@ -214,17 +217,17 @@ class FullGradients(Refresh):
         if self._side is not None:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
         ranges, self._ranges = self._ranges, {}
-        turns = self._choose({part: found for part, (found, _) in ranges.items()})
+        chosen = self._choose({part: found for part, (found, _) in ranges.items()})
         dtype, projectors = self.active.dtype, {}
         for part in list(ranges):
             found, rest = ranges.pop(part)
             low_rank = part.of(self.active.buffer.grad(part.name))
-            if part not in turns:
+            if part not in chosen:
                 # no projector is made of it; the norm of all gradients lets every rank skip the step
                 low_rank.fill_(math.nan)
                 continue
-            turn = turns[part].to(dtype)
-            projectors[part] = (found.basis.to(dtype) @ turn).to(self.active.weight_dtype)
+            projectors[part] = chosen[part].projector(found, dtype).to(self.active.weight_dtype)
+            turn = chosen[part].turn.to(dtype)
             low_rank.copy_((rest @ turn[..., found.r :, :]).add_(low_rank @ turn[..., : found.r, :]))
             norms = [torch.linalg.vector_norm(one).double() for one in (low_rank, found.norm)]
             self._squares[part] = torch.stack(norms).square()

@@ -18,7 +18,7 @@ from ows_ds.model.layers import Block, Matrix
 from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
-from ows_ds.optim.projection import Range, orthonormal, range_of, sketch_width
+from ows_ds.optim.projection import Choice, Range, orthonormal, range_of, sketch_width
 from ows_ds.optim.refresh import Refresh, gather, rows_of
 
 
@@ -144,14 +144,13 @@ class Sketch:
         """Of a first pass: by matrix, (long, w), orthonormal, on every rank. Collective."""
         return self._gathered({part: orthonormal(sketch)[0] for part, sketch in self._mine().items()}, "sketch_bases")
 
-    def projectors(self, choose: Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Tensor]]) -> dict[str, Tensor]:
+    def projectors(self, choose: Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Choice]]) -> dict[str, Tensor]:
         """Of a second pass: by matrix, (short, r), on every rank. Collective."""
         found = {(part.name, part.experts): part for part in self.result.parts}
         mine = {found[part.name, part.experts]: sketch for part, sketch in self._mine().items()}
         ranges = {part: range_of(sketch, part.shape[-1]) for part, sketch in mine.items()}
-        dtype = self.grads.dtype
-        turns = choose(ranges).items()
-        return self._gathered({part: ranges[part].basis.to(dtype) @ turn.to(dtype) for part, turn in turns}, "projectors")
+        chosen = choose(ranges).items()
+        return self._gathered({p: one.projector(ranges[p], self.grads.dtype) for p, one in chosen}, "projectors")
 
     def _mine(self) -> dict[RefreshPart, Tensor]:
         """The sketches, summed over ranks, of what this rank owns. Collective."""

@@ -218,17 +218,23 @@ REFRESHED = [matrix("a", 4, 4), matrix("b", 2, 8), matrix("d", 8, 4), matrix("e"
 def test_owners_by_hand(
     world_size: int, owners: dict[str, int], slots: dict[str, tuple[int, int]], stride: int
 ) -> None:
-    plan = plan_refresh(REFRESHED, world_size)
-    assert plan.owners == owners
-    assert plan.slots == slots
-    assert plan.stride == stride
+    plan = plan_refresh(REFRESHED, world_size, 2)
+    said = plan.describe()
+    assert (said["owners"], said["slots"]) == (owners, slots)
+    assert [part.shape for part in plan.parts] == [(last - first, 2) for first, last in slots.values()]
+    assert (plan.stride, plan.columns) == (stride, 2)
 
 
-def test_first_sketches_take_as_many_rows_as_the_longer_side() -> None:
-    plan = plan_refresh(REFRESHED, 2, long=True)
-    assert plan.owners == plan_refresh(REFRESHED, 2).owners
-    assert plan.slots == {"d": (0, 8), "b": (8, 16), "f": (16, 26), "e": (26, 32), "a": (32, 36)}
-    assert plan.stride == 26
+def test_first_sketches_take_the_longer_side() -> None:
+    """At rank 2 a sketch is as wide as the shorter side where that is below 12: 4, 2, 4, 4 and 1 columns, in rows of 4."""
+    plan = plan_refresh(REFRESHED, 2, 2, "first")
+    said = plan.describe()
+    assert said["owners"] == plan_refresh(REFRESHED, 2, 2).describe()["owners"]
+    assert said["slots"] == {"d": (0, 8), "b": (8, 12), "f": (12, 15), "e": (15, 21), "a": (21, 25)}
+    assert {part.name: part.shape for part in plan.parts} == {
+        "d": (8, 4), "b": (8, 2), "f": (10, 1), "e": (6, 4), "a": (4, 4)
+    }  # fmt: skip
+    assert (plan.stride, plan.columns) == (15, 4)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -237,20 +243,47 @@ def test_bytes_of_sketches_by_hand(world_size: int) -> None:
     matrices = [matrix("d", 8, 4), matrix("e", 4, 6)]
     stride = {1: (14, 8), 2: (8, 4), 3: (8, 4)}[world_size]
     rows = [(world_size - 1) * one for one in stride]
-    first = plan_refresh(matrices, world_size, long=True).bytes_of_pass(world_size, 4)
-    assert first == {"sketches": rows[0] * 16, "sketch_bases": rows[0] * 8}
-    second = plan_refresh(matrices, world_size).bytes_of_pass(world_size, 4, 2)
-    assert second == {"sketches": rows[1] * 16, "projectors": rows[1] * 4}
+    first, second = (plan_refresh(matrices, world_size, 2, sketch) for sketch in ("first", "second"))
+    assert first.bytes_of_pass(world_size, first) == {"sketches": rows[0] * 16, "sketch_bases": rows[0] * 8}
+    projectors = plan_refresh(matrices, world_size, 2)
+    assert second.bytes_of_pass(world_size, projectors) == {"sketches": rows[1] * 16, "projectors": rows[1] * 4}
+
+
+# E = 5 experts of 4 x 6 at rank 1, beside a matrix of 4 x 4 at rank 2
+STACK = Matrix("experts", (4, 6), ("experts",), experts=5, rank=1)
+
+
+def test_a_stack_is_cut_into_runs_of_experts() -> None:
+    """Costs 3 x 96 and 2 x 96 of the stack, 64 of the matrix. A run of n projectors (4, 1) takes n * 4 / 2 rows."""
+    plan = plan_refresh([matrix("a", 4, 4), STACK], 2, 2)
+    assert plan.names == ("experts", "a")
+    assert plan.describe() == {
+        "columns": 2,
+        "owners": {"experts[0:3]": 0, "experts[3:5]": 1, "a": 1},
+        "slots": {"experts[0:3]": (0, 6), "experts[3:5]": (8, 12), "a": (12, 16)},
+    }
+    assert [part.shape for part in plan.parts] == [(3, 4, 1), (2, 4, 1), (4, 2)]
+    assert plan.stride == 8
+    [alone] = plan_refresh([STACK], 1, 2).parts
+    assert (alone.experts, alone.shape) == ((0, 5), (5, 4, 1))
+
+
+def test_coordinates_of_a_stack_lie_side_by_side() -> None:
+    """Of 5 * 6 rows of 1 entry, two are a row of the block's."""
+    layout = lay_out(Block("0", (matrix("a", 4, 4), STACK), (Vector("norm", 3),)), 2, 2)
+    assert layout.slots == {"a": (0, 4), "experts": (4, 19), "norm": (19, 21)}
+    assert layout.shapes == {"a": (4, 2), "experts": (5, 6, 1), "norm": (3,)}
+    assert layout.rows == 22
 
 
 def test_nothing_to_refresh() -> None:
-    plan = plan_refresh([], 3)
-    assert (plan.owners, plan.slots, plan.stride) == ({}, {}, 0)
+    plan = plan_refresh([], 3, 2)
+    assert (plan.parts, plan.stride) == ((), 0)
 
 
 def test_equal_matrices_take_turns() -> None:
-    plan = plan_refresh([matrix(name, 3, 3) for name in "dcba"], 3)
-    assert plan.owners == {"a": 0, "b": 1, "c": 2, "d": 0}
+    plan = plan_refresh([matrix(name, 3, 3) for name in "dcba"], 3, 2)
+    assert plan.describe()["owners"] == {"a": 0, "b": 1, "c": 2, "d": 0}
 
 
 shapes = st.lists(st.tuples(sides, sides), min_size=1, max_size=12)
@@ -269,24 +302,25 @@ def test_every_projector_has_one_owner_and_its_own_rows(
     shapes: list[tuple[int, int]], world_size: int, shuffle: random.Random
 ) -> None:
     matrices = [matrix(f"{i:02}", *shape) for i, shape in enumerate(shapes)]
-    plan = plan_refresh(matrices, world_size)
-    assert set(plan.owners) == set(plan.slots) == {m.name for m in matrices}
+    plan = plan_refresh(matrices, world_size, 1)
+    parts = {part.name: part for part in plan.parts}
+    assert parts.keys() == {m.name for m in matrices}
     taken: list[int] = []
     for m in matrices:
-        first, last = plan.slots[m.name]
-        owner = plan.owners[m.name]
+        first, last = parts[m.name].rows
+        owner = parts[m.name].owner
         assert last - first == min(m.shape)
         assert owner * plan.stride <= first
         assert last <= (owner + 1) * plan.stride
         taken += range(first, last)
     assert len(taken) == len(set(taken))
 
-    work = loads(shapes, [plan.owners[m.name] for m in matrices], world_size)
+    work = loads(shapes, [parts[m.name].owner for m in matrices], world_size)
     assert max(work) - min(work) <= max(loads([shape], [0], 1)[0] for shape in shapes)
 
     shuffled = list(matrices)
     shuffle.shuffle(shuffled)
-    again = plan_refresh(shuffled, world_size)
+    again = plan_refresh(shuffled, world_size, 1)
     assert again == plan
     assert json.dumps(again.describe()) == json.dumps(plan.describe())
 
@@ -294,7 +328,8 @@ def test_every_projector_has_one_owner_and_its_own_rows(
 @settings(max_examples=40, deadline=None)
 @given(shapes.filter(lambda s: len(s) <= 6), st.integers(2, 3))
 def test_busiest_is_within_grahams_bound(shapes: list[tuple[int, int]], world_size: int) -> None:
-    owners = plan_refresh([matrix(f"{i}", *shape) for i, shape in enumerate(shapes)], world_size).owners
+    plan = plan_refresh([matrix(f"{i}", *shape) for i, shape in enumerate(shapes)], world_size, 1)
+    owners = plan.describe()["owners"]
     work = loads(shapes, [owners[f"{i}"] for i in range(len(shapes))], world_size)
     best = min(
         max(loads(shapes, choice, world_size)) for choice in itertools.product(range(world_size), repeat=len(shapes))
@@ -303,10 +338,11 @@ def test_busiest_is_within_grahams_bound(shapes: list[tuple[int, int]], world_si
 
 
 def test_describe_of_a_refresh() -> None:
-    said = plan_refresh(REFRESHED, 2).describe()
+    said = plan_refresh(REFRESHED, 2, 2).describe()
     assert json.loads(json.dumps(said)) == {
+        "columns": 2,
         "owners": {"d": 0, "e": 1, "a": 1, "b": 0, "f": 0},
         "slots": {"d": [0, 4], "b": [4, 6], "f": [6, 7], "e": [8, 12], "a": [12, 16]},
     }
-    assert plan_refresh(REFRESHED, 3).describe() != said
-    assert plan_refresh(REFRESHED[1:], 2).describe() != said
+    assert plan_refresh(REFRESHED, 3, 2).describe() != said
+    assert plan_refresh(REFRESHED[1:], 2, 2).describe() != said

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.model.layers import Matrix, find_layers
-from ows_ds.optim.low_rank import Coordinates, FrozenLinear, LowRankHook, make_coordinates
+from ows_ds.optim.low_rank import EVERY, Coordinates, FrozenLinear, LowRankHook, make_coordinates
 from ows_ds.optim.projection import is_tall, low_rank_gradient
 from tests.support.families import FAMILIES, tiny
 
@@ -103,7 +103,7 @@ def test_frozen_linear(
     def ours(x: Tensor, bias: Tensor | None = None, *values: Tensor, **named: Tensor) -> Tensor:
         values = (*values, *named.values())
         some = [replace(one, values=value) for one, value in zip(attached, values, strict=True)]
-        y: Tensor = FrozenLinear.apply(x, stored, bias, some, inputs_first, *values)
+        y: Tensor = FrozenLinear.apply(x, stored, bias, some, inputs_first, EVERY, *values)
         return y
 
     (y, grads), (expected, expected_grads) = run(ours), run(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -123,7 +124,7 @@ def full_gradients(
     seen = []
     for _ in range(6):
         plan = ows.refresh.plan
-        owned = [] if plan is None else [n for n, owner in plan.owners.items() if owner == rank]
+        owned = [] if plan is None else [part for part in plan.parts if part.owner == rank]
         counts = []
         for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation
@@ -132,7 +133,7 @@ def full_gradients(
             counts.append((mode.made, mode.most, mode.now(looks=4)))
             assert all(p.grad is None for p in ows.module.parameters())
         if not ows.nothing_to_train:
-            seen.append((plan is not None, counts, len(owned), len(plan.owners) if plan else 0))
+            seen.append((plan is not None, counts, len(owned), len(plan.parts) if plan else 0))
         with watching(ows, sharding == "zero3") as mode:
             ows.step()
         ows.zero_grad()
@@ -175,7 +176,7 @@ def order_of_work(rank: int, world_size: int, accumulation: int) -> tuple[list[s
     with mock.patch("ows_ds.optim.refresh.find_range", lambda *a: (events.append("find"), find(*a))[1]):
         one_step(ows, rank, world_size)
     ows.close()
-    return events, list(plan.owners.values()).count(rank)
+    return events, [part.owner for part in plan.parts].count(rank)
 
 
 def test_owners_of_sums_find_projectors_at_the_same_time(pools: Pools) -> None:
@@ -305,11 +306,12 @@ def draws_other_layers(rank: int, world_size: int) -> None:
 
 
 def has_other_plan(rank: int, world_size: int) -> None:
-    def odd(matrices: Any, processes: int) -> RefreshPlan:
-        plan = plan_refresh(matrices, processes)
-        if rank == 1:
-            plan.owners["model.layers.0.mlp.up_proj.weight"] = 7
-        return plan
+    def odd(*given: Any) -> RefreshPlan:
+        plan = plan_refresh(*given)
+        if rank == 0:
+            return plan
+        other = [replace(p, owner=7 if p.name == "model.layers.0.mlp.up_proj.weight" else p.owner) for p in plan.parts]
+        return replace(plan, parts=tuple(other))
 
     ows_ds.optim.refresh.plan_refresh = odd
     try:

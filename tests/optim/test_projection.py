@@ -69,7 +69,8 @@ def test_sides() -> None:
 def test_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     g = gradient(shape).to(dtype)
     q = exact_projector(g, RANK)
-    assert (q.dtype, q.shape, q.is_contiguous()) == (torch.float32, (min(shape), RANK), True)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert (q.dtype, q.shape, q.is_contiguous()) == (wide, (min(shape), RANK), True)
     assert_orthonormal(q)
     expected = top(g, RANK)
     assert float((q.double() @ q.double().T - expected @ expected.T).abs().max()) < 1e-5  # the same subspace
@@ -203,7 +204,7 @@ def test_equal_singular_values_do_not_turn_an_aligned_basis(shape: tuple[int, in
         g = (left[:, : min(shape)] * values) @ right[:, : min(shape)].T
         other = g * (1 + 1e-7 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=g.dtype))
         near = torch.linalg.qr(start_basis(min(shape), RANK, seed)).Q
-        free, turned = ([find_projector(one, RANK, method, seed, near=to) for one in (g, other)] for to in (None, near))
+        free, turned = ([find_projector(one, RANK, method, seed, start=near, align=align) for one in (g, other)] for align in (False, True))
         assert float((turned[0] - turned[1]).abs().max()) < 2e-6
         assert_orthonormal(turned[0])
         jumps.append(float((free[0] - free[1]).abs().max()))
@@ -256,7 +257,7 @@ def test_whole_rank_gives_the_gradient_back(shape: tuple[int, int], method: str)
 
 
 def test_rotation() -> None:
-    old, new = exact_projector(gradient((24, 40), seed=1), RANK), exact_projector(gradient((24, 40), seed=2), RANK)
+    old, new = (exact_projector(gradient((24, 40), seed=seed).float(), RANK) for seed in (1, 2))
     coordinates = torch.randn(40, RANK, generator=torch.Generator().manual_seed(0))
     turned = coordinates @ rotation(old, new)
     expected = torch.linalg.lstsq(new, old @ coordinates.T).solution.T  # nearest point of the new subspace
@@ -284,3 +285,40 @@ def test_galore(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(q * signs, their_q, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(r * signs, their_rows, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(0.25 * back, theirs.project_back(their_r), rtol=1e-5, atol=1e-6)
+
+
+# ---- stacks, and gradients of few directions
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_a_stack_is_its_matrices_one_by_one(shape: tuple[int, int], method: str) -> None:
+    stack = torch.stack([gradient(shape, seed=seed).double() for seed in range(3)])
+    previous = torch.stack([exact_projector(gradient(shape, seed=seed + 9).double(), RANK) for seed in range(3)])
+    for before in (None, previous):
+        found = find_projector(stack, RANK, method, [5, 6, 7], before, align=True)
+        for index, one in enumerate(found):
+            old = None if before is None else before[index]
+            assert_same(one, find_projector(stack[index], RANK, method, 5 + index, old, align=True))
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized"])
+@pytest.mark.parametrize("directions", [0, 1, RANK - 1])
+def test_missing_directions_come_from_the_previous_subspace(directions: int, method: str) -> None:
+    """Not from rounding: another order of sums gives the same. What has no gradient keeps its subspace."""
+    tokens = torch.randn(directions, 40 + 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g = tokens[:, :40].T @ tokens[:, 40:]
+    previous = exact_projector(gradient((40, 24), seed=2).double(), RANK)
+    q = find_projector(g, RANK, method, 3, previous, align=True)
+    assert_orthonormal(q)
+    torch.testing.assert_close(g @ q @ q.T, g, rtol=0, atol=1e-7)
+    noise = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 1e-15
+    assert_same(find_projector(g * (1 + noise), RANK, method, 3, previous, align=True), q)
+    inside = torch.linalg.svdvals(previous.T @ q)  # all but the directions of the gradient are in the old subspace
+    assert int((inside > 1 - 1e-9).sum()) >= RANK - directions
+    if not directions:
+        torch.testing.assert_close(q, previous, rtol=0, atol=1e-8)

@@ -38,10 +38,7 @@ def course(
         before, foreseen, passes = Counter(ows.comm.sent), Counter[str](), []
         for sketch in ows.refresh.sketches:
             passes.append(sketch.second)
-            rank_of_pass = ows.active.r if sketch.second else None
-            foreseen.update(
-                sketch.plan.bytes_of_pass(world_size, 2 * ows.active.r + 8, rank_of_pass, weight_itemsize=4)
-            )
+            foreseen.update(sketch.plan.bytes_of_pass(world_size, sketch.result, weight_itemsize=4))
         made = 0
         for ids in [] if ows.nothing_to_train else micro_batches(ows.steps, rank, world_size, accumulation):
             loss = mean_loss(ows.weights, ids) / accumulation

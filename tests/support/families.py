@@ -39,10 +39,47 @@ _CONFIGS: dict[str, Callable[..., tf.PreTrainedConfig]] = {
 }
 FAMILIES = tuple(_CONFIGS)
 
+# experts, linear attention, convolutions; a matrix in each layer has a shorter side of 4 or more
+_NO_HEAD_DIM = {key: value for key, value in _COMMON.items() if key != "head_dim"}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_MLA = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+_MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4,
+    "layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 24,
+}  # fmt: skip
+_TWO_OF_FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_CONV = {"num_dense_layers": 1, "conv_L_cache": 3, "layer_types": ["conv", "full_attention", "conv"]}
+_MIXED: dict[str, Callable[..., tf.PreTrainedConfig]] = {
+    "mixtral": lambda **more: tf.MixtralConfig(**{**_COMMON, **_TWO_OF_FOUR, **more}),
+    "qwen3_moe": lambda **more: tf.Qwen3MoeConfig(**_COMMON, **_MOE, **more),
+    "gpt_oss": lambda **more: tf.GptOssConfig(**_COMMON, **_TWO_OF_FOUR, rope_parameters=None, **more),
+    "deepseek_v3": lambda **more: tf.DeepseekV3Config(**{**_COMMON, **_MLA}, **more),
+    "granitemoehybrid": lambda **more: tf.GraniteMoeHybridConfig(**_NO_HEAD_DIM, **_TWO_OF_FOUR, **_MAMBA, **more),
+    "qwen3_5": lambda **more: tf.Qwen3_5TextConfig(**_COMMON, **_LINEAR, **more),
+    "qwen3_5_moe": lambda **more: tf.Qwen3_5MoeTextConfig(
+        **_COMMON, **_MOE, **_LINEAR, shared_expert_intermediate_size=24, **more
+    ),
+    "lfm2_moe": lambda **more: tf.Lfm2MoeConfig(**_NO_HEAD_DIM, **_MOE, **_CONV, **more),
+}
+MIXED = tuple(_MIXED)
 
-def tiny(family: str, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A causal language model of ``family`` with random weights, in evaluation mode, on the CPU."""
-    config = _CONFIGS[family](tie_word_embeddings=tied)
+
+def tiny(
+    family: str, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **more: object
+) -> nn.Module:
+    """A causal language model of ``family`` with random weights, in evaluation mode, on the CPU.
+
+    more: of its configuration.
+    """
+    config = {**_CONFIGS, **_MIXED}[family](tie_word_embeddings=tied, **more)
     torch.manual_seed(seed)
     model: nn.Module = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

@@ -1,0 +1,104 @@
+"""Experts, linear attention and convolutions: over ranks and shards against the one-process reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ows_ds.optim.ows import OWS
+from ows_ds.optim.reference import Reference
+from tests.support.families import MIXED, tiny
+from tests.support.pool import Pools
+from tests.support.training import RATIOS, distance, home, mean_loss, whole_weights
+
+STEPS, ACCUMULATION, RANKS, ROWS, LENGTH = 12, 2, 2, 3, 12
+SETTINGS: dict[str, Any] = {
+    "gamma": 1.5, "period": 4, "rank": 4, "expert_rank": 2, "update_proj_gap": 3, "lr": 5e-3, "seed": 3,
+    "max_grad_norm": 0.5, "eps": 1e-6, "weight_decay": 0.1,
+}  # fmt: skip
+ONE_EXPERT = {"num_experts_per_tok": 1}  # a token goes to
+HOMES = [(2, "zero3"), (1, "replicated"), (2, "replicated")]
+CLOSE = 1e-10  # float64: the order of sums differs, and Adam divides by small roots
+
+
+def data(step: int, monotonous: bool) -> Tensor:
+    """(ACCUMULATION, RANKS, ROWS, LENGTH). monotonous: the last rank's rows hold the same token everywhere, so that
+    they go to few experts."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(3, 64, (ACCUMULATION, RANKS, ROWS, LENGTH), generator=generator)
+    if monotonous:
+        ids[:, -1] = 5
+    return ids
+
+
+def model_of(family: str, implementation: str, more: dict[str, Any]) -> Any:
+    model: Any = tiny(family, dtype=torch.float64, **more)
+    if any("experts" in name for name, _ in model.named_parameters()):
+        model.set_experts_implementation(implementation)
+    return model
+
+
+def run(
+    rank: int, world_size: int, family: str, sharding: str, more: dict[str, Any], settings: dict[str, Any],
+    checkpointing: bool = False, implementation: str = "grouped_mm",
+) -> tuple[dict[str, Tensor], set[int]]:  # fmt: skip
+    """The weights after training, and how many experts had no token in this rank's micro-batches."""
+    model, missed = model_of(family, implementation, more), set()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        missed.add(4 - len(inputs[1].unique()))
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(count)
+    ows = OWS(home(model, sharding, world_size), RATIOS, **{**SETTINGS, "accumulation": ACCUMULATION, **settings})
+    for step in range(STEPS):
+        for ids in data(step, "num_experts_per_tok" in more):
+            mine = ids[rank] if world_size > 1 else ids.flatten(0, 1)
+            ows.backward(mean_loss(ows.weights, mine) / ACCUMULATION)
+        ows.step()
+        ows.zero_grad()
+    ows.merge()
+    weights = whole_weights(ows.weights)
+    ows.close()
+    return weights, missed
+
+
+@functools.lru_cache
+def reference(family: str, world_size: int, *settings: tuple[str, Any]) -> dict[str, Tensor]:
+    """The losses are the ranks' own: some models compute parts in float32, and so not the same in larger batches."""
+    given = dict(settings)
+    more = {key: given.pop(key) for key in ONE_EXPERT if key in given}
+    model = model_of(family, "eager", more)
+    ows, sets = Reference(model, RATIOS, **{**SETTINGS, **given}), set()
+    for step in range(STEPS):
+        parts = data(step, bool(more)).view(ACCUMULATION * world_size, -1, LENGTH)
+        ows.step([functools.partial(mean_loss, model, ids) for ids in parts])
+        sets.add(ows.layer_set)
+    assert len(sets) > 1
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize(
+    ("world_size", "sharding"), [pytest.param(*one, marks=pytest.mark.slow if i else ()) for i, one in enumerate(HOMES)]
+)
+def test_equals_reference(pools: Pools, world_size: int, sharding: str, family: str) -> None:
+    for weights, _ in pools(world_size).run(run, family, sharding, {}, {}):
+        assert distance(weights, reference(family, world_size)) < CLOSE
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_an_expert_that_one_rank_misses(pools: Pools, sharding: str) -> None:
+    results = pools(2).run(run, "mixtral", sharding, ONE_EXPERT, {})
+    (_, here), (_, there) = results
+    assert (max(here), max(there)) == (1, 3)
+    for weights, _ in results:
+        assert distance(weights, reference("mixtral", 2, *ONE_EXPERT.items())) < CLOSE
