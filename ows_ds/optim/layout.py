@@ -208,7 +208,7 @@ class RefreshPlan:
 
     def parts_of(self, name: str) -> list[RefreshPart]:
         """Those of one matrix: one, or a stack's in the order of its experts."""
-        return [part for part in self.parts if part.name == name]
+        return sorted((part for part in self.parts if part.name == name), key=lambda part: part.experts or (0, 0))
 
     def describe(self) -> dict[str, Any]:
         """What all ranks must have in common, JSON-able."""

@@ -264,6 +264,9 @@ def test_a_stack_is_cut_into_runs_of_experts() -> None:
     }
     assert [part.shape for part in plan.parts] == [(3, 4, 1), (2, 4, 1), (4, 2)]
     assert plan.stride == 8
+    # costs 392, 384 and 288 + 192: the first run goes to the second rank
+    other = plan_refresh([matrix("a", 2, 98), matrix("b", 2, 96), STACK], 2, 2)
+    assert [(part.owner, part.experts) for part in other.parts_of("experts")] == [(1, (0, 3)), (0, (3, 5))]
     [alone] = plan_refresh([STACK], 1, 2).parts
     assert (alone.experts, alone.shape) == ((0, 5), (5, 4, 1))
 
