@@ -5,8 +5,8 @@ tokens; A_ij = ||X_j||_2 * |W_ij|, a layer's A being that of all its linear weig
 
     D_l = ratio of entries of A with A_ij > tau * mean(A)
 
-Of a stack of experts' weights, each matrix W has inputs X of its own: the tokens that go to this expert. Those of an
-expert without a token are none, so that its entries of A are 0; they count in the mean as any others.
+Each matrix W in a stack of experts' weights has inputs X of its own: the tokens that go to this expert. Where none do,
+its entries of A are 0, and count in the mean as any others.
 
 mean(A) needs no pass of its own: it is the sum over input features j of ||X_j|| * sum_i |W_ij|, over the entries.
 Every rank sees its part of the tokens and its interval of every W, and sends
@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights, entries_at_once
 from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
 from ows_ds.importance.experts import watch
@@ -119,7 +121,8 @@ def input_squares(
                     yield from watch(module, matrix.name, parameters[matrix.name], add_expert)
 
     padding = not any(sees_some_tokens(weights.module, matrix) for matrix in matrices)
-    tokens = calibrate(weights, batches, attach, padding)
+    with nullcontext() if weights.sharded else fail_together(weights.comm):  # in shards, passes fail together
+        tokens = calibrate(weights, batches, attach, padding)
     if any(matrix.experts for matrix in matrices):
         for some in weights.comm.all_gather_object({name: stored[name] for name in squares}, "score"):
             stored |= some  # a rank without rows has seen none
