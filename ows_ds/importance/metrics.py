@@ -135,24 +135,31 @@ def magnitude_and_influence(
 def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = None) -> Scores:
     """alpha of every layer: the mean of `hill` over its matrices (Lu et al. 2024, "AlphaPruning").
 
-    The smaller alpha, the heavier the tails and the better trained the layer (OwLore, abstract). Matrices without a
-    tail are left out of the mean. No data is needed. Raises UserError (``sampling.importance``) for a layer in which no
-    matrix has a tail, RuntimeError for weights that are not finite.
+    The smaller alpha, the heavier the tails and the better trained the layer (OwLore, abstract). Each expert's matrix
+    in a stack counts as one. Matrices without a tail are left out of the mean. No data is needed. Raises UserError
+    (``sampling.importance``) for a layer in which no matrix has a tail, RuntimeError for weights that are not finite.
 
-    Collective: under ZeRO-3 matrices are gathered one by one; rank i mod w computes the spectrum of matrix i, and one
-    all-reduce shares the results, whose bits therefore do not depend on w.
+    Collective: under ZeRO-3 matrices, or stacks, are gathered one by one; rank i mod w computes the spectrum of matrix
+    i, and one all-reduce shares the results, whose bits therefore do not depend on w.
     """
-    matrices = [(layer.name, matrix) for layer in layers.layers for matrix in layer.matrices]
+    matrices = [
+        (layer.name, matrix) for layer in layers.layers for matrix in layer.matrices for _ in range(matrix.count)
+    ]
     alphas = torch.zeros(len(matrices), dtype=torch.float64, device=weights.device)
     parameters = dict(weights.module.named_parameters())
     rank, world_size = weights.comm.rank, weights.comm.world_size
-    for first in range(0, len(matrices), world_size):  # gather w matrices before any rank computes a spectrum
-        own = None
-        for i, (_, matrix) in enumerate(matrices[first : first + world_size]):
-            full = weights.full_tensor(parameters[matrix.name])
-            own = full if i == rank else own
-        if own is not None:
-            alphas[first + rank] = hill(own.to(weights.device))
+    first = done = 0
+    own: dict[int, Tensor] = {}
+    while first < len(matrices):
+        _, matrix = matrices[first]
+        full = weights.full_tensor(parameters[matrix.name]).view(-1, *matrix.shape)
+        own |= {i: one for i, one in enumerate(full, first) if i % world_size == rank}
+        first += len(full)
+        if first - done >= world_size or first == len(matrices):  # each rank has one before any computes a spectrum
+            for i, one in own.items():
+                alphas[i] = hill(one.to(weights.device))
+            own, done = {}, first
+        del full  # before the next is gathered
     found: dict[str, list[float]] = {layer.name: [] for layer in layers.layers}
     for (name, matrix), alpha in zip(matrices, weights.comm.all_reduce(alphas, "score").tolist(), strict=True):
         if math.isnan(alpha):

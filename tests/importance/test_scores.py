@@ -161,25 +161,27 @@ def test_hooks_and_mode_are_put_back_after_an_error() -> None:
 
 @pytest.mark.parametrize("inputs_first", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 40])
-@pytest.mark.parametrize("chunk", [1, 8, 1000])
-def test_blocks_cover_every_entry_once(inputs_first: bool, world_size: int, chunk: int, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("chunk", "experts"), [(1, None), (8, None), (1000, None), (8, 2), (1000, 3)])
+def test_blocks_cover_every_entry_once(
+    inputs_first: bool, world_size: int, chunk: int, experts: int | None, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(outliers, "BLOCK", chunk)
-    shape = (5, 7)
-    parameter = nn.Parameter(torch.arange(35.0).view(shape))
-    seen = torch.zeros(shape)
-    sums = torch.zeros(shape[0 if inputs_first else 1])
+    matrix = Matrix("w", (5, 7), ("w",), inputs_first, experts)
+    parameter = nn.Parameter(torch.arange(35.0 * matrix.count).view(matrix.count, 5, 7))
+    seen = torch.zeros(parameter.shape)
+    sums = torch.zeros(matrix.count, matrix.in_features)
     for index in range(world_size):
         comm = Communicator()
         comm.rank, comm.world_size = index, world_size
         weights = Replicated(nn.Linear(1, 1), Communicator())
         weights.comm = comm
-        for features, block in blocks(weights, Matrix("w", shape, ("w",), inputs_first), parameter):
+        for expert, features, block in blocks(weights, matrix, parameter):
             assert block.numel() <= max(chunk, 7)
             assert block.shape[1] == features.stop - features.start
             seen.view(-1)[block.flatten().long()] += 1
-            sums[features] += block.sum(0)
-    assert torch.equal(seen, torch.ones(shape))
-    assert torch.equal(sums, parameter.detach().sum(1 if inputs_first else 0))
+            sums[expert, features] += block.sum(0)
+    assert torch.equal(seen, torch.ones(parameter.shape))
+    assert torch.equal(sums, parameter.detach().sum(2 if inputs_first else 1))
     assert interval(35, 39, 40) == (35, 35)
 
 
