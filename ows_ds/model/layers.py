@@ -1,7 +1,7 @@
 """A model -> its transformer layers, their matrices and vectors, found by structure.
 
-Nothing here knows a model family by name. The stack of layers is the largest module list beside the token embedding. In
-a layer, a matrix is the weight of a linear module, or one of a stack of experts, stored as one parameter of three
+Nothing here knows a model family by name. The stack of layers is the module list nearest to the token embedding. In a
+layer, a matrix is the weight of a linear module, or one of a stack of experts, stored as one parameter of three
 dimensions; whatever is left is a vector, however many dimensions it has.
 """
 
@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from ows_ds.errors import UserError
 
 Shape = tuple[int, ...]
+
+LEAST_RANK = 8  # of experts: below, GPUs have no grouped products in bfloat16
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,10 @@ def _with_routers(block: Block, train: bool) -> Block:
 def _at_rank(block: Block, r: int, expert_rank: int | None, keep: bool) -> Block:
     matrices, small = [], []
     for matrix in block.matrices:
-        if matrix.experts is not None:
+        if matrix.experts is not None and matrix.short >= min(LEAST_RANK, r):
             rank = expert_rank or rank_of_experts(matrix, r)
             matrices.append(dataclasses.replace(matrix, rank=largest_divisor(r, min(rank, matrix.short))))
-        elif keep or matrix.short >= r:
+        elif matrix.experts is None and (keep or matrix.short >= r):
             matrices.append(matrix)
         else:
             small.append(Vector(matrix.name, matrix.numel))
@@ -170,8 +172,8 @@ def _at_rank(block: Block, r: int, expert_rank: int | None, keep: bool) -> Block
 
 def rank_of_experts(matrix: Matrix, r: int) -> int:
     """The rank at which the coordinates of all E experts take as much memory as those of the k experts that a token goes
-    to would at rank r: r k / E. At least 8, below which GPUs have no grouped products, and a divisor of r."""
-    least = max(r * matrix.active / matrix.count, min(8, r))
+    to would at rank r: r k / E. At least `LEAST_RANK`, and a divisor of r."""
+    least = max(r * matrix.active / matrix.count, min(LEAST_RANK, r))
     return next(rank for rank in range(1, r + 1) if r % rank == 0 and rank >= least)
 
 
@@ -219,14 +221,14 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
                     continue
                 seen.add(parameter)
                 full, name = shape(parameter), names[parameter]
-                if not parameter.is_floating_point():
+                if not parameter.is_floating_point() or parameter.element_size() < 2:
                     kind = f"{type(module).__name__} of {parameter.dtype}"
                     raise refuse(f"{module_name} is a {kind}; give a model of plain modules (not quantised)")
                 sides, part = (full[-2], full[-1]) if len(full) > 1 else (0, 0), Vector(name, math.prod(full))
                 found: Matrix | Vector = part
-                if key == "weight" and type(module).forward in (nn.Linear.forward, Conv1D.forward):
+                if key == "weight" and len(full) == 2 and isinstance(module, (nn.Linear, Conv1D)):
                     found = Matrix(name, sides, tuple(users[parameter]), isinstance(module, Conv1D))
-                elif len(full) == 3 and not isinstance(module, _ConvNd) and min(full) > 1:
+                elif len(full) == 3 and not isinstance(module, _ConvNd) and min(sides) > 1:
                     first = bool(getattr(module, "is_transposed", False))
                     found = Matrix(name, sides, tuple(users[parameter]), first, full[0], min(active or 1, full[0]))
                     experts[module_name] = full[0]
@@ -295,8 +297,8 @@ def _heads(model: nn.Module, stack_name: str, sizes: dict[str, int], most: int) 
 def _stack(
     model: nn.Module, shape: Callable[[nn.Parameter], Shape], refuse: Callable[[str], UserError]
 ) -> tuple[str, nn.ModuleList]:
-    """The largest module list in the smallest module that has both the token embedding and a module list in it, or of
-    all the model where it does not say which its embedding is."""
+    """In the smallest module that has both the token embedding and a module list in it, the list that lies least deep,
+    of those the largest; of all the model where it does not say which its embedding is."""
 
     def size(module: nn.Module) -> int:
         return sum(math.prod(shape(parameter)) for parameter in module.parameters())
@@ -315,7 +317,8 @@ def _stack(
         if any(map(size, inside.values())):
             stacks = inside
             break
-    return max(stacks.items(), key=lambda item: size(item[1]))
+    filled = [item for item in stacks.items() if size(item[1])]
+    return min(filled, key=lambda item: (item[0].count("."), -size(item[1])))
 
 
 def _outside(

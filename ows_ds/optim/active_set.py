@@ -22,7 +22,7 @@ from ows_ds.errors import UserError
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
-from ows_ds.optim.low_rank import Coordinates, Hook, LowRankHook, StackHook, make_coordinates
+from ows_ds.optim.low_rank import Coordinates, Hook, LowRankHook, WeightHook, make_coordinates, multiplies
 from ows_ds.optim.projection import rotation
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import CoordinateBuffer
@@ -66,8 +66,9 @@ class ActiveSet:
         for matrix in (m for block in (*self.layers.layers, self.always) for m in block.matrices):
             modules = [module.get_submodule(name) for name in matrix.modules]
             key = matrix.name.rpartition(".")[2]
-            stack = matrix.experts is not None
-            self.hooks[matrix.name] = [StackHook(m, key) if stack else LowRankHook(m, weights.sharded) for m in modules]
+            self.hooks[matrix.name] = [
+                LowRankHook(m, weights.sharded) if multiplies(m) else WeightHook(m, key) for m in modules
+            ]
         self.projectors: dict[str, Tensor] = {}
         self.clocks: dict[str, int] = {}
         self.trained_names: set[str] = set()

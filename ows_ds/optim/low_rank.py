@@ -308,6 +308,11 @@ class Hook:
         raise NotImplementedError
 
 
+def multiplies(module: nn.Module) -> bool:
+    """Whether a module's forward pass is the plain product with its weight, or the plain lookup in it."""
+    return isinstance(module, nn.Embedding) or type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 class LowRankHook(Hook):
     """Takes the place of a linear module's or an embedding's forward pass."""
 
@@ -344,15 +349,15 @@ class LowRankHook(Hook):
         return torch.add(low_rank, y, alpha=attached[0].decay)
 
 
-class StackHook(Hook):
-    """Stands in for a module's stack of experts' weights, under its name: the module's own code, or a function of
-    transformers' ``ALL_EXPERTS_FUNCTIONS``, computes with it as with the parameter (see `Stack`)."""
+class WeightHook(Hook):
+    """Puts a `StandIn` in a weight's place, under its name: the module's own code, or a function of transformers'
+    ``ALL_EXPERTS_FUNCTIONS``, computes with it as with the parameter, a matrix or a stack of experts' matrices."""
 
     def __init__(self, module: nn.Module, key: str) -> None:
         """key: the parameter's name in ``module``."""
         self.module, self.key = module, key
         self._unbound: tuple[Tensor, ...] | None = None
-        module.__dict__[key] = Stack(self)  # found before nn.Module's own __getattr__ looks among its parameters
+        module.__dict__[key] = StandIn(self)  # found before nn.Module's own __getattr__ looks among its parameters
         self._handle = module.register_forward_pre_hook(self._forget)
 
     def _forget(self, *_: Any) -> None:
@@ -388,13 +393,13 @@ SIZES = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
-    """A stack of weights (E, a, b) as a model's code sees it, or its transpose, or one expert's weight.
+class StandIn:
+    """A weight, (a, b) or a stack (E, a, b), as a model's code sees it, or its transpose, or one expert's part of it.
 
     Tokens are multiplied with it by `FrozenLinear`; in all else it is the tensor that it stands for.
     """
 
-    hook: StackHook
+    hook: WeightHook
     flipped: bool = False
     expert: int | None = None
 
@@ -420,12 +425,12 @@ class Stack:
 
     def __getitem__(self, index: Any) -> Any:
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool)
-        if not one or self.expert is not None:
+        if not one or self.dim() == 2:
             return self.tensor[index]
         return replace(self, expert=range(len(self))[int(index)])
 
     @property
-    def mT(self) -> Stack:  # noqa: N802 (torch's name)
+    def mT(self) -> StandIn:  # noqa: N802 (torch's name)
         """As a tensor's."""
         return replace(self, flipped=not self.flipped)
 
@@ -441,14 +446,14 @@ class Stack:
     @property
     def T(self) -> Any:  # noqa: N802 (torch's name)
         """As a tensor's."""
-        return self.tensor.T if self.expert is None else self.mT
+        return self.mT if self.dim() == 2 else self.tensor.T
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x, stack = (*args, None, None)[:2]
-        if isinstance(stack, cls) and isinstance(x, Tensor):
-            y = stack._product(getattr(func, "__name__", ""), x, args[2:], kwargs)
+        x, weight = (*args, None, None)[:2]
+        if isinstance(weight, cls) and isinstance(x, Tensor):
+            y = weight._product(getattr(func, "__name__", ""), x, args[2:], kwargs)
             if y is not None:
                 return y
         args, kwargs = tree_map(lambda one: one.tensor if isinstance(one, cls) else one, (args, kwargs))
@@ -456,15 +461,15 @@ class Stack:
 
     def _product(self, name: str, x: Tensor, more: Any, kwargs: Any) -> Tensor | None:
         """What the function of torch of this name makes of x and this; None if it is no product of tokens with it."""
-        one, inputs_first, bias = self.expert, not self.flipped, None
+        inputs_first, bias, alone = not self.flipped, None, self.dim() == 2
         use: Use | None = None
-        if one is not None and name in ("linear", "matmul", "mm") and not self.hook.parameter.requires_grad:
-            use = OneExpert(one)
+        if alone and name in ("linear", "matmul", "mm") and not self.hook.parameter.requires_grad:
+            use = EVERY if self.expert is None else OneExpert(self.expert)
             if name == "linear":
                 inputs_first, bias = self.flipped, (*more, kwargs.get("bias"))[0]
-        elif one is None and name in ("bmm", "matmul") and x.dim() == 3:
+        elif not alone and name in ("bmm", "matmul") and x.dim() == 3:
             use = Batched()
-        elif one is None and name in ("_grouped_mm", "grouped_mm_fallback"):
+        elif not alone and name in ("_grouped_mm", "grouped_mm_fallback"):
             use = Grouped((*more, kwargs.get("offs"))[0])
         if use is None:
             return None
