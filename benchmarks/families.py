@@ -10,7 +10,16 @@ ows (2 draws, one refresh), is exported and reloaded, and must then give the sam
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # ------------------------------------------------------------------ tiny configurations
@@ -183,3 +192,173 @@ def tiny_model(model_type: str, seed: int = 0) -> Any:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     model.config.use_cache = False
     return model.train()
+
+
+# ------------------------------------------------------------------ what is tried
+
+STEPS, ROWS, TOKENS, SECONDS = 4, 2, 12, 120
+SETTINGS: dict[str, Any] = {
+    "scheme": "fixed", "gamma": 2, "period": 2, "rank": 4, "update_proj_gap": 2, "lr": 1e-2, "seed": 1,
+}  # fmt: skip
+
+
+class Impossible(Exception):
+    """A tiny model of a type cannot be made, or run forward and backward on text, whoever trains it."""
+
+
+def try_type(model_type: str, experts: str | None = None) -> str:
+    """Train, export and reload a tiny model of this type. Returns what it has in its layers.
+
+    experts: an implementation of transformers' experts; None: the model's own choice.
+    Raises Impossible, or whatever goes wrong here.
+    """
+    import torch
+
+    from ows_ds.distributed.communicator import Communicator
+    from ows_ds.distributed.weights import Replicated
+    from ows_ds.optim.ows import OWS
+    from ows_ds.train.export import save_model
+    from ows_ds.train.loss import token_losses
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [_batch(torch.randint(4, VOCABULARY - 8, (ROWS, TOKENS), generator=generator)) for _ in range(STEPS)]
+    try:
+        model = tiny_model(model_type)
+        weights = Replicated(model, Communicator())
+        token_losses(weights, batches[0]).backward()
+    except Exception as error:
+        raise Impossible(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}") from error
+    if experts is not None:
+        model.set_experts_implementation(experts)
+    model.zero_grad()
+    names = [name for name, _ in model.named_parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    from ows_ds.model.layers import find_layers
+
+    count = len(find_layers(model).layers)
+    ows = OWS(weights, [1.0] * count, **{**SETTINGS, "gamma": min(2, count)})
+    trained = set()
+    for batch in batches:
+        trained |= set(ows.active.trained_names)
+        loss = token_losses(weights, batch) / batch["labels"].numel()
+        ows.backward(loss)
+        ows.step()
+        ows.zero_grad()
+        assert loss.isfinite(), "the loss is not finite"
+    layers = ows.layers
+    ows.close()
+    changed = {n for n, old, new in zip(names, before, model.parameters(), strict=True) if not torch.equal(old, new)}
+    assert changed <= trained, f"{sorted(changed - trained)[0]} was not to train, and changed"
+    for block in layers.layers:
+        matrices = {matrix.name for matrix in block.matrices}
+        assert not matrices & trained or matrices & changed, f"nothing of {block.name} has changed"
+
+    ids = batches[0]["input_ids"]
+    logits = _logits(weights, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(weights, _NoTokenizer(), Path(folder) / "model")
+        again = type(model).from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    if experts is not None:
+        again.set_experts_implementation(experts)
+    torch.testing.assert_close(_logits(Replicated(again, Communicator()), ids), logits, rtol=1e-4, atol=1e-5)
+    return _contents(model, layers)
+
+
+def _batch(ids: Any) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape), "labels": ids}
+
+
+def _logits(weights: Any, ids: Any) -> Any:
+    import torch
+
+    from ows_ds.data.attention import inputs
+
+    weights.module.eval()
+    with torch.no_grad():
+        return weights(**inputs(weights, _batch(ids))).logits
+
+
+class _NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing."""
+
+
+def _contents(model: Any, layers: Any) -> str:
+    """What there is beside matrices, biases and norms."""
+    matrices = [matrix for block in layers.layers for matrix in block.matrices]
+    vectors = [vector.name for block in layers.layers for vector in block.vectors]
+    names = {name.rpartition(".")[2] for name in vectors if model.get_parameter(name).dim() > 1}
+    convolutions = any("conv" in name and model.get_parameter(name).dim() == 3 for name in vectors)
+    kinds = {
+        "experts": any(matrix.experts for matrix in matrices),
+        "convolutions": convolutions,
+        f"as vectors: {', '.join(sorted(names - {'weight'})[:3])}": bool(names - {"weight"}),
+        "towers": any(
+            word in name for name, _ in model.named_children() or () for word in ("vision", "visual", "audio")
+        ) or any(re.search(r"vision|visual|audio|image_encoder", name) for name, _ in model.named_modules()),
+    }  # fmt: skip
+    return ", ".join(kind for kind, there in kinds.items() if there)
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def model_types() -> list[str]:
+    """All of transformers' causal language models, and of its models of images and text."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def outcome(model_type: str) -> tuple[str, str]:
+    """(trains | cannot | fails, what is in it or why)."""
+    try:
+        with _limit(SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return "trains", try_type(model_type)
+    except Impossible as error:
+        return "cannot", str(error)
+    except Exception as error:
+        return "fails", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main() -> None:
+    """See the module."""
+    import torch
+    import transformers as tf
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types; none: all")
+    parser.add_argument("--write", action="store_true", help="write docs/models.md")
+    parser.add_argument("--json", type=Path, help="file for the outcomes")
+    given = parser.parse_args()
+    tf.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    found: dict[str, tuple[str, str]] = {}
+    for model_type in given.types or model_types():
+        start = time.perf_counter()
+        found[model_type] = outcome(model_type)
+        print(f"{model_type:28} {found[model_type][0]:7} {time.perf_counter() - start:5.1f} s  {found[model_type][1]}")
+    counts = {word: sum(what == word for what, _ in found.values()) for word in ("trains", "fails", "cannot")}
+    print(counts)
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
