@@ -123,9 +123,9 @@ def add_low_rank(
 ) -> None:
     """flat <- decay * flat + (left @ right.mT).flatten()[start : start + flat.numel()], in place.
 
-    flat: a run of entries of a (rows, columns) matrix, or of a stack of them, any float dtype; the sum is formed in the factors' dtype
-    (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is bfloat16,
-    stochastically, by noise that depends on that key and the entry's position alone.
+    flat: a run of entries of a (rows, columns) matrix, or of a stack of them, any float dtype; the sum is formed in the
+    factors' dtype (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is
+    bfloat16, stochastically, by noise that depends on that key and the entry's position alone.
 
     Blocks of rows are the same for every run, so that all shardings give the same bits.
     """

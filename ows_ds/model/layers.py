@@ -89,7 +89,7 @@ class Matrix:
         return self.rank or r
 
     def side(self, length: int, r: int) -> tuple[int, ...]:
-        """(length, r), or (E, length, r) of a stack, at its own rank: `long`, of coordinates; `short`, of projectors."""
+        """(length, r), or (E, length, r) of a stack: of `long` coordinates and `short` projectors, at its own rank."""
         return (*([] if self.experts is None else [self.experts]), length, self.low_rank(r))
 
 
@@ -171,8 +171,8 @@ def _at_rank(block: Block, r: int, expert_rank: int | None, keep: bool) -> Block
 
 
 def rank_of_experts(matrix: Matrix, r: int) -> int:
-    """The rank at which the coordinates of all E experts take as much memory as those of the k experts that a token goes
-    to would at rank r: r k / E. At least `LEAST_RANK`, and a divisor of r."""
+    """The rank at which the coordinates of all E experts take as much memory as those of the k experts of one token
+    would at rank r: r k / E. At least `LEAST_RANK`, and a divisor of r."""
     least = max(r * matrix.active / matrix.count, min(LEAST_RANK, r))
     return next(rank for rank in range(1, r + 1) if r % rank == 0 and rank >= least)
 

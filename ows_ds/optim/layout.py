@@ -1,9 +1,8 @@
 """Who owns what, where it lies, and how many bytes move: a pure function of blocks, r and world size.
 
-The coordinates of a block are the rows of one matrix of r columns. What is narrower, a vector of n entries or a stack of
-experts' coordinates, takes ceil(n / r) rows of it.
-Each rank owns an equal run of whole rows, so that one collective moves a block, and what a rank owns does not depend
-on which other blocks train:
+The coordinates of a block are the rows of one matrix of r columns. What is narrower, a vector of n entries or the
+coordinates of a stack of experts, takes ceil(n / r) rows of it. Each rank owns an equal run of whole rows, so that one
+collective moves a block, and what a rank owns does not depend on which other blocks train:
 
     rows      0 ....................................... rows (padded)
     slot      | q | k | v | o | gate | up | down |vec|pad|
@@ -33,9 +32,9 @@ CHUNK = 1 << 24  # entries that are handled at once: logits (see `ows_ds.train.l
 class Layout:
     """Where the coordinates of one block lie. Build it with `lay_out`.
 
-    r: the low rank, the number of columns. slots: name -> rows of each matrix's coordinates and vector's
-    entries. shapes: name -> what is in these rows. segments: rows of each kind, "matrices" and "vectors", in this order; Adam treats one as one tensor (they
-    share their number of steps). rows: padded to a multiple of ``world_size``.
+    r: the low rank, the number of columns. slots: name -> rows of each matrix's coordinates and vector's entries.
+    shapes: name -> of what is in these rows. segments: rows of each kind, "matrices" and "vectors", in this order; Adam
+    treats one as one tensor (they share their number of steps). rows: padded to a multiple of ``world_size``.
     """
 
     block: Block

@@ -430,7 +430,7 @@ class StandIn:
         return replace(self, expert=range(len(self))[int(index)])
 
     @property
-    def mT(self) -> StandIn:  # noqa: N802 (torch's name)
+    def mT(self) -> StandIn:
         """As a tensor's."""
         return replace(self, flipped=not self.flipped)
 
@@ -444,7 +444,7 @@ class StandIn:
         return self.T
 
     @property
-    def T(self) -> Any:  # noqa: N802 (torch's name)
+    def T(self) -> Any:
         """As a tensor's."""
         return self.mT if self.dim() == 2 else self.tensor.T
 

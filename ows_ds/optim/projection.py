@@ -5,7 +5,8 @@ singular vectors of G's shorter side; C, R (max(m, n), r) coordinates and low-ra
 P = Q^T for m >= n (R = G P^T) and P = Q for m < n (R^T = P^T G): keeping r last in all of them makes the
 two sides one case, W + C Q^T, the second transposed.
 
-Projectors are found in float32, in float64 where the gradient is. Everything takes stacks, too: (..., m, n) for (m, n), each matrix for itself, all in one batch.
+Projectors are found in float32, in float64 where the gradient is. Everything takes stacks, too: (..., m, n) for
+(m, n), each matrix for itself, all in one batch.
 """
 
 from __future__ import annotations

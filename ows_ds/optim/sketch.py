@@ -21,6 +21,9 @@ from ows_ds.optim.low_rank import Coordinates, make_coordinates
 from ows_ds.optim.projection import Choice, Range, orthonormal, range_of, sketch_width
 from ows_ds.optim.refresh import Refresh, gather, rows_of
 
+Choose = Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Choice]]
+"""See `ows_ds.optim.projection.choose`."""
+
 
 class Sketches(Refresh):
     """Projectors of sketches over two steps."""
@@ -144,7 +147,9 @@ class Sketch:
         """Of a first pass: by matrix, (long, w), orthonormal, on every rank. Collective."""
         return self._gathered({part: orthonormal(sketch)[0] for part, sketch in self._mine().items()}, "sketch_bases")
 
-    def projectors(self, choose: Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Choice]]) -> dict[str, Tensor]:
+    def projectors(
+        self, choose: Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Choice]]
+    ) -> dict[str, Tensor]:
         """Of a second pass: by matrix, (short, r), on every rank. Collective."""
         found = {(part.name, part.experts): part for part in self.result.parts}
         mine = {found[part.name, part.experts]: sketch for part, sketch in self._mine().items()}

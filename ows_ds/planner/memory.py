@@ -7,14 +7,24 @@ other layers are read in the same way by the shapes of their matrices.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ows_ds.model.layers import Block, Matrix, Vector
 from ows_ds.optim.layout import CHUNK, group_in_order, pack
 from ows_ds.optim.projection import BLOCK, OVERSAMPLING
-from ows_ds.planner.step import ADAPTERS, StepSpec, activations, numel, parts_of, split
+from ows_ds.planner.step import (
+    ADAPTERS,
+    StepSpec,
+    activations,
+    entries_of,
+    keeps_low_rank,
+    numel,
+    parts_of,
+    split,
+)
 
 # bytes of full-rank gradients in a reduce-scatter beside the backward pass; 0: each weight's gradient is sent alone
 FULL_RANK_BUCKET = 0
@@ -37,7 +47,7 @@ def state(spec: StepSpec) -> Parts:
         "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if spec.deepspeed_trains else 0),
         "moments": 2 * own * e + 2 * mine * e,
         "masters": mine * e + (own * e if b < e else 0),
-        "projectors": sum(m.short for m in spec.projected) * plan.r * b,
+        "projectors": _projector_entries(spec) * b,
         **({"buckets": spec.bucket * b} if spec.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
     }
 
@@ -118,11 +128,16 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
             phases[phase] |= {"bucket": FULL_RANK_BUCKET}
     phases["update"] = {"temporaries": _update(spec), "gradients": kept[-1]}
     if refresh and spec.low_rank and spec.refresh == "full":
-        phases["choice"] = {"new projectors": _arrived(spec, _ranges(spec), spec.refresh_plan().owners)[-1]}
+        phases["choice"] = {"new projectors": _arrived(spec, _ranges(spec))[-1]}
     if refresh and spec.low_rank:  # the all-gather's buffers, and the old projectors
-        stride, old = spec.refresh_plan().stride, sum(m.short for m in spec.projected)
-        phases["gather"] = {"projectors": ((spec.world_size + 1) * stride + old) * spec.rank * b}
+        plan = spec.refresh_plan()
+        gathers = (spec.world_size + 1) * plan.stride * plan.columns
+        phases["gather"] = {"projectors": (gathers + _projector_entries(spec)) * b}
     return Memory(state(spec), phases)
+
+
+def _projector_entries(spec: StepSpec) -> int:
+    return sum(math.prod(matrix.side(matrix.short, spec.rank)) for matrix in spec.projected)
 
 
 def _gathered(spec: StepSpec, module: str, backward: bool) -> tuple[int, int]:
@@ -147,19 +162,20 @@ def _embedding(spec: StepSpec, kept: int) -> Parts:
     return {"gradients": gradients, "their sum": whole * tied, "gathered": gathered}
 
 
-def _arrived(spec: StepSpec, sizes: Parts, owners: Mapping[str, int]) -> list[int]:
-    """Bytes of ``sizes``, by weight, of the busiest owner: as each layer's backward pass runs, and at its end."""
-    totals = Counter[int]()
+def _arrived(spec: StepSpec, sizes: Mapping[str, Mapping[int, int]]) -> list[int]:
+    """Bytes of ``sizes``, by weight and owner, of the busiest owner: as each layer's backward pass runs, and at its
+    end."""
+    totals = Counter({0: 0})
 
-    def add(names: Sequence[str]) -> int:
+    def add(names: Iterable[str]) -> int:
         for name in names:
-            totals[owners.get(name, 0)] += sizes.get(name, 0)
+            totals.update(sizes.get(name, {}))
         return max(totals.values())
 
     found = [add([spec.head.name])]
     found += [add([part.name for part in parts_of(block)]) for block in spec.layers.layers[:0:-1]]
     totals.clear()
-    return [*found[::-1], add(["", *sizes])]
+    return [*found[::-1], add(sizes) if sizes else 0]
 
 
 def _gradients(spec: StepSpec) -> list[int]:
@@ -169,8 +185,7 @@ def _gradients(spec: StepSpec) -> list[int]:
     if spec.deepspeed_trains:  # among the state
         return [0] * (len(spec.layers.layers) + 1)
     itemsize = spec.itemsize if spec.accumulation == 1 else spec.wide
-    sizes = {name: spec.share(size) * itemsize for name, size in spec.full_rank.items()}
-    arrived = _arrived(spec, sizes, {})
+    arrived = _arrived(spec, {name: {0: spec.share(size) * itemsize} for name, size in spec.full_rank.items()})
     return arrived if spec.accumulation == 1 else arrived[-1:] * len(arrived)
 
 
@@ -178,15 +193,19 @@ def _projectors(spec: StepSpec, refresh: bool) -> list[int]:
     """As `_arrived`: what projectors are chosen from, of one micro-batch."""
     if not (refresh and spec.low_rank and spec.refresh == "full" and spec.refresh_passes == 1):
         return [0] * (len(spec.layers.layers) + 1)
-    return _arrived(spec, _ranges(spec), spec.refresh_plan().owners)
+    return _arrived(spec, _ranges(spec))
 
 
-def _ranges(spec: StepSpec) -> dict[str, int]:
-    """Bytes of a basis of each gradient's range, float32, and of what the buffer does not take of their product."""
-    more = {m.name: min(OVERSAMPLING, m.short - spec.rank) for m in spec.projected}
-    return {
-        m.name: 4 * m.short * (spec.rank + more[m.name]) + spec.wide * m.long * more[m.name] for m in spec.projected
-    }
+def _ranges(spec: StepSpec) -> dict[str, Counter[int]]:
+    """By matrix and owner, bytes of a basis of its gradient's range, and of what the buffer does not take of their
+    product."""
+    found: dict[str, Counter[int]] = {}
+    for part in spec.refresh_plan().parts:
+        matrix, r = spec.plan.matrices[part.name], part.shape[-1]
+        more = min(OVERSAMPLING, matrix.short - r)
+        size = spec.wide * (matrix.short * (r + more) + matrix.long * more)
+        found.setdefault(part.name, Counter())[part.owner] += size * math.prod(part.shape[:-2])
+    return found
 
 
 def _everywhere(spec: StepSpec, refresh: bool) -> Parts:
@@ -194,14 +213,18 @@ def _everywhere(spec: StepSpec, refresh: bool) -> Parts:
     if not (refresh and spec.low_rank):
         return {}
     if spec.refresh == "sketch":
-        rows = max(spec.refresh_plan(long).stride for long in (True, False)) * spec.world_size * spec.wide
-        rows += sum(m.long for m in spec.projected) * spec.itemsize
-        return {"sketches": rows * spec.sketch_columns}
+        first, second = spec.refresh_plan("first"), spec.refresh_plan("second")
+        sums = max(plan.stride * plan.columns for plan in (first, second)) * spec.world_size
+        if spec.world_size > 1:  # of stacks: apart from what is sent
+            whole = {m.name for m in spec.projected if m.experts}
+            sums += sum(math.prod(part.shape) for part in first.parts if part.name in whole)
+        bases = sum(math.prod(part.shape) for part in first.parts)
+        return {"sketches": sums * spec.wide + bases * spec.itemsize}
     if spec.refresh_passes == 1:
         return {}
-    owners, owned = spec.refresh_plan().owners, Counter({0: 0})
-    for matrix in spec.projected:
-        owned[owners[matrix.name]] += numel(matrix)
+    owned = Counter({0: 0})
+    for part in spec.refresh_plan().parts:
+        owned[part.owner] += entries_of(spec, part)
     return {"sums of gradients": max(owned.values()) * spec.wide}
 
 
@@ -210,8 +233,13 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     and what is made of a weight's); bytes of gradients of weights.
     """
     parts = split(block, spec.hidden)
-    inner, hidden = (spec.tokens * width * spec.itemsize for width in (parts.between, spec.hidden))
-    kept = kind in ("full", "adapters") or (kind == "low" and parts.down.tall == parts.down.inputs_first)
+    mlp = parts.widest
+    rows = 1 if mlp is None else mlp.rows
+    inner = spec.tokens * rows * (parts.heads if mlp is None else mlp.between) * spec.itemsize
+    hidden = spec.tokens * spec.hidden * spec.itemsize
+    kept = kind in ("full", "adapters") or (kind == "low" and mlp is not None and not keeps_low_rank(mlp.down))
+    if mlp is not None and mlp.down.experts:  # gradients of the experts' outputs and inputs, a row for each
+        hidden *= rows
     yield block.name, 2 * hidden + (3 - kept) * inner, 0
     if spec.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
         yield block.name, 2 * hidden + max(3 * numel(m) + m.in_features**2 for m in block.matrices) * spec.wide, 0
@@ -221,9 +249,10 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     came = 0  # this rank's parts of the layer's gradients
     widths = 1  # of the MLP, beside what was kept: its activations go one after the other
     searching = 0  # on a GPU, of the matrix before: its gradient, and the search beside the backward pass
-    for matrix in reversed(block.matrices):
+    trained = {m.name for m in spec.trained.layers[spec.layers.layers.index(block)].matrices}
+    for matrix in (m for m in reversed(block.matrices) if m.name in trained):
         flowing = 2 * hidden - spec.tokens * parts.made * spec.itemsize  # the MLP's activations have gone
-        if matrix is parts.down or matrix in parts.up:
+        if mlp is not None and (matrix is mlp.down or matrix in mlp.up):
             flowing, widths = 2 * hidden + widths * inner, widths - 2
         part = spec.share(numel(matrix)) * spec.itemsize
         whole = came + numel(matrix) * spec.itemsize + (0 if searched or spec.world_size == 1 else part)
@@ -240,7 +269,9 @@ def _finder(spec: StepSpec, matrix: Matrix) -> int:
     """Bytes that the search for a projector needs: the longer product while it is made orthonormal, twice in float64;
     or a product beside blocks of G in float32, where G is not.
     """
-    width = 4 * min(spec.rank + OVERSAMPLING, matrix.short)
+    ranked = spec.plan.matrices.get(matrix.name, matrix)
+    run = math.ceil(matrix.count / spec.world_size)  # of experts, with one owner
+    width = 4 * min(ranked.low_rank(spec.rank) + OVERSAMPLING, matrix.short) * run
     long, short = matrix.long * width, matrix.short * width
     copy = 4 * min(BLOCK, numel(matrix)) if spec.itemsize != 4 else 0
     return max(6 * long + short, copy + long + 2 * short)
@@ -248,7 +279,8 @@ def _finder(spec: StepSpec, matrix: Matrix) -> int:
 
 def _forward(spec: StepSpec) -> int:
     """Bytes of a frozen layer's forward pass at its widest."""
-    return spec.tokens * (4 * spec.hidden + split(spec.layers.layers[0], spec.hidden).made) * spec.itemsize
+    widest = max(split(block, spec.hidden).made for block in spec.layers.layers)
+    return spec.tokens * (4 * spec.hidden + widest) * spec.itemsize
 
 
 def _loss(spec: StepSpec, refresh: bool) -> tuple[int, int]:

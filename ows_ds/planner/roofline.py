@@ -7,6 +7,7 @@ m x n a matrix, s the length of a sequence, q the width of all queries.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ows_ds.model.layers import Block
 from ows_ds.optim.projection import OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
 from ows_ds.planner.memory import state
-from ows_ds.planner.step import StepSpec, activations, numel, split
+from ows_ds.planner.step import StepSpec, activations, entries_of, numel, split
 from ows_ds.planner.traffic import Messages
 
 # what travels while a pass computes; the rest waits for the update, or the update for it
@@ -59,9 +60,15 @@ def work(spec: StepSpec, refreshes: float = 0.0) -> dict[str, Work]:
     return {phase: one for phase, one in found.items() if one.flops or one.bytes}
 
 
-def _sizes(block: Block) -> tuple[int, int]:
-    """Entries of a layer's matrices, and the sum of their sides."""
-    return sum(map(numel, block.matrices)), sum(sum(m.shape) for m in block.matrices)
+def _sizes(spec: StepSpec, block: Block) -> tuple[int, int, int]:
+    """Entries of a layer's matrices that work on a token; the sum of their sides, and of the longer ones, each times
+    its low rank."""
+    ranked = [(m.active, m, spec.plan.matrices.get(m.name, m).low_rank(spec.rank)) for m in block.matrices]
+    return (
+        sum(active * math.prod(m.shape) for active, m, _ in ranked),
+        sum(active * sum(m.shape) * r for active, m, r in ranked),
+        sum(active * m.long * r for active, m, r in ranked),
+    )
 
 
 def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
@@ -72,16 +79,12 @@ def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
     cost as much, attention twice that; gradients of what trains come on top: 2 T m n of a whole weight, 2 T r times the
     longer side of coordinates.
     """
-    tokens, (entries, sides) = spec.tokens, _sizes(block)
-    attention = 2 * tokens * spec.length * split(block, spec.hidden).output.in_features
-    low = {"low": spec.rank, "adapters": spec.lora_rank}.get(kind, 0)
-    flops = 2 * tokens * (entries + low * sides) + attention
-    trains = {
-        "full": 2 * tokens * entries,
-        "low": 2 * tokens * spec.rank * sum(m.long for m in block.matrices),
-        "adapters": 2 * tokens * spec.lora_rank * sides,
-    }.get(kind, 0)
-    read, kept = entries * spec.itemsize, activations(spec, block, "frozen")
+    tokens, (entries, low, longer) = spec.tokens, _sizes(spec, block)
+    attention = 2 * tokens * spec.length * split(block, spec.hidden).heads
+    adapters = spec.lora_rank * sum(m.active * sum(m.shape) for m in block.matrices)
+    flops = 2 * tokens * (entries + {"low": low, "adapters": adapters}.get(kind, 0)) + attention
+    trains = 2 * tokens * {"full": entries, "low": longer, "adapters": adapters}.get(kind, 0)
+    read, kept = sum(map(numel, block.matrices)) * spec.itemsize, activations(spec, block, "frozen")
     written = read if kind == "full" else 0
     return Work(flops, read + 2 * kept), Work(flops + attention + trains, read + 4 * kept + written)
 
@@ -107,16 +110,17 @@ def _refresh(spec: StepSpec, block: Block) -> Work:
 
     The owners of matrices work at the same time.
     """
-    entries, sides = _sizes(block)
+    ranked = [spec.plan.matrices[m.name] for m in block.matrices if m.name in spec.plan.matrices]
     if spec.refresh == "sketch":
-        width = max(sketch_width(spec.rank, min(m.shape)) for m in block.matrices)
-        return Work(2 * 2 * 2 * spec.tokens * spec.accumulation * width * sides, 0)
-    finder = sum(4 * ROUNDS * numel(m) * (spec.rank + OVERSAMPLING) for m in block.matrices)
-    owners, load = spec.refresh_plan().owners, Counter[int]()
-    for matrix in spec.projected:
-        load[owners[matrix.name]] += numel(matrix)
-    share = max(load.values()) / load.total()
-    return Work(2 * spec.tokens * spec.accumulation * entries + finder * share, 4 * 2 * ROUNDS * entries * share)
+        products = sum(m.active * sum(m.shape) * sketch_width(m.low_rank(spec.rank), m.short) for m in ranked)
+        return Work(2 * 2 * 2 * spec.tokens * spec.accumulation * products, 0)
+    finder = sum(4 * ROUNDS * numel(m) * (m.low_rank(spec.rank) + OVERSAMPLING) for m in ranked)
+    load = Counter[int]()
+    for part in spec.refresh_plan().parts:
+        load[part.owner] += entries_of(spec, part)
+    share, whole = max(load.values()) / load.total(), sum(map(numel, ranked))
+    made = 2 * spec.tokens * spec.accumulation * _sizes(spec, block)[0]
+    return Work(made + finder * share, 4 * 2 * ROUNDS * whole * share)
 
 
 @dataclass(frozen=True)

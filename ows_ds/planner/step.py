@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
-from ows_ds.optim.layout import COLUMNS, Plan, RefreshPlan, make_plan, plan_refresh
-from ows_ds.optim.projection import sketch_width
+from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, make_plan, plan_refresh
 from ows_ds.planner.gathering import Gathered
 
 LOW_RANK = ("ows", "galore")
@@ -48,6 +48,8 @@ class StepSpec:
     on_gpu: bool = True  # Adam works on all tensors at once, and searches run beside the backward pass
     bucket: int = 500_000_000  # DeepSpeed's reduce_bucket_size
     gathered: Gathered | None = None  # what ZeRO-3 gathers; None: only bounds are known
+    expert_rank: int | None = None
+    router: str = "freeze"
 
     @property
     def wide(self) -> int:
@@ -97,9 +99,14 @@ class StepSpec:
         return self.layer_set if drawn else tuple(range(len(self.layers.layers)))
 
     @cached_property
+    def trained(self) -> ModelLayers:
+        """Layers without what never trains."""
+        return self.layers.with_routers(self.router == "train")
+
+    @cached_property
     def plan(self) -> Plan:
         """What lies in the coordinate buffer."""
-        layers = self.layers.at_rank(self.rank) if self.low_rank else self.layers
+        layers = self.trained.at_rank(self.rank, self.expert_rank) if self.low_rank else self.trained
         blocks = [layers.layers[i] for i in self.sampled] if self.method in SAMPLED else []
         if not self.low_rank:
             blocks = [Block(block.name, (), block.vectors) for block in blocks]
@@ -113,14 +120,9 @@ class StepSpec:
         """Matrices with coordinates, in the order of their rows."""
         return list(self.plan.matrices.values())
 
-    def refresh_plan(self, long: bool = False) -> RefreshPlan:
-        """Who finds which projector; long: with slots of the longer sides."""
-        return plan_refresh(self.projected, self.world_size, long)
-
-    @property
-    def sketch_columns(self) -> int:
-        """Columns of the buffer of sketches."""
-        return max((sketch_width(self.rank, min(m.shape)) for m in self.projected), default=0)
+    def refresh_plan(self, sketch: Literal["first", "second"] | None = None) -> RefreshPlan:
+        """Who finds which projector, or has which of two sketches."""
+        return plan_refresh(self.projected, self.world_size, self.rank, sketch)
 
     @property
     def refresh_passes(self) -> int:
@@ -130,7 +132,7 @@ class StepSpec:
     @cached_property
     def full_rank(self) -> dict[str, int]:
         """Entries of each weight with a master of its own, by name: trained at full rank, or an adapter."""
-        blocks = [self.layers.layers[i] for i in self.sampled]
+        blocks = [self.trained.layers[i] for i in self.sampled]
         if self.method in ADAPTERS:
             return {name: size for block in blocks for name, size in self._adapters(block).items()}
         parts: list[Part] = []
@@ -177,12 +179,26 @@ class StepSpec:
 
 def numel(part: Part) -> int:
     """Entries of a weight."""
-    return part.numel if isinstance(part, Vector) else part.shape[0] * part.shape[1]
+    return part.numel
 
 
 def parts_of(block: Block) -> list[Part]:
     """Weights of a layer."""
-    return [*block.matrices, *block.vectors]
+    return [*block.matrices, *block.vectors, *block.routers]
+
+
+def entries(layers: ModelLayers) -> tuple[int, int]:
+    """Of all weights, and of those that work on one token: of a stack of experts, those that it goes to."""
+    parts: list[Part] = [*layers.embeddings, *layers.final, *(p for block in layers.layers for p in parts_of(block))]
+    idle = sum((p.count - p.active) * p.numel // p.count for p in parts if isinstance(p, Matrix) and p.experts)
+    total = sum(map(numel, parts))
+    return total, total - idle
+
+
+def entries_of(spec: StepSpec, part: RefreshPart) -> int:
+    """Entries of the gradient that one owner finds projectors from."""
+    matrix = spec.plan.matrices[part.name]
+    return matrix.numel // matrix.count * (1 if part.experts is None else part.experts[1] - part.experts[0])
 
 
 def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:
@@ -201,32 +217,80 @@ def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple
 
 
 @dataclass(frozen=True)
-class LayerParts:
-    """A layer's matrices by what they do, found by their shapes and order."""
+class MLP:
+    """Matrices of an MLP, or stacks of them: of all its experts.
 
-    attention: tuple[Matrix, ...]  # hidden -> queries, keys, values
-    output: Matrix
-    up: tuple[Matrix, ...]  # hidden -> between: one, two (gated), or the two in one
+    up: hidden -> between: one, two (gated), or the two in one. rows: experts that a token goes to, else 1.
+    """
+
+    up: tuple[Matrix, ...]
     down: Matrix
-    between: int  # the MLP's inner width
-    made: int  # entries a token that the MLP keeps for its backward pass, frozen
+
+    @property
+    def rows(self) -> int:
+        """Rows of activations for each token: one for each of its experts."""
+        return self.down.active
+
+    @property
+    def between(self) -> int:
+        """The inner width."""
+        return self.down.in_features
+
+    @property
+    def made(self) -> int:
+        """Entries a row that are kept for the backward pass, frozen; of experts, their weighted outputs, too."""
+        made = sum(m.out_features for m in self.up)
+        gated = self.between if made > self.between else 0  # the activation's output
+        return made + gated + (self.down.out_features if self.down.experts else 0)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer's matrices by what they do, found by their shapes and order.
+
+    attention: what takes hidden states and belongs to no MLP: queries, keys, values. output: of attention.
+    """
+
+    attention: tuple[Matrix, ...]
+    output: Matrix | None
+    mlps: tuple[MLP, ...]
+
+    @property
+    def made(self) -> int:
+        """Entries a token that the MLPs keep for the backward pass, frozen."""
+        return sum(mlp.rows * mlp.made for mlp in self.mlps)
+
+    @property
+    def heads(self) -> int:
+        """Features of all of attention's heads."""
+        return 0 if self.output is None else self.output.in_features
+
+    @property
+    def widest(self) -> MLP | None:
+        """The MLP that makes most."""
+        return max(self.mlps, key=lambda mlp: mlp.rows * mlp.between, default=None)
 
 
 def split(block: Block, hidden: int) -> LayerParts:
-    """Raises ValueError for a layer that does not look like attention and an MLP."""
-    down = next((m for m in reversed(block.matrices) if m.out_features == hidden), None)
-    if down is None:
-        raise ValueError(f"{block.name} has no matrix that gives {hidden} features")
-    widths = (down.in_features, 2 * down.in_features)
-    up = tuple(m for m in block.matrices if m is not down and m.out_features in widths)
-    rest = [m for m in block.matrices if m is not down and m not in up]
-    if not up or not rest:
-        raise ValueError(f"{block.name} does not look like attention and an MLP")
-    output = next(m for m in reversed(rest) if m.out_features == hidden)
-    attention, made = tuple(m for m in rest if m is not output), sum(m.out_features for m in up)
-    if made > down.in_features:  # gated: the activation's output, too
-        made += down.in_features
-    return LayerParts(attention, output, up, down, down.in_features, made)
+    """What looks like neither experts nor an MLP is taken for attention, whatever it is."""
+    stacks = [m for m in block.matrices if m.experts]
+    rest = [m for m in block.matrices if not m.experts]
+    mlps = []
+    for down in (m for m in stacks if m.out_features == hidden and m.in_features != hidden):
+        up = tuple(
+            m for m in stacks if m.in_features == hidden and m.out_features in (down.in_features, 2 * down.in_features)
+        )
+        mlps.append(MLP(up, down))
+    found = next((m for m in reversed(rest) if m.out_features == hidden), None)
+    if found is not None:
+        widths = (found.in_features, 2 * found.in_features)
+        up = tuple(m for m in rest if m is not found and m.in_features == hidden and m.out_features in widths)
+        others = [m for m in rest if m is not found and m not in up]
+        if up and any(m.out_features == hidden for m in others):
+            mlps.append(MLP(up, found))
+            rest = others
+    output = next((m for m in reversed(rest) if m.out_features == hidden), None)
+    return LayerParts(tuple(m for m in rest if m is not output), output, tuple(mlps))
 
 
 def keeps_low_rank(matrix: Matrix) -> bool:
@@ -239,20 +303,25 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
     if not kind:
         return 0
     b, e, hidden, parts = spec.itemsize, spec.wide, spec.hidden, split(block, spec.hidden)
-    through = sum(m.out_features for m in parts.attention) + parts.output.in_features + parts.made
+    through = sum(m.out_features for m in parts.attention) + parts.heads + parts.made
     token = through * b + 2 * hidden * 4  # norms work in float32
     if kind in ("low", "full") and block.vectors:
         token += 2 * hidden * b  # what the norms' weights are multiplied with
     # inputs that are not kept anyway: one for all matrices that share it
-    for matrices, width in ((parts.attention, hidden), (parts.up, hidden), ((parts.down,), parts.between)):
+    shared = [(parts.attention, hidden, 1)]
+    for mlp in parts.mlps:
+        shared += [(mlp.up, hidden, mlp.rows), ((mlp.down,), mlp.between, mlp.rows)]
+        token += (mlp.down.count * 4 + mlp.rows * 16) * bool(mlp.down.experts)  # of the router, and the order of rows
+    for matrices, width, rows in shared:
         if kind == "adapters":  # cast to the adapters' float32 one by one
             token += width * b if b == e else width * e * len(matrices)
         elif kind == "full" or (kind == "low" and not all(map(keeps_low_rank, matrices))):
-            token += width * b
+            token += rows * width * b
     if kind == "adapters":
-        token += spec.lora_rank * e * len(block.matrices) + (0 if b == e else parts.output.in_features * e)
+        token += spec.lora_rank * e * len(block.matrices) + (0 if b == e else parts.heads * e)
         if spec.method == "dora":  # both products, which the magnitude scales
             token += 2 * b * sum(m.out_features for m in block.matrices)
     if kind == "low":
-        token += spec.rank * b * sum(map(keeps_low_rank, block.matrices))
+        ranked = (spec.plan.matrices.get(m.name) for m in block.matrices)
+        token += sum(m.active * m.low_rank(spec.rank) for m in ranked if m is not None and keeps_low_rank(m)) * b
     return spec.tokens * token

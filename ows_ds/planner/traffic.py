@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ows_ds.planner.step import StepSpec, numel, parts_of
+from ows_ds.planner.step import StepSpec, entries_of, numel, parts_of
 
 
 def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, int]:
@@ -24,15 +24,16 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
     sent["grad_norm"] = 2 * spec.share(e) * (w - 1)
     if refresh and spec.low_rank:
         last = spec.refresh_plan()
-        sent["projectors"] = last.stride * spec.rank * b * (w - 1)
+        sent["projectors"] = last.stride * last.columns * b * (w - 1)
         merged = sum(layout.stride for layout in plan.layouts if "matrices" in layout.segments)
         sent["merge"] = merged * plan.r * e * (w - 1) if b < e else 0
         if spec.refresh == "sketch":
-            first = spec.refresh_plan(long=True)
-            sent["sketches"] = (first.stride + last.stride) * spec.sketch_columns * e * (w - 1)
-            sent["sketch_bases"] = first.stride * spec.sketch_columns * b * (w - 1)
+            first, second = spec.refresh_plan("first"), spec.refresh_plan("second")
+            passes = first.bytes_of_pass(w, first, e, b), second.bytes_of_pass(w, last, e, b)
+            sent["sketches"] = sum(one["sketches"] for one in passes)
+            sent["sketch_bases"] = passes[0]["sketch_bases"]
         else:
-            away = sum(numel(m) for m in spec.projected if last.owners[m.name] != index)
+            away = sum(entries_of(spec, part) for part in last.parts if part.owner != index)
             sent["refresh_gradients"] = away * b * spec.refresh_passes * (w > 1)
     if spec.gathered is not None:
         sent["weights"] = spec.gathered.shares(w, spec.accumulation) * b * (w - 1)
@@ -71,7 +72,7 @@ def messages(spec: StepSpec, refreshes: float) -> dict[str, Messages]:
     counts = dict.fromkeys(("gradients", "coordinates", "merge"), len(spec.plan.layouts))
     counts["full_rank_gradients"] = len(spec.full_rank) * spec.accumulation
     counts["full_rank_weights"] = len(spec.full_rank)
-    counts["refresh_gradients"] = len(spec.projected) * spec.refresh_passes
+    counts["refresh_gradients"] = len(spec.refresh_plan().parts) * spec.refresh_passes
     sent = traffic(spec)
     found = {op: Messages(size, counts.get(op, 1), 2 if op == "grad_norm" else 1) for op, size in sent.items()}
     for op, size in traffic(spec, True, last).items() if refreshes else ():

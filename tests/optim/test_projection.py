@@ -204,7 +204,10 @@ def test_equal_singular_values_do_not_turn_an_aligned_basis(shape: tuple[int, in
         g = (left[:, : min(shape)] * values) @ right[:, : min(shape)].T
         other = g * (1 + 1e-7 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=g.dtype))
         near = torch.linalg.qr(start_basis(min(shape), RANK, seed)).Q
-        free, turned = ([find_projector(one, RANK, method, seed, start=near, align=align) for one in (g, other)] for align in (False, True))
+        free, turned = (
+            [find_projector(one, RANK, method, seed, start=near, align=align) for one in (g, other)]
+            for align in (False, True)
+        )
         assert float((turned[0] - turned[1]).abs().max()) < 2e-6
         assert_orthonormal(turned[0])
         jumps.append(float((free[0] - free[1]).abs().max()))
