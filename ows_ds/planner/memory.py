@@ -238,9 +238,9 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     inner = spec.tokens * rows * (parts.heads if mlp is None else mlp.between) * spec.itemsize
     hidden = spec.tokens * spec.hidden * spec.itemsize
     kept = kind in ("full", "adapters") or (kind == "low" and mlp is not None and not keeps_low_rank(mlp.down))
-    if mlp is not None and mlp.down.experts:  # gradients of the experts' outputs and inputs, a row for each
-        hidden *= rows
-    yield block.name, 2 * hidden + (3 - kept) * inner, 0
+    # gradients of the experts' inputs and outputs have a row for each of them
+    wide = 0 if mlp is None or not mlp.down.experts else 3 * rows * hidden
+    yield block.name, 2 * hidden + max((3 - kept) * inner, wide), 0
     if spec.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
         yield block.name, 2 * hidden + max(3 * numel(m) + m.in_features**2 for m in block.matrices) * spec.wide, 0
     searched = refresh and spec.low_rank
@@ -256,10 +256,17 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
             flowing, widths = 2 * hidden + widths * inner, widths - 2
         part = spec.share(numel(matrix)) * spec.itemsize
         whole = came + numel(matrix) * spec.itemsize + (0 if searched or spec.world_size == 1 else part)
-        yield matrix.modules[0], max(0, flowing), whole
+        # what experts have kept, a row for each, is freed before the gradient of their first stacks is searched
+        least = -inner - rows * hidden if matrix.experts else 0
+        left = (
+            2 * hidden - spec.tokens * parts.made * spec.itemsize
+            if mlp is not None and matrix.experts and matrix in mlp.up
+            else flowing
+        )
+        yield matrix.modules[0], max(least, flowing), whole
         if searched and spec.refresh_passes == 1:  # when the module's own input has gone
-            yield matrix.modules[0], max(0, flowing) + searching, whole
-            yield matrix.modules[0], max(0, flowing - inner) + _finder(spec, matrix), whole
+            yield matrix.modules[0], max(least, flowing) + searching, whole
+            yield matrix.modules[0], max(min(least, left), left - inner) + _finder(spec, matrix), whole
             searching = (_finder(spec, matrix) + numel(matrix) * spec.itemsize) * spec.on_gpu
         if not searched and spec.accumulation == 1 and not spec.deepspeed_trains:
             came += part

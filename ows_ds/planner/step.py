@@ -265,6 +265,12 @@ class LayerParts:
         """Features of all of attention's heads."""
         return 0 if self.output is None else self.output.in_features
 
+    def normed(self, block: Block) -> int:
+        """Features of queries and keys, where each head's are normalised: by a weight of a head's size."""
+        outputs = [m.out_features for m in self.attention]
+        heads = [v.numel for v in block.vectors if outputs and v.numel not in outputs and v.numel < min(outputs)]
+        return sum(outputs[: sum(all(out % size == 0 for out in outputs) for size in heads)])
+
     @property
     def widest(self) -> MLP | None:
         """The MLP that makes most."""
@@ -304,9 +310,10 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
         return 0
     b, e, hidden, parts = spec.itemsize, spec.wide, spec.hidden, split(block, spec.hidden)
     through = sum(m.out_features for m in parts.attention) + parts.heads + parts.made
-    token = through * b + 2 * hidden * 4  # norms work in float32
+    normed = 2 * hidden + parts.normed(block)
+    token = through * b + normed * 4  # norms work in float32
     if kind in ("low", "full") and block.vectors:
-        token += 2 * hidden * b  # what the norms' weights are multiplied with
+        token += normed * b  # what the norms' weights are multiplied with
     # inputs that are not kept anyway: one for all matrices that share it
     shared = [(parts.attention, hidden, 1)]
     for mlp in parts.mlps:

@@ -59,7 +59,7 @@ class Alive(TorchDispatchMode):
 
 @functools.cache
 def steps(
-    method: str, always_on: str, checkpointing: bool, wide: bool, dtype: str
+    method: str, always_on: str, checkpointing: bool, wide: bool, dtype: str, family: str = "llama"
 ) -> tuple[StepSpec, int, dict[bool, int], int]:
     """What was planned; bytes between steps; the peak of a step without and with refresh; activations.
 
@@ -67,11 +67,20 @@ def steps(
     """
     rows, length, vocabulary = (2, 96, 1024) if wide else (4, 192, 256)
     torch.manual_seed(0)
-    shape = tf.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, use_cache=False,
-    )  # fmt: skip
+    widths = {"vocab_size": vocabulary, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "llama": lambda: tf.LlamaConfig(**widths, intermediate_size=688, num_key_value_heads=2),
+        # 1/16 of Mixtral 8x7B's widths, and 1/8 of Qwen3-30B-A3B's with a quarter of its experts
+        "mixtral": lambda: tf.MixtralConfig(
+            **widths, intermediate_size=896, num_key_value_heads=1, num_local_experts=8, num_experts_per_tok=2
+        ),
+        "qwen3_moe": lambda: tf.Qwen3MoeConfig(
+            **widths, moe_intermediate_size=96, num_key_value_heads=2, head_dim=64, num_experts=32,
+            num_experts_per_tok=8,
+        ),
+    }[family]()  # fmt: skip
     model: Any = tf.AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").to(getattr(torch, dtype))
+    model.config.use_cache = False
     recipe = config.from_dict(
         {
             "model": {"path": "none", "dtype": dtype},
@@ -112,6 +121,19 @@ def steps(
         checkpointing=checkpointing, on_gpu=False,
     )  # fmt: skip
     return spec, between, peaks, kept
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("dtype", "always_on"), [("bfloat16", "none"), pytest.param("float32", "full", marks=pytest.mark.slow)]
+)
+def test_peaks_of_experts(dtype: str, always_on: str, family: str, checkpointing: bool) -> None:
+    """Within 5 %, as below."""
+    spec, between, peaks, _ = steps("ows", always_on, checkpointing, False, dtype, family)
+    assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)
+    for refresh, peak in peaks.items():
+        assert memory(spec, refresh).peak == pytest.approx(peak, rel=0.05)
 
 
 METHODS = [("ows", "none"), ("ows", "full"), ("ows", "low_rank"), ("galore", "none"), ("lisa", "full")]
