@@ -194,6 +194,6 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
 def full_rank_bytes(setting: Setting, world_size: int, layers: ModelLayers) -> int:
     """What a rank sends where the sampled layers' full gradients are all-reduced, in their dtype."""
     blocks = [layers.layers[i] for i in sampled(setting)]
-    count = sum(math.prod(matrix.shape) for block in blocks for matrix in block.matrices)
+    count = sum(matrix.numel for block in blocks for matrix in block.matrices)
     count += sum(vector.numel for block in blocks for vector in block.vectors)
     return 2 * math.ceil(count / world_size) * ITEMSIZE[setting.dtype] * (world_size - 1)

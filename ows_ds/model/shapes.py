@@ -1,12 +1,13 @@
 """Widths of known models by name, and any model's layers from its configuration alone: no weight is made or read.
 
 The numbers are those of the models' own configurations (Touvron et al. 2023, Grattafiori et al. 2024, Jiang et al.
-2023, Qwen 2024). Importing this module is cheap: no torch.
+2023 and 2024, Qwen 2024 and 2025, OpenAI 2025, Zhipu 2025, DeepSeek 2024). Importing this module is cheap: no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ class Shape:
     """A decoder of the LLaMA kind.
 
     hidden, intermediate: features of hidden states and of the MLP. heads, kv_heads: of queries; of keys and values.
-    vocab: entries of the vocabulary. layers: of the whole model. family: transformers' ``model_type``.
+    vocab: entries of the vocabulary. layers: of the whole model. family: transformers' ``model_type``. more: other keys
+    of its configuration.
     """
 
     hidden: int
@@ -31,6 +33,11 @@ class Shape:
     vocab: int = 32000
     layers: int = 32
     family: str = "llama"
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def _tokens_to(experts: int) -> dict[str, int]:
+    return {"num_experts_per_tok": experts}
 
 
 SHAPES = {
@@ -44,7 +51,29 @@ SHAPES = {
     "qwen2.5-14b": Shape(5120, 13824, 40, 8, 152064, 48, "qwen2"),
     "qwen2.5-32b": Shape(5120, 27648, 40, 8, 152064, 64, "qwen2"),
     "qwen2.5-72b": Shape(8192, 29568, 64, 8, 152064, 80, "qwen2"),
-}
+    "mixtral-8x7b": Shape(4096, 14336, 32, 8, family="mixtral", more={"num_local_experts": 8, **_tokens_to(2)}),
+    "qwen3-30b-a3b": Shape(
+        2048, 6144, 32, 4, 151936, 48, "qwen3_moe",
+        {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, **_tokens_to(8)},
+    ),
+    "gpt-oss-20b": Shape(
+        2880, 2880, 64, 8, 201088, 24, "gpt_oss", {"head_dim": 64, "num_local_experts": 32, **_tokens_to(4)}
+    ),
+    "gpt-oss-120b": Shape(
+        2880, 2880, 64, 8, 201088, 36, "gpt_oss", {"head_dim": 64, "num_local_experts": 128, **_tokens_to(4)}
+    ),
+    "glm-4.5-air": Shape(
+        4096, 10944, 96, 8, 151552, 46, "glm4_moe",
+        {"head_dim": 128, "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 1,
+         "first_k_dense_replace": 1, "attention_bias": True, **_tokens_to(8)},
+    ),
+    "deepseek-v3": Shape(
+        7168, 18432, 128, 128, 129280, 61, "deepseek_v3",
+        {"moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3,
+         "n_group": 8, "topk_group": 4, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+         "qk_nope_head_dim": 128, "v_head_dim": 128, **_tokens_to(8)},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +101,7 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "vocab_size": shape.vocab,
         "tie_word_embeddings": False,
+        **shape.more,
     }
 
 

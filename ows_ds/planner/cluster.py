@@ -127,7 +127,7 @@ def _by_name(given: str) -> Cluster | None:
     if found is None:
         return None
     nodes, gpus, name = found.groups()
-    kind = {"A100": "A100-80"}.get(name.upper(), name.upper())
+    kind = {"A100": "A100-80", "H100-80": "H100"}.get(name.upper(), name.upper())
     if kind not in GPUS:
         raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
     return Cluster(nodes=int(nodes or 1), gpus=int(gpus), **GPUS[kind])  # type: ignore[arg-type]

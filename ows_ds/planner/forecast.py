@@ -7,6 +7,7 @@ its numbers (`ows_ds.planner.cluster`).
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 from ows_ds import methods
 from ows_ds.config import Recipe, changed
-from ows_ds.errors import UserError
+from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.shapes import Model, without_weights
 from ows_ds.optim.sampling import LayerSet
@@ -25,6 +26,8 @@ from ows_ds.planner.memory import Memory, memory
 from ows_ds.planner.roofline import Times, times, work
 from ows_ds.planner.step import ADAPTERS, LOW_RANK, SAMPLED, StepSpec, likely_set
 from ows_ds.planner.traffic import Messages, messages
+
+logger = logging.getLogger(__name__)
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a weight
 HOMES = {"replicated": "replicated", "zero3": "ZeRO-3", "hpz": "ZeRO-3, hpZ"}  # of frozen weights; their names
@@ -150,11 +153,12 @@ class Replays:
         self.limits = Limits(**{key: int(float(value)) for key, value in found.items() if value != "auto"})
         bucket = given.get("reduce_bucket_size", "auto")
         self.bucket = StepSpec.bucket if bucket == "auto" else int(float(bucket))
-        self._traces: dict[Any, Trace] = {}
+        self._traces: dict[Any, Trace | None] = {}  # None: the model does not run without numbers
         self._known: dict[Any, Gathered] = {}
 
     def complete(self, spec: StepSpec, adapt: Callable[[Any], Any]) -> StepSpec:
-        """The step with what it gathers, where that is known: not for mezo, nor for hift, whose layers take turns.
+        """The step with what it gathers, where that is known: not for mezo, nor for hift, whose layers take turns, nor
+        for a model whose code looks at numbers.
 
         adapt: adds the adapters of lora and dora to a model.
         """
@@ -177,8 +181,14 @@ class Replays:
                     model.gradient_checkpointing_enable({"use_reentrant": False})
                     model.disable_input_require_grads()
                 names = [name for name, p in model.named_parameters() if p.requires_grad] if adapter else trained
-                self._traces[kind] = record(model, names, low_rank)
+                try:
+                    self._traces[kind] = record(model, names, low_rank)
+                except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+                    logger.debug("only bounds are known of what ZeRO-3 gathers: %s", first_line(error))
+                    self._traces[kind] = None
             trace = self._traces[kind]
+            if trace is None:
+                return spec
             frozen = trace.frozen if adapter else trace.numel.keys() - trained
             self._known[key] = replay(replace(trace, frozen=frozenset(frozen)), self.limits)
         return replace(spec, gathered=self._known[key])
@@ -255,6 +265,8 @@ class Planner:
             whole_logits=self.model.whole_logits,
             world_size=choice.world_size,
             sharded=choice.home != "replicated",
+            expert_rank=recipe.optim.expert_rank,
+            router=recipe.optim.router,
         )
         return spec if self.replays is None else self.replays.complete(spec, functools.partial(methods.adapt, recipe))
 

@@ -22,6 +22,7 @@ from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.forecast import HOMES, Choice, Forecast, Planner, Replays, choices, ranked, scaling_sizes
+from ows_ds.planner.step import entries
 from ows_ds.tables import Table, lines, number, terminal
 
 FILES = ("plan.json", "recipe.yaml", "scaling.png")
@@ -180,8 +181,10 @@ class Report:
     def notes(self) -> list[str]:
         """What a reader must know, and what to start with."""
         c, train = self.cluster, self.recipe.train
+        total, active = (f"{count / 1e9:.3g} B" for count in entries(self.planner.model.layers))
+        size = total if active == total else f"{total}, of which {active} work on a token"
         found = [
-            f"{self.planner.model.name}, {self.recipe.method.name}, {self.recipe.model.dtype}, length "
+            f"{self.planner.model.name} ({size}), {self.recipe.method.name}, {self.recipe.model.dtype}, length "
             f"{self.recipe.data.max_length}, batch {train.global_batch_size}; {c.nodes} x {c.gpus} GPUs of "
             f"{c.memory:g} GB, of which {c.reserve:g} GB are not ours.",
             f"Times are rooflines at {100 * c.reach:.0f} % (--reach) of the data sheets' numbers, no measurements. "
@@ -209,6 +212,7 @@ class Report:
         found = {
             "format": 1,
             "model": self.planner.model.name,
+            "parameters": dict(zip(("total", "active"), entries(self.planner.model.layers), strict=True)),
             "cluster": self.cluster.model_dump(),
             "recipe": config.to_dict(self.recipe),
             "whole cluster": [_described(one) for some in self.columns.values() for one in some],
