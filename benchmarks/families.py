@@ -28,8 +28,8 @@ LAYERS, VOCABULARY = 4, 128
 
 # A size by the pattern of its name, the first that fits.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r".*vocab_size.*|vocab_offset|codebook_size|mel_vocab_size|num_embeddings|encoder_hash_byte_group_vocab", VOCABULARY),
-    (r"moe_.*intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size|shared_.*intermediate_size|share_expert_dim", 24),
+    (r".*vocab_size.*|vocab_offset|codebook_size|num_embeddings|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(moe|shared)_.*intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size|share_expert_dim", 24),
     (r".*intermediate_size.*|.*ffn_dim|d_ff|dff|dim_ff|n_inner|d_inner|ffn_hidden_size|mlp_dim|feed_forward_size", 48),
     (r"index_n_heads", 2),
     (r".*num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups|conf_num_attention_heads", 2),
@@ -45,13 +45,14 @@ SIZES: tuple[tuple[str, int], ...] = (
      r"|projection_hidden_dim|ple_.*dim|image_text_hidden_size|input_size|decoder_hidden_size|d_rel", 32),
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
     (r"n_layers_per_attn_res_block|num_layers_per_stack|vision_n_layers", 2),
-    (r"num_.*hidden_layers|num_(.*_)?layers|n_layers?|(en|de)coder_layers|depth|num_blocks|layers|resampler_depth", LAYERS),
+    (r"num_.*hidden_layers|num_(.*_)?layers|n_layers?|(en|de)coder_layers|(resampler_)?depth|num_blocks|layers", LAYERS),
     (r".*max_position_embeddings.*|n_positions|max_seq_len|n_ctx|max_(source|target)_positions|model_max_length"
      r"|context_length|seq_len|position_embedding_size|num_position_embeddings", 64),
     (r"n_routed_experts|.*num_experts|num_local_experts|zero_expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|top_k_experts|moe_k", 2),
     (r"n_group|num_expert_group", 2),
-    (r"topk_group|n_shared_experts|.*num_shared_experts|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (r"topk_group|n_shared_experts|.*num_shared_experts|first_k_dense_replace|num_dense_layers", 1),
+    (r"moe_layer_start_index", 1),
     (r".*lora_rank|hc_lowrank|gated_norm_rank|mamba_dt_rank|time_step_rank|index_topk", 16),
     (r".*sliding_window|sliding_window_size|.*window_size|attention_chunk_size|local_attention|keep_window_size", 8),
     (r"mamba_d_state|state_size|ssm_state_size", 8),

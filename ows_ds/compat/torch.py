@@ -131,6 +131,13 @@ def with_weight(module: nn.Module, weight: Tensor) -> Any:
     return shadow
 
 
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """A module's parameter, whatever stands in its place: `Module.get_parameter` asks the attribute of that name."""
+    found = module._parameters[name]
+    assert found is not None
+    return found
+
+
 def storage_address(tensor: Tensor) -> int:
     """A number for the tensor's storage: the data's address is the same for storages that follow one another."""
     return tensor.untyped_storage()._cdata

@@ -63,6 +63,20 @@ def commit_hash(config: Any) -> str | None:
     return found
 
 
+def auto_class(config: Any) -> Any:
+    """Which of transformers' classes makes the model of a configuration: that with the class that its checkpoint names,
+    of causal language models and of models of images and text; the former where it names none of either."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    autos, named = (AutoModelForCausalLM, AutoModelForImageTextToText), set(getattr(config, "architectures", ()) or ())
+    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    for auto in known:
+        classes = auto._model_mapping[type(config)]
+        if named & {kind.__name__ for kind in (classes if isinstance(classes, tuple) else (classes,))}:
+            return auto
+    return (*known, AutoModelForCausalLM)[0]
+
+
 def is_registered(config: Any) -> bool:
     """Whether a causal language model is known for a configuration of this class: loading one from code that comes with
     a model makes it known, and from then on ``from_config`` takes no ``code_revision``."""

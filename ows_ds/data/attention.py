@@ -20,9 +20,11 @@ LEAK = 0.1  # of what a row's neighbour may do to it; rounding does less, attent
 
 def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
     """The model's arguments for a batch. There is no mask: padding is on the right, where under causal attention no
-    token sees it."""
+    token sees it; but a model that balances its experts must know it."""
     found: dict[str, Any] = {"input_ids": batch["input_ids"]}
     if "position_ids" not in batch:
+        if balance_coefficient(weights.module) is not None and "attention_mask" in batch:
+            found["attention_mask"] = batch["attention_mask"]
         return found
     found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows would not be kept apart
     module: Any = weights.module
@@ -31,6 +33,17 @@ def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
         found |= {"cu_seq_lens_q": batch["row_ends"], "cu_seq_lens_k": batch["row_ends"]}
         found |= {"max_length_q": longest, "max_length_k": longest}
     return found
+
+
+def balance_coefficient(module: Any) -> float | None:
+    """What a model multiplies its own loss for the balance of experts with; None where its configuration does not ask
+    for that loss."""
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(config, "output_router_logits", False):
+        return None
+    found = (getattr(config, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
+    return next((float(one) for one in found if one is not None), None)
 
 
 @torch.no_grad()

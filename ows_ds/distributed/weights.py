@@ -134,9 +134,9 @@ def add_low_rank(
         size = left.shape[1] * columns
         for expert in range(start // size, math.ceil(stop / size)):
             first, last = max(start, expert * size), min(stop, (expert + 1) * size)
-            own = None if noise is None else f"{noise}/{expert}"
-            part = flat[first - start : last - start]
-            add_low_rank(part, first - expert * size, left[expert], right[expert], decay, own)
+            key = None if noise is None else f"{noise}/{expert}"
+            run = flat[first - start : last - start]
+            add_low_rank(run, first - expert * size, left[expert], right[expert], decay, key)
         return
     rows_at_once = max(1, entries_at_once(flat.device, MERGE_ENTRIES) // columns)
     for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):

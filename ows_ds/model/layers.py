@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.errors import UserError
 
 Shape = tuple[int, ...]
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d)
 LEAST_RANK = 8  # of experts: below, GPUs have no grouped products in bfloat16
 
 
@@ -228,7 +228,7 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
                 found: Matrix | Vector = part
                 if key == "weight" and len(full) == 2 and isinstance(module, (nn.Linear, Conv1D)):
                     found = Matrix(name, sides, tuple(users[parameter]), isinstance(module, Conv1D))
-                elif len(full) == 3 and not isinstance(module, _ConvNd) and min(sides) > 1:
+                elif len(full) == 3 and not isinstance(module, CONVOLUTIONS) and min(sides) > 1:
                     first = bool(getattr(module, "is_transposed", False))
                     found = Matrix(name, sides, tuple(users[parameter]), first, full[0], min(active or 1, full[0]))
                     experts[module_name] = full[0]

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from ows_ds import config, files
-from ows_ds.compat.transformers import cached_file, ignored_on_load, is_registered, keeps_float32, without_sharding
+from ows_ds.compat.transformers import (
+    auto_class,
+    cached_file,
+    ignored_on_load,
+    is_registered,
+    keeps_float32,
+    without_sharding,
+)
 from ows_ds.distributed.weights import Fill
 from ows_ds.errors import UserError
 from ows_ds.model.tensor_files import Files
@@ -63,9 +70,8 @@ class Source:
             how["code_revision"] = model.revision
         # with their buffers: some are computed and not stored
         with without_sharding(), init_empty_weights(include_buffers=False):
-            self.model: Any = tf.AutoModelForCausalLM.from_config(
-                described, dtype=dtype, trust_remote_code=model.trust_remote_code, **how
-            )
+            auto = tf.AutoModelForCausalLM if own_code else auto_class(described)
+            self.model: Any = auto.from_config(described, dtype=dtype, trust_remote_code=model.trust_remote_code, **how)
         self.model.tie_weights()  # each place of a tied weight has its own empty one so far
         self.files = Files(paths)
         called, self.why_not = _called(self.model, self.files.shapes, dtype)

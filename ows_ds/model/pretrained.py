@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from ows_ds.compat.deepspeed import full_shape
+from ows_ds.compat.transformers import auto_class
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
@@ -43,7 +44,7 @@ def load_model(
     config = runtime.ds_config
     model = pretrained(recipe, runtime.comm, runtime.device, config)
     layers = find_layers(model, None if config is None else full_shape)
-    model.config.use_cache = False
+    use_cache(model, False)
     if adapt is not None:
         keep = None if config is None else HfDeepSpeedConfig(config)  # while this object lives, peft knows of shards
         model = adapt(model)
@@ -94,25 +95,35 @@ def pretrained(
 
 def _by_transformers(recipe: Recipe, device: torch.device, ds_config: dict[str, Any] | None) -> tuple[Any, list[str]]:
     """The model, and which of its weights are not in its files, as far as this rank has seen."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     # while this object lives, transformers builds models in shards; not in float64
     sharded = ds_config is not None and recipe.model.dtype != "float64"
     keep = HfDeepSpeedConfig(ds_config) if sharded else None
     with _refusing(recipe, OSError, ValueError, SafetensorError):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        trusted = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
+        described = AutoConfig.from_pretrained(recipe.model.path, **trusted)
+        own_code = "AutoModelForCausalLM" in (getattr(described, "auto_map", None) or {})
+        auto = AutoModelForCausalLM if own_code else auto_class(described)
+        model, found = auto.from_pretrained(
             recipe.model.path,
-            revision=recipe.model.revision,
             dtype=DTYPES[recipe.model.dtype],
             attn_implementation=recipe.model.attn_implementation,
-            trust_remote_code=recipe.model.trust_remote_code,
+            **trusted,
             use_safetensors=True,  # other files would be unpickled
             output_loading_info=True,
         )
     del keep
     lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     return model if ds_config is not None else model.to(device), lost
+
+
+def use_cache(model: Any, use: bool) -> None:
+    """Whether the model keeps keys and values of earlier tokens; in training it must not."""
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = use
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

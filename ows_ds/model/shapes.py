@@ -137,8 +137,11 @@ def model_of(config: Any, name: str = "") -> Model:
 def without_weights(config: Any) -> Any:
     """The model of a configuration on torch's meta device, in training mode: shapes without numbers."""
     import torch
-    import transformers as tf
+    from transformers import AutoModelForCausalLM
+
+    from ows_ds.compat.transformers import auto_class
 
     trusted = type(config).__module__.startswith("transformers_modules")  # a configuration whose own code has run
+    auto = AutoModelForCausalLM if trusted else auto_class(config)
     with torch.device("meta"):
-        return tf.AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).train()
+        return auto.from_config(config, trust_remote_code=trusted).train()

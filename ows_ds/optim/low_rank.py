@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.compat.torch import add_product, grouped_product, has_grouped_product, reshaped, with_weight
+from ows_ds.compat.torch import (
+    add_product,
+    grouped_product,
+    has_grouped_product,
+    own_parameter,
+    reshaped,
+    with_weight,
+)
 from ows_ds.optim.projection import is_tall
 
 
@@ -371,8 +378,7 @@ class WeightHook(Hook):
     @property
     def parameter(self) -> nn.Parameter:
         """The module's own."""
-        found: nn.Parameter = self.module._parameters[self.key]
-        return found
+        return own_parameter(self.module, self.key)
 
     def unbound(self) -> tuple[Tensor, ...]:
         """Each expert's weight where they train at full rank: one gradient of the stack is made of all of theirs."""

@@ -50,7 +50,8 @@ class Sketches(Refresh):
                 bases = {name: self.bases.pop(name) for name in plan.names}
                 result = plan_refresh(matrices, self.comm.world_size, active.r)
             for matrix in () if second else matrices:
-                whole = RefreshPart(matrix.name, matrix.experts and (0, matrix.experts), 0, (0, 0), ())
+                experts = None if matrix.experts is None else (0, matrix.experts)
+                whole = RefreshPart(matrix.name, experts, 0, (0, 0), ())
                 width = sketch_width(matrix.low_rank(active.r), matrix.short)
                 start = self._start(whole, matrix.short, width, step, active.projectors.get(matrix.name))
                 bases[matrix.name] = start.to(active.weight_dtype)

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,9 +112,9 @@ def record(model: nn.Module, trained: Iterable[str], low_rank: Iterable[str] = (
         name = _plain(full_name)
         weights[name] = tuple(names[id(p)] for p in module.parameters(recurse=False))
         watch(name, module)
-    if any(p.dim() == 3 for p in model.parameters()) and hasattr(model, "set_experts_implementation"):
-        with suppress(ValueError):  # the only one that looks at no numbers
-            model.set_experts_implementation("batched_mm")
+    if any(p.dim() == 3 for p in model.parameters()):
+        with suppress(ValueError, AttributeError):  # the only one that looks at no numbers
+            cast(Any, model).set_experts_implementation("batched_mm")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     mask = torch.zeros(1, 1, tokens, tokens, device="meta")  # taken as it is: of a smaller one the values are looked at
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from ows_ds.compat.torch import times_written, to_device
 from ows_ds.compat.transformers import known_rows
-from ows_ds.data.attention import inputs
+from ows_ds.data.attention import balance_coefficient, inputs
 from ows_ds.data.encoded import IGNORE
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.layout import CHUNK
@@ -30,8 +30,12 @@ from ows_ds.optim.low_rank import trained
 _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its output is what the model gives
 
 
-def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
+def token_losses(weights: Weights, batch: dict[str, Tensor], balance: list[Tensor] | None = None) -> Tensor:
     """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar.
+
+    balance: in training, a list: a model of experts whose configuration asks for it (``output_router_logits``) has its
+    own loss for their balance, times its coefficient and the number of labelled tokens, added to the sum, and to the
+    list, detached. So the loss of a step has the mean of it over tokens, as of the cross entropies.
 
     Float64 under float64 weights. batch: as `batches.collate` makes it, where the model runs; labels, if possible, on
     the CPU: counting them then needs no wait for a GPU.
@@ -39,29 +43,40 @@ def token_losses(weights: Weights, batch: dict[str, Tensor]) -> Tensor:
     A model that changes its head's output (soft-capping, scaling) is detected in its first pass; from then on all its
     logits are computed at once.
     """
+    seen: list[Any] = []  # what the model gave
     with known_rows(batch.get("row_ids")):
-        return _token_losses(weights, batch, inputs(weights, batch))
+        loss = _token_losses(weights, batch, inputs(weights, batch), seen)
+    coefficient = balance_coefficient(weights.module)
+    if balance is not None and coefficient is not None and getattr(seen[-1], "aux_loss", None) is not None:
+        count = (batch["labels"][:, 1:] != IGNORE).sum()
+        term = seen[-1].aux_loss * (coefficient * to_device(count, loss.device))
+        balance.append(term.detach())
+        loss = loss + term.to(loss.dtype)
+    return loss
 
 
-def _token_losses(weights: Weights, batch: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+def _token_losses(weights: Weights, batch: dict[str, Tensor], inputs: dict[str, Any], seen: list[Any]) -> Tensor:
     head: Any = getattr(weights.module, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Linear) and _fits.get(head, True):
         device = batch["input_ids"].device
         random = None if head in _fits else _random(device)
-        loss = _in_chunks(weights, head, inputs, pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten())
+        loss = _in_chunks(weights, head, inputs, pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten(), seen)
         _fits[head] = loss is not None
         if loss is not None:
             return loss
         weights.after_step()
         _random(device, random)  # the same dropout as if nothing had been tried
     labels = batch["labels"][:, 1:].reshape(-1)
-    logits = weights(**inputs).logits[:, :-1].reshape(labels.numel(), -1)
+    seen.append(weights(**inputs))
+    logits = seen[-1].logits[:, :-1].reshape(labels.numel(), -1)
     labels = labels.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="sum")
 
 
-def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
+def _in_chunks(
+    weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels: Tensor, seen: list[Any]
+) -> Tensor | None:
     """The loss, computed where the model asks for logits; None where it does not give them as the head made them.
 
     labels: (rows * tokens), of the token that follows each.
@@ -82,7 +97,8 @@ def _in_chunks(weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels
         return loss.view(1, 1, 1)
 
     with _replaced(head, forward):
-        logits: Tensor = weights(**inputs).logits
+        seen.append(weights(**inputs))
+        logits: Tensor = seen[-1].logits
     if len(made) == 1 and (logits.data_ptr(), times_written(logits)) == (made[0][0].data_ptr(), made[0][1]):
         return logits.view(())
     return None

@@ -66,6 +66,7 @@ class StepRunner:
         scale = self.comm.world_size / data.targets
         context.weights.module.train()
         everyones: list[list[float]] = []
+        balance: list[Tensor] = []
         refreshed: list[int] = []  # layers
 
         def accept(loss: Tensor, norm: Tensor) -> bool:
@@ -74,15 +75,18 @@ class StepRunner:
             more = torch.tensor([_peak_memory(device), stop, self.saver.done], dtype=loss.dtype)
             energies = method.projector_energy()
             refreshed.extend(energies)
-            mine = torch.cat([torch.stack([loss, norm.to(loss)]), to_device(more, device), *energies.values()])
+            balances = [torch.stack(balance).sum().to(loss)[None]] if balance else []  # on all ranks or none
+            some = [torch.stack([loss, norm.to(loss)]), to_device(more, device), *balances, *energies.values()]
+            mine = torch.cat(some)
             # the step's only wait for the device
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])
 
-        losses_of = [functools.partial(self._loss, batch, scale) for batch in batches]
+        losses_of = [functools.partial(self._loss, batch, scale, balance) for batch in batches]
         with known_rows(None):  # layers that are computed again in a backward pass ask, too
             method.train_step(losses_of, accept)
         losses, norms, peaks, stops, saved, *squares = zip(*everyones, strict=True)
+        aux = sum(squares.pop(0)) / len(losses) if balance else 0.0
         self.stop, self.saved = any(stops), all(saved)
         self.nonfinite = _nonfinite(losses, norms[0])
         self.in_a_row = 0 if self.nonfinite is None else self.in_a_row + 1
@@ -96,7 +100,8 @@ class StepRunner:
         )
         return {
             "step": step + 1,
-            "loss": None if nothing_to_train else sum(losses) / len(losses),
+            "loss": None if nothing_to_train else sum(losses) / len(losses) - aux,
+            **({"aux_loss": aux} if balance else {}),
             "lr": lr,
             "grad_norm": None if nothing_to_train else norms[0],
             "sampled_layers": sampled,
@@ -109,9 +114,11 @@ class StepRunner:
             **({"skipped": True} if nothing_to_train or self.nonfinite else {}),
         }
 
-    def _loss(self, batch: dict[str, Tensor], scale: float) -> Tensor:
-        """The cross entropies of a micro-batch, summed, times ``scale``."""
-        loss = token_losses(self.context.weights, self.context.to_device(batch)) * scale
+    def _loss(self, batch: dict[str, Tensor], scale: float, balance: list[Tensor]) -> Tensor:
+        """The cross entropies of a micro-batch, summed, times ``scale``; with what ``balance`` gets of it."""
+        own: list[Tensor] = []
+        loss = token_losses(self.context.weights, self.context.to_device(batch), own) * scale
+        balance += [one * scale for one in own]
         # one that is not finite has no finite gradient either: the gradients' norm tells all ranks
         return loss * (loss.detach() * 0 + 1)
 

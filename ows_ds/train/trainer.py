@@ -24,6 +24,7 @@ from ows_ds.importance.scores import Scores
 from ows_ds.methods import Method
 from ows_ds.model.fingerprint import replica
 from ows_ds.model.loading import processor_files
+from ows_ds.model.pretrained import use_cache
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
 from ows_ds.train.context import RunContext, calibration, evaluate, load
@@ -127,8 +128,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
                 raise
         method.close()
         if not comm.broadcast_object((run_dir / "model").exists()):  # a run that was complete is resumed
-            module: Any = context.weights.module
-            module.config.use_cache = True  # off in training; who loads the model wants to generate with it
+            use_cache(context.weights.module, True)  # off in training; who loads the model wants to generate with it
             card_of = functools.partial(card.of_run, run_dir, None)
             more = processor_files(recipe.model) if comm.rank == 0 else []
             save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of, more=more)

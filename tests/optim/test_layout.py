@@ -226,7 +226,7 @@ def test_owners_by_hand(
 
 
 def test_first_sketches_take_the_longer_side() -> None:
-    """At rank 2 a sketch is as wide as the shorter side where that is below 12: 4, 2, 4, 4 and 1 columns, in rows of 4."""
+    """At rank 2 a sketch is as wide as the shorter side where that is below 12: 4, 2, 4, 4 and 1 columns; rows of 4."""
     plan = plan_refresh(REFRESHED, 2, 2, "first")
     said = plan.describe()
     assert said["owners"] == plan_refresh(REFRESHED, 2, 2).describe()["owners"]
