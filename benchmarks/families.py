@@ -45,7 +45,8 @@ SIZES: tuple[tuple[str, int], ...] = (
      r"|projection_hidden_dim|ple_.*dim|image_text_hidden_size|input_size|decoder_hidden_size|d_rel", 32),
     (r"num_kv_shared_layers|num_nextn_predict_layers", 0),
     (r"n_layers_per_attn_res_block|num_layers_per_stack|vision_n_layers", 2),
-    (r"num_.*hidden_layers|num_(.*_)?layers|n_layers?|(en|de)coder_layers|(resampler_)?depth|num_blocks|layers", LAYERS),
+    (r"num_.*hidden_layers|num_(.*_)?layers|n_layers?|(en|de)coder_layers|(resampler_)?depth|num_blocks|layers",
+     LAYERS),
     (r".*max_position_embeddings.*|n_positions|max_seq_len|n_ctx|max_(source|target)_positions|model_max_length"
      r"|context_length|seq_len|position_embedding_size|num_position_embeddings", 64),
     (r"n_routed_experts|.*num_experts|num_local_experts|zero_expert_num", 4),
