@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.reference import Reference
+from tests.support.alive import Alive
 from tests.support.families import MIXED, tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, distance, home, mean_loss, whole_weights
@@ -102,3 +103,91 @@ def test_an_expert_that_one_rank_misses(pools: Pools, sharding: str) -> None:
     assert (max(here), max(there)) == (1, 3)
     for weights, _ in results:
         assert distance(weights, reference("mixtral", 2, *ONE_EXPERT.items())) < CLOSE
+
+
+# ------------------------------------------------------------------ gradients of whole stacks
+
+
+def stacks_alive(rank: int, world_size: int, sharding: str, accumulation: int) -> list[tuple[bool, list[list[int]]]]:
+    """For each step: whether it refreshes; of each backward pass, tensors of a whole stack's size: made, most at once,
+    left."""
+    ows = OWS(home(tiny("mixtral"), sharding, world_size), RATIOS, always_on="none", **{
+        **SETTINGS, "gamma": 2.0, "accumulation": accumulation
+    })  # fmt: skip
+    stacks = {m.name: m for block in ows.layers.layers for m in block.matrices if m.experts}
+    shapes = {shape for m in stacks.values() for shape in ((m.experts, *m.shape), (m.experts, *m.shape[::-1]))}
+    seen = []
+    for step in range(5):
+        plan, counts = ows.refresh.plan, []
+        for ids in [] if ows.nothing_to_train else data(step, False)[:accumulation]:
+            loss = mean_loss(ows.weights, ids[rank]) / accumulation
+            with Alive(lambda one: int(tuple(one.shape) in shapes), looks=4) as mode:
+                ows.backward(loss)
+            counts.append([mode.made, mode.most, mode.now(looks=4)])
+        if counts:
+            seen.append((plan is not None, counts))
+        ows.step()
+        ows.zero_grad()
+    ows.close()
+    return seen
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_one_gradient_of_a_stack_at_a_time(pools: Pools, sharding: str, accumulation: int) -> None:
+    """In a refresh; otherwise none. What is added up over micro-batches is of a rank's own experts alone."""
+    for seen in pools(2).run(stacks_alive, sharding, accumulation):
+        assert {refreshes for refreshes, _ in seen} == {True, False}
+        for refreshes, counts in seen:
+            for made, most, left in counts:
+                assert (made > 0, most, left) == ((True, 1, 0) if refreshes else (False, 0, 0))
+
+
+# ------------------------------------------------------------------ ways to compute experts
+
+WAYS = ("eager", "grouped_mm", "batched_mm")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_all_implementations_give_the_same(family: str) -> None:
+    """Losses, gradients of coordinates and vectors, and full gradients: float64, the order of sums aside."""
+    found = {}
+    for way in WAYS:
+        model = model_of(family, way, {})
+        ows = OWS(model, RATIOS, **{**SETTINGS, "gamma": 3.0, "projector": "svd"})
+        values = []
+        for step in range(3):
+            loss = mean_loss(ows.weights, data(step, False)[0].flatten(0, 1))
+            ows.backward(loss)
+            values += [loss.detach(), ows.reduce().clone()]  # with and without full gradients
+            values += [block.grads.clone() for block in ows.active.buffer.blocks.values()]
+            ows.step()
+            ows.zero_grad()
+        found[way] = values
+    for way in WAYS[1:]:
+        for one, other in zip(found["eager"], found[way], strict=True):
+            assert float((one - other).norm() / other.norm()) < 1e-12
+
+
+def test_an_expert_without_tokens_keeps_its_bits() -> None:
+    model = model_of("mixtral", "grouped_mm", ONE_EXPERT).to(torch.bfloat16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    used: dict[str, set[int]] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        used.setdefault(name, set()).update(inputs[1].flatten().tolist())
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+    ows = OWS(model, RATIOS, **{**SETTINGS, "gamma": 3.0, "weight_decay": 0.0, "merge_rounding": "stochastic"})
+    for _ in range(6):
+        ows.backward(mean_loss(ows.weights, torch.full((2, 8), 7)))
+        ows.step()
+        ows.zero_grad()
+    ows.close()
+    assert all(0 < len(experts) < 4 for experts in used.values())
+    for name, parameter in model.named_parameters():
+        for expert in range(4 if ".experts." in name else 0):
+            same = torch.equal(parameter[expert], before[name][expert])
+            assert same == (expert not in used[name.rpartition(".")[0]])
