@@ -53,7 +53,8 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers, importance: lis
     if name == "mezo":
         return mezo.build(recipe, weights, layers)
     everything = tuple(range(len(layers.layers)))
-    names = tuple(name for name, _ in weights.module.named_parameters())
+    frozen = layers.router_names if optim.router == "freeze" else frozenset()
+    names = tuple(name for name, _ in weights.module.named_parameters() if name not in frozen)
     close = None
     if name == "hift":
         groups = hift.groups_of(recipe, weights, layers)

@@ -1,4 +1,5 @@
-"""LoRA and DoRA: adapters beside all linear layers of a frozen model (Hu et al. 2021; Liu et al. 2024), by peft.
+"""LoRA and DoRA: adapters beside all linear layers of a frozen model (Hu et al. 2021; Liu et al. 2024), by peft; LoRA's
+also beside stacks of experts.
 
 Under ZeRO-3 with DeepSpeed's own optimizer. The adapters are merged into the weights at the end, so that the model that
 is saved is a plain one.
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ows_ds.compat.deepspeed import full_shape
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
+from ows_ds.model.layers import find_layers
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:
@@ -26,11 +29,20 @@ def adapt(recipe: Recipe, model: Any) -> Any:
     except ImportError as error:
         raise UserError("method.name", recipe.method.name, f"install ows_ds[peft] ({error})") from error
     method = recipe.method
+    found = find_layers(model, full_shape)
+    stacks = {m.name.removeprefix(f"{b.name}.") for b in found.layers for m in b.matrices if m.experts}
+    # in some models of experts peft takes routers for linear layers, too
+    frozen = found.router_names and recipe.optim.router == "freeze"
+    linear = {m.modules[0].removeprefix(f"{b.name}.") for b in found.layers for m in b.matrices if not m.experts}
+    if stacks and method.name == "dora":
+        right = "expected lora: peft has no DoRA of experts in stacks, and this model has them"
+        raise UserError("method.name", method.name, right)
     config = LoraConfig(
         r=method.lora_rank,
         lora_alpha=method.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=method.lora_dropout,
-        target_modules="all-linear",
+        target_modules=sorted(linear) if frozen else "all-linear",
+        target_parameters=sorted(stacks) or None,
         use_dora=method.name == "dora",
         task_type="CAUSAL_LM",
     )

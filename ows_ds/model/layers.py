@@ -259,7 +259,8 @@ def _chooses(module_name: str, shape: Shape, experts: dict[str, int]) -> bool:
 
     if any(inside(one) for one in experts):
         return False
-    return any(count in shape[:1] and inside(one.rpartition(".")[0]) for one, count in experts.items())
+    outputs = shape[-1] if shape[:1] == (1,) else shape[0] if shape else 0
+    return any(count == outputs and inside(one.rpartition(".")[0]) for one, count in experts.items())
 
 
 EXPERTS_PER_TOKEN = (

@@ -45,6 +45,9 @@ def load_model(
     model = pretrained(recipe, runtime.comm, runtime.device, config)
     layers = find_layers(model, None if config is None else full_shape)
     use_cache(model, False)
+    if recipe.optim.router == "freeze":  # what DeepSpeed trains is what requires gradients
+        for name in layers.router_names:
+            model.get_parameter(name).requires_grad_(False)
     if adapt is not None:
         keep = None if config is None else HfDeepSpeedConfig(config)  # while this object lives, peft knows of shards
         model = adapt(model)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
 from ows_ds.errors import UserError
-from ows_ds.model.layers import Matrix, ModelLayers, find_layers
+from ows_ds.model.layers import Matrix, ModelLayers, Vector, find_layers
 from tests.support.families import FAMILIES, tiny
 
 # hidden 32, inner 48, 4 heads of 8 of which 2 are key and value heads, 64 tokens
@@ -107,20 +109,52 @@ def t5() -> nn.Module:
     return tf.T5ForConditionalGeneration(config)
 
 
-def mixtral() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return tf.MixtralForCausalLM(tf.MixtralConfig(vocab_size=64, **sizes, **heads))
+def test_experts_and_their_router() -> None:
+    """Of 4 experts, 2 for each token: at rank 16 a stack has rank 16 * 2 / 4."""
+    layers = find_layers(tiny("mixtral"))
+    up, down = (m for m in layers.layers[0].matrices if m.experts)
+    assert (up.shape, up.experts, up.active, up.numel) == ((96, 32), 4, 2, 4 * 96 * 32)
+    assert (down.shape, down.long, down.short, down.inputs_first) == ((32, 48), 48, 32, False)
+    assert layers.router_names == {f"model.layers.{i}.mlp.gate.weight" for i in range(3)}
+    assert not any(part.name in layers.router_names for part in layers.layers[0].vectors)
+    assert layers.with_routers(True).layers[0].vectors[-1] == Vector("model.layers.0.mlp.gate.weight", 4 * 32)
+    assert layers.with_routers(False).router_names == frozenset()
+    ranks = {m.name: m.rank for m in layers.at_rank(16).layers[0].matrices}
+    assert (ranks[up.name], ranks["model.layers.0.self_attn.q_proj.weight"]) == (8, None)
+    assert {m.rank for m in layers.at_rank(16, 4).layers[0].matrices if m.experts} == {4}
+    oss = find_layers(tiny("gpt_oss")).layers[0]
+    assert all(m.inputs_first for m in oss.matrices if m.experts)
+    assert Vector("model.layers.0.mlp.experts.down_proj_bias", 4 * 32) in oss.vectors
 
 
-def other_linear() -> nn.Module:
+def test_what_is_no_matrix_is_a_vector() -> None:
+    """A kernel of a convolution, decays; and matrices that are narrower than the rank."""
+    layers = find_layers(tiny("qwen3_5"))
+    assert Vector("model.layers.0.linear_attn.conv1d.weight", 64 * 3) in layers.layers[0].vectors
+    narrow = "model.layers.0.linear_attn.in_proj_a.weight"
+    assert narrow in {m.name for m in layers.layers[0].matrices}
+    assert narrow in {v.name for v in layers.at_rank(8).layers[0].vectors}
+
+
+def test_a_linear_module_with_a_forward_of_its_own() -> None:
     class Rescaled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(input)
 
-    model = tiny("llama")
+    model: Any = tiny("llama")
     model.model.layers[1].mlp.up_proj = Rescaled(32, 48)
-    return model
+    assert "model.layers.1.mlp.up_proj.weight" in {m.name for m in find_layers(model).layers[1].matrices}
+
+
+def test_the_stack_beside_the_embedding_is_the_language_model() -> None:
+    """Though a tower for images has more weights."""
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
+    text = {key: value for key, value in tiny("gemma3").config.to_dict().items() if key != "model_type"}
+    config = tf.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 8})
+    layers = find_layers(tf.AutoModelForImageTextToText.from_config(config))
+    assert [block.name for block in layers.layers] == [f"model.language_model.layers.{i}" for i in range(3)]
+    names = {*layers.heads, *(m.name for m in layers.embeddings), *(v.name for v in layers.final)}
+    assert names == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
 
 
 def quantised() -> nn.Module:
@@ -139,8 +173,6 @@ def adapted() -> nn.Module:
     ("make", "says"),
     [
         (t5, "encoder-decoder"),
-        (mixtral, r"model\.layers\.0\.mlp\.\S+ has shape \(2, .*only linear weights"),
-        (other_linear, r"model\.layers\.1\.mlp\.up_proj is a Rescaled of torch\.float32"),
         (quantised, r"model\.layers\.2\.mlp\.down_proj is a Linear of torch\.int8"),
         (adapted, "without adapters"),
         (lambda: nn.Linear(4, 4), "no list of layers"),

@@ -93,6 +93,27 @@ def test_mixtral_trains_from_and_into_files_of_single_experts(
     assert all(0.1 <= line["aux_loss"] <= 1 for line in trained)
 
 
+METHODS = ("full", "lisa", "galore", "badam", "hift", "mezo", "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@HOMES
+def test_methods_train_experts(pools: Pools, tmp_path: Path, world_size: int, sharding: str, method: str) -> None:
+    """Weights of experts change, and the export is a plain model; routers stay, but for mezo, which moves all."""
+    config = tiny("mixtral").config
+    config.update({"vocab_size": len(byte_tokenizer())})
+    torch.manual_seed(0)
+    inputs = inputs_of(tmp_path, tf.AutoModelForCausalLM.from_config(config))
+    given = recipe(inputs, tmp_path / "run", method=method, steps=8, sharding=sharding, global_batch_size=4)
+    pools(world_size).run(run, given, None)
+    before, after = weights_of(inputs / "model"), weights_of(tmp_path / "run" / "model")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("experts" in name for name in changed)
+    assert method == "mezo" or not [name for name in changed if name.endswith("gate.weight")]
+
+
 def test_balance_of_experts_is_in_the_loss() -> None:
     """As in the model's own loss, padding left out; not in evaluation."""
     model: Any = tiny("mixtral", dtype=torch.float64, output_router_logits=True, router_aux_loss_coef=0.1)
