@@ -101,6 +101,15 @@ def ignored_on_save(model: Any) -> set[str]:
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
+def only_stacks(conversion: Any) -> bool:
+    """Whether a conversion of weights stacks matrices of experts, after those of one expert lie one under the other."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    merge, *others = conversion.operations
+    stacked = isinstance(merge, MergeModulelist) and merge.dim == 0
+    return stacked and all(isinstance(one, Concatenate) and one.dim == 1 for one in others) and len(others) < 2
+
+
 def keeps_float32(model: Any) -> bool:
     """Whether some of the model's weights stay in float32 when the others are bfloat16."""
     return bool(model._keep_in_fp32_modules_strict)

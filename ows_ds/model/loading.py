@@ -1,19 +1,22 @@
 """A checkpoint's safetensors files -> a model of which each rank reads its own part, and nothing else.
 
 The model is made without memory for its parameters. Then each of them gets its memory, or its shard, and its entries,
-one after the other: a rank never has more than its part and one tensor. Where a checkpoint's tensors are not the
-model's one to one (`Source.why_not`), transformers loads it instead.
+one after the other: a rank never has more than its part and one tensor. Where a checkpoint's tensors are neither the
+model's one to one nor those of single experts (`Source.why_not`), transformers loads it instead.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ows_ds import config, files
 from ows_ds.compat.transformers import (
@@ -22,6 +25,7 @@ from ows_ds.compat.transformers import (
     ignored_on_load,
     is_registered,
     keeps_float32,
+    only_stacks,
     without_sharding,
 )
 from ows_ds.distributed.weights import Fill
@@ -49,7 +53,7 @@ class Source:
 
         self.dtype = dtype
         self.files = Files([])
-        self.keys: dict[str, str] = {}
+        self.keys: dict[str, tuple[str, ...]] = {}
         described = tf.AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -76,11 +80,10 @@ class Source:
         self.files = Files(paths)
         called, self.why_not = _called(self.model, self.files.shapes, dtype)
         if self.why_not is None:
-            shapes = {name: self.files.shapes[key] for name, key in called.items()}
-            names, self.why_not = match(self.model, shapes, model.path)
-            self.keys = {name: called[stored] for name, stored in names.items()}
+            names, self.why_not = match(self.model, {name: one.shape for name, one in called.items()}, model.path)
+            self.keys = {name: called[stored].keys for name, stored in names.items()}
             for name, parameter in self.model.named_parameters() if names else ():
-                kind = self.files.dtypes[self.keys[name]]
+                kind = self.files.dtypes[self.keys[name][0]]
                 if parameter.is_floating_point() and "F" not in kind:
                     raise _quantised(model, f"{name} is of {kind}")
         if self.why_not is None and self.model.can_generate() and _cached(model, "generation_config.json"):
@@ -93,19 +96,28 @@ class Source:
         for prefix, module in self.model.named_modules():
             for last, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(parameter) not in made:
-                    key = self.keys[f"{prefix}.{last}".lstrip(".")]
+                    keys = self.keys[f"{prefix}.{last}".lstrip(".")]
                     dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
-                    made[id(parameter)] = parameter, make(tuple(parameter.shape), dtype, self._reader(key))
+                    made[id(parameter)] = parameter, make(tuple(parameter.shape), dtype, self._reader(keys))
                 setattr(module, last, made[id(parameter)][1])
             for last, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 name = f"{prefix}.{last}".lstrip(".")
                 if name in self.keys:
-                    self.files.read(self.keys[name], 0, buffer.view(-1))
+                    self._reader(self.keys[name])(0, buffer.view(-1))
                 setattr(module, last, buffer.to(device))
         return self.model.eval()
 
-    def _reader(self, key: str) -> Fill:
-        return lambda start, out: self.files.read(key, start, out)
+    def _reader(self, keys: tuple[str, ...]) -> Fill:
+        """Of the files' tensors, laid end to end."""
+        ends = list(itertools.accumulate(math.prod(self.files.shapes[key]) for key in keys))
+
+        def read(start: int, out: Tensor) -> None:
+            for key, first, last in zip(keys, [0, *ends], ends, strict=False):
+                a, b = max(start, first), min(start + out.numel(), last)
+                if a < b:
+                    self.files.read(key, a - first, out[a - start : b - start])
+
+        return read
 
 
 def unsharded(device: torch.device, reads: bool) -> Make:
@@ -199,20 +211,48 @@ def _cached(model: config.Model, name: str) -> str | None:
     return cached_file(model.path, name, model.revision or "main")
 
 
-def _called(model: Any, stored: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, str], str | None]:
-    """Names in the files, by the names that transformers reads them under; or why it changes more than names."""
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the model knows it: the files' tensors ``keys``, laid end to end, in this shape."""
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def _called(
+    model: Any, stored: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[dict[str, _Stored], str | None]:
+    """What the files hold, by the names that transformers reads it under; or why it changes more than names.
+
+    stored: shapes by the files' names. Matrices of single experts make a stack: (E, rows, columns), in which those of
+    one expert, such as gate and up, lie one under the other.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
     if dtype == torch.bfloat16 and keeps_float32(model):
         return {}, "some of its weights must stay in float32"
     conversions = get_model_conversion_mapping(model)
-    called = {}
-    for key in stored:
-        name = key
+    called: dict[str, _Stored] = {}
+    stacks: dict[str, dict[str, list[str]]] = {}  # name -> keys by the converter's patterns, in its order
+    for key, shape in stored.items():
+        name, pieces = key, None
         for conversion in conversions:
             name, pattern = conversion.rename_source_key(name)
             if pattern is not None and isinstance(conversion, WeightConverter):
-                return {}, f"transformers converts {key}"
-        called[name] = key
+                if pieces is not None or not only_stacks(conversion):
+                    return {}, f"transformers converts {key}"
+                pieces = stacks.setdefault(name, {one: [] for one in conversion.source_patterns})
+                pieces[pattern].append(key)
+        if pieces is None:
+            called[name] = _Stored((key,), shape)
+    for name, by_pattern in stacks.items():
+        rows = [sorted(keys, key=dot_natural_key) for keys in by_pattern.values() if keys]
+        experts = list(zip(*rows, strict=False))
+        shapes = {tuple(stored[key] for key in expert) for expert in experts}
+        if len({len(row) for row in rows}) > 1 or len(shapes) > 1 or len({s[1:] for s in next(iter(shapes))}) > 1:
+            return {}, f"the tensors of {name} differ"
+        [one] = shapes
+        shape = (len(experts), sum(piece[0] for piece in one), *one[0][1:])
+        called[name] = _Stored(tuple(key for expert in experts for key in expert), shape)
     return called, None
