@@ -121,7 +121,8 @@ def input_squares(
                     yield from watch(module, matrix.name, parameters[matrix.name], add_expert)
 
     padding = not any(sees_some_tokens(weights.module, matrix) for matrix in matrices)
-    with nullcontext() if weights.sharded else fail_together(weights.comm):  # in shards, passes fail together
+    # in shards, passes fail together
+    with nullcontext() if weights.sharded or padding else fail_together(weights.comm):
         tokens = calibrate(weights, batches, attach, padding)
     if any(matrix.experts for matrix in matrices):
         for some in weights.comm.all_gather_object({name: stored[name] for name in squares}, "score"):

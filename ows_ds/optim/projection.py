@@ -5,8 +5,8 @@ singular vectors of G's shorter side; C, R (max(m, n), r) coordinates and low-ra
 P = Q^T for m >= n (R = G P^T) and P = Q for m < n (R^T = P^T G): keeping r last in all of them makes the
 two sides one case, W + C Q^T, the second transposed.
 
-Projectors are found in float32, in float64 where the gradient is. Everything takes stacks, too: (..., m, n) for
-(m, n), each matrix for itself, all in one batch.
+Projectors are found in float32; by the range finder in float64 where the gradient is. Everything takes stacks, too:
+(..., m, n) for (m, n), each matrix for itself, all in one batch.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def _product(matrix: Tensor, factor: Tensor) -> Tensor:
 
 
 def exact_directions(gradient: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Q (min(m, n), r) and r singular values, from an exact singular value decomposition of G (m, n).
+    """Q (min(m, n), r) and r singular values, float32, from an exact singular value decomposition of G (m, n) in
+    float32, as GaLore's authors compute it.
 
     On a GPU by QR iterations: what torch takes there by itself needs many seconds for a matrix of 4096 columns.
     """
     driver = "gesvd" if gradient.is_cuda else None
-    left, values, right = torch.linalg.svd(gradient.to(wide(gradient)), full_matrices=False, driver=driver)
+    left, values, right = torch.linalg.svd(gradient.float(), full_matrices=False, driver=driver)
     return (right[..., :r, :].mT if is_tall(gradient.shape) else left[..., :r]).contiguous(), values[..., :r]
 
 
@@ -279,7 +280,8 @@ def leading(columns: Tensor, r: int, start: Tensor | None = None, align: bool = 
 
     start: see `choose`, None: noise; align: near to it. Float64 where the columns are, else float32.
     """
-    return _chosen(range_of(columns, r), start_basis(columns.shape[-2], r, 0) if start is None else start, align)
+    start = start_basis(columns.shape[-2], r, 0) if start is None else start
+    return _chosen(range_of(columns, r), start, align, wide(columns))
 
 
 def find_projector(
@@ -297,12 +299,11 @@ def find_projector(
     """
     if start is None:
         start = start_basis(min(gradient.shape[-2:]), r, seed) if previous is None else previous
-    return _chosen(find_range(gradient, r, method, seed, previous), start, align)
+    return _chosen(find_range(gradient, r, method, seed, previous), start, align, wide(gradient))
 
 
-def _chosen(found: Range, start: Tensor, align: bool) -> Tensor:
-    choice = choose({"": found}, {"": start} if align else {}, lambda _: start)[""]
-    return choice.projector(found, found.basis.dtype)
+def _chosen(found: Range, start: Tensor, align: bool, dtype: torch.dtype) -> Tensor:
+    return choose({"": found}, {"": start} if align else {}, lambda _: start)[""].projector(found, dtype)
 
 
 def sketch_width(r: int, short: int) -> int:

@@ -69,8 +69,7 @@ def test_sides() -> None:
 def test_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
     g = gradient(shape).to(dtype)
     q = exact_projector(g, RANK)
-    wide = torch.promote_types(dtype, torch.float32)
-    assert (q.dtype, q.shape, q.is_contiguous()) == (wide, (min(shape), RANK), True)
+    assert (q.dtype, q.shape, q.is_contiguous()) == (torch.float32, (min(shape), RANK), True)
     assert_orthonormal(q)
     expected = top(g, RANK)
     assert float((q.double() @ q.double().T - expected @ expected.T).abs().max()) < 1e-5  # the same subspace
@@ -293,8 +292,8 @@ def test_galore(shape: tuple[int, int]) -> None:
 # ---- stacks, and gradients of few directions
 
 
-def assert_same(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+def assert_same(a: Tensor, b: Tensor, method: str) -> None:
+    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=1e-9 if method == "randomized" else 1e-5)
 
 
 @pytest.mark.parametrize("method", ["svd", "randomized"])
@@ -306,7 +305,7 @@ def test_a_stack_is_its_matrices_one_by_one(shape: tuple[int, int], method: str)
         found = find_projector(stack, RANK, method, [5, 6, 7], before, align=True)
         for index, one in enumerate(found):
             old = None if before is None else before[index]
-            assert_same(one, find_projector(stack[index], RANK, method, 5 + index, old, align=True))
+            assert_same(one, find_projector(stack[index], RANK, method, 5 + index, old, align=True), method)
 
 
 @pytest.mark.parametrize("method", ["svd", "randomized"])
@@ -318,10 +317,11 @@ def test_missing_directions_come_from_the_previous_subspace(directions: int, met
     previous = exact_projector(gradient((40, 24), seed=2).double(), RANK)
     q = find_projector(g, RANK, method, 3, previous, align=True)
     assert_orthonormal(q)
-    torch.testing.assert_close(g @ q @ q.T, g, rtol=0, atol=1e-7)
+    torch.testing.assert_close(g @ q @ q.T, g, rtol=0, atol=1e-7 if method == "randomized" else 1e-5)
     noise = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) * 1e-15
-    assert_same(find_projector(g * (1 + noise), RANK, method, 3, previous, align=True), q)
-    inside = torch.linalg.svdvals(previous.T @ q)  # all but the directions of the gradient are in the old subspace
-    assert int((inside > 1 - 1e-9).sum()) >= RANK - directions
+    assert_same(find_projector(g * (1 + noise), RANK, method, 3, previous, align=True), q, method)
+    # all but the directions of the gradient are in the old subspace
+    inside = torch.linalg.svdvals(previous.double().T @ q)
+    assert int((inside > 1 - 1e-5).sum()) >= RANK - directions
     if not directions:
-        torch.testing.assert_close(q, previous, rtol=0, atol=1e-8)
+        torch.testing.assert_close(q, previous.double(), rtol=0, atol=1e-6)
