@@ -108,7 +108,7 @@ class Mastered(Replicated):
         self, parameter: nn.Parameter, left: Tensor, right: Tensor, decay: float, noise: str | None = None
     ) -> None:
         master = self.masters[parameter]
-        add_low_rank(master.view(-1), 0, parameter.shape[1], left, right, decay)
+        add_low_rank(master.view(-1), 0, left, right, decay)
         parameter.data.copy_(master)
 
 

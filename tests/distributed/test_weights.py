@@ -25,7 +25,7 @@ def merged(world_size: int, dtype: torch.dtype, noise: str | None) -> Tensor:
     left, right = 0.1 * random(ROWS, RANK, seed=1), random(COLUMNS, RANK, seed=2)
     for index in range(world_size):
         start, stop = interval(ROWS * COLUMNS, index, world_size)
-        add_low_rank(matrix[start:stop], start, COLUMNS, left, right, 0.99, noise)
+        add_low_rank(matrix[start:stop], start, left, right, 0.99, noise)
     return matrix.view(ROWS, COLUMNS)
 
 
@@ -73,7 +73,7 @@ def test_noise_depends_on_the_key_and_the_block(monkeypatch: pytest.MonkeyPatch)
     assert len({tuple(run.flatten().tolist()) for run in runs}) == 4
     monkeypatch.setattr(weights, "MERGE_ENTRIES", COLUMNS)
     ones = torch.ones(ROWS * COLUMNS, dtype=torch.bfloat16)
-    add_low_rank(ones, 0, COLUMNS, torch.full((ROWS, 1), 2.0**-9), torch.ones(COLUMNS, 1), noise="0/1/a")
+    add_low_rank(ones, 0, torch.full((ROWS, 1), 2.0**-9), torch.ones(COLUMNS, 1), noise="0/1/a")
     assert len({tuple(row.tolist()) for row in ones.view(ROWS, COLUMNS)}) > ROWS // 2
 
 
