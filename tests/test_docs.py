@@ -53,6 +53,7 @@ ELSEWHERE = {
     "ows-ds bench memory": "tests/bench/test_costs.py",
     "ows-ds bench traffic": "tests/bench/test_costs.py",
     "python benchmarks/": "tests/test_benchmarks.py",
+    "python -m benchmarks.families": "tests/test_families.py",
     "python -m benchmarks.gpu": "tests/test_benchmarks.py",
     "python -m tests.faults.kills": "tests/faults/test_kills.py",
     "ows-ds bench quality": "tests/bench/test_study_runs.py",

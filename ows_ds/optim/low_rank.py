@@ -180,11 +180,14 @@ def make_coordinates(
         if gradient is not None:
             grad.add_(gradient)
 
-    def forget(leaf: Tensor) -> None:
+    def spend(leaf: Tensor) -> None:
+        if not direct:  # not in a hook before: a loss that differentiates its head calls that as well, once a run
+            add(leaf.grad)
         leaf.grad = None
 
-    leaf.register_hook(add)
-    leaf.register_post_accumulate_grad_hook(forget)
+    if direct:  # before whoever else waits for the gradient
+        leaf.register_hook(add)
+    leaf.register_post_accumulate_grad_hook(spend)
     return Coordinates(shape, leaf, projector, transposed=transposed, grad=grad if direct else None)
 
 

@@ -38,7 +38,7 @@ def trained(
 ) -> dict[str, Tensor]:
     """Weights after a step with each of the ``batches``; None: one that is not finite on the last rank alone."""
     accumulation = settings.get("accumulation", 1)
-    seed, Refresh._seed = Refresh._seed, lambda self, name, step: zlib.crc32(name.encode())  # type: ignore[method-assign]
+    own, Refresh._seeds = Refresh._seeds, lambda self, part, step: zlib.crc32(part.name.encode())  # type: ignore[method-assign]
     try:
         ows = OWS(home(tiny("llama"), sharding, world_size), RATIOS, **{**SETTINGS, **settings})
         for number in batches:
@@ -57,7 +57,7 @@ def trained(
         ows.close()
         return found
     finally:
-        Refresh._seed = seed  # type: ignore[method-assign]
+        Refresh._seeds = own  # type: ignore[method-assign]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
