@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,18 @@ def shard(parameter: ZeroParameter) -> Tensor:
     return found
 
 
+def set_shard(parameter: ZeroParameter, values: Tensor | None) -> None:
+    """Let this rank's shard be ``values``, 1-D, without its padding; None: of no memory, until it is set again.
+
+    Not while the parameter is gathered.
+    """
+    held = shard(parameter)
+    if values is None:
+        parameter.ds_tensor.data = held.new_empty(0)
+    else:
+        parameter.ds_tensor.data = torch.nn.functional.pad(values, (0, shard_numel(parameter) - values.numel()))
+
+
 def forget_copy(parameter: ZeroParameter) -> None:
     """Drop the copy that hpZ keeps on each host: the next gather makes it again, from the shards as they are then."""
     parameter.ds_secondary_tensor = None
@@ -75,9 +87,19 @@ class Sharder:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[ZeroParameter, int, int]:
         """A parameter, in full until `partition`, and (rank, world size) of its part here."""
-        parameter: ZeroParameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=self._init.local_device))
-        self._init._convert_to_deepspeed_param(parameter)
+        parameter = self._made(torch.empty(shape, dtype=dtype, device=self._init.local_device))
         return parameter, parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+
+    def of(self, values: Tensor) -> ZeroParameter:
+        """A parameter of which every rank has all ``values``, in shards."""
+        parameter = self._made(values)
+        self.partition(parameter)
+        return parameter
+
+    def _made(self, values: Tensor) -> ZeroParameter:
+        parameter: ZeroParameter = nn.Parameter(values, requires_grad=values.is_floating_point())
+        self._init._convert_to_deepspeed_param(parameter)
+        return parameter
 
     def partition(self, parameter: ZeroParameter) -> None:
         """Keep this rank's part alone."""
@@ -139,6 +161,13 @@ class Gathers:
         stream = self._offload._DeepSpeedZeRoOffload__allgather_stream
         stream.wait_stream(torch.cuda.current_stream())
 
+    def forget(self) -> None:
+        """Forget what was recorded: modules have other parameters now. Not inside a forward or backward pass."""
+        coordinator = self._offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        self._went_back = self._traced_backward = False
+
     def after_backward(self) -> None:
         """Release what a backward pass leaves gathered: the norm at the input of the lowest layer that trains."""
         self._offload.release_backward_leftovers()
@@ -163,13 +192,13 @@ def trains_nothing(engine: Any) -> bool:
     return engine.zero_optimization_stage() == 3 and hasattr(engine.optimizer, "partition_all_parameters")
 
 
-def count_bytes(engine: Any, count: Count) -> None:
-    """Let an engine say how many bytes this rank sends: ``weights`` when it gathers them, ``full_rank_gradients`` when
-    an optimizer of its own reduces them.
+def count_bytes(engine: Any, parameters: Iterable[ZeroParameter], count: Count) -> None:
+    """Let an engine say how many bytes this rank sends: ``weights`` when it gathers some of ``parameters``,
+    ``full_rank_gradients`` when an optimizer of its own reduces them.
 
     Both are done by attributes of the engine's own objects, which are replaced: other engines are not concerned.
     """
-    for parameter in engine.module.parameters():
+    for parameter in parameters:
         parameter.all_gather_coalesced = _counting_gather(parameter.all_gather_coalesced, count)
     scatter = getattr(engine.optimizer, _SCATTER, None)
     if scatter is not None:

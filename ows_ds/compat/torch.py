@@ -138,6 +138,15 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return found
 
 
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Register ``parameter`` in the place of the one of this name, or remove that (None). `setattr` would remove what
+    stands in the parameter's place in the module's dictionary (see `ows_ds.optim.low_rank.WeightHook`)."""
+    if parameter is None:
+        module._parameters.pop(name, None)
+    else:
+        module._parameters[name] = parameter
+
+
 def storage_address(tensor: Tensor) -> int:
     """A number for the tensor's storage: the data's address is the same for storages that follow one another."""
     return tensor.untyped_storage()._cdata

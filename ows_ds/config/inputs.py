@@ -26,6 +26,9 @@ class Model(Settings):
     """Branch, tag or commit on the hub; null: the newest."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Number format of the weights; coordinates and moments are float32, or float64 under float64."""
+    frozen: MayChange[Literal["same", "int8", "fp8", "nf4"]] = "same"
+    """Number format of the matrices of layers that do not train at the moment: as model.dtype, in 8 bits (int8, fp8)
+    or in 4 (nf4). The real weights rest in the host's memory or the checkpoint's files, and are what is exported."""
     attn_implementation: MayChange[str | None] = None
     """Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice."""
     trust_remote_code: bool = False

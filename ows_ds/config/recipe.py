@@ -110,6 +110,13 @@ class Recipe(Settings):
         if self.method.name in ("lisa", "lisa-d", "badam") and optim.always_on == "low_rank":
             right = f"expected full or none under {self.method.name}, which trains at full rank"
             yield Wrong("optim.always_on", right, ("method.name",))
+        if self.model.frozen != "same" and self.method.name in ("full", "mezo", "dora"):
+            why = {
+                "full": "full trains all weights all the time: none is frozen",
+                "mezo": "mezo trains all weights all the time: none is frozen",
+                "dora": "dora needs the norms of real weights in every pass; lora does not",
+            }[self.method.name]
+            yield Wrong("model.frozen", f"expected same: {why}", ("method.name",))
         if train.steps is not None and optim.warmup_steps > train.steps:
             yield Wrong("optim.warmup_steps", f"expected at most train.steps, {train.steps}", ("train.steps",))
         if data.streaming and train.steps is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ows_ds.compat.torch import copy_all
+from ows_ds.compat.torch import copy_all, copy_to_host, to_device
 from ows_ds.distributed.communicator import Communicator
+from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights, resting, without_memory
 
 CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
 MERGE_ENTRIES = 1 << 20  # entries of a matrix that a CPU merges at once, in whole rows
@@ -59,10 +61,6 @@ ReadShard = Callable[[str, int, int], Tensor]
 """(name, first, last + 1) -> these entries of the flattened tensor."""
 
 
-Fill = Callable[[int, Tensor], None]
-"""(start, out): out (1-D) <- that many entries of a flattened tensor, from ``start`` on."""
-
-
 class Weights(Protocol):
     """What the rest of the program may do with a model's weights."""
 
@@ -74,6 +72,19 @@ class Weights(Protocol):
     def __call__(self, **batch: Any) -> Any:
         """The model's forward pass."""
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All weights by name, real ones: of frozen matrices in few bits those that rest elsewhere."""
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let the real weights of those that may be in few bits rest, and modules compute with codes of what they are
+        now. Not inside a forward or backward pass. Collective."""
+
+    def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Bring their real weights back to the device and into their modules. Collective."""
+
+    def stage(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Begin to read what `thaw` will need, beside what else runs."""
+
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """The full parameter's shape."""
 
@@ -81,7 +92,11 @@ class Weights(Protocol):
         """The flattened entries that this rank owns."""
 
     def local(self, parameter: nn.Parameter) -> Tensor:
-        """Those entries: 1-D, of the weight's dtype, sharing its memory. Not inside a forward or backward pass."""
+        """Those entries: 1-D, of the weight's dtype, sharing its memory; while they rest, on the CPU, and perhaps read
+        from a file (`set_local` writes). Not inside a forward or backward pass."""
+
+    def set_local(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Set those entries, resting or not, to ``values``; `publish` follows."""
 
     def resident_slice(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
         """All entries that lie on this rank: where they start, and the 1-D run, sharing the weight's memory."""
@@ -168,7 +183,133 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x)  # a carry could turn a NaN into a number
 
 
-class Replicated:
+class Home:
+    """What is common to both homes of weights (see `Weights`)."""
+
+    module: nn.Module
+    comm: Communicator
+    device: torch.device
+    _reader: ThreadPoolExecutor | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(named_weights(self.module))
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
+        return interval(math.prod(self.shape(parameter)), self.comm.rank, self.comm.world_size)
+
+    def local(self, parameter: nn.Parameter) -> Tensor:
+        own, frozen = self.interval(parameter), resting(parameter)
+        return self._local(parameter) if frozen is None else frozen.entries(*own, own)
+
+    def set_local(self, parameter: nn.Parameter, values: Tensor) -> None:
+        frozen = resting(parameter)
+        if frozen is None:
+            self._local(parameter).copy_(values)
+        else:
+            frozen.set_host(values.to("cpu", frozen.format.dtype, copy=True))
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        real = [parameter for parameter in parameters if not resting(parameter)]
+        self._publish(real)
+        for frozen in filter(None, map(resting, parameters)):
+            self._set_codes(frozen)
+        self._moved(len(real) < len(parameters))
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        changed = [f for f in map(frozen_of, parameters) if f is not None and not f.resting]
+        for frozen in changed:
+            self._set_codes(frozen)
+            frozen.set_host(copy_to_host(self._local(frozen.real)))
+            self._release(frozen.real)
+            frozen.resting = True
+            frozen.place()
+        self._moved(bool(changed))
+
+    def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
+        changed = list(filter(None, map(resting, parameters)))
+        for frozen in changed:
+            self._hold(frozen)
+            for parameter in (frozen.codes, frozen.scales):
+                self._release(parameter)
+            frozen.resting = False
+            frozen.place()
+        self._moved(bool(changed))
+
+    def stage(self, parameters: Iterable[nn.Parameter]) -> None:
+        for frozen in filter(None, map(resting, parameters)):
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, "ows_ds-stage")
+            frozen.stage(*self._needed(frozen), self.interval(frozen.real), self._reader, self.device.type == "cuda")
+
+    def full_tensor(self, parameter: nn.Parameter) -> Tensor:
+        numel = math.prod(self.shape(parameter))
+        size = math.ceil(numel / self.comm.world_size)
+        return self._gather(parameter, 0, size)[:numel].view(self.shape(parameter))
+
+    def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        numel = math.prod(self.shape(parameter))
+        size = math.ceil(numel / self.comm.world_size)
+        length = math.ceil(CHUNK / self.comm.world_size)
+        for at in range(0, size, length):
+            length = min(length, size - at)
+            gathered = self._gather(parameter, at, length)
+            for rank in range(self.comm.world_size):
+                start = rank * size + at
+                if start < numel:
+                    yield start, gathered[rank * length : (rank + 1) * length][: numel - start]
+            del gathered  # before the next is there
+
+    def _gather(self, parameter: nn.Parameter, at: int, length: int) -> Tensor:
+        """``length`` entries of every rank's interval, from its entry ``at`` on, one after the other."""
+        (start, stop), frozen = self.interval(parameter), resting(parameter)
+        if frozen is None:
+            part = self._local(parameter)[at : at + length]
+        else:
+            part = frozen.entries(min(start + at, stop), min(start + at + length, stop), (start, stop))
+        part = to_device(part, self.device)  # from the CPU where DeepSpeed keeps shards that are offloaded
+        if part.numel() < length:  # the last shards are shorter
+            part = torch.nn.functional.pad(part, (0, length - part.numel()))
+        return self.comm.all_gather(part, "export")
+
+    def _set_codes(self, frozen: Frozen) -> None:
+        """Codes and scales <- those of the real weights, one full matrix at a time. Collective."""
+        full = self.full_tensor(frozen.real)
+        for parameter, values in zip((frozen.codes, frozen.scales), frozen.format.quantise(full), strict=True):
+            self._store(parameter, values)
+
+    # ------------------------------------------------------------------ what differs
+
+    def _local(self, parameter: nn.Parameter) -> Tensor:
+        """`local` of what does not rest."""
+        raise NotImplementedError
+
+    def _publish(self, parameters: list[nn.Parameter]) -> None:
+        """`publish` of what does not rest."""
+
+    def _release(self, parameter: nn.Parameter) -> None:
+        """Free a parameter's memory."""
+        raise NotImplementedError
+
+    def _store(self, parameter: nn.Parameter, full: Tensor) -> None:
+        """Give a parameter memory again, and the entries of ``full``, which every rank has."""
+        raise NotImplementedError
+
+    def _needed(self, frozen: Frozen) -> tuple[int, int]:
+        """Entries of the real weights that this rank reads to `_hold` them."""
+        raise NotImplementedError
+
+    def _hold(self, frozen: Frozen) -> None:
+        """Give the real weights, which rest, memory on the device. Collective."""
+        raise NotImplementedError
+
+    def _moved(self, changed: bool) -> None:
+        """Parameters have changed places with others."""
+
+
+class Replicated(Home):
     """Every rank has every weight. Nothing is sent for a forward or backward pass."""
 
     sharded = False
@@ -188,23 +329,20 @@ class Replicated:
     def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         return tuple(parameter.shape)
 
-    def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
-        return interval(parameter.numel(), self.comm.rank, self.comm.world_size)
-
-    def local(self, parameter: nn.Parameter) -> Tensor:
+    def _local(self, parameter: nn.Parameter) -> Tensor:
         start, stop = self.interval(parameter)
         return parameter.data.view(-1)[start:stop]
 
     def resident_slice(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
         return 0, parameter.data.view(-1)
 
-    def publish(self, parameters: list[nn.Parameter]) -> None:
+    def _publish(self, parameters: list[nn.Parameter]) -> None:
         for parameter in (
             parameters if self.comm.world_size > 1 else ()
         ):  # of one rank, the interval is the weight itself
             size = math.ceil(parameter.numel() / self.comm.world_size)
             part = parameter.data.new_zeros(size)
-            local = self.local(parameter)
+            local = self._local(parameter)
             part[: local.numel()] = local
             full = self.comm.all_gather(part, "full_rank_weights")
             parameter.data.view(-1).copy_(full[: parameter.numel()])
@@ -229,11 +367,34 @@ class Replicated:
         pass
 
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
+        return super().full_tensor(parameter) if resting(parameter) else parameter.detach()
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
+        if resting(parameter):
+            yield from super().runs(parameter)
+            return
         flat = parameter.data.view(-1)
         yield from ((start, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK))
+
+    def _release(self, parameter: nn.Parameter) -> None:
+        parameter.data = without_memory(tuple(parameter.shape), parameter.dtype, self.device)
+
+    def _store(self, parameter: nn.Parameter, full: Tensor) -> None:
+        parameter.data = full.contiguous()
+
+    def _needed(self, frozen: Frozen) -> tuple[int, int]:
+        # of what has never changed every rank reads all
+        return self.interval(frozen.real) if frozen.host is not None else (0, frozen.real.numel())
+
+    def _hold(self, frozen: Frozen) -> None:
+        real, own = frozen.real, self.interval(frozen.real)
+        whole = frozen.host is None
+        part = to_device(frozen.staged(*self._needed(frozen), own), self.device)
+        if not whole:
+            size = math.ceil(real.numel() / self.comm.world_size)
+            part = torch.nn.functional.pad(part, (0, size - part.numel()))
+            part = self.comm.all_gather(part, "thawed_weights")[: real.numel()]
+        real.data = part.view(real.shape)
 
 
 def weight_shards(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Shard]:
@@ -246,5 +407,5 @@ def load_weights(weights: Weights, parameters: dict[str, nn.Parameter], names: I
     """Set the named weights to what `weight_shards` gave. Collective."""
     changed = {name: parameters[name] for name in names}
     for name, parameter in changed.items():
-        weights.local(parameter).copy_(read(f"weight/{name}", *weights.interval(parameter)))
+        weights.set_local(parameter, read(f"weight/{name}", *weights.interval(parameter)))
     weights.publish(list(changed.values()))

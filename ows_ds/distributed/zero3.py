@@ -24,7 +24,9 @@ from ows_ds.compat import deepspeed as inside
 from ows_ds.compat.deepspeed import ZeroParameter, full_shape
 from ows_ds.compat.torch import build_directory
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import CHUNK, Fill, add_low_rank, interval
+from ows_ds.distributed.formats import Format
+from ows_ds.distributed.frozen import Fill, Frozen, frozen_of
+from ows_ds.distributed.weights import Home, add_low_rank, interval
 from ows_ds.errors import UserError
 
 COMPILING = 120.0  # seconds; it takes about one minute
@@ -70,23 +72,38 @@ def join_deepspeed() -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def in_shards(config: dict[str, Any]) -> Callable[[tuple[int, ...], torch.dtype, Fill], ZeroParameter]:
-    """A maker of parameters that lie in DeepSpeed's shards from the beginning (see `ows_ds.model.loading.Make`).
+class InShards:
+    """A maker of parameters that lie in DeepSpeed's shards from the beginning (see `ows_ds.model.loading.Make`)."""
 
-    config: from `resolve_config`. DeepSpeed must know the process group (`join_deepspeed`). Nothing is sent: each rank
-    asks for the entries of its own shard alone.
-    """
-    sharder = inside.Sharder(config)
+    def __init__(self, config: dict[str, Any]) -> None:
+        """config: from `resolve_config`. DeepSpeed must know the process group (`join_deepspeed`). Nothing is sent."""
+        self._sharder = inside.Sharder(config)
 
-    def make(shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> ZeroParameter:
+    def parameter(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> ZeroParameter:
         # of this memory nothing is touched but the rank's own interval, which DeepSpeed copies into the shard
-        parameter, rank, world_size = sharder.empty(shape, dtype)
+        parameter, rank, world_size = self._sharder.empty(shape, dtype)
         start, stop = interval(parameter.numel(), rank, world_size)
         fill(start, parameter.data.view(-1)[start:stop])
-        sharder.partition(parameter)
+        self._sharder.partition(parameter)
         return parameter
 
-    return make
+    def frozen(self, format: Format, fill: Fill) -> Frozen:
+        # every rank makes codes of the full matrix, which is there for so long
+        real, _, _ = self._sharder.empty(format.full_shape, format.dtype)
+        fill(0, real.data.view(-1))
+        made = [self._sharder.of(values) for values in format.quantise(real.data)]
+        self._sharder.partition(real)
+        inside.set_shard(real, None)
+        return Frozen(format, real, *made, source=fill)
+
+    def later(self, real: ZeroParameter, format: Format) -> Frozen:
+        made = []
+        for shape in (format.codes_shape, format.scales_shape):
+            parameter, _, _ = self._sharder.empty(shape, torch.uint8)
+            self._sharder.partition(parameter)
+            inside.set_shard(parameter, None)
+            made.append(parameter)
+        return Frozen(format, real, *made, resting=False)
 
 
 def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:
@@ -102,7 +119,7 @@ def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:
     return deepspeed.initialize(model=module, config=config, dist_init_required=False, **optimizer)[0]
 
 
-class Zero3:
+class Zero3(Home):
     """Weights as DeepSpeed's shards (see `ows_ds.distributed.weights.Weights` for what the methods do)."""
 
     sharded = True
@@ -133,13 +150,19 @@ class Zero3:
         self.comm = comm
         self.device = torch.device(engine.device)
         self._gathers = inside.Gathers(engine)
-        inside.count_bytes(engine, comm.count)
+        inside.count_bytes(engine, self._all(), comm.count)
         # before DeepSpeed's own hooks, whoever calls the module
         self.module.register_forward_pre_hook(lambda module, inputs: self._before_forward(), prepend=True)
         for name, parameter in self.module.named_parameters():
             size, found = math.ceil(inside.full_numel(parameter) / comm.world_size), inside.shard_numel(parameter)
             if found != size:
                 raise RuntimeError(f"{name}: DeepSpeed's shard has {found} entries, not {size}")
+
+    def _all(self) -> list[ZeroParameter]:
+        """The module's parameters, and what changes places with them."""
+        frozen = list(filter(None, map(frozen_of, self.parameters().values())))
+        others = (one for f in frozen for one in (f.real, f.codes, f.scales))
+        return list({id(p): p for p in (*self.module.parameters(), *others)}.values())
 
     def _before_forward(self) -> None:
         self.order_gathers()
@@ -156,17 +179,14 @@ class Zero3:
     def shape(self, parameter: ZeroParameter) -> tuple[int, ...]:
         return full_shape(parameter)
 
-    def interval(self, parameter: ZeroParameter) -> tuple[int, int]:
-        return interval(inside.full_numel(parameter), self.comm.rank, self.comm.world_size)
-
-    def local(self, parameter: ZeroParameter) -> Tensor:
+    def _local(self, parameter: ZeroParameter) -> Tensor:
         start, stop = self.interval(parameter)
         return inside.shard(parameter)[: stop - start]
 
     def resident_slice(self, parameter: ZeroParameter) -> tuple[int, Tensor]:
         return self.interval(parameter)[0], self.local(parameter)
 
-    def publish(self, parameters: list[ZeroParameter]) -> None:
+    def _publish(self, parameters: list[ZeroParameter]) -> None:
         for parameter in parameters:  # also on the ranks that had no entry to write
             inside.forget_copy(parameter)
         self.order_gathers()
@@ -197,31 +217,24 @@ class Zero3:
     def after_step(self) -> None:
         self._gathers.release()
 
-    def full_tensor(self, parameter: ZeroParameter) -> Tensor:
-        numel = inside.full_numel(parameter)
-        size = math.ceil(numel / self.comm.world_size)
-        return self._gather(parameter, 0, size)[:numel].view(full_shape(parameter))
+    def _release(self, parameter: ZeroParameter) -> None:
+        inside.set_shard(parameter, None)
 
-    def runs(self, parameter: ZeroParameter) -> Iterator[tuple[int, Tensor]]:
-        numel = inside.full_numel(parameter)
-        size = math.ceil(numel / self.comm.world_size)
-        length = math.ceil(CHUNK / self.comm.world_size)
-        for at in range(0, size, length):
-            length = min(length, size - at)
-            gathered = self._gather(parameter, at, length)
-            for rank in range(self.comm.world_size):
-                start = rank * size + at
-                if start < numel:
-                    yield start, gathered[rank * length : (rank + 1) * length][: numel - start]
-            del gathered  # before the next is there
+    def _store(self, parameter: ZeroParameter, full: Tensor) -> None:
+        start, stop = self.interval(parameter)
+        inside.set_shard(parameter, full.reshape(-1)[start:stop].clone())  # of its own memory
 
-    def _gather(self, parameter: ZeroParameter, at: int, length: int) -> Tensor:
-        """``length`` entries of every rank's shard, from its entry ``at`` on, one after the other."""
-        # the CPU is where DeepSpeed keeps shards that are offloaded
-        part = self.local(parameter)[at : at + length].to(self.device)
-        if part.numel() < length:  # the last shards are shorter
-            part = torch.nn.functional.pad(part, (0, length - part.numel()))
-        return self.comm.all_gather(part, "export")
+    def _needed(self, frozen: Frozen) -> tuple[int, int]:
+        return self.interval(frozen.real)
+
+    def _hold(self, frozen: Frozen) -> None:
+        own = self.interval(frozen.real)
+        inside.set_shard(frozen.real, frozen.staged(*own, own).to(self.device))
+
+    def _moved(self, changed: bool) -> None:
+        if changed:
+            self._gathers.forget()
+            self.order_gathers()
 
 
 class Zero3AdamW(Zero3):

@@ -146,7 +146,7 @@ def tail_exponents(weights: Weights, layers: ModelLayers, model: str | None = No
         (layer.name, matrix) for layer in layers.layers for matrix in layer.matrices for _ in range(matrix.count)
     ]
     alphas = torch.zeros(len(matrices), dtype=torch.float64, device=weights.device)
-    parameters = dict(weights.module.named_parameters())
+    parameters = weights.parameters()
     rank, world_size = weights.comm.rank, weights.comm.world_size
     first = done = 0
     own: dict[int, Tensor] = {}

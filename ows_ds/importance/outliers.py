@@ -50,7 +50,7 @@ def outlier_scores(
     used, squares, tokens = input_squares(weights, [m for layer in layers.layers for m in layer.matrices], batches)
     matrices, of_layers = used.values(), [[used[m.name] for m in layer.matrices] for layer in layers.layers]
 
-    parameters = dict(weights.module.named_parameters())
+    parameters = weights.parameters()
     heights = {name: torch.zeros_like(value) for name, value in squares.items()}  # columns of |W|, summed
     for matrix in matrices:
         for expert, features, block in blocks(weights, matrix, parameters[matrix.name]):
@@ -111,7 +111,7 @@ def input_squares(
         def add_first(matrix: Matrix, _: nn.Module, inputs: tuple[Any, ...]) -> None:
             add(matrix, 0, matrix.inputs_first, inputs[0])
 
-        parameters = dict(weights.module.named_parameters())
+        parameters = weights.parameters()
         for matrix in matrices:
             for module in map(weights.module.get_submodule, matrix.modules):
                 if matrix.experts is None:

@@ -54,7 +54,7 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers, importance: lis
         return mezo.build(recipe, weights, layers)
     everything = tuple(range(len(layers.layers)))
     frozen = layers.router_names if optim.router == "freeze" else frozenset()
-    names = tuple(name for name, _ in weights.module.named_parameters() if name not in frozen)
+    names = tuple(name for name in weights.parameters() if name not in frozen)
     close = None
     if name == "hift":
         groups = hift.groups_of(recipe, weights, layers)

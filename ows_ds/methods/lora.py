@@ -14,6 +14,7 @@ from torch import nn
 
 from ows_ds.compat.deepspeed import full_shape
 from ows_ds.config import Recipe
+from ows_ds.distributed.frozen import named_weights
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.model.layers import find_layers
@@ -54,7 +55,7 @@ def base(weights: Weights) -> dict[str, nn.Parameter]:
     """The parameters that the model had before `adapt`, by their names there."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-        for name, parameter in weights.module.named_parameters()
+        for name, parameter in weights.parameters().items()
         if "lora_" not in name
     }
 
@@ -64,6 +65,9 @@ def merge(weights: Weights) -> None:
     adapted: Any = weights.module
     for module in adapted.modules():
         if hasattr(module, "merge") and hasattr(module, "base_layer"):
-            with weights.gathered(module.parameters()):
+            own = [parameter for _, parameter in named_weights(module)]
+            weights.thaw(own)
+            with weights.gathered(own):
                 module.merge()
+            weights.freeze(own)
     weights.module = adapted.unload()

@@ -55,7 +55,7 @@ class MeZO(Method):
         """
         self.weights, self.comm, self.device = weights, weights.comm, weights.device
         weights.module.requires_grad_(False)
-        self._named = dict(weights.module.named_parameters())
+        self._named = weights.parameters()
         super().__init__([{"params": list(self._named.values())}], {"lr": lr, "weight_decay": weight_decay})
         self.epsilon, self.max_grad_norm, self.seed = epsilon, max_grad_norm, seed
         self.layer_set: LayerSet = tuple(range(n_layers))

@@ -23,7 +23,7 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
 
     named: some of the model's parameters, under the names that count; None: all of them.
     """
-    parameters = list(weights.module.named_parameters() if named is None else named.items())
+    parameters = list((weights.parameters() if named is None else named).items())
     places: dict[torch.device, Tensor] = {}
     sums = []
     for _, parameter in parameters:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ows_ds.distributed.frozen import named_weights
 from ows_ds.errors import UserError
 
 Shape = tuple[int, ...]
@@ -199,12 +200,12 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("expected a causal language model; this one is an encoder-decoder")
     stack_name, stack = _stack(model, shape, refuse)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in named_weights(model)}
     active = experts_per_token(config)
 
     users: dict[nn.Parameter, list[str]] = {}  # the modules of parameters that several layers share
     for module_name, module in stack.named_modules(prefix=stack_name):
-        for parameter in module.parameters(recurse=False):
+        for _, parameter in named_weights(module, recurse=False):
             users.setdefault(parameter, []).append(module_name)
     seen: set[nn.Parameter] = set()
 
@@ -216,7 +217,7 @@ def find_layers(model: nn.Module, shape: Callable[[nn.Parameter], Shape] | None 
             if hasattr(module, "base_layer"):  # what peft calls the module inside an adapter
                 kind = type(module).__name__
                 raise refuse(f"{module_name} is a {kind}; give a model without adapters, or merge them")
-            for key, parameter in module.named_parameters(recurse=False):
+            for key, parameter in named_weights(module, recurse=False):
                 if parameter in seen:  # an earlier layer's
                     continue
                 seen.add(parameter)
@@ -302,7 +303,7 @@ def _stack(
     of those the largest; of all the model where it does not say which its embedding is."""
 
     def size(module: nn.Module) -> int:
-        return sum(math.prod(shape(parameter)) for parameter in module.parameters())
+        return sum(math.prod(shape(parameter)) for _, parameter in named_weights(module))
 
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if not any(map(size, stacks.values())):
@@ -345,7 +346,7 @@ def _outside(
         if module is None or module in seen or module not in module_names:
             continue
         seen.add(module)
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, parameter in named_weights(module, recurse=False):
             full = shape(parameter)
             if len(full) == 2 and key == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
                 users.setdefault(parameter, []).append(module_names[module])

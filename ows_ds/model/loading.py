@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,22 @@ from ows_ds.compat.transformers import (
     only_stacks,
     without_sharding,
 )
-from ows_ds.distributed.weights import Fill
+from ows_ds.distributed.formats import Format
+from ows_ds.distributed.frozen import Fill, Frozen, without_memory
 from ows_ds.errors import UserError
 from ows_ds.model.tensor_files import Files
 
-Make = Callable[[tuple[int, ...], torch.dtype, Fill], nn.Parameter]
-"""(shape, dtype, fill) -> a parameter of which this rank has asked ``fill`` for its own entries."""
+class Make(Protocol):
+    """Gives a model's parameters their memory."""
+
+    def parameter(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        """A parameter of which this rank has asked ``fill`` for its own entries."""
+
+    def frozen(self, format: Format, fill: Fill) -> Frozen:
+        """A matrix in few bits. ``fill`` stays its source, of all its entries or of some."""
+
+    def later(self, real: nn.Parameter, format: Format) -> Frozen:
+        """The same of a matrix that is real now; its codes have no memory."""
 
 
 class Source:
@@ -90,16 +100,26 @@ class Source:
             # otherwise the model's own, made from its configuration
             self.model.generation_config = tf.GenerationConfig.from_pretrained(model.path, revision=model.revision)
 
-    def fill(self, make: Make, device: torch.device) -> Any:
-        """The model with its entries, parameters by ``make`` and buffers on ``device``, in evaluation mode."""
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the empty one too: its id must stay taken
+    def fill(self, make: Make, device: torch.device, frozen: Mapping[str, Format] | None = None) -> Any:
+        """The model with its entries, parameters by ``make`` and buffers on ``device``, in evaluation mode.
+
+        frozen: the matrices that are in few bits from the beginning, by name.
+        """
+        formats = {id(self.model.get_parameter(name)): format for name, format in (frozen or {}).items()}
+        made: dict[int, tuple[nn.Parameter, nn.Parameter | Frozen]] = {}  # the empty one too: its id must stay taken
         for prefix, module in self.model.named_modules():
             for last, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(parameter) not in made:
                     keys = self.keys[f"{prefix}.{last}".lstrip(".")]
-                    dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
-                    made[id(parameter)] = parameter, make(tuple(parameter.shape), dtype, self._reader(keys))
-                setattr(module, last, made[id(parameter)][1])
+                    dtype, reader = self.dtype if parameter.is_floating_point() else parameter.dtype, self._reader(keys)
+                    format = formats.get(id(parameter))
+                    one = make.parameter(tuple(parameter.shape), dtype, reader) if format is None else None
+                    made[id(parameter)] = parameter, one or make.frozen(format, reader)
+                found = made[id(parameter)][1]
+                if isinstance(found, Frozen):
+                    found.use_in(module, last)
+                else:
+                    setattr(module, last, found)
             for last, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
                 name = f"{prefix}.{last}".lstrip(".")
                 if name in self.keys:
@@ -120,16 +140,36 @@ class Source:
         return read
 
 
-def unsharded(device: torch.device, reads: bool) -> Make:
-    """Parameters in full on this rank. reads: otherwise their entries come from another rank."""
+class Unsharded:
+    """A `Make` of parameters in full on this rank."""
 
-    def make(shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> nn.Parameter:
-        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        if reads:
-            fill(0, parameter.data.view(-1))
-        return parameter
+    def __init__(self, device: torch.device, reads: bool) -> None:
+        """reads: otherwise their entries come from another rank."""
+        self.device, self.reads = device, reads
 
-    return make
+    def parameter(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Fill) -> nn.Parameter:
+        values = torch.empty(shape, dtype=dtype, device=self.device)
+        if self.reads:
+            fill(0, values.view(-1))
+        return nn.Parameter(values, requires_grad=values.is_floating_point())
+
+    def frozen(self, format: Format, fill: Fill) -> Frozen:
+        if self.reads:
+            made = format.quantise(self.parameter(format.full_shape, format.dtype, fill).data)
+        else:
+            shapes = (format.codes_shape, format.scales_shape)
+            made = tuple(torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in shapes)
+        real = nn.Parameter(without_memory(format.full_shape, format.dtype, self.device))
+        return Frozen(format, real, *map(_bytes, made), source=fill)
+
+    def later(self, real: nn.Parameter, format: Format) -> Frozen:
+        shapes = (format.codes_shape, format.scales_shape)
+        made = (_bytes(without_memory(shape, torch.uint8, self.device)) for shape in shapes)
+        return Frozen(format, real, *made, resting=False)
+
+
+def _bytes(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[dict[str, str], str | None]:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from ows_ds.compat.deepspeed import full_shape
 from ows_ds.compat.transformers import auto_class
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
+from ows_ds.distributed.formats import Format
+from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, in_shards
+from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.files import read_text
 from ows_ds.model.layers import ModelLayers, find_layers
-from ows_ds.model.loading import Source, unsharded
+from ows_ds.model.loading import Make, Source, Unsharded
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +45,10 @@ def load_model(
     from transformers.integrations import HfDeepSpeedConfig
 
     config = runtime.ds_config
-    model = pretrained(recipe, runtime.comm, runtime.device, config)
+    frozen = recipe.model.frozen
+    model = pretrained(recipe, runtime.comm, runtime.device, config, frozen)
     layers = find_layers(model, None if config is None else full_shape)
+    real = let_freeze(model, formats(layers, frozen, model.dtype), _maker(runtime.device, runtime.comm, config))
     use_cache(model, False)
     if recipe.optim.router == "freeze":  # what DeepSpeed trains is what requires gradients
         for name in layers.router_names:
@@ -56,18 +61,53 @@ def load_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers makes the embedding's output require gradients, which would drag every backward pass to the input
         model.disable_input_require_grads()
+    weights: Weights
     if config is None:
-        return Replicated(model, runtime.comm), layers
-    if deepspeed_trains:
-        return Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm), layers
-    return Zero3(model, config, runtime.comm), layers
+        weights = Replicated(model, runtime.comm)
+    elif deepspeed_trains:
+        weights = Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm)
+    else:
+        weights = Zero3(model, config, runtime.comm)
+    weights.freeze(real)
+    return weights, layers
+
+
+def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] | None) -> Make:
+    return Unsharded(device, comm.rank == 0) if ds_config is None else InShards(ds_config)
+
+
+def formats(layers: ModelLayers, name: str, dtype: torch.dtype) -> dict[str, Format]:
+    """Of the matrices that are in few bits while they are frozen (``model.frozen``), by name."""
+    matrices = (matrix for block in layers.layers for matrix in block.matrices) if name != "same" else ()
+    return {m.name: Format(name, m.shape, dtype, m.inputs_first, m.experts) for m in matrices}
+
+
+def let_freeze(model: nn.Module, formats: Mapping[str, Format], make: Make) -> list[nn.Parameter]:
+    """The matrices of ``formats`` that ``model`` has as they are, now with a place for their codes: for `Weights.freeze`.
+
+    Before ``model`` becomes `Weights`.
+    """
+    parameters, found = dict(named_weights(model)), {}
+    for name, format in formats.items():
+        if frozen_of(parameters[name]) is None:
+            found[id(parameters[name])] = make.later(parameters[name], format)
+    for module in model.modules():
+        for key, parameter in named_weights(module, recurse=False):
+            if id(parameter) in found:
+                found[id(parameter)].use_in(module, key)
+    return [one.real for one in found.values()]
 
 
 def pretrained(
-    recipe: Recipe, comm: Communicator, device: torch.device, ds_config: dict[str, Any] | None = None
+    recipe: Recipe,
+    comm: Communicator,
+    device: torch.device,
+    ds_config: dict[str, Any] | None = None,
+    frozen: str = "same",
 ) -> Any:
     """The model of ``model.path``: in full, with entries on rank 0 alone, or in shards (ds_config). Collective.
 
+    frozen: number format of frozen matrices, in few bits as they are read; where transformers loads them they are real.
     Each rank reads its own part. Where transformers has to load the checkpoint, rank 0 logs why.
     Raises UserError (``model.path``) for what cannot be loaded.
     """
@@ -77,8 +117,9 @@ def pretrained(
     comm.assert_consistent("how the model is loaded", source.why_not)
     if source.why_not is None:
         with fail_together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
-            make = unsharded(device, comm.rank == 0) if ds_config is None else in_shards(ds_config)
-            model = source.fill(make, device)
+            make = _maker(device, comm, ds_config)
+            layers = find_layers(source.model) if frozen != "same" else None
+            model = source.fill(make, device, layers and formats(layers, frozen, source.dtype))
     else:
         if comm.rank == 0:
             says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on rank 0"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.config import OWSConfig
@@ -22,7 +22,7 @@ from ows_ds.errors import UserError
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
-from ows_ds.optim.low_rank import Coordinates, Hook, LowRankHook, WeightHook, make_coordinates, multiplies
+from ows_ds.optim.low_rank import Coordinates, Hook, hook_of, make_coordinates
 from ows_ds.optim.projection import rotation
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import CoordinateBuffer
@@ -51,8 +51,9 @@ class ActiveSet:
         self.low_rank = config.rank is not None
         self.update_proj_gap = config.update_proj_gap
         self.r = COLUMNS if config.rank is None else config.rank
-        module.requires_grad_(False)
-        self.parameters = dict(module.named_parameters())
+        self.parameters = weights.parameters()
+        for parameter in self.parameters.values():  # also of those that are not in their module now
+            parameter.requires_grad_(False)
         self.weight_dtype = next(iter(self.parameters.values())).dtype
         self.dtype = torch.promote_types(self.weight_dtype, torch.float32)  # of masters, moments and gradients
         self.lookups = {matrix.name for matrix in self.layers.embeddings}
@@ -64,11 +65,8 @@ class ActiveSet:
         self.layer_of = {block.name: index for index, block in enumerate(self.layers.layers)}
         self.hooks: dict[str, list[Hook]] = {}
         for matrix in (m for block in (*self.layers.layers, self.always) for m in block.matrices):
-            modules = [module.get_submodule(name) for name in matrix.modules]
-            key = matrix.name.rpartition(".")[2]
-            self.hooks[matrix.name] = [
-                LowRankHook(m, weights.sharded) if multiplies(m) else WeightHook(m, key) for m in modules
-            ]
+            modules, key = [module.get_submodule(name) for name in matrix.modules], matrix.name.rpartition(".")[2]
+            self.hooks[matrix.name] = [hook_of(one, key, weights.sharded) for one in modules]
         self.projectors: dict[str, Tensor] = {}
         self.clocks: dict[str, int] = {}
         self.trained_names: set[str] = set()
@@ -110,10 +108,12 @@ class ActiveSet:
         if plan == self.plan:
             return
         stay = {block.name for block in plan.blocks}
-        for block in self.plan.blocks:
-            if block.name not in stay:
-                self.merge(block)
-                self._leave(block)
+        leaving = [block for block in self.plan.blocks if block.name not in stay]
+        for block in leaving:
+            self.merge(block)
+            self._leave(block)
+        self.weights.freeze(self.weights_of(leaving))
+        self.weights.thaw(self.weights_of(block for block in plan.blocks if block.name not in self.clocks))
         self.buffer.change(plan)
         for block in plan.blocks:
             if block.name not in self.clocks:
@@ -128,11 +128,13 @@ class ActiveSet:
         """Forget the current set without merging."""
         for block in self.plan.blocks:
             self._leave(block)
+        self.weights.freeze(self.weights_of(self.plan.blocks))
         self.buffer.change(make_plan((), self.r, self.weights.comm.world_size))
 
     def restore(self, plan: Plan, clocks: dict[str, int]) -> None:
         """After `drop`: ``plan``'s blocks, whose weights, coordinates and projectors are still to be set."""
         self.clocks = clocks
+        self.weights.thaw(self.weights_of(plan.blocks))
         self.buffer.change(plan)
         for block in plan.blocks:
             self._enter_full_rank(self._full_rank_matrices(block))
@@ -144,6 +146,11 @@ class ActiveSet:
         self.full.leave(list(self.full.parameters))
         for hook in (hook for hooks in self.hooks.values() for hook in hooks):
             hook.remove()
+
+    def weights_of(self, blocks: Iterable[Block]) -> list[nn.Parameter]:
+        """All that trains in blocks of a plan."""
+        parts = (part for b in blocks for part in (*b.vectors, *b.matrices, *self._full_rank_matrices(b)))
+        return [self.parameters[part.name] for part in parts]
 
     def _full_rank_matrices(self, block: Block) -> tuple[Matrix, ...]:
         """The matrices of a block of the plan that train at full rank beside it."""

@@ -56,7 +56,7 @@ class BlockAdamW(Method):
         """
         self.weights, self.groups = weights, tuple(groups)
         self.comm, self.device = weights.comm, weights.device
-        self._named = dict(weights.module.named_parameters())
+        self._named = weights.parameters()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([{"params": [self._named[name] for g in groups for name in g.names]}], defaults)
         self.max_grad_norm = max_grad_norm
@@ -67,7 +67,8 @@ class BlockAdamW(Method):
         self._close = close
         self._full: FullRank | None = None
         if not isinstance(weights, Zero3AdamW):
-            weights.module.requires_grad_(False)
+            for parameter in self._named.values():
+                parameter.requires_grad_(False)
             dtype = torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)
             self._full = FullRank(weights, dtype)
             self._enter()
@@ -118,7 +119,7 @@ class BlockAdamW(Method):
         self.skipped += not taken
         self.steps += 1
         if self._full is not None and len(self.groups) > 1:
-            self._full.leave(list(self._full.parameters), keep=True)
+            self._leave()
             self._enter()
 
     def _step_on_shards(self, settings: AdamWSettings) -> bool:
@@ -141,13 +142,23 @@ class BlockAdamW(Method):
         """Freeze all weights, and do what is left to do with them. Collective."""
         self.weights.after_step()
         if self._full is not None:
-            self._full.leave(list(self._full.parameters))
+            self._leave(keep=False)
         if self._close is not None:
             self._close(self.weights)
 
-    def _enter(self) -> None:
+    def _enter(self, names: Sequence[str] | None = None) -> None:
+        """Let the weights of the current group train, or others for a moment. Collective."""
         assert self._full is not None
-        self._full.enter({name: self._named[name] for name in self.group.names})
+        entering = {name: self._named[name] for name in (self.group.names if names is None else names)}
+        self.weights.thaw(entering.values())
+        self._full.enter(entering)
+
+    def _leave(self, keep: bool = True) -> None:
+        """Freeze what trains, and keep its state on the CPU. Collective."""
+        assert self._full is not None
+        leaving = list(self._full.parameters)
+        self._full.leave(leaving, keep=keep)
+        self.weights.freeze(self._named[name] for name in leaving)
 
     # ------------------------------------------------------------------ state
 
@@ -179,14 +190,19 @@ class BlockAdamW(Method):
         if values["groups"] != [list(group.names) for group in self.groups]:
             raise UserError("method.name", "other weights", "resume with the method and model of the checkpoint")
         self.weights.after_step()
-        names = list(values["full_rank_steps"])
-        load_weights(self.weights, self._named, names, read)
-        if self._full is not None:
-            self._full.leave(list(self._full.parameters))
-            self._full.enter({name: self._named[name] for name in names})
-        load_states(self.weights, self._named, self._states, values["full_rank_steps"], read)
+        names, steps = list(values["full_rank_steps"]), values["full_rank_steps"]
         self.steps, self.skipped = values["steps"], values["skipped"]
         self.param_groups[0]["lr"], self._round_lr = values["lr"], values["round_lr"]
-        if self._full is not None:
-            self._full.leave([name for name in names if name not in self.group.names], keep=True)
-            self._full.enter({n: self._named[n] for n in self.group.names if n not in self._full.parameters})
+        if self._full is None:
+            load_weights(self.weights, self._named, names, read)
+            load_states(self.weights, self._named, self._states, steps, read)
+            return
+        self._leave(keep=False)
+        load_weights(self.weights, self._named, names, read)
+        # those of other groups one after the other: their state rests on the CPU
+        for some in (*([name] for name in names if name not in self.group.names), None):
+            self._enter(some)
+            states = {name: state for name, state in self._states.items() if name in names and name in self._full.parameters}
+            load_states(self.weights, self._named, states, steps, read)
+            if some is not None:
+                self._leave()

@@ -27,7 +27,36 @@ from ows_ds.compat.torch import (
     reshaped,
     with_weight,
 )
+from ows_ds.distributed.formats import Format
+from ows_ds.distributed.frozen import frozen_of, resting, without_memory
+from ows_ds.distributed.weights import Weights
 from ows_ds.optim.projection import is_tall
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A stack of matrices in few bits, each of which is made when it is asked for: (E, C_in, C_out)."""
+
+    format: Format
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+    flipped: bool = False
+
+    @property
+    def mT(self) -> Experts:
+        """As a tensor's."""
+        return replace(self, flipped=not self.flipped)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As a tensor's."""
+        experts, *sides = self.format.full_shape
+        return (experts, *(sides[::-1] if self.flipped else sides))
+
+    def __getitem__(self, expert: int) -> Tensor:
+        found = self.format.dense(self.codes, self.scales, expert).to(self.dtype)
+        return found.mT if self.flipped else found
 
 
 class Use:
@@ -37,9 +66,10 @@ class Use:
         """Tokens as the other methods take them."""
         return x.reshape(-1, x.shape[-1])
 
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """x (n, i) matrix (i, o) -> (n, o)."""
-        return x @ matrix
+    def product(self, x: Tensor, matrix: Any) -> Tensor:
+        """x (n, i) matrix (i, o) -> (n, o). matrix: a tensor, or `Experts`."""
+        found: Tensor = x @ matrix
+        return found
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
         """The same, added to ``total`` in place."""
@@ -60,7 +90,7 @@ class OneExpert(Use):
 
     index: int
 
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def product(self, x: Tensor, matrix: Any) -> Tensor:
         return x @ matrix[self.index]
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
@@ -81,8 +111,8 @@ class Grouped(Use):
         ends = self.ends.tolist()
         return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if a < b]
 
-    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if has_grouped_product(x, matrix):
+    def product(self, x: Tensor, matrix: Any) -> Tensor:
+        if isinstance(matrix, Tensor) and has_grouped_product(x, matrix):
             return grouped_product(x, matrix, self.ends)
         y = x.new_zeros(x.shape[0], matrix.shape[-1])
         for expert, rows in self._groups():
@@ -117,6 +147,14 @@ class Batched(Use):
 
     def flat(self, x: Tensor) -> Tensor:
         return x
+
+    def product(self, x: Tensor, matrix: Any) -> Tensor:
+        if isinstance(matrix, Tensor):
+            return x @ matrix
+        y = x.new_empty(*x.shape[:-1], matrix.shape[-1])
+        for expert, tokens in enumerate(x):
+            torch.mm(tokens, matrix[expert], out=y[expert])
+        return y
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
         total.baddbmm_(x, matrix)
@@ -194,7 +232,7 @@ def make_coordinates(
 class FrozenLinear(torch.autograd.Function):
     """y = x (decay * W + sum of L R^T)^T + b, each token with a matrix W of its own where W is a stack.
 
-    W is frozen, or trains at full rank and has no coordinates. Saves x B (tokens x r) where coordinates stand on the
+    W is frozen, perhaps in few bits, or trains at full rank and has no coordinates. Saves x B (tokens x r) where coordinates stand on the
     output side, x where any stand on the input side or W trains, and nothing of the tokens' size otherwise. The weight
     is saved as the module's own parameter, so that ZeRO-3 may release it after the forward pass and gather it again for
     the backward pass.
@@ -205,15 +243,20 @@ class FrozenLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        scales: Tensor | None,
+        format: Format | None,
         bias: Tensor | None,
         attached: list[Coordinates],
         inputs_first: bool,
         use: Use,
         *values: Tensor,
     ) -> Tensor:
-        """x (..., C_in), weight as stored, bias (C_out), values: of what is ``attached`` -> (..., C_out), as x."""
+        """x (..., C_in), weight as stored, bias (C_out), values: of what is ``attached`` -> (..., C_out), as x.
+
+        scales, format: of a weight that is codes."""
         tokens = use.flat(x)
-        matrix = weight.to(x.dtype) if inputs_first else weight.to(x.dtype).mT
+        matrix = _dense(weight, scales, format, x.dtype)
+        matrix = matrix if inputs_first else matrix.mT
         decay = attached[0].decay if attached else 1.0
         if bias is not None:
             y = torch.addmm(bias.to(x.dtype), tokens, matrix, alpha=decay)
@@ -231,25 +274,27 @@ class FrozenLinear(torch.autograd.Function):
         inputs_needed = ctx.needs_input_grad[1] or any(needs and not outside for needs, outside in needed)
         ctx.save_for_backward(
             weight,
+            scales,
             inner,
             outer,
             tokens if inputs_needed else None,
             hidden if any(needs and outside for needs, outside in needed) else None,
         )
-        ctx.attached, ctx.decay, ctx.inputs_first, ctx.use = attached, decay, inputs_first, use
+        ctx.attached, ctx.decay, ctx.inputs_first, ctx.use, ctx.format = attached, decay, inputs_first, use, format
+        del matrix  # before the caller goes on
         ctx.bias_dtype = None if bias is None else bias.dtype
         return reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad (..., C_out)."""
-        weight, inner, outer, tokens, hidden = ctx.saved_tensors
+        weight, scales, inner, outer, tokens, hidden = ctx.saved_tensors
         use: Use = ctx.use
         flat = use.flat(grad)
         grad_x = grad_weight = grad_bias = None
         grad_hidden = None if outer is None else use.product(flat, outer)
         if ctx.needs_input_grad[0]:
-            matrix = weight.to(flat.dtype)
+            matrix = _dense(weight, scales, ctx.format, flat.dtype)
             grad_x = use.product(flat, matrix.mT if ctx.inputs_first else matrix)
             if ctx.decay != 1.0:
                 grad_x *= ctx.decay
@@ -258,7 +303,7 @@ class FrozenLinear(torch.autograd.Function):
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_weight = use.outer(*((tokens, flat) if ctx.inputs_first else (flat, tokens))).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[4]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         grads: list[Tensor | None] = []
         first = 0
@@ -271,10 +316,19 @@ class FrozenLinear(torch.autograd.Function):
                 grads.append(one.accumulate(a, b[..., columns], use))
             else:
                 grads.append(None)
-        return grad_x, grad_weight, grad_bias, None, None, None, *grads
+        return grad_x, grad_weight, None, None, grad_bias, None, None, None, *grads
 
 
-FIRST_VALUE = 6  # of `FrozenLinear`'s arguments
+FIRST_VALUE = 8  # of `FrozenLinear`'s arguments
+
+
+def _dense(weight: Tensor, scales: Tensor | None, format: Format | None, dtype: torch.dtype) -> Any:
+    """What to multiply with, as it is stored: a tensor, or `Experts`."""
+    if format is None or scales is None:
+        return weight.to(dtype)
+    if format.experts is not None:
+        return Experts(format, weight, scales, dtype)
+    return format.dense(weight, scales).to(dtype)
 
 
 def _sides(attached: list[Coordinates], inputs_first: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -288,8 +342,10 @@ def _sides(attached: list[Coordinates], inputs_first: bool, dtype: torch.dtype) 
 def frozen_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, attached: list[Coordinates], inputs_first: bool, use: Use = EVERY
 ) -> Tensor:
-    """See `FrozenLinear`."""
-    given = (weight, bias, attached, inputs_first, use, *(one.values for one in attached))
+    """See `FrozenLinear`. weight: a module's own parameter, real or codes."""
+    frozen = resting(weight)
+    scales, format = (None, None) if frozen is None else (frozen.scales, frozen.format)
+    given = (weight, scales, format, bias, attached, inputs_first, use, *(one.values for one in attached))
     y: Tensor
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
@@ -336,14 +392,15 @@ class LowRankHook(Hook):
 
     def remove(self) -> None:
         self.coordinates = self.sketch = None
-        del self.module.forward
+        if frozen_of(own_parameter(self.module, "weight")) is None:  # a frozen weight in few bits always needs it
+            del self.module.forward
 
     def _linear(self, x: Tensor) -> Tensor:
         module: Any = self.module
-        weight, attached = module.weight, self.attached
+        weight, attached = own_parameter(module, "weight"), self.attached
         # torch's own linear keeps a view of the gathered weight alive until the backward pass; under ZeRO-3 that
         # would undo the sharding, so that frozen modules go through FrozenLinear there as well
-        if weight.requires_grad or not (attached or self._sharded):
+        if not resting(weight) and (weight.requires_grad or not (attached or self._sharded)):
             return self._own(module, x)
         return frozen_linear(x, weight, module.bias, attached, isinstance(module, Conv1D))
 
@@ -375,6 +432,8 @@ class WeightHook(Hook):
 
     def remove(self) -> None:
         self.coordinates = self.sketch = self._unbound = None
+        if frozen_of(self.parameter) is not None:  # in few bits: see `LowRankHook.remove`
+            return
         self._handle.remove()
         del self.module.__dict__[self.key]
 
@@ -389,9 +448,20 @@ class WeightHook(Hook):
             self._unbound = self.parameter.unbind()
         return self._unbound
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the real weight's shape, dtype and device."""
+        parameter = self.parameter
+        frozen = resting(parameter)
+        if frozen is None:
+            return parameter
+        return without_memory(frozen.format.full_shape, frozen.format.dtype, parameter.device)
+
     def merged(self) -> Tensor:
         """decay * W + L R^T, (E, ...), differentiable: for code that does something else with it than to multiply."""
         weight: Tensor = self.parameter
+        if (frozen := resting(weight)) is not None:
+            weight = frozen.format.dense(weight, frozen.scales)
         for one in self.attached:
             left, right = one.factors
             weight = torch.add(left @ right.mT, weight, alpha=one.decay)
@@ -427,7 +497,7 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("hook", "flipped", "expert"):  # a copy that is being made
             raise AttributeError(name)
-        return getattr(self._seen(self.hook.parameter, self.expert) if name in SIZES else self.tensor, name)
+        return getattr(self._seen(self.hook.like, self.expert) if name in SIZES else self.tensor, name)
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -484,6 +554,27 @@ class StandIn:
             return None
         y = frozen_linear(x, self.hook.parameter, None, self.hook.attached, inputs_first, use)
         return y if bias is None else y + bias
+
+
+def hook_of(module: nn.Module, key: str, sharded: bool) -> Hook:
+    """The hook on the module's parameter ``key``: a new one, or that of a weight which may be in few bits.
+
+    sharded: the weight is gathered only around each pass (ZeRO-3).
+    """
+    if frozen_of(own_parameter(module, key)) is not None:
+        there = getattr(module.__dict__.get("forward"), "__self__", None)
+        there = there if isinstance(there, LowRankHook) else getattr(module.__dict__.get(key), "hook", None)
+        if there is not None:
+            return there
+    return LowRankHook(module, sharded) if multiplies(module) else WeightHook(module, key)
+
+
+def hook_frozen(weights: Weights) -> None:
+    """Let modules compute with weights that are in few bits, whoever trains what. Once a model."""
+    for parameter in weights.parameters().values():
+        frozen = frozen_of(parameter)
+        for module, key in () if frozen is None else frozen.places:
+            hook_of(module, key, weights.sharded)
 
 
 def trained(module: nn.Module) -> list[Tensor]:

@@ -90,10 +90,11 @@ class OWS(OWSState):
         self.active = ActiveSet(self.weights, self.layers, config)
         self._sampler = Sampler(self.probabilities, config.scheme, config.seed) if sampler is None else sampler
         defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "scale")}
-        super().__init__([{"params": list(self.module.parameters())}], defaults)
+        super().__init__([{"params": list(self.weights.parameters().values())}], defaults)
         self.refresh: Refresh = (FullGradients if config.refresh == "full" else Sketches)(self.active, config)
         self.steps = self.skipped = self._micro = 0
         self.layer_set: LayerSet = ()
+        self.next_set: LayerSet | None = None  # drawn a period ahead, so that its weights can be read beside the steps
         self.grad_norm: Tensor | None = None
         self._reduced: list[Tensor] | None = None
         self._prepare()
@@ -276,8 +277,8 @@ class OWS(OWSState):
         active.take(projectors)
         changed, plan = self.steps % self.config.period == 0, self.plan
         if changed:
-            drawn = self.comm.broadcast_object(self._sampler.draw() if self.comm.rank == 0 else None, "layer_set")
-            self.layer_set = tuple(drawn)
+            self.layer_set = self._draw() if self.next_set is None else self.next_set
+            self.next_set = self._draw()
             plan = active.plan_of(self.layer_set)
         due = active.due(plan)
         passes = self.refresh.plans(plan, due)
@@ -286,9 +287,15 @@ class OWS(OWSState):
             described |= {f"refresh {number}": one.describe() for number, one in enumerate(passes)}
             self.comm.assert_consistent(f"the layers and the plan of step {self.steps + 1}", described)
         active.change(plan)
+        if changed and self.next_set is not None:
+            self.weights.stage(active.weights_of(active.plan_of(self.next_set).blocks))
         for block in due if self.config.refresh == "full" else ():
             active.merge(block)
         self._arm(passes)
+
+    def _draw(self) -> LayerSet:
+        """Rank 0's draw on all ranks. Collective."""
+        return tuple(self.comm.broadcast_object(self._sampler.draw() if self.comm.rank == 0 else None, "layer_set"))
 
     def _arm(self, passes: Sequence[Any]) -> None:
         self.refresh.begin(passes, self.steps)

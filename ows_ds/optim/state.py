@@ -39,6 +39,7 @@ class OWSState(Method):
             "rank": self.config.rank,
             "expert_rank": self.config.expert_rank,
             "layer_set": list(self.layer_set),
+            "next_set": None if self.next_set is None else list(self.next_set),
             "probabilities": self.probabilities,
             "sampler": self._sampler.state_dict(),
             "clocks": dict(active.clocks),
@@ -66,6 +67,8 @@ class OWSState(Method):
         active.steps = self.steps
         self.layer_set, active.trained_names = tuple(values["layer_set"]), set(values["trained_names"])
         self._sampler.load_state_dict(values["sampler"])
+        ahead = values.get("next_set")
+        self.next_set = None if ahead is None else tuple(ahead)
         self.param_groups[0]["lr"] = values["lr"]
         load_weights(self.weights, active.parameters, values["trained_names"], read)
 
@@ -85,4 +88,6 @@ class OWSState(Method):
                 shape = (*matrix.side(matrix.long, r)[:-1], sketch_width(matrix.low_rank(r), matrix.short))
                 flat = read(f"sketch_basis/{name}", 0, math.prod(shape))
                 self.refresh.bases[name] = flat.view(shape).to(device, dtype)
+        if self.next_set is not None:
+            self.weights.stage(active.weights_of(active.plan_of(self.next_set).blocks))
         self._arm(self.refresh.plans(plan, active.due(plan)))

@@ -30,6 +30,7 @@ from ows_ds.errors import UserError
 from ows_ds.model import generation
 from ows_ds.model.layers import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
+from ows_ds.optim.low_rank import hook_frozen
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import check_memory
 
@@ -126,6 +127,7 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     else:
         weights, layers = load_model(recipe, runtime)
+    hook_frozen(weights)
     context = RunContext(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps, "", started, digests)
     _check_rows(context)
     if training:

@@ -86,7 +86,7 @@ def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> 
     """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
     comm, module = weights.comm, cast(Any, weights.module)
     saved = set(module.state_dict()) - ignored_on_save(module)
-    everything: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    everything: dict[str, Tensor] = {**weights.parameters(), **dict(module.named_buffers())}
     # the order decides which file a tensor goes to: that of transformers for a model that it has loaded
     tensors = {name: everything[name] for name in sorted(everything, key=dot_natural_key) if name in saved}
 

@@ -60,7 +60,7 @@ def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, A
     """
     shards, rest = method.shards(), []
     if everything:
-        parameters, there = dict(method.weights.module.named_parameters()), {shard.name for shard in shards}
+        parameters, there = method.weights.parameters(), {shard.name for shard in shards}
         rest = [name for name in parameters if f"weight/{name}" not in there]
         shards += weight_shards(method.weights, parameters, rest)
     return shards, {"method": method.state_values(), "never_trained": rest}
@@ -75,7 +75,7 @@ def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, ever
     began = str(opened.facts.get("model"))
     if model == began:
         return model
-    parameters = weights.module.named_parameters()
+    parameters = weights.parameters().items()
     complete = all(opened.shapes.get(f"weight/{name}") == weights.shape(p) for name, p in parameters)
     if not (complete and everything):
         right = f"expected the model that {opened.folder.name} began with ({began[:12]}): this one is {model[:12]}"
@@ -87,6 +87,6 @@ def base_model(opened: Checkpoint, weights: Weights, model: str, path: str, ever
 def restore(method: Method, opened: Checkpoint) -> None:
     """Set the method and its weights to what `contents` gave. Collective."""
     method.weights.after_step()
-    parameters = dict(method.weights.module.named_parameters())
+    parameters = method.weights.parameters()
     load_weights(method.weights, parameters, opened.state["never_trained"], opened.read)
     method.load_shards(opened.state["method"], opened.read)

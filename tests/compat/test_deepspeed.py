@@ -11,7 +11,7 @@ from torch import nn
 from ows_ds.compat import deepspeed as ours
 from ows_ds.distributed.communicator import join
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
-from ows_ds.distributed.zero3 import Zero3, Zero3AdamW, in_shards, join_deepspeed
+from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW, join_deepspeed
 from tests.compat import unchanged
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -53,12 +53,12 @@ def parameter_in_shards(rank: int, world_size: int) -> None:
 
 def made_in_shards(rank: int, world_size: int) -> None:
     join_deepspeed()
-    make = in_shards(config_of(world_size))
+    make = InShards(config_of(world_size))
 
     def fill(start: int, out: torch.Tensor) -> None:
         out.copy_(torch.arange(start, start + out.numel()))
 
-    parameter = make((3, 5), torch.float32, fill)
+    parameter = make.parameter((3, 5), torch.float32, fill)
     start = rank * -(-15 // world_size)
     assert ours.shard(parameter)[0] == start
 

@@ -22,7 +22,7 @@ from ows_ds.distributed.launch import per_host
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import Failed, UserError
 from ows_ds.model import tensor_files
-from ows_ds.model.loading import Source, unsharded
+from ows_ds.model.loading import Source, Unsharded
 from ows_ds.model.pretrained import load_tokenizer, pretrained
 from ows_ds.model.tensor_files import Files, Writer
 from ows_ds.train import export
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     source = Source(config.Model(path=str(folder)), dtype)
     assert source.why_not is None
-    return source.fill(unsharded(CPU, True), CPU)
+    return source.fill(Unsharded(CPU, True), CPU)
 
 
 def tensors(model: Any) -> dict[str, Tensor]:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from ows_ds.distributed.communicator import join
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
-from ows_ds.distributed.zero3 import Zero3
+from ows_ds.distributed.zero3 import InShards, Zero3, join_deepspeed
+from ows_ds.model.layers import find_layers
+from ows_ds.model.loading import Unsharded
+from ows_ds.model.pretrained import formats, let_freeze
+from ows_ds.optim.low_rank import hook_frozen
 from ows_ds.optim.ows import OWS
 from tests.support.families import tiny
 
@@ -56,23 +60,36 @@ def mean_loss(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def home(model: nn.Module, sharding: str, world_size: int) -> Weights:
-    """``model`` replicated, or under ZeRO-3."""
-    comm = join("cpu")
+def home(model: nn.Module, sharding: str, world_size: int, frozen: str = "same") -> Weights:
+    """``model`` replicated, or under ZeRO-3. frozen: the format of its frozen matrices."""
+    comm, dtype = join("cpu"), next(model.parameters()).dtype
+    found = formats(find_layers(model), frozen, dtype)
     if sharding == "replicated":
-        return Replicated(model, comm)
-    dtype = NAMES[next(model.parameters()).dtype]
+        real = let_freeze(model, found, Unsharded(torch.device("cpu"), True))
+        weights: Weights = Replicated(model, comm)
+    else:
+        config = tight_config(NAMES[dtype], world_size)
+        if found:
+            join_deepspeed()
+        real = let_freeze(model, found, InShards(config)) if found else []
+        weights = Zero3(model, config, comm)
+    weights.freeze(real)
+    hook_frozen(weights)
+    return weights
+
+
+def tight_config(dtype: str, world_size: int) -> dict[str, Any]:
+    """Tiny layers: without this DeepSpeed would keep the whole model gathered."""
     config = resolve_config(DEFAULT_CONFIG, dtype, 1, 1, world_size)
-    # tiny layers: without this DeepSpeed would keep the whole model gathered
     config["zero_optimization"] |= {"stage3_max_live_parameters": 0, "stage3_prefetch_bucket_size": 0,
                                     "stage3_max_reuse_distance": 0}  # fmt: skip
-    return Zero3(model, config, comm)
+    return config
 
 
 def whole_weights(weights: Weights) -> dict[str, Tensor]:
     """All weights, put together, as copies."""
     weights.after_step()
-    return {name: weights.full_tensor(p).clone() for name, p in weights.module.named_parameters()}
+    return {name: weights.full_tensor(p).clone() for name, p in weights.parameters().items()}
 
 
 def one_step(ows: OWS, rank: int, world_size: int) -> None:
@@ -94,6 +111,7 @@ def run_ows(
     steps: int,
     settings: dict[str, Any],
     checkpointing: bool = False,
+    frozen: str = "same",
 ) -> dict[str, Any]:
     """Train a tiny model with OWS; weights after merging, layer sets, skipped steps."""
     model: Any = tiny(family, tied, dtype)
@@ -101,7 +119,7 @@ def run_ows(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
         model.train()
-    weights = home(model, sharding, world_size)
+    weights = home(model, sharding, world_size, frozen)
     ows = OWS(weights, RATIOS, **settings)
     sets = []
     for _ in range(steps):

@@ -1,0 +1,134 @@
+"""Number formats of frozen weights, in 8 and in 4 bits: pure functions of a matrix.
+
+    int8, fp8 (e4m3)   by output channel   W_ij ~ s_i q_ij    s_i = max_j |W_ij| / the format's largest number
+    nf4                in blocks of 64 entries in row-major order, by bitsandbytes (Dettmers et al. 2023, "QLoRA")
+
+Codes and scales are bytes (uint8), whatever they hold: DeepSpeed and all backends of torch.distributed send those.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+NAMES = ("int8", "fp8", "nf4")
+STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+BLOCK = 64  # entries of nf4 that share a scale
+SCALE = 4  # bytes of a scale, float32
+AT_ONCE = 1 << 18  # entries that a CPU scales at once, in whole rows: of mixed formats it makes copies
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one matrix, or a stack of them under one name, is held in few bits.
+
+    name: of `NAMES`. shape: of a matrix as stored. dtype: of the weights, and of what `dense` gives. inputs_first: the
+    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    inputs_first: bool = False
+    experts: int | None = None
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Of the weights."""
+        return (*self._stack, *self.shape)
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return (*self._stack, self._blocks * BLOCK // 2) if self.name == "nf4" else self.full_shape
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Of the scales' bytes."""
+        number = self._blocks if self.name == "nf4" else self.shape[self.inputs_first]
+        return (*self._stack, number * SCALE)
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes and scales."""
+        return math.prod(self.codes_shape) + math.prod(self.scales_shape)
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
+
+    @property
+    def _blocks(self) -> int:
+        return math.ceil(math.prod(self.shape) / BLOCK)
+
+    def quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight (full_shape), any float dtype -> codes (codes_shape) and scales (scales_shape), uint8, on its device.
+
+        Each matrix of a stack by itself. Depends on nothing but the entries.
+        """
+        if self.experts is not None:
+            codes, scales = zip(*map(self._quantise, weight), strict=True)
+            return torch.stack(codes), torch.stack(scales)
+        return self._quantise(weight)
+
+    def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.name == "nf4":
+            from bitsandbytes.functional import quantize_4bit
+
+            flat = weight.reshape(-1)
+            flat = flat.float() if flat.dtype == torch.float64 else flat
+            packed, state = quantize_4bit(pad(flat, (0, -flat.numel() % BLOCK)), blocksize=BLOCK, quant_type="nf4")
+            return packed.view(-1), state.absmax.view(torch.uint8)
+        scales = weight.abs().amax(0 if self.inputs_first else 1).float() / LARGEST[self.name]
+        divisor = self._along(torch.where(scales > 0, scales, 1.0)).to(torch.promote_types(weight.dtype, torch.float32))
+        stored, codes = STORED[self.name], torch.empty(self.shape, dtype=torch.uint8, device=weight.device)
+        for rows in self._runs(weight.device):
+            some = weight[rows] / (divisor if self.inputs_first else divisor[rows])
+            some = some.round_() if self.name == "int8" else some.clamp_(-LARGEST["fp8"], LARGEST["fp8"])
+            codes[rows] = some.to(stored).view(torch.uint8)
+        return codes, scales.view(torch.uint8)
+
+    def _along(self, scales: Tensor) -> Tensor:
+        """Scales, one an output channel, as they multiply a matrix."""
+        return scales if self.inputs_first else scales[:, None]
+
+    def _runs(self, device: torch.device) -> list[slice]:
+        """Rows to work on at once: on a GPU all."""
+        rows, columns = self.shape
+        size = rows if device.type == "cuda" else max(1, AT_ONCE // columns)
+        return [slice(row, row + size) for row in range(0, rows, size)]
+
+    def dense(self, codes: Tensor, scales: Tensor, expert: int | None = None) -> Tensor:
+        """The weights that codes and scales stand for, in `dtype`, rounded once; of a stack one expert's matrix, or all
+        of them."""
+        if self.experts is not None and expert is None:
+            return torch.stack([self.dense(codes, scales, one) for one in range(self.experts)])
+        if expert is not None:
+            codes, scales = codes[expert], scales[expert]
+        numbers = scales.view(torch.float32)
+        if self.name == "nf4":
+            return self._dense_nf4(codes, numbers)
+        out, along = torch.empty(self.shape, dtype=self.dtype, device=codes.device), self._along(numbers)
+        stored = codes.view(STORED[self.name])
+        for rows in self._runs(codes.device):
+            out[rows].copy_(stored[rows]).mul_(along if self.inputs_first else along[rows])
+        return out
+
+    def _dense_nf4(self, codes: Tensor, absmax: Tensor) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+        shape = torch.Size([self._blocks * BLOCK])
+        state = QuantState(absmax, shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+        flat: Tensor = dequantize_4bit(codes.view(-1, 1), state)
+        return flat[: math.prod(self.shape)].view(self.shape).to(self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"name": self.name, "shape": list(self.full_shape)}
