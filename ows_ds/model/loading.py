@@ -113,8 +113,10 @@ class Source:
                     keys = self.keys[f"{prefix}.{last}".lstrip(".")]
                     dtype, reader = self.dtype if parameter.is_floating_point() else parameter.dtype, self._reader(keys)
                     format = formats.get(id(parameter))
-                    one = make.parameter(tuple(parameter.shape), dtype, reader) if format is None else None
-                    made[id(parameter)] = parameter, one or make.frozen(format, reader)
+                    if format is None:
+                        made[id(parameter)] = parameter, make.parameter(tuple(parameter.shape), dtype, reader)
+                    else:
+                        made[id(parameter)] = parameter, make.frozen(format, reader)
                 found = made[id(parameter)][1]
                 if isinstance(found, Frozen):
                     found.use_in(module, last)

@@ -1,0 +1,66 @@
+"""Number formats of frozen weights, matrix by matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ows_ds.distributed.formats import BLOCK, LARGEST, NAMES, STORED, Format
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+ERRORS = {"int8": 0.012, "fp8": 0.04, "nf4": 0.13}  # relative, of normal numbers
+
+
+def weight(format: Format) -> torch.Tensor:
+    return torch.randn(format.full_shape, generator=torch.Generator().manual_seed(0)).to(format.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stack", [(None, False), (None, True), (3, False), (3, True)])
+def test_what_comes_back(name: str, dtype: torch.dtype, stack: tuple[int | None, bool]) -> None:
+    """Near to what went in, of its dtype; the same codes again; each expert by itself."""
+    experts, inputs_first = stack
+    format = Format(name, (40, 27), dtype, inputs_first, experts)
+    full = weight(format)
+    codes, scales = format.quantise(full)
+    assert codes.shape == format.codes_shape
+    assert scales.shape == format.scales_shape
+    assert codes.dtype == scales.dtype == torch.uint8
+    assert codes.nbytes + scales.nbytes == format.nbytes
+    found = format.dense(codes, scales)
+    assert found.dtype == dtype
+    assert (found - full).double().norm() < ERRORS[name] * full.double().norm()
+    again = format.quantise(found)
+    assert torch.equal(again[0], codes)
+    for expert in range(experts or 0):
+        alone = Format(name, (40, 27), dtype, inputs_first)
+        assert torch.equal(format.dense(codes, scales, expert), alone.dense(*alone.quantise(full[expert])))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_scales_are_of_output_channels(name: str, inputs_first: bool) -> None:
+    format = Format(name, (6, 8), torch.float64, inputs_first)
+    full = weight(format)
+    codes, scales = format.quantise(full)
+    of_outputs = full if not inputs_first else full.T
+    expected = of_outputs.abs().amax(1).float() / LARGEST[name]
+    assert torch.equal(scales.view(torch.float32), expected)
+    stored = codes.view(STORED[name]).double()
+    product = stored * (expected.double() if inputs_first else expected.double()[:, None])
+    assert torch.equal(format.dense(codes, scales), product)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_and_the_largest_stay(name: str) -> None:
+    format = Format(name, (4, BLOCK), torch.float32)
+    full = torch.zeros(4, BLOCK)
+    full[1, 3], full[2, 5] = 7.0, -0.25
+    assert torch.allclose(format.dense(*format.quantise(full)), full, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "share"), [("int8", 0.51), ("fp8", 0.51), ("nf4", 0.29)])
+def test_bytes(name: str, share: float) -> None:
+    format = Format(name, (512, 384), torch.bfloat16)
+    assert format.nbytes < share * 2 * 512 * 384
