@@ -234,7 +234,7 @@ class Home:
             self._hold(frozen)
             for parameter in (frozen.codes, frozen.scales):
                 self._release(parameter)
-            frozen.resting = False
+            frozen.resting, frozen.host, frozen.source = False, None, None
             frozen.place()
         self._moved(bool(changed))
 

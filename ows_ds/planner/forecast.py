@@ -93,7 +93,8 @@ class Forecast:
         if self.choice.home != "hpz":
             return found
         # shards over the GPUs of a node (Wang et al. 2023, ZeRO++, section 3.2)
-        second = math.ceil(sum(self.largest.sizes) * self.largest.itemsize / self.cluster.gpus)
+        spec = self.largest
+        second = math.ceil(sum(n * size for part in spec.parts for n, size in spec.stored(part)) / self.cluster.gpus)
         return replace(found, state={**found.state, "second shards": second})
 
     @property
@@ -169,7 +170,7 @@ class Replays:
         low_rank = frozenset(spec.plan.matrices)
         vectors = {vector.name for block in spec.plan.blocks for vector in block.vectors}
         trained = frozenset() if adapter else vectors.union(spec.full_rank)
-        key = (adapter, frozenset(trained), low_rank, spec.checkpointing)
+        key = (adapter, frozenset(trained), low_rank, spec.checkpointing, spec.frozen)
         if key not in self._known:
             # the uses of modules are the same for all sets with the same lowest layer
             outside = frozenset(part.name for part in spec.outside) & (trained | low_rank)
@@ -190,7 +191,8 @@ class Replays:
             if trace is None:
                 return spec
             frozen = trace.frozen if adapter else trace.numel.keys() - trained
-            self._known[key] = replay(replace(trace, frozen=frozenset(frozen)), self.limits)
+            trace = replace(trace, frozen=frozenset(frozen)).in_few_bits(spec.formats, spec.itemsize)
+            self._known[key] = replay(trace, self.limits)
         return replace(spec, gathered=self._known[key])
 
 
@@ -267,6 +269,7 @@ class Planner:
             sharded=choice.home != "replicated",
             expert_rank=recipe.optim.expert_rank,
             router=recipe.optim.router,
+            frozen=recipe.model.frozen,
         )
         return spec if self.replays is None else self.replays.complete(spec, functools.partial(methods.adapt, recipe))
 

@@ -16,12 +16,15 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ows_ds.distributed.formats import Format
+from ows_ds.distributed.frozen import SCALES
 
 Message = tuple[str, ...]  # names of its weights
 
@@ -42,16 +45,40 @@ class Use:
 
 @dataclass(frozen=True)
 class Trace:
-    """A pass forward and backward. weights: of each module itself. numel: entries of each weight. frozen: names."""
+    """A pass forward and backward. weights: of each module itself. numel: entries of each weight. frozen: names.
+
+    itemsize: bytes of an entry; of those of ``in_bytes`` it is 1.
+    """
 
     uses: tuple[Use, ...]
     weights: Mapping[str, tuple[str, ...]]
     numel: Mapping[str, int]
     frozen: frozenset[str]
+    itemsize: int = 1
+    in_bytes: frozenset[str] = frozenset()
 
     def entries(self, names: Iterable[str]) -> int:
         """Of all these weights together."""
         return sum(self.numel[name] for name in names)
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of all these weights together."""
+        return sum(self.numel[name] * (1 if name in self.in_bytes else self.itemsize) for name in names)
+
+    def in_few_bits(self, formats: Mapping[str, Format], itemsize: int) -> Trace:
+        """The same where the weights of ``formats`` are codes and scales. itemsize: bytes of an entry of the others."""
+        numel: dict[str, int] = {}
+        for name, entries in self.numel.items():
+            found = formats.get(name)
+            if found is None:
+                numel[name] = entries
+            else:
+                numel |= {name: math.prod(found.codes_shape), name + SCALES: math.prod(found.scales_shape)}
+        both = {name: (name, name + SCALES) if name in formats else (name,) for name in self.numel}
+        weights = {module: tuple(one for name in own for one in both[name]) for module, own in self.weights.items()}
+        frozen = frozenset(one for name in self.frozen for one in both[name])
+        in_bytes = frozenset(one for name in formats for one in both[name])
+        return replace(self, weights=weights, numel=numel, frozen=frozen, itemsize=itemsize, in_bytes=in_bytes)
 
 
 class _Note(torch.autograd.Function):
@@ -145,20 +172,20 @@ class Limits:
 class Fetch:
     """What happens as a module is entered. sent: messages that leave. awaited: those that must be there.
 
-    entries: of weights that are gathered or on their way afterwards.
+    size: bytes of weights that are gathered or on their way afterwards.
     """
 
     use: Use
     sent: tuple[Message, ...]
     awaited: tuple[Message, ...]
-    entries: int
+    size: int
 
 
 @dataclass(frozen=True)
 class Gathered:
     """Of the micro-batches of a step.
 
-    most: entries that lie there as a module or one inside it is entered, while messages are copied out of their
+    most: bytes that lie there as a module or one inside it is entered, while messages are copied out of their
     buffers, and as it runs: the largest of each, by (module, in a backward pass).
     """
 
@@ -166,19 +193,21 @@ class Gathered:
     first: Mapping[str, int]  # how often each weight is gathered in the first micro-batch
     later: Mapping[str, int]  # and in each later one
     messages: tuple[int, int]  # gathers, each of one weight or more, in those
-    numel: Mapping[str, int]  # entries of each weight
-    course: tuple[Fetch, ...]  # the first micro-batch
+    trace: Trace  # of each micro-batch
+    course: tuple[Fetch, ...]  # the first one
 
     def at(self, module: str, backward: bool) -> tuple[int, int]:
-        """Entries as a module or one inside it is entered, and while it runs; 0 where there are no uses."""
+        """Bytes as a module or one inside it is entered, and while it runs; 0 where there are no uses."""
         return self.most.get((module, backward), (0, 0))
 
     def shares(self, world_size: int, accumulation: int) -> int:
-        """Entries of its own shards that one of ``world_size`` ranks gives to the gathers of a step."""
+        """Bytes of its own shards that one of ``world_size`` ranks gives to the gathers of a step."""
+        trace = self.trace
         return sum(
-            math.ceil(numel / world_size) * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
-            for name, numel in self.numel.items()
-        )
+            math.ceil(numel / world_size) * trace.size([name]) // numel
+            * (self.first.get(name, 0) + (accumulation - 1) * self.later.get(name, 0))
+            for name, numel in trace.numel.items()
+        )  # fmt: skip
 
     def gathers(self, accumulation: int) -> int:
         """Messages of a step."""
@@ -190,7 +219,7 @@ def replay(trace: Trace, limits: Limits | None = None) -> Gathered:
     state = _Coordinator(trace, limits or Limits())
     first, messages, course = state.micro_batch()
     later, more, _ = state.micro_batch()
-    return Gathered(dict(state.most), first, later, (messages, more), trace.numel, course)
+    return Gathered(dict(state.most), first, later, (messages, more), trace, course)
 
 
 class _Coordinator:
@@ -206,7 +235,7 @@ class _Coordinator:
             self.passed.append(self.passed[-1] + trace.entries(self.own[module]))
         self.most: dict[tuple[str, bool], tuple[int, int]] = defaultdict(lambda: (0, 0))
         self.whole: set[str] = set()
-        self.entries = 0  # of them
+        self.size = 0  # bytes of them
         self.flying: dict[str, Message] = {}  # weight -> its message
         self.users: dict[str, set[str]] = defaultdict(set)
         self.again: dict[str, set[str]] = defaultdict(set)  # of a module in a backward pass: weights used again
@@ -225,8 +254,8 @@ class _Coordinator:
                 entering, running = self.most[module, backward]
                 self.most[module, backward] = max(entering, self.entering), max(running, self.running)
             count.update(name for message in self.sent for name in message)
-            entries = self.entries + self.trace.entries(self.flying.keys() - self.whole)
-            course.append(Fetch(use, tuple(self.sent), tuple(self.awaited), entries))
+            size = self.size + self.trace.size(self.flying.keys() - self.whole)
+            course.append(Fetch(use, tuple(self.sent), tuple(self.awaited), size))
         return count, sum(len(fetch.sent) for fetch in course), tuple(course)
 
     def reset(self, use: Use) -> None:
@@ -239,7 +268,7 @@ class _Coordinator:
 
     def fetch(self, use: Use) -> None:
         own = self.own[use.module]
-        self.entering = 0  # the most entries within this fetch
+        self.entering = 0  # the most bytes within this fetch
         self.sent: list[Message] = []
         self.awaited: list[Message] = []
         if not use.forward:
@@ -259,7 +288,7 @@ class _Coordinator:
             self.fetched[name] = step
             due.discard(name)
         self._prefetch()
-        self.running = self._measure()  # entries at its end
+        self.running = self._measure()  # bytes at its end
         self.step += 1
 
     def _prefetch(self) -> None:
@@ -270,7 +299,7 @@ class _Coordinator:
             self.fetched[name] = max(self.fetched.get(name, -1), step)
             if name not in self.whole and name not in self.flying and name not in ahead:
                 ahead.append(name)
-                size += self.trace.numel[name]
+                size += self.trace.entries([name])
         self._gather(ahead)
 
     def _gather(self, names: Sequence[str]) -> None:
@@ -287,7 +316,7 @@ class _Coordinator:
         self.awaited.append(message)
         if self.buffers[message] == len(message):
             self.whole.update(message)
-            self.entries += self.trace.entries(message)
+            self.size += self.trace.size(message)
         self.buffers[message] -= 1
         self._measure()
         if not self.buffers[message]:
@@ -320,12 +349,12 @@ class _Coordinator:
     def _drop(self, name: str) -> None:
         if name in self.whole and not self.users[name]:
             self.whole.remove(name)
-            self.entries -= self.trace.numel[name]
-            self.available -= self.trace.numel[name]
+            self.size -= self.trace.size([name])
+            self.available -= self.trace.entries([name])
 
     def _measure(self) -> int:
-        """Entries: gathered weights, and buffers of messages; a message of one weight is its weight's memory."""
+        """Bytes: gathered weights, and buffers of messages; a message of one weight is its weight's memory."""
         buffers = (message for message in self.buffers if len(message) > 1 or message[0] in self.flying)
-        now = self.entries + sum(map(self.trace.entries, buffers))
+        now = self.size + sum(map(self.trace.size, buffers))
         self.entering = max(self.entering, now)
         return now

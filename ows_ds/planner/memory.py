@@ -40,7 +40,7 @@ def state(spec: StepSpec) -> Parts:
     mine = spec.share(*spec.full_rank.values())
     rows, own = plan.rows * plan.r, plan.stride * plan.r
     return {
-        "weights": spec.share(*spec.sizes, adapters) * b if spec.sharded else sum(spec.sizes) * b + adapters * e,
+        "weights": spec.weights + (spec.share(adapters) * b if spec.sharded else adapters * e),
         "coordinates": rows * b,
         # this rank's sums lie beside its own gradients; DeepSpeed keeps a shard's gradient in the weights' format, and
         # in float32 for the step
@@ -92,7 +92,7 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
 
     for index, (block, kind) in enumerate(walk):
         # what a layer keeps is part of what its forward pass makes
-        making = 0 if kind and not spec.checkpointing else _forward(spec)
+        making = (0 if kind and not spec.checkpointing else _forward(spec)) + spec.dense(block)
         entering, running = _gathered(spec, block.name, False)
         below = sum(alive[: index + 1])
         now = {"activations": below, "gradients": before}
@@ -145,10 +145,11 @@ def _gathered(spec: StepSpec, module: str, backward: bool) -> tuple[int, int]:
     if not spec.sharded:
         return 0, 0
     if spec.gathered is not None:
-        entering, running = spec.gathered.at(module, backward)
-        return entering * spec.itemsize, running * spec.itemsize
-    total = sum(spec.sizes) - sum(vector.numel for vector in spec.layers.final)
-    return (min(total, spec.max_live) * spec.itemsize,) * 2
+        return spec.gathered.at(module, backward)
+    parts = [part for part in spec.parts if part not in spec.layers.final]
+    total = sum(entries for part in parts for entries, _ in spec.stored(part))
+    size = sum(entries * itemsize for part in parts for entries, itemsize in spec.stored(part))
+    return (size * min(total, spec.max_live) // total,) * 2
 
 
 def _embedding(spec: StepSpec, kept: int) -> Parts:
@@ -240,7 +241,8 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     kept = kind in ("full", "adapters") or (kind == "low" and mlp is not None and not keeps_low_rank(mlp.down))
     # gradients of the experts' inputs and outputs have a row for each of them
     wide = 0 if mlp is None or not mlp.down.experts else 3 * rows * hidden
-    yield block.name, 2 * hidden + max((3 - kept) * inner, wide), 0
+    # of codes a matrix is made when the activation function has had its turn
+    yield block.name, 2 * hidden + max((3 - kept) * inner, (2 - kept) * inner + spec.dense(block), wide), 0
     if spec.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
         yield block.name, 2 * hidden + max(3 * numel(m) + m.in_features**2 for m in block.matrices) * spec.wide, 0
     searched = refresh and spec.low_rank

@@ -84,7 +84,7 @@ def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
     adapters = spec.lora_rank * sum(m.active * sum(m.shape) for m in block.matrices)
     flops = 2 * tokens * (entries + {"low": low, "adapters": adapters}.get(kind, 0)) + attention
     trains = 2 * tokens * {"full": entries, "low": longer, "adapters": adapters}.get(kind, 0)
-    read, kept = sum(map(numel, block.matrices)) * spec.itemsize, activations(spec, block, "frozen")
+    read, kept = sum(map(spec.read, block.matrices)), activations(spec, block, "frozen")
     written = read if kind == "full" else 0
     return Work(flops, read + 2 * kept), Work(flops + attention + trains, read + 4 * kept + written)
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
+
+from ows_ds.distributed.formats import Format
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, make_plan, plan_refresh
 from ows_ds.planner.gathering import Gathered
@@ -50,6 +53,7 @@ class StepSpec:
     gathered: Gathered | None = None  # what ZeRO-3 gathers; None: only bounds are known
     expert_rank: int | None = None
     router: str = "freeze"
+    frozen: str = "same"  # format of frozen matrices of layers
 
     @property
     def wide(self) -> int:
@@ -81,11 +85,50 @@ class StepSpec:
         """Embeddings, head, final vectors."""
         return [*self.layers.embeddings, *self.layers.final]
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All weights of the model."""
+        return [*self.outside, *(part for block in self.layers.layers for part in parts_of(block))]
+
     @property
     def sizes(self) -> list[int]:
         """Entries of each weight of the model."""
-        inside = [part for block in self.layers.layers for part in parts_of(block)]
-        return [numel(part) for part in (*self.outside, *inside)]
+        return [numel(part) for part in self.parts]
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """Of the matrices that are in few bits, by name."""
+        if self.frozen == "same":
+            return {}
+        trained = {part.name for block in self.plan.blocks for part in (*block.matrices, *block.vectors)}
+        trained.update(self.full_rank)
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.itemsize]
+        matrices = [matrix for block in self.layers.layers for matrix in block.matrices]
+        frozen = (matrix for matrix in matrices if matrix.name not in trained)
+        return {m.name: Format(self.frozen, m.shape, dtype, m.inputs_first, m.experts) for m in frozen}
+
+    def stored(self, part: Part) -> tuple[tuple[int, int], ...]:
+        """(entries, bytes of an entry) of each parameter that a weight is stored as."""
+        found = self.formats.get(part.name)
+        if found is None:
+            return ((numel(part), self.itemsize),)
+        return (math.prod(found.codes_shape), 1), (math.prod(found.scales_shape), 1)
+
+    def read(self, part: Part) -> int:
+        """Bytes that a pass moves for a weight: of one in few bits also what is made of it, written and read."""
+        made = 2 * numel(part) * self.itemsize if part.name in self.formats else 0
+        return made + sum(entries * itemsize for entries, itemsize in self.stored(part))
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of all weights on a rank."""
+        w = self.world_size if self.sharded else 1
+        return sum(math.ceil(entries / w) * size for part in self.parts for entries, size in self.stored(part))
+
+    def dense(self, block: Block) -> int:
+        """Bytes of the largest matrix of a layer that is made of its codes to be multiplied with."""
+        sizes = [math.prod(found.shape) for m in block.matrices if (found := self.formats.get(m.name)) is not None]
+        return max(sizes, default=0) * self.itemsize
 
     @property
     def low_rank(self) -> bool:

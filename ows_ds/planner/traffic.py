@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ows_ds.planner.step import StepSpec, entries_of, numel, parts_of
+from ows_ds.planner.step import Part, StepSpec, entries_of, parts_of
 
 
 def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, int]:
@@ -36,7 +36,7 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
             away = sum(entries_of(spec, part) for part in last.parts if part.owner != index)
             sent["refresh_gradients"] = away * b * spec.refresh_passes * (w > 1)
     if spec.gathered is not None:
-        sent["weights"] = spec.gathered.shares(w, spec.accumulation) * b * (w - 1)
+        sent["weights"] = spec.gathered.shares(w, spec.accumulation) * (w - 1)
     return {name: size for name, size in sent.items() if size}
 
 
@@ -48,12 +48,16 @@ def gathers(spec: StepSpec) -> tuple[int, int]:
     """
     if not spec.sharded or spec.world_size == 1:
         return 0, 0
-    bytes_of = (spec.world_size - 1) * spec.itemsize * spec.accumulation
-    outside = spec.share(*map(numel, spec.outside))
-    inside = [(spec.share(*map(numel, parts_of(block))), kind) for block, kind in spec.walk()]
+    bytes_of = (spec.world_size - 1) * spec.accumulation
+
+    def share(*parts: Part) -> int:
+        return sum(spec.share(entries) * itemsize for part in parts for entries, itemsize in spec.stored(part))
+
+    outside = share(*spec.outside)
+    inside = [(share(*parts_of(block)), kind) for block, kind in spec.walk()]
     forward = sum(size for size, _ in inside) + outside
     backward = sum(size for size, kind in inside if kind) * (2 if spec.checkpointing else 1) + outside
-    tied = spec.share(numel(spec.head)) if len(spec.head.modules) > 1 else 0  # a second use
+    tied = share(spec.head) if len(spec.head.modules) > 1 else 0  # a second use
     return forward * bytes_of, (forward + backward + 2 * tied) * bytes_of
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Weights
-from ows_ds.distributed.zero3 import Zero3
+from ows_ds.distributed.zero3 import InShards, Zero3, join_deepspeed
+from ows_ds.model.layers import find_layers
+from ows_ds.model.pretrained import formats, let_freeze
+from ows_ds.optim.low_rank import hook_frozen
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
@@ -30,8 +34,9 @@ def courses(
     always_on: str,
     checkpointing: bool,
     batches: int,
+    frozen: str = "same",
 ) -> list[tuple[Any, Any]]:
-    """For the last steps: (measured, replayed) entries after each fetch of the first pass, and bytes of gathers."""
+    """For the last steps: (measured, replayed) bytes after each fetch of the first pass, and bytes of gathers."""
     from ows_ds.distributed.communicator import join
 
     model: Any = tiny(family, False)
@@ -42,10 +47,15 @@ def courses(
     config = resolve_config(DEFAULT_CONFIG, "float32", 1, 1, world_size)
     names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     config["zero_optimization"] |= dict(zip(names, limits, strict=True))
+    found = formats(find_layers(model), frozen, torch.float32)
+    join_deepspeed()
+    real = let_freeze(model, found, InShards(config)) if found else []
     weights: Weights = Zero3(model, config, join("cpu"))
+    weights.freeze(real)
+    hook_frozen(weights)
     ows = OWS(weights, RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches)
     spec = StepSpec(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
-                    checkpointing=checkpointing, world_size=world_size, sharded=True)  # fmt: skip
+                    checkpointing=checkpointing, world_size=world_size, sharded=True, frozen=frozen)  # fmt: skip
     spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
     assert spec.gathered is not None
     coordinator, course = weights._gathers._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
@@ -53,7 +63,7 @@ def courses(
 
     def watched(module: Any, forward: bool) -> None:
         fetch(module, forward)
-        course.append(sum(p.ds_numel for p in parameters if p.ds_status.name != "NOT_AVAILABLE"))
+        course.append(sum(p.ds_numel * p.element_size() for p in parameters if p.ds_status.name != "NOT_AVAILABLE"))
 
     coordinator.fetch_sub_module = watched
     seen = []
@@ -67,7 +77,7 @@ def courses(
                 first = list(course)
         ows.step()
         ows.zero_grad()
-        planned = ([fetch.entries for fetch in spec.gathered.course], traffic(spec)["weights"])
+        planned = ([fetch.size for fetch in spec.gathered.course], traffic(spec)["weights"])
         seen.append(((first, ows.comm.sent["weights"] - before), planned))
     ows.close()
     return seen[2:]
@@ -86,6 +96,14 @@ CASES = [
 @pytest.mark.parametrize(("limits", "always_on", "checkpointing"), CASES)
 def test_every_use(pools: Pools, limits: tuple[int, int, int], always_on: str, checkpointing: bool) -> None:
     for seen in pools(2).run(courses, "llama", limits, always_on, checkpointing, 1):
+        for measured, planned in seen:
+            assert measured == planned
+
+
+@pytest.mark.parametrize("frozen", ["int8", "nf4"])
+@pytest.mark.parametrize("limits", LIMITS[:3])
+def test_frozen_weights_in_few_bits(pools: Pools, limits: tuple[int, int, int], frozen: str) -> None:
+    for seen in pools(2).run(courses, "llama", limits, "none", False, 2, frozen):
         for measured, planned in seen:
             assert measured == planned
 
