@@ -126,7 +126,7 @@ class Format:
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         shape = torch.Size([self._blocks * BLOCK])
         state = QuantState(absmax, shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
-        flat: Tensor = dequantize_4bit(codes.view(-1, 1), state)
+        flat: Tensor = dequantize_4bit(codes.view(-1, 1), state).reshape(-1)
         return flat[: math.prod(self.shape)].view(self.shape).to(self.dtype)
 
     def describe(self) -> dict[str, Any]:

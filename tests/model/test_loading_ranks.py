@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ows_ds import config
-from ows_ds.distributed import weights, zero3
+from ows_ds.distributed import weights
 from ows_ds.distributed.communicator import join
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import CHUNK, Replicated, Weights
@@ -76,7 +76,7 @@ def write_model(folder: Path, file_size: str) -> Any:
 @contextlib.contextmanager
 def patched(chunk: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module in (tensor_files, weights, zero3):
+        for module in (tensor_files, weights):
             stack.enter_context(mock.patch.object(module, "CHUNK", chunk))
         yield
 

@@ -103,7 +103,7 @@ def test_frozen_linear(
     def ours(x: Tensor, bias: Tensor | None = None, *values: Tensor, **named: Tensor) -> Tensor:
         values = (*values, *named.values())
         some = [replace(one, values=value) for one, value in zip(attached, values, strict=True)]
-        y: Tensor = FrozenLinear.apply(x, stored, bias, some, inputs_first, EVERY, *values)
+        y: Tensor = FrozenLinear.apply(x, stored, None, None, bias, some, inputs_first, EVERY, *values)
         return y
 
     (y, grads), (expected, expected_grads) = run(ours), run(plain)
