@@ -16,12 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ows_ds.errors import UserError
+
 NAMES = ("int8", "fp8", "nf4")
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 BLOCK = 64  # entries of nf4 that share a scale
 SCALE = 4  # bytes of a scale, float32
 AT_ONCE = 1 << 18  # entries that a CPU scales at once, in whole rows: of mixed formats it makes copies
+
+
+def require_bitsandbytes(key: str, value: str) -> None:
+    """Raises UserError where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(key, value, f"install ows_ds[quantised] ({error})") from error
 
 
 @dataclass(frozen=True)

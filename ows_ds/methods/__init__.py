@@ -11,6 +11,7 @@ from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import ModelLayers
 from ows_ds.optim.active_set import check_fits
 from ows_ds.optim.adamw import BlockAdamW, Group
+from ows_ds.optim.full_rank import Lean
 from ows_ds.optim.method import Method
 
 ADAPTERS = ("lora", "dora")
@@ -29,8 +30,10 @@ def base_model(recipe: Recipe, weights: Weights) -> str:
 
 
 def deepspeed_trains(recipe: Recipe) -> bool:
-    """Whether DeepSpeed's own optimizer trains under ZeRO-3; it has no float64, for which ours works on the shards."""
-    return recipe.method.name in ("full", *ADAPTERS) and recipe.model.dtype != "float64"
+    """Whether DeepSpeed's own optimizer trains under ZeRO-3. Ours works on the shards in float64, which DeepSpeed's does
+    not have, and where moments are in 8 bits or there are no masters."""
+    lean = recipe.optim.moments != "float32" or recipe.optim.master == "none"
+    return recipe.method.name in ("full", *ADAPTERS) and recipe.model.dtype != "float64" and not lean
 
 
 def check(recipe: Recipe, layers: ModelLayers) -> None:
@@ -63,4 +66,5 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers, importance: lis
     else:
         groups, close = [Group(tuple(name for name in names if "lora_" in name), everything)], lora.merge
     settings = {key: getattr(optim, key) for key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")}
-    return BlockAdamW(weights, groups, close=close, **settings)
+    lean = Lean(optim.moments, optim.master == "float32", recipe.train.seed)
+    return BlockAdamW(weights, groups, close=close, lean=lean, **settings)

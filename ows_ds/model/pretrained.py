@@ -19,7 +19,7 @@ from ows_ds.compat.transformers import auto_class
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
-from ows_ds.distributed.formats import Format
+from ows_ds.distributed.formats import Format, require_bitsandbytes
 from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW
@@ -78,6 +78,8 @@ def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] |
 
 def formats(layers: ModelLayers, name: str, dtype: torch.dtype) -> dict[str, Format]:
     """Of the matrices that are in few bits while they are frozen (``model.frozen``), by name."""
+    if name == "nf4":
+        require_bitsandbytes("model.frozen", name)
     matrices = (matrix for block in layers.layers for matrix in block.matrices) if name != "same" else ()
     return {m.name: Format(name, m.shape, dtype, m.inputs_first, m.experts) for m in matrices}
 

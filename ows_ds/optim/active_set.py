@@ -20,7 +20,7 @@ from ows_ds.config import OWSConfig
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
-from ows_ds.optim.full_rank import FullRank
+from ows_ds.optim.full_rank import FullRank, Lean
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
 from ows_ds.optim.low_rank import Coordinates, Hook, hook_of, make_coordinates
 from ows_ds.optim.projection import rotation
@@ -75,7 +75,7 @@ class ActiveSet:
         self._vector_hooks: dict[str, RemovableHandle] = {}
         nothing = make_plan((), self.r, weights.comm.world_size)
         self.buffer = CoordinateBuffer(nothing, weights.comm, self.dtype, self.weight_dtype, weights.device)
-        self.full = FullRank(weights, self.dtype)
+        self.full = FullRank(weights, self.dtype, Lean(config.moments, config.master == "float32", config.seed))
         if config.always_on == "full":
             self._enter_full_rank(self.layers.embeddings)
 

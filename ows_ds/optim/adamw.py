@@ -16,7 +16,7 @@ from torch import Tensor
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, weight_shards
 from ows_ds.distributed.zero3 import Zero3AdamW
 from ows_ds.errors import UserError
-from ows_ds.optim.full_rank import FullRank, adam_steps, load_states, state_shards
+from ows_ds.optim.full_rank import FullRank, Lean, State, adam_steps, load_states, state_shards
 from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, AdamWSettings, always, clip_factor
@@ -47,6 +47,7 @@ class BlockAdamW(Method):
         eps: float,
         weight_decay: float,
         max_grad_norm: float | None,
+        lean: Lean | None = None,
         close: Callable[[Weights], None] | None = None,
     ) -> None:
         """Collective. All weights are frozen but those of the current group.
@@ -70,7 +71,7 @@ class BlockAdamW(Method):
             for parameter in self._named.values():
                 parameter.requires_grad_(False)
             dtype = torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)
-            self._full = FullRank(weights, dtype)
+            self._full = FullRank(weights, dtype, lean)
             self._enter()
 
     @property
@@ -163,7 +164,7 @@ class BlockAdamW(Method):
     # ------------------------------------------------------------------ state
 
     @property
-    def _states(self) -> dict[str, dict[str, Tensor]]:
+    def _states(self) -> dict[str, State]:
         return self.weights.states if isinstance(self.weights, Zero3AdamW) else self._full.states()  # type: ignore[union-attr]
 
     def shards(self) -> list[Shard]:
@@ -182,6 +183,7 @@ class BlockAdamW(Method):
             "round_lr": self._round_lr,
             "groups": [list(group.names) for group in self.groups],
             "full_rank_steps": adam_steps(self._states),
+            "full_rank_kept": None if self._full is None else self._full.describe(),
         }
 
     @torch.no_grad()
@@ -195,7 +197,7 @@ class BlockAdamW(Method):
         self.param_groups[0]["lr"], self._round_lr = values["lr"], values["round_lr"]
         if self._full is None:
             load_weights(self.weights, self._named, names, read)
-            load_states(self.weights, self._named, self._states, steps, read)
+            load_states(self.weights, self._named, self._states, steps, read, values.get("full_rank_kept"))
             return
         self._leave(keep=False)
         load_weights(self.weights, self._named, names, read)
@@ -203,6 +205,6 @@ class BlockAdamW(Method):
         for some in (*([name] for name in names if name not in self.group.names), None):
             self._enter(some)
             states = {name: state for name, state in self._states.items() if name in names and name in self._full.parameters}
-            load_states(self.weights, self._named, states, steps, read)
+            load_states(self.weights, self._named, states, steps, read, values.get("full_rank_kept"))
             if some is not None:
                 self._leave()

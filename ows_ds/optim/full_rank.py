@@ -1,5 +1,7 @@
 """Weights trained at full rank: float32 masters, moments, and torch's AdamW on this rank's interval of each.
 
+Lean (`Lean`), moments are in 8 bits between steps, and there is no master: a bfloat16 weight is rounded stochastically.
+
     gradients of a bucket --reduce_scatter--> own intervals --AdamW--> own intervals of masters --> weights
 
 The buckets are the same on all ranks and leave in one order, each as soon as its last gradient is there, while the
@@ -21,17 +23,32 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.distributed.communicator import Communicator, Pending
-from ows_ds.distributed.weights import ReadShard, Shard, Weights
+from ows_ds.distributed.formats import require_bitsandbytes
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, draw_bits, round_stochastically
 from ows_ds.optim.layout import pack
+from ows_ds.optim.moments import BLOCK, Moment8, moment_map
 from ows_ds.optim.update import STATE, AdamWSettings
 
 BUCKET = 1 << 23  # entries of a bucket of gradients; a larger weight has one to itself
+State = dict[str, Any]
+"""Of a weight: master (if there is one), exp_avg, exp_avg_sq (1-D, this rank's interval; perhaps `Moment8`), step."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 IN_FLIGHT = 2  # buckets that are being reduced at a time, at most
+
+
+@dataclass(frozen=True)
+class Lean:
+    """What a weight that trains at full rank keeps. moments: float32 or int8. master: whether there is one."""
+
+    moments: str = "float32"
+    master: bool = True
+    seed: int = 0  # of the rounding of weights without a master
 
 
 @dataclass
 class _Part:
-    """Some entries of a weight's interval, which AdamW steps on together."""
+    """Some entries of a weight's interval, which AdamW steps on together. master: empty between steps without one."""
 
     name: str
     entries: slice
@@ -78,14 +95,17 @@ class FullRank:
     keeps it on the CPU until it returns.
     """
 
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        """dtype: of the copies, float32 or wider."""
+    def __init__(self, weights: Weights, dtype: torch.dtype, lean: Lean | None = None) -> None:
+        """dtype: of the copies, float32 or wider. Raises UserError for 8-bit moments without bitsandbytes."""
         self.weights = weights
         self.dtype = dtype
+        self.lean = lean or Lean()
+        if self.lean.moments == "int8":
+            require_bitsandbytes("optim.moments", "int8")
         self.parameters: dict[str, nn.Parameter] = {}
         self.grads: dict[str, Tensor] = {}
-        self.parked: dict[str, dict[str, Tensor]] = {}
-        self._states: dict[str, dict[str, Tensor]] = {}
+        self.parked: dict[str, State] = {}
+        self._states: dict[str, State] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._runs: list[tuple[torch.optim.AdamW, list[_Part]]] = []
         self._buckets: list[_Bucket] = []
@@ -102,9 +122,14 @@ class FullRank:
                 # AdamW counts steps on the CPU
                 state = {kind: t if kind == "step" else t.to(local.device) for kind, t in kept.items()}
             else:
-                master = local.to(self.dtype, copy=True)
-                moments = {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
-                state = {"master": master, **moments, "step": torch.zeros((), dtype=torch.float32)}
+                state = {"step": torch.zeros((), dtype=torch.float32)}
+                if self.lean.master:
+                    state["master"] = local.to(self.dtype, copy=True)
+                for kind in MOMENTS:
+                    if self.lean.moments == "int8":
+                        state[kind] = Moment8.zeros(len(local), kind == "exp_avg", local.device)
+                    else:
+                        state[kind] = torch.zeros(len(local), dtype=self.dtype, device=local.device)
             self.parameters[name], self._states[name] = parameter, state
             parameter.requires_grad_(True)
             self._handles[name] = parameter.register_post_accumulate_grad_hook(self._hook(name))
@@ -118,26 +143,20 @@ class FullRank:
             self.grads.pop(name, None)
             state = self._states.pop(name)
             if keep:
-                self.parked[name] = {kind: tensor.cpu() for kind, tensor in state.items()}
+                self.parked[name] = {kind: one.to("cpu") for kind, one in state.items()}
         self._renew()
 
     def _renew(self) -> None:
         """An AdamW over each run of the masters there are now, and the buckets of their gradients."""
         self._runs, self._buckets, self._started, self._received = [], [], 0, 0
-        for run in pack({name: state["master"].numel() for name, state in self._states.items()}):
-            parts = [_Part(name, slice(*rows), nn.Parameter(self._states[name]["master"][slice(*rows)]))
-                     for name, *rows in run]  # fmt: skip
+        for run in pack({name: self._own(name) for name in self._states}):
+            parts = [_Part(name, slice(*rows), nn.Parameter(self._master(name)[slice(*rows)])) for name, *rows in run]
             # as usual, neither biases nor norms decay
             groups = [
                 {"params": [p.master for p in parts if (len(self._shape(p.name)) > 1) == decayed], "decayed": decayed}
                 for decayed in (True, False)
             ]
-            adamw = torch.optim.AdamW(groups)
-            for part in parts:
-                state = self._states[part.name]
-                moments = {kind: state[kind][part.entries] for kind in ("exp_avg", "exp_avg_sq")}
-                adamw.state[part.master] = {"step": torch.zeros((), dtype=torch.float32), **moments}
-            self._runs.append((adamw, parts))
+            self._runs.append((torch.optim.AdamW(groups), parts))
         world_size, room = self.weights.comm.world_size, 0
         for name in reversed(self.parameters):  # about the order of the backward pass
             entries = math.prod(self._shape(name))
@@ -147,6 +166,16 @@ class FullRank:
             room -= entries
             self._buckets[-1].sizes[name] = math.ceil(entries / world_size)
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.sizes}
+
+    def _own(self, name: str) -> int:
+        """Entries of this rank's interval."""
+        start, stop = self.weights.interval(self.parameters[name])
+        return stop - start
+
+    def _master(self, name: str) -> Tensor:
+        """What there is of it between steps."""
+        found: Tensor = self._states[name].get("master", torch.empty(0, dtype=self.dtype, device=self.weights.device))
+        return found
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.weights.shape(self.parameters[name])
@@ -186,8 +215,7 @@ class FullRank:
         for (name, _), part in zip(
             bucket.sizes.items(), bucket.received.split(list(bucket.sizes.values())), strict=True
         ):
-            master = self._states[name]["master"]
-            self._add(name, part[: master.numel()].to(master.device))
+            self._add(name, part[: self._own(name)].to(self._device(name)))
         bucket.pending = bucket.received = None
 
     def _add(self, name: str, mine: Tensor) -> None:
@@ -217,8 +245,11 @@ class FullRank:
             for group in adamw.param_groups:
                 group.update(settings.full_rank() if group["decayed"] else settings.vectors())
             for part in parts:
-                adamw.state[part.master]["step"].copy_(self._states[part.name]["step"])
-                gradient = self.grads.get(part.name)
+                state, gradient = self._states[part.name], self.grads.get(part.name)
+                if not self.lean.master:
+                    part.master.data = self.weights.local(self.parameters[part.name])[part.entries].to(self.dtype)
+                moments = {kind: self._moment(state[kind], part.entries) for kind in MOMENTS}
+                adamw.state[part.master] = {"step": state["step"].clone(), **moments}
                 part.master.grad = (
                     torch.zeros_like(part.master)  # its module was not used
                     if gradient is None
@@ -227,47 +258,117 @@ class FullRank:
             adamw.step()
             adamw.zero_grad()
             for part in parts:
-                self.weights.local(self.parameters[part.name])[part.entries].copy_(part.master.data)
+                self._keep(part, adamw.state.pop(part.master))
         for state in self._states.values():
             state["step"] += 1
         self.zero_grad()
         self.weights.publish(list(self.parameters.values()))
 
+    def _moment(self, moment: Tensor | Moment8, entries: slice) -> Tensor:
+        """As AdamW works on it: a view, or a copy of what is in 8 bits."""
+        return moment.read(entries).to(self.dtype) if isinstance(moment, Moment8) else moment[entries]
+
+    def _keep(self, part: _Part, state: Mapping[str, Tensor]) -> None:
+        """After a step: weights, and what is not a view of what is kept."""
+        local, value, own = self.weights.local(self.parameters[part.name]), part.master.data, self._states[part.name]
+        if not self.lean.master:
+            if local.dtype == torch.bfloat16 and len(value):
+                start = self.weights.interval(self.parameters[part.name])[0] + part.entries.start
+                key = f"{self.lean.seed}/{part.name}/{start}/{int(own['step'])}"
+                value = round_stochastically(value, draw_bits(len(value), key, value.device))
+            part.master.data = value.new_empty(0)
+        local[part.entries].copy_(value)
+        for kind in MOMENTS:
+            if isinstance(own[kind], Moment8):
+                own[kind].write(part.entries, state[kind])
+
+    def _device(self, name: str) -> torch.device:
+        """Where this rank's interval lies: DeepSpeed may keep it on the CPU."""
+        found: torch.device = self.weights.local(self.parameters[name]).device
+        return found
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.grads.clear()
 
-    def states(self) -> dict[str, dict[str, Tensor]]:
+    def describe(self) -> dict[str, Any]:
+        """How the state is kept, JSON-able: `load_states` needs it."""
+        return {"moments": self.lean.moments, "master": self.lean.master, "ranks": self.weights.comm.world_size}
+
+    def states(self) -> dict[str, State]:
         """Of each weight that trains or is kept: master, exp_avg, exp_avg_sq (1-D, this rank's interval), step."""
         return {**self.parked, **self._states}
 
 
 def state_shards(
-    weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, dict[str, Tensor]]
+    weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, State]
 ) -> list[Shard]:
-    """``full/NAME/KIND``: what a checkpoint holds of the states that `FullRank.states` gives."""
-    return [
-        Shard(f"full/{name}/{kind}", weights.shape(parameters[name]), weights.interval(parameters[name])[0], tensor)
-        for name, state in states.items()
-        for kind, tensor in state.items()
-        if kind in STATE
-    ]
+    """``full/NAME/KIND``: what a checkpoint holds of the states that `FullRank.states` gives; of a moment in 8 bits its
+    codes, and ``full/NAME/KIND/scales``, all ranks' one after the other."""
+    found = []
+    for name, state in states.items():
+        shape, (start, _) = weights.shape(parameters[name]), weights.interval(parameters[name])
+        for kind in STATE:
+            one = state.get(kind)
+            if isinstance(one, Moment8):
+                blocks = _blocks(math.prod(shape), weights.comm.world_size)
+                scales = torch.zeros(blocks, device=one.scales.device)
+                scales[: len(one.scales)] = one.scales
+                found.append(Shard(f"full/{name}/{kind}", shape, start, one.codes))
+                size, first = blocks * weights.comm.world_size, blocks * weights.comm.rank
+                found.append(Shard(f"full/{name}/{kind}/scales", (size,), first, scales))
+            elif one is not None:
+                found.append(Shard(f"full/{name}/{kind}", shape, start, one))
+    return found
+
+
+def _blocks(numel: int, ranks: int) -> int:
+    """Blocks of a rank's interval, at most."""
+    return math.ceil(math.ceil(numel / ranks) / BLOCK)
 
 
 def load_states(
     weights: Weights,
     parameters: Mapping[str, nn.Parameter],
-    states: Mapping[str, dict[str, Tensor]],
+    states: Mapping[str, State],
     steps: Mapping[str, float],
     read: ReadShard,
+    kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Set ``states`` in place to what `state_shards` gave, and Adam's step counts to ``steps``."""
+    """Set ``states`` in place to what `state_shards` gave, and Adam's step counts to ``steps``. kept: what
+    `FullRank.describe` said of it. Weights come first: where there was no master, they are it."""
+    kept = kept or {"moments": "float32", "master": True}
     for name, state in states.items():
-        for kind in STATE:
-            state[kind].copy_(read(f"full/{name}/{kind}", *weights.interval(parameters[name])))
+        own = weights.interval(parameters[name])
+        if "master" in state:
+            state["master"].copy_(read(f"full/{name}/master", *own) if kept["master"] else weights.local(parameters[name]))
+        for kind in MOMENTS:
+            _load_moment(state[kind], f"full/{name}/{kind}", own, math.prod(weights.shape(parameters[name])), read, kept)
         state["step"].fill_(steps[name])
 
 
-def adam_steps(states: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
+def _load_moment(
+    moment: Tensor | Moment8, key: str, own: tuple[int, int], numel: int, read: ReadShard, kept: Mapping[str, Any]
+) -> None:
+    """``moment`` <- what lies under ``key``. In 8 bits, and of as many ranks, to the bit."""
+    values = read(key, *own)
+    if kept["moments"] == "int8":  # the blocks are those of the ranks that wrote them
+        size, blocks = math.ceil(numel / kept["ranks"]), _blocks(numel, kept["ranks"])
+        scales = read(f"{key}/scales", 0, blocks * kept["ranks"])
+        entries = torch.arange(*own)
+        places = entries // size * blocks + entries % size // BLOCK
+        if isinstance(moment, Moment8) and own == (own[0], min(own[0] + size, numel)) and own[0] % size == 0:
+            moment.codes.copy_(values)
+            moment.scales.copy_(scales[places[::BLOCK]])
+            return
+        signed = key.endswith("exp_avg")
+        values = moment_map(signed, torch.device("cpu"))[values.cpu().long()] * scales.cpu()[places]
+    if isinstance(moment, Moment8):
+        moment.write(slice(0, len(values)), values.to(moment.codes.device))
+    else:
+        moment.copy_(values)
+
+
+def adam_steps(states: Mapping[str, State]) -> dict[str, float]:
     """Adam's step count of each weight, JSON-able."""
     return {name: float(state["step"]) for name, state in states.items()}

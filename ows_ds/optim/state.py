@@ -48,6 +48,7 @@ class OWSState(Method):
             "sketch_bases": sorted(self.refresh.second_bases()),
             "adam_steps": [[*key, count] for key, count in active.buffer.steps.items()],
             "full_rank_steps": adam_steps(active.full.states()),
+            "full_rank_kept": active.full.describe(),
             "trained_names": sorted(active.trained_names),
             "lr": self.param_groups[0]["lr"],
         }
@@ -76,7 +77,8 @@ class OWSState(Method):
         active.restore(plan, dict(values["clocks"]))
         active.buffer.load(read)
         active.buffer.set_steps({(block, kind): count for block, kind, count in values["adam_steps"]})
-        load_states(self.weights, active.parameters, active.full.states(), values["full_rank_steps"], read)
+        kept = values.get("full_rank_kept")
+        load_states(self.weights, active.parameters, active.full.states(), values["full_rank_steps"], read, kept)
         for matrix in plan.matrices.values():
             name, device, dtype = matrix.name, self.device, active.weight_dtype
             if name in values["projectors"]:

@@ -270,6 +270,8 @@ class Planner:
             expert_rank=recipe.optim.expert_rank,
             router=recipe.optim.router,
             frozen=recipe.model.frozen,
+            moments=recipe.optim.moments,
+            master=recipe.optim.master,
         )
         return spec if self.replays is None else self.replays.complete(spec, functools.partial(methods.adapt, recipe))
 

@@ -45,8 +45,8 @@ def state(spec: StepSpec) -> Parts:
         # this rank's sums lie beside its own gradients; DeepSpeed keeps a shard's gradient in the weights' format, and
         # in float32 for the step
         "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if spec.deepspeed_trains else 0),
-        "moments": 2 * own * e + 2 * mine * e,
-        "masters": mine * e + (own * e if b < e else 0),
+        "moments": 2 * own * e + math.ceil(mine * spec.moments_of_entry),
+        "masters": mine * spec.master_of_entry + (own * e if b < e else 0),
         "projectors": _projector_entries(spec) * b,
         **({"buckets": spec.bucket * b} if spec.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
     }
@@ -325,7 +325,9 @@ def _update(spec: StepSpec) -> int:
     for run in pack(shares, max(1, limit)):
         sizes = [stop - start for _, start, stop in sorted(run, key=lambda part: part[0] in vectors)]  # Adam's groups
         cast = sum(sizes) * spec.wide if spec.itemsize < spec.wide and not spec.deepspeed_trains else 0
-        found.append(_roots(spec, sizes) + cast)
+        # what AdamW works on in place of what is kept
+        made = (2 * (spec.moments == "int8") + (spec.master == "none")) * sum(sizes) * spec.wide
+        found.append(_roots(spec, sizes) + cast + made)
     return max(found)
 
 

@@ -101,7 +101,7 @@ def _update(spec: StepSpec) -> Work:
     """Of each own entry: value and moments are read and written, the gradient is read twice; a weight is written."""
     if spec.method == "mezo":  # noise added, taken off twice over, and the step
         return Work(0, 4 * 2 * state(spec)["weights"])
-    own = state(spec)["moments"] // (2 * spec.wide)
+    own = sum(layout.stride for layout in spec.plan.layouts) * spec.plan.r + spec.share(*spec.full_rank.values())
     return Work(0, own * (8 * spec.wide + spec.itemsize))
 
 

@@ -17,6 +17,7 @@ import torch
 from ows_ds.distributed.formats import Format
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, make_plan, plan_refresh
+from ows_ds.optim.moments import BLOCK
 from ows_ds.planner.gathering import Gathered
 
 LOW_RANK = ("ows", "galore")
@@ -54,6 +55,8 @@ class StepSpec:
     expert_rank: int | None = None
     router: str = "freeze"
     frozen: str = "same"  # format of frozen matrices of layers
+    moments: str = "float32"  # of weights that train at full rank
+    master: str = "float32"
 
     @property
     def wide(self) -> int:
@@ -194,8 +197,19 @@ class StepSpec:
 
     @property
     def deepspeed_trains(self) -> bool:
-        """DeepSpeed's own optimizer trains, which has no float64."""
-        return self.sharded and self.method in ("full", *ADAPTERS) and self.itemsize < 8
+        """DeepSpeed's own optimizer trains, which has no float64, no other moments, and always masters."""
+        plain = self.itemsize < 8 and self.moments == self.master == "float32"
+        return self.sharded and self.method in ("full", *ADAPTERS) and plain
+
+    @property
+    def moments_of_entry(self) -> float:
+        """Bytes of both moments of an entry that trains at full rank."""
+        return 2 * (1 + 4 / BLOCK) if self.moments == "int8" else 2 * self.wide
+
+    @property
+    def master_of_entry(self) -> int:
+        """Bytes of its master."""
+        return self.wide if self.master == "float32" else 0
 
     @property
     def outside_trains(self) -> bool:
