@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.compat.torch import storage_address
+from ows_ds.distributed.frozen import resting
 from ows_ds.errors import UserError
 
 PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "_grouped_mm": 0, "grouped_mm_fallback": 0}
@@ -112,6 +113,9 @@ def _sides(tensor: Tensor) -> list[tuple[int, int]]:
 
 def watch(module: nn.Module, name: str, stack: nn.Parameter, add: Add) -> Iterator[RemovableHandle]:
     """Call ``add`` with what the stack, a parameter of ``module``, is multiplied with in each of its forward passes."""
+    if (frozen := resting(stack)) is not None:  # its products are ours: they say what is multiplied with what
+        yield from _watch_codes(module, name, next(key for one, key in frozen.places if one is module), add)
+        return
     active: list[ExpertInputs] = []
 
     def enter(*_: Any) -> None:  # comes after DeepSpeed's own hook, which gathers
@@ -125,6 +129,28 @@ def watch(module: nn.Module, name: str, stack: nn.Parameter, add: Add) -> Iterat
         mode.__exit__(None, None, None)
         if not mode.seen and all(one.numel() for one in args if isinstance(one, Tensor)):
             raise mode.refusal("code outside of torch")
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave, always_call=True)
+
+
+def _watch_codes(module: nn.Module, name: str, key: str, add: Add) -> Iterator[Any]:
+    """The same of a stack in few bits, in whose place a `ows_ds.optim.low_rank.StandIn` is."""
+    hook, seen = module.__dict__[key].hook, False
+
+    def observe(expert: int, inputs_first: bool, x: Tensor) -> None:
+        nonlocal seen
+        seen = True
+        add(expert, inputs_first, x)
+
+    def enter(*_: Any) -> None:
+        nonlocal seen
+        seen, hook.observe = False, observe
+
+    def leave(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+        hook.observe = None
+        if not seen and all(one.numel() for one in args if isinstance(one, Tensor)):
+            raise ExpertInputs(name, torch.empty(1, 0, 0), add).refusal("something that is no product of tokens")
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave, always_call=True)

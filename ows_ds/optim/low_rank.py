@@ -83,12 +83,19 @@ class Use:
         """a^T b alone."""
         return a.t() @ b
 
+    def inputs(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        """Which tokens go to which matrix."""
+        return [(0, self.flat(x))]
+
 
 @dataclass(frozen=True)
 class OneExpert(Use):
     """All tokens with the matrix of one expert."""
 
     index: int
+
+    def inputs(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        return [(self.index, self.flat(x))]
 
     def product(self, x: Tensor, matrix: Any) -> Tensor:
         return x @ matrix[self.index]
@@ -110,6 +117,9 @@ class Grouped(Use):
     def _groups(self) -> list[tuple[int, slice]]:
         ends = self.ends.tolist()
         return [(e, slice(a, b)) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if a < b]
+
+    def inputs(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        return [(expert, x[rows]) for expert, rows in self._groups()]
 
     def product(self, x: Tensor, matrix: Any) -> Tensor:
         if isinstance(matrix, Tensor) and has_grouped_product(x, matrix):
@@ -147,6 +157,9 @@ class Batched(Use):
 
     def flat(self, x: Tensor) -> Tensor:
         return x
+
+    def inputs(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        return list(enumerate(x))
 
     def product(self, x: Tensor, matrix: Any) -> Tensor:
         if isinstance(matrix, Tensor):
@@ -424,6 +437,8 @@ class WeightHook(Hook):
         """key: the parameter's name in ``module``."""
         self.module, self.key = module, key
         self._unbound: tuple[Tensor, ...] | None = None
+        self.observe: Callable[[int, bool, Tensor], None] | None = None
+        """Is called with (expert, whether its matrix is stored as (C_in, C_out), tokens) before they are multiplied."""
         module.__dict__[key] = StandIn(self)  # found before nn.Module's own __getattr__ looks among its parameters
         self._handle = module.register_forward_pre_hook(self._forget)
 
@@ -552,6 +567,9 @@ class StandIn:
             use = Grouped((*more, kwargs.get("offs"))[0])
         if use is None:
             return None
+        if self.hook.observe is not None:
+            for expert, tokens in use.inputs(x):
+                self.hook.observe(expert, inputs_first, tokens)
         y = frozen_linear(x, self.hook.parameter, None, self.hook.attached, inputs_first, use)
         return y if bias is None else y + bias
 

@@ -19,6 +19,7 @@ from ows_ds.importance.metrics import hill, measure
 from ows_ds.importance.outliers import input_squares, outlier_scores
 from ows_ds.importance.scores import Scores
 from ows_ds.model.layers import Matrix, ModelLayers, find_layers
+from ows_ds.model.pretrained import formats
 from tests.importance.test_metrics_ranks import batches
 from tests.importance.test_scores import LENGTHS, padded, sequences
 from tests.support.pool import Pools
@@ -63,8 +64,11 @@ def of_experts(experts: Any, hidden: Tensor, chosen: Tensor | None) -> list[tupl
     return found
 
 
-def reference(model: nn.Module, layers: ModelLayers, rows: list[Tensor]) -> tuple[list[float], dict[str, Tensor]]:
-    """D of every layer and the squares of all inputs, from one row at a time."""
+def reference(
+    model: nn.Module, layers: ModelLayers, rows: list[Tensor], real: nn.Module | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """D of every layer and the squares of all inputs, from one row at a time. real: has the weights that are scored,
+    where ``model`` computes with others."""
     squares: dict[str, Any] = {}
 
     def linear(name: str, _: nn.Module, args: Any) -> None:
@@ -92,7 +96,7 @@ def reference(model: nn.Module, layers: ModelLayers, rows: list[Tensor]) -> tupl
     for layer in layers.layers:
         parts = []
         for m in layer.matrices:
-            weight = model.get_parameter(m.name).detach().view(m.count, *m.shape)
+            weight = (real or model).get_parameter(m.name).detach().view(m.count, *m.shape)
             weight = weight.mT if m.experts and inputs_first else weight
             parts.append((squares[m.name].sqrt()[:, None] * weight.abs()).flatten())
         a = torch.cat(parts)
@@ -131,6 +135,26 @@ def test_equation_2_with_each_experts_own_inputs(family: str, implementation: st
     assert all((~value.any(1)).sum() == EXPERTS - 2 for value in squares.values() if len(value) == EXPERTS)
     assert outlier_scores(weights, layers, [padded([row])], TAU).layers == pytest.approx(expected, rel=1e-12)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "frozen"),
+    [("mixtral", "eager", "int8"), ("gpt_oss", "eager", "fp8"), ("llama4", "eager", "nf4")],
+)
+def test_real_weights_are_scored_where_codes_compute(family: str, implementation: str, frozen: str) -> None:
+    model, rounded = moe(family, implementation), moe(family, implementation)
+    layers = find_layers(model)
+    for name, format in formats(layers, frozen, torch.float64).items():
+        parameter = rounded.get_parameter(name)
+        parameter.data.copy_(format.dense(*format.quantise(parameter.data)))
+    rows = [row for row in sequences() if len(row) < 10]
+    expected, squares = reference(rounded, layers, rows, model)
+    weights = home(moe(family, implementation), "replicated", 1, frozen)
+    given = [padded(rows[:3]), None, padded(rows[3:])]
+    _, found, _ = input_squares(weights, [m for layer in layers.layers for m in layer.matrices], given)
+    for name, value in squares.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=0)
+    assert outlier_scores(weights, layers, given, TAU).layers == pytest.approx(expected, rel=1e-12)
 
 
 class Listed(nn.Module):
