@@ -29,12 +29,17 @@ class Model(Settings):
     frozen: MayChange[Literal["same", "int8", "fp8", "nf4"]] = "same"
     """Number format of the matrices of layers that do not train at the moment: as model.dtype, in 8 bits (int8, fp8)
     or in 4 (nf4). The real weights rest in the host's memory or the checkpoint's files, and are what is exported."""
+    fp8_matmul: MayChange[Literal["auto", "always", "never"]] = "auto"
+    """Under model.frozen fp8, products of frozen matrices in fp8, with tokens rounded to it: always, never, or auto:
+    where the GPU has them."""
     attn_implementation: MayChange[str | None] = None
     """Attention kernel of transformers, such as sdpa or flash_attention_2; null: its own choice."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
 
     def contradictions(self) -> Iterator[Wrong]:
+        if self.fp8_matmul == "always" and self.frozen != "fp8":
+            yield Wrong("fp8_matmul", "expected auto, or model.frozen fp8", ("frozen",))
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
             right = "expected a kernel of transformers, or model.trust_remote_code true: this one is code from the hub"
             yield Wrong("attn_implementation", right, ("trust_remote_code",))

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -39,7 +37,8 @@ class Format:
     """How one matrix, or a stack of them under one name, is held in few bits.
 
     name: of `NAMES`. shape: of a matrix as stored. dtype: of the weights, and of what `dense` gives. inputs_first: the
-    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix.
+    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix. products: of fp8, those
+    of the device (`Scaled`) in place of products with what `dense` gives.
     """
 
     name: str
@@ -47,6 +46,7 @@ class Format:
     dtype: torch.dtype
     inputs_first: bool = False
     experts: int | None = None
+    products: bool = False
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -139,6 +139,53 @@ class Format:
         flat: Tensor = dequantize_4bit(codes.view(-1, 1), state).reshape(-1)
         return flat[: math.prod(self.shape)].view(self.shape).to(self.dtype)
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"name": self.name, "shape": list(self.full_shape)}
+    def factor(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, expert: int | None = None) -> Tensor | Scaled:
+        """What tokens of ``dtype`` are multiplied with, as it is stored: `dense`, or `Scaled`."""
+        if not self.products or any(side % 16 for side in self.shape):  # which the products need
+            return self.dense(codes, scales, expert).to(dtype)
+        codes, scales = (codes, scales) if expert is None else (codes[expert], scales[expert])
+        stored, numbers = codes.view(STORED["fp8"]), scales.view(torch.float32)
+        return Scaled(stored, numbers, self.inputs_first)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A matrix (a, b) in fp8 that tokens are multiplied with in fp8, in products of the device: each token is rounded to
+    e4m3 times a scale of its own.
+
+    scales: float32, (b,) where ``by_column``, else (a,).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    by_column: bool
+
+    @property
+    def mT(self) -> Scaled:
+        """As a tensor's."""
+        return Scaled(self.codes.t(), self.scales, not self.by_column)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As a tensor's."""
+        return self.codes.shape
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (n, a) -> (n, b), of x's dtype."""
+        if not len(x):
+            return x.new_zeros(0, self.shape[1])
+        columns = self.scales
+        if not self.by_column:  # scales of what is summed over go into the tokens
+            x, columns = x * self.scales.to(x.dtype), torch.ones_like(self.scales[:1]).expand(self.shape[1])
+        rows = (x.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp_(min=1e-30)
+        tokens = (x / rows.to(x.dtype)).clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(STORED["fp8"])
+        codes = self.codes if self.codes.stride(0) == 1 else self.codes.t().contiguous().t()
+        y = torch._scaled_mm(
+            tokens, codes, scale_a=rows, scale_b=columns.contiguous()[None], out_dtype=torch.bfloat16
+        )
+        return y.to(x.dtype)
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether the device multiplies fp8 with fp8 (from Ada and Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -19,7 +19,7 @@ from ows_ds.compat.transformers import auto_class
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.launch import Runtime
-from ows_ds.distributed.formats import Format, require_bitsandbytes
+from ows_ds.distributed.formats import Format, has_fp8_products, require_bitsandbytes
 from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW
@@ -45,10 +45,10 @@ def load_model(
     from transformers.integrations import HfDeepSpeedConfig
 
     config = runtime.ds_config
-    frozen = recipe.model.frozen
-    model = pretrained(recipe, runtime.comm, runtime.device, config, frozen)
+    device = runtime.device
+    model = pretrained(recipe, runtime.comm, device, config, frozen=True)
     layers = find_layers(model, None if config is None else full_shape)
-    real = let_freeze(model, formats(layers, frozen, model.dtype), _maker(runtime.device, runtime.comm, config))
+    real = let_freeze(model, _formats(recipe, layers, device), _maker(device, runtime.comm, config))
     use_cache(model, False)
     if recipe.optim.router == "freeze":  # what DeepSpeed trains is what requires gradients
         for name in layers.router_names:
@@ -76,12 +76,18 @@ def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] |
     return Unsharded(device, comm.rank == 0) if ds_config is None else InShards(ds_config)
 
 
-def formats(layers: ModelLayers, name: str, dtype: torch.dtype) -> dict[str, Format]:
-    """Of the matrices that are in few bits while they are frozen (``model.frozen``), by name."""
+def formats(layers: ModelLayers, name: str, dtype: torch.dtype, products: bool = False) -> dict[str, Format]:
+    """Of the matrices that are in few bits while they are frozen (``model.frozen``), by name. products: see `Format`."""
     if name == "nf4":
         require_bitsandbytes("model.frozen", name)
     matrices = (matrix for block in layers.layers for matrix in block.matrices) if name != "same" else ()
-    return {m.name: Format(name, m.shape, dtype, m.inputs_first, m.experts) for m in matrices}
+    return {m.name: Format(name, m.shape, dtype, m.inputs_first, m.experts, products) for m in matrices}
+
+
+def _formats(recipe: Recipe, layers: ModelLayers, device: torch.device) -> dict[str, Format]:
+    model = recipe.model
+    products = {"always": True, "never": False, "auto": has_fp8_products(device)}[model.fp8_matmul]
+    return formats(layers, model.frozen, DTYPES[model.dtype], products and model.frozen == "fp8")
 
 
 def let_freeze(model: nn.Module, formats: Mapping[str, Format], make: Make) -> list[nn.Parameter]:
@@ -105,11 +111,12 @@ def pretrained(
     comm: Communicator,
     device: torch.device,
     ds_config: dict[str, Any] | None = None,
-    frozen: str = "same",
+    frozen: bool = False,
 ) -> Any:
     """The model of ``model.path``: in full, with entries on rank 0 alone, or in shards (ds_config). Collective.
 
-    frozen: number format of frozen matrices, in few bits as they are read; where transformers loads them they are real.
+    frozen: as ``model.frozen`` says, matrices are in few bits as they are read; where transformers loads them they are
+    real.
     Each rank reads its own part. Where transformers has to load the checkpoint, rank 0 logs why.
     Raises UserError (``model.path``) for what cannot be loaded.
     """
@@ -120,8 +127,8 @@ def pretrained(
     if source.why_not is None:
         with fail_together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
             make = _maker(device, comm, ds_config)
-            layers = find_layers(source.model) if frozen != "same" else None
-            model = source.fill(make, device, layers and formats(layers, frozen, source.dtype))
+            few_bits = frozen and recipe.model.frozen != "same"
+            model = source.fill(make, device, _formats(recipe, find_layers(source.model), device) if few_bits else {})
     else:
         if comm.rank == 0:
             says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on rank 0"

@@ -27,7 +27,7 @@ from ows_ds.compat.torch import (
     reshaped,
     with_weight,
 )
-from ows_ds.distributed.formats import Format
+from ows_ds.distributed.formats import Format, Scaled
 from ows_ds.distributed.frozen import frozen_of, resting, without_memory
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.projection import is_tall
@@ -54,9 +54,14 @@ class Experts:
         experts, *sides = self.format.full_shape
         return (experts, *(sides[::-1] if self.flipped else sides))
 
-    def __getitem__(self, expert: int) -> Tensor:
-        found = self.format.dense(self.codes, self.scales, expert).to(self.dtype)
+    def __getitem__(self, expert: int) -> Tensor | Scaled:
+        found = self.format.factor(self.codes, self.scales, self.dtype, expert)
         return found.mT if self.flipped else found
+
+
+def times(x: Tensor, matrix: Tensor | Scaled) -> Tensor:
+    """x matrix."""
+    return x @ matrix if isinstance(matrix, Tensor) else matrix.product(x)
 
 
 class Use:
@@ -67,9 +72,8 @@ class Use:
         return x.reshape(-1, x.shape[-1])
 
     def product(self, x: Tensor, matrix: Any) -> Tensor:
-        """x (n, i) matrix (i, o) -> (n, o). matrix: a tensor, or `Experts`."""
-        found: Tensor = x @ matrix
-        return found
+        """x (n, i) matrix (i, o) -> (n, o). matrix: a tensor, `Scaled`, or `Experts`."""
+        return times(x, matrix)
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
         """The same, added to ``total`` in place."""
@@ -98,7 +102,7 @@ class OneExpert(Use):
         return [(self.index, self.flat(x))]
 
     def product(self, x: Tensor, matrix: Any) -> Tensor:
-        return x @ matrix[self.index]
+        return times(x, matrix[self.index])
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
         total.addmm_(x, matrix[self.index])
@@ -126,7 +130,7 @@ class Grouped(Use):
             return grouped_product(x, matrix, self.ends)
         y = x.new_zeros(x.shape[0], matrix.shape[-1])
         for expert, rows in self._groups():
-            torch.mm(x[rows], matrix[expert], out=y[rows])
+            y[rows] = times(x[rows], matrix[expert])
         return y
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
@@ -166,7 +170,7 @@ class Batched(Use):
             return x @ matrix
         y = x.new_empty(*x.shape[:-1], matrix.shape[-1])
         for expert, tokens in enumerate(x):
-            torch.mm(tokens, matrix[expert], out=y[expert])
+            y[expert] = times(tokens, matrix[expert])
         return y
 
     def add_product(self, total: Tensor, x: Tensor, matrix: Tensor) -> None:
@@ -271,12 +275,14 @@ class FrozenLinear(torch.autograd.Function):
         matrix = _dense(weight, scales, format, x.dtype)
         matrix = matrix if inputs_first else matrix.mT
         decay = attached[0].decay if attached else 1.0
-        if bias is not None:
+        if bias is not None and isinstance(matrix, Tensor):
             y = torch.addmm(bias.to(x.dtype), tokens, matrix, alpha=decay)
         else:
             y = use.product(tokens, matrix)
             if decay != 1.0:
                 y *= decay
+            if bias is not None:
+                y += bias.to(x.dtype)
         inner = outer = hidden = None
         if attached:
             inner, outer = _sides(attached, inputs_first, x.dtype)
@@ -336,12 +342,12 @@ FIRST_VALUE = 8  # of `FrozenLinear`'s arguments
 
 
 def _dense(weight: Tensor, scales: Tensor | None, format: Format | None, dtype: torch.dtype) -> Any:
-    """What to multiply with, as it is stored: a tensor, or `Experts`."""
+    """What to multiply with, as it is stored: a tensor, `Scaled`, or `Experts`."""
     if format is None or scales is None:
         return weight.to(dtype)
     if format.experts is not None:
         return Experts(format, weight, scales, dtype)
-    return format.dense(weight, scales).to(dtype)
+    return format.factor(weight, scales, dtype)
 
 
 def _sides(attached: list[Coordinates], inputs_first: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

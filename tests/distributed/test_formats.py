@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ows_ds.distributed.formats import BLOCK, LARGEST, NAMES, STORED, Format
+from ows_ds.distributed.formats import BLOCK, LARGEST, NAMES, STORED, Format, Scaled
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 ERRORS = {"int8": 0.012, "fp8": 0.04, "nf4": 0.13}  # relative, of normal numbers
@@ -50,6 +50,25 @@ def test_scales_are_of_output_channels(name: str, inputs_first: bool) -> None:
     stored = codes.view(STORED[name]).double()
     product = stored * (expected.double() if inputs_first else expected.double()[:, None])
     assert torch.equal(format.dense(codes, scales), product)
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_fp8(inputs_first: bool, dtype: torch.dtype) -> None:
+    """Forward and backward: near to those with what the codes stand for; of zeros zeros, of no tokens none."""
+    format = Format("fp8", (48, 32), dtype, inputs_first, products=True)
+    codes, scales = format.quantise(weight(format) * torch.arange(1, 49)[:, None].to(dtype))
+    factor, dense = format.factor(codes, scales, dtype), format.dense(codes, scales)
+    assert isinstance(factor, Scaled)
+    for one, plain in ((factor, dense), (factor.mT, dense.mT)):
+        x = torch.randn(5, plain.shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)
+        y = one.product(x)
+        assert y.dtype == dtype
+        assert (y - x @ plain).float().norm() < 0.05 * (x @ plain).float().norm()
+        assert not one.product(torch.zeros_like(x)).any()
+        assert one.product(x[:0]).shape == (0, plain.shape[1])
+    odd = Format("fp8", (40, 24), dtype, inputs_first, products=True)
+    assert isinstance(odd.factor(*odd.quantise(weight(odd)), dtype), torch.Tensor)  # sides the products do not take
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,10 +60,10 @@ def mean_loss(model: Callable[..., Any], ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def home(model: nn.Module, sharding: str, world_size: int, frozen: str = "same") -> Weights:
-    """``model`` replicated, or under ZeRO-3. frozen: the format of its frozen matrices."""
+def home(model: nn.Module, sharding: str, world_size: int, frozen: str = "same", products: bool = False) -> Weights:
+    """``model`` replicated, or under ZeRO-3. frozen: the format of its frozen matrices; products: of fp8."""
     comm, dtype = join("cpu"), next(model.parameters()).dtype
-    found = formats(find_layers(model), frozen, dtype)
+    found = formats(find_layers(model), frozen, dtype, products)
     if sharding == "replicated":
         real = let_freeze(model, found, Unsharded(torch.device("cpu"), True))
         weights: Weights = Replicated(model, comm)
