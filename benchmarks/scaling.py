@@ -70,7 +70,7 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
     assert spec.gathered is not None
     gathered, w = spec.gathered, spec.world_size
     own: dict[str, int] = defaultdict(int)
-    for name, numel in gathered.numel.items():
+    for name, numel in gathered.trace.numel.items():
         own[name.rpartition(".")[0]] += numel
     shares = [own[f.use.module] * (1 if f.use.forward or spec.method != "full" else 2) for f in gathered.course]
     whole, backward = sum(shares), sum(s for s, f in zip(shares, gathered.course, strict=True) if not f.use.forward)
@@ -78,7 +78,7 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
     arrives: dict[tuple[str, ...], float] = {}
     for share, fetch in zip(shares, gathered.course, strict=True):
         for message in fetch.sent:
-            sent = sum(-(-gathered.numel[name] // w) for name in message) * spec.itemsize * (w - 1)
+            sent = sum(-(-gathered.trace.numel[name] // w) for name in message) * spec.itemsize * (w - 1)
             free = max(free, now) + collective(one.cluster, sent, algorithm=algorithm)
             arrives[message] = free
         now = max([now, *(arrives[message] for message in fetch.awaited)]) + passes * share / whole

@@ -207,7 +207,8 @@ class _Work:
     def _measure(self, recipe: Recipe) -> dict[str, Any]:
         """Loss and answers of ``model.path`` on test."""
         accuracy, data = self.plan.accuracy, self.plan.test_data(recipe.data)
-        recipe = changed(recipe.model_copy(update={"data": data}), {"train.gradient_checkpointing": False})
+        real = {"train.gradient_checkpointing": False, "model.frozen": "same"}
+        recipe = changed(recipe.model_copy(update={"data": data}), real)
         weights, layers = load_model(recipe, self.runtime)
         tokenizer = load_tokenizer(recipe)
         loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, self.plan.test, "test")

@@ -7,6 +7,7 @@ its numbers (`ows_ds.planner.cluster`).
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ows_ds import methods
+from ows_ds import config, methods
 from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
@@ -33,6 +34,19 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a weight
 HOMES = {"replicated": "replicated", "zero3": "ZeRO-3", "hpz": "ZeRO-3, hpZ"}  # of frozen weights; their names
 DEVIATIONS = 3.0  # of the number of layers that bernoulli draws, for which memory must suffice
 DAY = 86400.0
+# what makes a step smaller where nothing that leaves the training as it is does, one after the other: those that change
+# least of it first
+LEVERS: tuple[tuple[str, Callable[[Any], bool], Any], ...] = (  # a key, which values change, and into what
+    ("optim.refresh_batch", ("full",).__contains__, "first"),  # projectors of a part of the batch
+    ("sampling.scheme", ("bernoulli",).__contains__, "fixed"),  # never more than gamma layers at a time
+    ("model.frozen", ("same",).__contains__, "int8"),
+    ("optim.moments", ("float32",).__contains__, "int8"),
+    ("optim.master", ("float32",).__contains__, "none"),
+    ("optim.always_on", ("full", "low_rank").__contains__, "none"),  # embedding and head do not train
+    ("model.frozen", ("same", "int8", "fp8").__contains__, "nf4"),
+    ("sampling.gamma", lambda gamma: gamma > 2, 2.0),
+    ("optim.rank", lambda rank: rank > 64, 64),
+)
 
 
 @dataclass(frozen=True)
@@ -297,6 +311,29 @@ class Planner:
         only_full = method in SAMPLED and method not in LOW_RANK and self.recipe.optim.always_on == "low_rank"
         return self.changed(method={"name": method}, optim={"always_on": "full"} if only_full else {})
 
+    def levers(self) -> Iterator[tuple[dict[str, Any], Planner]]:
+        """The same under `LEVERS`, one more each time: the keys that differ from the recipe's, and their values. What
+        the method does not take is left out."""
+        tree, taken = config.to_dict(self.recipe), dict[str, Any]()
+        for key, changes, value in LEVERS:
+            section, _, name = key.partition(".")
+            before = tree[section][name]
+            if not changes(before):
+                continue
+            tree[section][name] = value
+            try:
+                recipe = config.from_dict(tree)
+            except UserError:  # the method has no use for it
+                tree[section][name] = before
+                continue
+            taken[key] = value
+            if key == "optim.always_on" and self.recipe.method.name in LOW_RANK:  # nothing trains at full rank
+                for name in ("moments", "master"):
+                    if taken.pop(f"optim.{name}", None):
+                        tree["optim"][name] = "float32"
+                recipe = config.from_dict(tree)
+            yield dict(taken), Planner(recipe, self.model, self.ratios, self.replays)
+
     # ---- before a run
 
     def expected(self, choice: Choice) -> Memory:
@@ -323,10 +360,14 @@ class Planner:
             for micro in dict.fromkeys((asked.micro_batch, 1))
             for checkpointing in (False, True)
         ]
-        fitting = next((one for one in others if self.peak(one) <= free), None)
+        stages = itertools.chain([({}, self)], self.levers())
+        found = ((taken, one, planner.peak(one)) for taken, planner in stages for one in others)
+        fitting = next(((taken, one, peak) for taken, one, peak in found if peak <= free), None)
         right = f"more {place[1]} under zero3, or a smaller optim.rank"
         if fitting is not None:
-            right = ", ".join(map(" ".join, fitting.options(asked)))
+            taken, one, peak = fitting
+            options = [*((f"--{key}", str(value)) for key, value in taken.items()), *one.options(asked)]
+            right = f"{', '.join(map(' '.join, options))}, which needs {peak / 1e9:.1f} GB"
         needs = f"a step needs {needed / 1e9:.1f} GB of a {place[0]} that has {free / 1e9:.1f} GB"
         raise UserError("train.sharding", asked.sharding, f"{needs}; expected {right}")
 

@@ -50,7 +50,8 @@ def plan(
         _check_output(output)
     summary = report.summary()
     if output is not None:
-        _write(output, report, report.cheapest if choose == "cheapest" else report.fastest, summary)
+        taken, chosen = report.proposal or ({}, report.cheapest if choose == "cheapest" else report.fastest)
+        _write(output, report, taken, chosen, summary)
     print(json.dumps(summary, indent=2, allow_nan=False) if as_json else terminal(report.tables(), report.notes()))
 
 
@@ -104,6 +105,17 @@ class Report:
     def fastest(self) -> Forecast | None:
         """The same with most tokens a day."""
         return max(ranked(self.all), key=lambda one: one.tokens_per_day, default=None)
+
+    @cached_property
+    def proposal(self) -> tuple[dict[str, Any], Forecast] | None:
+        """Where nothing fits: the first keys that make something fit, and the cheapest of it."""
+        batch = self.recipe.train.global_batch_size
+        for taken, planner in self.planner.levers() if self.cheapest is None else ():
+            found = list(choices(batch, self.cluster))
+            lean = [one for one in found if one.micro_batch == 1 and one.checkpointing]
+            if any(planner.forecast(self.cluster, one).fits for one in lean):
+                return taken, ranked([planner.forecast(self.cluster, one) for one in found])[0]
+        return None
 
     @cached_property
     def scaling(self) -> dict[str, dict[int, Forecast]]:
@@ -190,8 +202,19 @@ class Report:
             f"Times are rooflines at {100 * c.reach:.0f} % (--reach) of the data sheets' numbers, no measurements. "
             "Formulas and their sources: docs/plan.md.",
         ]
-        if self.cheapest is None:
+        if self.cheapest is None and self.proposal is None:
             return [*found, "Nothing of this fits: take more GPUs, a shorter data.max_length or a smaller optim.rank."]
+        if self.proposal is not None:
+            taken, one = self.proposal
+            words = [f"--{key} {value}" for key, value in taken.items()]
+            options = [word for pair in one.choice.options() for word in pair]
+            command = self.command(one.choice, "RECIPE.yaml", *" ".join(words).split(), *options)
+            return [
+                *found,
+                f"Nothing of this fits as it is. With {' '.join(words)} it does, in {one.peak / 1e9:.1f} GB of a GPU "
+                "(what each of them costs: docs/quantised.md):",
+                command,
+            ]
         for name, one in {"Cheapest": self.cheapest, "Fastest": self.fastest}.items():
             if one is not None and (name == "Cheapest" or one is not self.cheapest):
                 options = [word for pair in one.choice.options() for word in pair]
@@ -219,6 +242,7 @@ class Report:
             "choices": [_brief(one) for one in self.all],
             "cheapest": None if self.cheapest is None else asdict(self.cheapest.choice),
             "fastest": None if self.fastest is None else asdict(self.fastest.choice),
+            "proposal": None if self.proposal is None else {"keys": self.proposal[0], **_brief(self.proposal[1])},
             "scaling": {
                 home: {n: one.tokens_per_day for n, one in some.items()} for home, some in self.scaling.items()
             },
@@ -302,13 +326,16 @@ def _check_output(output: Path) -> None:
         raise UserError("--output", str(output), f"expected {right}")
 
 
-def _write(output: Path, report: Report, chosen: Forecast | None, summary: dict[str, Any]) -> None:
-    """The numbers, the plot, and what starts the choice."""
+def _write(
+    output: Path, report: Report, taken: dict[str, Any], chosen: Forecast | None, summary: dict[str, Any]
+) -> None:
+    """The numbers, the plot, and what starts the choice. taken: keys of the recipe that it changes, too."""
     texts = {"plan.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
     if chosen is not None:
         sharded = chosen.choice.sharding == "zero3"
         ds_config = {"ds_config": str(output / "ds_config.json") if sharded else None}
         recipe = report.planner.changed(train=chosen.choice.settings() | ds_config).recipe
+        recipe = config.changed(recipe, taken)
         start = report.command(chosen.choice, str(output / "recipe.yaml"))
         texts["recipe.yaml"] = f"# {start}\n{config.to_yaml(recipe)}"
         if sharded:

@@ -105,6 +105,21 @@ def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in (folder / "out").iterdir()} == {"plan.json", "scaling.png"}
 
 
+def test_what_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first keys that do, in the note, the numbers, and the recipe that is written."""
+    words = ["--cluster", "1xRTX4090", "--memory", "16", "--model.path", "llama2-7b", "--output", "out"]
+    assert main(["plan", *words]) == 0
+    shown = capsys.readouterr().out
+    keys = "--optim.refresh_batch first --sampling.scheme fixed --model.frozen int8"
+    assert f"Nothing of this fits as it is. With {keys} it does, in " in " ".join(shown.split())
+    recipe = config.from_dict(yaml.safe_load((folder / "out" / "recipe.yaml").read_text()))
+    assert (recipe.model.frozen, recipe.optim.refresh_batch, recipe.optim.always_on) == ("int8", "first", "full")
+    assert recipe.train.gradient_checkpointing
+    proposal = json.loads((folder / "out" / "plan.json").read_text())["proposal"]
+    assert proposal["fits"]
+    assert proposal["keys"] == {"optim.refresh_batch": "first", "sampling.scheme": "fixed", "model.frozen": "int8"}
+
+
 def test_scores_decide_how_deep_it_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With scores, a layer that is never drawn is not planned for."""
     words = ["--optim.always_on", "none", "--sampling.scheme", "fixed", "--sampling.gamma", "1", "--json"]
