@@ -89,6 +89,12 @@ def grouped_product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return torch.nn.functional.grouped_mm(a, b, offs=ends)
 
 
+def scaled_product(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """bfloat16 (n, m): a (n, k) b (k, m), both e4m3, times ``rows`` (n, 1) and ``columns`` (1, m), float32. a has its
+    rows in memory one after the other, b its columns. torch documents no other way to a device's products in fp8."""
+    return torch._scaled_mm(a, b, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
+
+
 def zero_all(tensors: Sequence[Tensor]) -> None:
     """Set all entries to zero."""
     torch._foreach_zero_(list(tensors))

@@ -107,8 +107,8 @@ class OptimCore(Settings):
     """The same of each matrix of a stack of experts, at most optim.rank and a divisor of it; null: so that coordinates
     of all experts take as much memory as those of the experts of one token would at optim.rank."""
     moments: Literal["float32", "int8"] = "float32"
-    """Adam's moments of weights that train at full rank (always_on full, lisa, badam, hift, full, adapters): float32, or
-    int8 in blocks of 256 entries, by bitsandbytes."""
+    """Adam's moments of weights that train at full rank (always_on full, lisa, badam, hift, full, adapters): float32,
+    or int8 in blocks of 256 entries, by bitsandbytes."""
     master: Literal["float32", "none"] = "float32"
     """Of the same weights a float32 copy beside bfloat16 ones; none: there is no copy, and an update is rounded to
     bfloat16 up or down at random, so that it is exact on average."""

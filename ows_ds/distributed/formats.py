@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ows_ds.compat.torch import scaled_product
 from ows_ds.errors import UserError
 
 NAMES = ("int8", "fp8", "nf4")
@@ -37,8 +39,8 @@ class Format:
     """How one matrix, or a stack of them under one name, is held in few bits.
 
     name: of `NAMES`. shape: of a matrix as stored. dtype: of the weights, and of what `dense` gives. inputs_first: the
-    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix. products: of fp8, those
-    of the device (`Scaled`) in place of products with what `dense` gives.
+    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix. products: of fp8,
+    those of the device (`Scaled`) in place of products with what `dense` gives.
     """
 
     name: str
@@ -150,8 +152,8 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A matrix (a, b) in fp8 that tokens are multiplied with in fp8, in products of the device: each token is rounded to
-    e4m3 times a scale of its own.
+    """A matrix (a, b) in fp8 that tokens are multiplied with in fp8, in products of the device: each token is rounded
+    to e4m3 times a scale of its own.
 
     scales: float32, (b,) where ``by_column``, else (a,).
     """
@@ -180,10 +182,7 @@ class Scaled:
         rows = (x.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp_(min=1e-30)
         tokens = (x / rows.to(x.dtype)).clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(STORED["fp8"])
         codes = self.codes if self.codes.stride(0) == 1 else self.codes.t().contiguous().t()
-        y = torch._scaled_mm(
-            tokens, codes, scale_a=rows, scale_b=columns.contiguous()[None], out_dtype=torch.bfloat16
-        )
-        return y.to(x.dtype)
+        return scaled_product(tokens, codes, rows, columns.contiguous()[None]).to(x.dtype)
 
 
 def has_fp8_products(device: torch.device) -> bool:

@@ -106,7 +106,9 @@ def resting(parameter: Any) -> Frozen | None:
     return found if found is not None and found.resting else None
 
 
-def named_weights(module: nn.Module, recurse: bool = True, duplicates: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+def named_weights(
+    module: nn.Module, recurse: bool = True, duplicates: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
     """`nn.Module.named_parameters` as if no weight were in few bits: the real one in place of codes, no scales."""
     for name, parameter in module.named_parameters(recurse=recurse, remove_duplicate=not duplicates):
         frozen = frozen_of(parameter)

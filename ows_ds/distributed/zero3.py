@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,19 @@ class InShards:
         # every rank makes codes of the full matrix, which is there for so long
         real, _, _ = self._sharder.empty(format.full_shape, format.dtype)
         fill(0, real.data.view(-1))
-        made = [self._sharder.of(values) for values in format.quantise(real.data)]
+        codes, scales = map(self._sharder.of, format.quantise(real.data))
         self._sharder.partition(real)
         inside.set_shard(real, None)
-        return Frozen(format, real, *made, source=fill)
+        return Frozen(format, real, codes, scales, source=fill)
 
     def later(self, real: ZeroParameter, format: Format) -> Frozen:
-        made = []
-        for shape in (format.codes_shape, format.scales_shape):
+        def empty(shape: tuple[int, ...]) -> ZeroParameter:
             parameter, _, _ = self._sharder.empty(shape, torch.uint8)
             self._sharder.partition(parameter)
             inside.set_shard(parameter, None)
-            made.append(parameter)
-        return Frozen(format, real, *made, resting=False)
+            return parameter
+
+        return Frozen(format, real, empty(format.codes_shape), empty(format.scales_shape), resting=False)
 
 
 def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:

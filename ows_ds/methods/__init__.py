@@ -30,8 +30,8 @@ def base_model(recipe: Recipe, weights: Weights) -> str:
 
 
 def deepspeed_trains(recipe: Recipe) -> bool:
-    """Whether DeepSpeed's own optimizer trains under ZeRO-3. Ours works on the shards in float64, which DeepSpeed's does
-    not have, and where moments are in 8 bits or there are no masters."""
+    """Whether DeepSpeed's own optimizer trains under ZeRO-3. Ours works on the shards in float64, which DeepSpeed's
+    does not have, and where moments are in 8 bits or there are no masters."""
     lean = recipe.optim.moments != "float32" or recipe.optim.master == "none"
     return recipe.method.name in ("full", *ADAPTERS) and recipe.model.dtype != "float64" and not lean
 

@@ -33,6 +33,7 @@ from ows_ds.distributed.frozen import Fill, Frozen, without_memory
 from ows_ds.errors import UserError
 from ows_ds.model.tensor_files import Files
 
+
 class Make(Protocol):
     """Gives a model's parameters their memory."""
 
@@ -157,17 +158,21 @@ class Unsharded:
 
     def frozen(self, format: Format, fill: Fill) -> Frozen:
         if self.reads:
-            made = format.quantise(self.parameter(format.full_shape, format.dtype, fill).data)
+            codes, scales = format.quantise(self.parameter(format.full_shape, format.dtype, fill).data)
         else:
-            shapes = (format.codes_shape, format.scales_shape)
-            made = tuple(torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in shapes)
+            codes, scales = (
+                torch.empty(shape, dtype=torch.uint8, device=self.device)
+                for shape in (format.codes_shape, format.scales_shape)
+            )
         real = nn.Parameter(without_memory(format.full_shape, format.dtype, self.device))
-        return Frozen(format, real, *map(_bytes, made), source=fill)
+        return Frozen(format, real, _bytes(codes), _bytes(scales), source=fill)
 
     def later(self, real: nn.Parameter, format: Format) -> Frozen:
-        shapes = (format.codes_shape, format.scales_shape)
-        made = (_bytes(without_memory(shape, torch.uint8, self.device)) for shape in shapes)
-        return Frozen(format, real, *made, resting=False)
+        codes, scales = (
+            _bytes(without_memory(shape, torch.uint8, self.device))
+            for shape in (format.codes_shape, format.scales_shape)
+        )
+        return Frozen(format, real, codes, scales, resting=False)
 
 
 def _bytes(values: Tensor) -> nn.Parameter:

@@ -18,9 +18,9 @@ from ows_ds.compat.deepspeed import full_shape
 from ows_ds.compat.transformers import auto_class
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator, fail_together
-from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.formats import Format, has_fp8_products, require_bitsandbytes
-from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights
+from ows_ds.distributed.frozen import frozen_of, named_weights
+from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW
 from ows_ds.errors import UserError, first_line, one_line
@@ -77,7 +77,7 @@ def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] |
 
 
 def formats(layers: ModelLayers, name: str, dtype: torch.dtype, products: bool = False) -> dict[str, Format]:
-    """Of the matrices that are in few bits while they are frozen (``model.frozen``), by name. products: see `Format`."""
+    """Of the matrices that are in few bits while frozen (``model.frozen``), by name. products: see `Format`."""
     if name == "nf4":
         require_bitsandbytes("model.frozen", name)
     matrices = (matrix for block in layers.layers for matrix in block.matrices) if name != "same" else ()
@@ -91,9 +91,9 @@ def _formats(recipe: Recipe, layers: ModelLayers, device: torch.device) -> dict[
 
 
 def let_freeze(model: nn.Module, formats: Mapping[str, Format], make: Make) -> list[nn.Parameter]:
-    """The matrices of ``formats`` that ``model`` has as they are, now with a place for their codes: for `Weights.freeze`.
+    """The matrices of ``formats`` that ``model`` has as they are, now with a place for their codes.
 
-    Before ``model`` becomes `Weights`.
+    Before ``model`` becomes `Weights`, whose `freeze` takes them.
     """
     parameters, found = dict(named_weights(model)), {}
     for name, format in formats.items():

@@ -149,8 +149,11 @@ class ActiveSet:
 
     def weights_of(self, blocks: Iterable[Block]) -> list[nn.Parameter]:
         """All that trains in blocks of a plan."""
-        parts = (part for b in blocks for part in (*b.vectors, *b.matrices, *self._full_rank_matrices(b)))
-        return [self.parameters[part.name] for part in parts]
+        found = []
+        for block in blocks:
+            parts: tuple[Vector | Matrix, ...] = (*block.vectors, *block.matrices, *self._full_rank_matrices(block))
+            found += [self.parameters[part.name] for part in parts]
+        return found
 
     def _full_rank_matrices(self, block: Block) -> tuple[Matrix, ...]:
         """The matrices of a block of the plan that train at full rank beside it."""

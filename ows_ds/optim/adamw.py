@@ -204,7 +204,9 @@ class BlockAdamW(Method):
         # those of other groups one after the other: their state rests on the CPU
         for some in (*([name] for name in names if name not in self.group.names), None):
             self._enter(some)
-            states = {name: state for name, state in self._states.items() if name in names and name in self._full.parameters}
+            states = {
+                name: state for name, state in self._states.items() if name in names and name in self._full.parameters
+            }
             load_states(self.weights, self._named, states, steps, read, values.get("full_rank_kept"))
             if some is not None:
                 self._leave()

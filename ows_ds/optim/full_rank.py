@@ -300,9 +300,7 @@ class FullRank:
         return {**self.parked, **self._states}
 
 
-def state_shards(
-    weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, State]
-) -> list[Shard]:
+def state_shards(weights: Weights, parameters: Mapping[str, nn.Parameter], states: Mapping[str, State]) -> list[Shard]:
     """``full/NAME/KIND``: what a checkpoint holds of the states that `FullRank.states` gives; of a moment in 8 bits its
     codes, and ``full/NAME/KIND/scales``, all ranks' one after the other."""
     found = []
@@ -341,9 +339,13 @@ def load_states(
     for name, state in states.items():
         own = weights.interval(parameters[name])
         if "master" in state:
-            state["master"].copy_(read(f"full/{name}/master", *own) if kept["master"] else weights.local(parameters[name]))
+            state["master"].copy_(
+                read(f"full/{name}/master", *own) if kept["master"] else weights.local(parameters[name])
+            )
         for kind in MOMENTS:
-            _load_moment(state[kind], f"full/{name}/{kind}", own, math.prod(weights.shape(parameters[name])), read, kept)
+            _load_moment(
+                state[kind], f"full/{name}/{kind}", own, math.prod(weights.shape(parameters[name])), read, kept
+            )
         state["step"].fill_(steps[name])
 
 

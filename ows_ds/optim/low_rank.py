@@ -249,10 +249,10 @@ def make_coordinates(
 class FrozenLinear(torch.autograd.Function):
     """y = x (decay * W + sum of L R^T)^T + b, each token with a matrix W of its own where W is a stack.
 
-    W is frozen, perhaps in few bits, or trains at full rank and has no coordinates. Saves x B (tokens x r) where coordinates stand on the
-    output side, x where any stand on the input side or W trains, and nothing of the tokens' size otherwise. The weight
-    is saved as the module's own parameter, so that ZeRO-3 may release it after the forward pass and gather it again for
-    the backward pass.
+    W is frozen, perhaps in few bits, or trains at full rank and has no coordinates. Saves x B (tokens x r) where
+    coordinates stand on the output side, x where any stand on the input side or W trains, and nothing of the tokens'
+    size otherwise. The weight is saved as the module's own parameter, so that ZeRO-3 may release it after the forward
+    pass and gather it again for the backward pass.
     """
 
     @staticmethod

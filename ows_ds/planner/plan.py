@@ -205,14 +205,14 @@ class Report:
         if self.cheapest is None and self.proposal is None:
             return [*found, "Nothing of this fits: take more GPUs, a shorter data.max_length or a smaller optim.rank."]
         if self.proposal is not None:
-            taken, one = self.proposal
+            taken, proposed = self.proposal
             words = [f"--{key} {value}" for key, value in taken.items()]
-            options = [word for pair in one.choice.options() for word in pair]
-            command = self.command(one.choice, "RECIPE.yaml", *" ".join(words).split(), *options)
+            options = [word for pair in proposed.choice.options() for word in pair]
+            command = self.command(proposed.choice, "RECIPE.yaml", *" ".join(words).split(), *options)
             return [
                 *found,
-                f"Nothing of this fits as it is. With {' '.join(words)} it does, in {one.peak / 1e9:.1f} GB of a GPU "
-                "(what each of them costs: docs/quantised.md):",
+                f"Nothing of this fits as it is. With {' '.join(words)} it does, in {proposed.peak / 1e9:.1f} GB of a "
+                "GPU (what each of them costs: docs/quantised.md):",
                 command,
             ]
         for name, one in {"Cheapest": self.cheapest, "Fastest": self.fastest}.items():

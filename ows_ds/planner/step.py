@@ -103,8 +103,10 @@ class StepSpec:
         """Of the matrices that are in few bits, by name."""
         if self.frozen == "same":
             return {}
-        trained = {part.name for block in self.plan.blocks for part in (*block.matrices, *block.vectors)}
-        trained.update(self.full_rank)
+        trained = set(self.full_rank)
+        for block in self.plan.blocks:
+            trained.update(m.name for m in block.matrices)
+            trained.update(v.name for v in block.vectors)
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.itemsize]
         matrices = [matrix for block in self.layers.layers for matrix in block.matrices]
         frozen = (matrix for matrix in matrices if matrix.name not in trained)

@@ -169,7 +169,7 @@ def attempt(job: config.Recipe, plan: Plan | None) -> list[int]:
     return codes
 
 
-def kill(inputs: Path, folder: Path, kills: int, sharding: str, seed: int) -> Outcome:
+def kill(inputs: Path, folder: Path, kills: int, sharding: str, seed: int, frozen: str = "same") -> Outcome:
     """Kill runs until ``kills`` were hit. Raises AssertionError unless each ends as one that was not interrupted, with
     no checkpoint ever there that is not whole."""
 
@@ -178,6 +178,7 @@ def kill(inputs: Path, folder: Path, kills: int, sharding: str, seed: int) -> Ou
         made = config.to_dict(recipe(inputs, folder / name, **more))
         made["log"]["trackers"] = []
         made["data"]["eval"] = None
+        made["model"]["frozen"] = frozen
         return config.from_dict(made)
 
     attempt(job("whole"), None)  # starts what processes are forked from

@@ -239,7 +239,7 @@ def test_a_refusal_says_what_would_fit() -> None:
     assert " GB of a GPU that has 35.0 GB; expected --train.gradient_checkpointing true, which needs " in said
     with pytest.raises(UserError, match=r"24.0 GB; expected --train.sharding zero3, which needs [0-9.]+ GB$"):
         asked.require(replicated, 24_000_000_000)
-    with pytest.raises(UserError, match="expected --optim.refresh_batch first, --sampling.scheme fixed, "):
+    with pytest.raises(UserError, match=r"expected --optim\.refresh_batch first, --sampling\.scheme fixed, "):
         asked.require(sharded, 5_000_000_000)
     with pytest.raises(UserError, match="expected more GPUs under zero3"):
         asked.require(sharded, 2_000_000_000)

@@ -63,7 +63,12 @@ class Alive(TorchDispatchMode):
 
 @functools.cache
 def steps(
-    method: str, always_on: str, checkpointing: bool, wide: bool, dtype: str, family: str = "llama",
+    method: str,
+    always_on: str,
+    checkpointing: bool,
+    wide: bool,
+    dtype: str,
+    family: str = "llama",
     frozen: str = "same",
 ) -> tuple[StepSpec, int, dict[bool, int], int]:
     """What was planned; bytes between steps; the peak of a step without and with refresh; activations.
