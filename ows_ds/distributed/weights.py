@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -126,7 +127,7 @@ class Weights(Protocol):
         """Call it after every step, evaluation and generation: nothing stays gathered."""
 
     def full_tensor(self, parameter: nn.Parameter) -> Tensor:
-        """The full parameter on every rank, detached, in its dtype. Collective under ZeRO-3."""
+        """The full parameter on every rank, detached, in its dtype. Collective under ZeRO-3, and while it rests."""
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         """The same in runs of at most about `CHUNK` entries: where each starts, 1-D, valid until the next. Collective
@@ -191,6 +192,10 @@ class Home:
     device: torch.device
     _reader: ThreadPoolExecutor | None = None
 
+    def __init__(self) -> None:
+        self.moved: Counter[str] = Counter()
+        """Bytes of real weights that this rank has moved ``to_host`` and ``to_device`` (`freeze`, `thaw`)."""
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(named_weights(self.module))
 
@@ -222,7 +227,9 @@ class Home:
         changed = [f for f in map(frozen_of, parameters) if f is not None and not f.resting]
         for frozen in changed:
             self._set_codes(frozen)
-            frozen.set_host(copy_to_host(self._local(frozen.real)))
+            host = copy_to_host(self._local(frozen.real))
+            self.moved["to_host"] += host.nbytes
+            frozen.set_host(host)
             self._release(frozen.real)
             frozen.resting = True
             frozen.place()
@@ -231,6 +238,8 @@ class Home:
     def thaw(self, parameters: Iterable[nn.Parameter]) -> None:
         changed = list(filter(None, map(resting, parameters)))
         for frozen in changed:
+            start, stop = self._needed(frozen)
+            self.moved["to_device"] += (stop - start) * frozen.format.dtype.itemsize
             self._hold(frozen)
             for parameter in (frozen.codes, frozen.scales):
                 self._release(parameter)
@@ -244,10 +253,10 @@ class Home:
                 self._reader = ThreadPoolExecutor(1, "ows_ds-stage")
             frozen.stage(*self._needed(frozen), self.interval(frozen.real), self._reader, self.device.type == "cuda")
 
-    def full_tensor(self, parameter: nn.Parameter) -> Tensor:
+    def full_tensor(self, parameter: nn.Parameter, name: str = "export") -> Tensor:
         numel = math.prod(self.shape(parameter))
         size = math.ceil(numel / self.comm.world_size)
-        return self._gather(parameter, 0, size)[:numel].view(self.shape(parameter))
+        return self._gather(parameter, 0, size, name)[:numel].view(self.shape(parameter))
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         numel = math.prod(self.shape(parameter))
@@ -262,7 +271,7 @@ class Home:
                     yield start, gathered[rank * length : (rank + 1) * length][: numel - start]
             del gathered  # before the next is there
 
-    def _gather(self, parameter: nn.Parameter, at: int, length: int) -> Tensor:
+    def _gather(self, parameter: nn.Parameter, at: int, length: int, name: str = "export") -> Tensor:
         """``length`` entries of every rank's interval, from its entry ``at`` on, one after the other."""
         (start, stop), frozen = self.interval(parameter), resting(parameter)
         if frozen is None:
@@ -272,11 +281,11 @@ class Home:
         part = to_device(part, self.device)  # from the CPU where DeepSpeed keeps shards that are offloaded
         if part.numel() < length:  # the last shards are shorter
             part = torch.nn.functional.pad(part, (0, length - part.numel()))
-        return self.comm.all_gather(part, "export")
+        return self.comm.all_gather(part, name)
 
     def _set_codes(self, frozen: Frozen) -> None:
         """Codes and scales <- those of the real weights, one full matrix at a time. Collective."""
-        full = self.full_tensor(frozen.real)
+        full = self.full_tensor(frozen.real, "frozen_weights")
         for parameter, values in zip((frozen.codes, frozen.scales), frozen.format.quantise(full), strict=True):
             self._store(parameter, values)
 
@@ -316,6 +325,7 @@ class Replicated(Home):
 
     def __init__(self, module: nn.Module, comm: Communicator) -> None:
         """module: the model, on its device. Rank 0's weights are copied to the others. Collective."""
+        super().__init__()
         self.module = module
         self.comm = comm
         self.device = next(module.parameters()).device
@@ -366,8 +376,8 @@ class Replicated(Home):
     def after_step(self) -> None:
         pass
 
-    def full_tensor(self, parameter: nn.Parameter) -> Tensor:
-        return super().full_tensor(parameter) if resting(parameter) else parameter.detach()
+    def full_tensor(self, parameter: nn.Parameter, name: str = "export") -> Tensor:
+        return super().full_tensor(parameter, name) if resting(parameter) else parameter.detach()
 
     def runs(self, parameter: nn.Parameter) -> Iterator[tuple[int, Tensor]]:
         if resting(parameter):
@@ -393,7 +403,7 @@ class Replicated(Home):
         if not whole:
             size = math.ceil(real.numel() / self.comm.world_size)
             part = torch.nn.functional.pad(part, (0, size - part.numel()))
-            part = self.comm.all_gather(part, "thawed_weights")[: real.numel()]
+            part = self.comm.all_gather(part, "frozen_weights")[: real.numel()]
         real.data = part.view(real.shape)
 
 

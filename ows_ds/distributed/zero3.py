@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ows_ds.compat import deepspeed as inside
 from ows_ds.compat.deepspeed import ZeroParameter, full_shape
-from ows_ds.compat.torch import build_directory
+from ows_ds.compat.torch import build_directory, to_device
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.formats import Format
 from ows_ds.distributed.frozen import Fill, Frozen, frozen_of
@@ -145,6 +145,7 @@ class Zero3(Home):
         return weights
 
     def _use(self, engine: Any, comm: Communicator) -> None:
+        Home.__init__(self)
         self.engine = engine
         self.module: nn.Module = engine.module
         self.comm = comm
@@ -229,7 +230,7 @@ class Zero3(Home):
 
     def _hold(self, frozen: Frozen) -> None:
         own = self.interval(frozen.real)
-        inside.set_shard(frozen.real, frozen.staged(*own, own).to(self.device))
+        inside.set_shard(frozen.real, to_device(frozen.staged(*own, own), self.device))
 
     def _moved(self, changed: bool) -> None:
         if changed:

@@ -23,7 +23,7 @@ from ows_ds.model.layers import find_layers
 def adapt(recipe: Recipe, model: Any) -> Any:
     """``model`` inside a peft model with new adapters, the same on every rank and the only weights that train.
 
-    Raises UserError (``method.name``) where peft is not installed.
+    Raises UserError (``method.name``, ``model.frozen``) for what peft does not have, or where it is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -35,6 +35,9 @@ def adapt(recipe: Recipe, model: Any) -> Any:
     # in some models of experts peft takes routers for linear layers, too
     frozen = found.router_names and recipe.optim.router == "freeze"
     linear = {m.modules[0].removeprefix(f"{b.name}.") for b in found.layers for m in b.matrices if not m.experts}
+    if stacks and recipe.model.frozen != "same":
+        right = "expected same: peft's adapters of experts in stacks need their real weights, and this model has them"
+        raise UserError("model.frozen", recipe.model.frozen, right)
     if stacks and method.name == "dora":
         right = "expected lora: peft has no DoRA of experts in stacks, and this model has them"
         raise UserError("method.name", method.name, right)

@@ -46,6 +46,7 @@ def load_model(
 
     config = runtime.ds_config
     device = runtime.device
+    _check_offload(recipe, config)
     model = pretrained(recipe, runtime.comm, device, config, frozen=True)
     layers = find_layers(model, None if config is None else full_shape)
     real = let_freeze(model, _formats(recipe, layers, device), _maker(device, runtime.comm, config))
@@ -70,6 +71,13 @@ def load_model(
         weights = Zero3(model, config, runtime.comm)
     weights.freeze(real)
     return weights, layers
+
+
+def _check_offload(recipe: Recipe, ds_config: dict[str, Any] | None) -> None:
+    zero = {} if ds_config is None else ds_config["zero_optimization"]
+    if recipe.model.frozen != "same" and (zero.get("offload_param") or {}).get("device", "none") != "none":
+        right = "expected same: under DeepSpeed's offload_param weights lie in the host's memory already"
+        raise UserError("model.frozen", recipe.model.frozen, right)
 
 
 def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] | None) -> Make:

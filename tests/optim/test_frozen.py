@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -169,6 +170,34 @@ def test_bytes(pools: Pools, sharding: str, name: str, share: float) -> None:
         if sharding == "zero3":
             assert gathered <= share
         assert most == 1
+
+
+def moved(rank: int, world_size: int, sharding: str) -> None:
+    """At a change of the set, this rank's part of what enters and of what leaves, and nothing between."""
+    weights = home(tiny("llama", dtype=torch.float64), sharding, world_size, "int8")
+    ows = OWS(weights, RATIOS, **SETTINGS)
+
+    def own(layer: int) -> int:
+        matrices = [ows.active.parameters[matrix.name] for matrix in find_layers_of(ows, layer)]
+        return sum(weights.interval(p)[1] - weights.interval(p)[0] for p in matrices) * 8
+
+    for _ in range(6):
+        before, old = weights.moved.copy(), ows.layer_set  # type: ignore[attr-defined]
+        one_step(ows, rank, world_size)
+        left, entered = set(old) - set(ows.layer_set), set(ows.layer_set) - set(old)
+        found = weights.moved - before  # type: ignore[attr-defined]
+        assert found == Counter({"to_host": sum(map(own, left)), "to_device": sum(map(own, entered))}) - Counter()
+    assert weights.moved["to_host"]  # type: ignore[attr-defined]
+    ows.close()
+
+
+def find_layers_of(ows: OWS, layer: int) -> Any:
+    return [m for m in find_layers(ows.module, ows.weights.shape).layers[layer].matrices]
+
+
+@pytest.mark.parametrize(("world_size", "sharding"), [(1, "replicated"), (2, "replicated"), (2, "zero3")])
+def test_bytes_between_host_and_device(pools: Pools, world_size: int, sharding: str) -> None:
+    pools(world_size).run(moved, sharding)
 
 
 def kept(rank: int, world_size: int, sharding: str) -> None:
