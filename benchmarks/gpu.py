@@ -35,7 +35,14 @@ Row = dict[str, Any]
 METHODS = ("ows", "ows-lean", "lora", "lisa", "galore", "full")
 SHAPES = {"real": ("llama3-8b", "qwen2.5-7b"), "tiny": ("tiny",)}
 TINY = {"hidden": 128, "heads": 2, "layers": "2", "vocab": 256, "tokens": 64, "gamma": 1, "rank": 8, "lora_rank": 2}
-LIMITS = {"runs": 150, "mathematics": 60, "streams": 90, "costs": 900, "search": 40}  # seconds at most, by part
+LIMITS = {
+    "runs": 150,
+    "mathematics": 60,
+    "streams": 90,
+    "frozen": 60,
+    "costs": 900,
+    "search": 40,
+}  # seconds at most, by part
 METHOD = 75  # seconds at most of a method in `costs`
 PATIENCE = {"real": 1, "tiny": 4}  # times these limits: the CPUs that rehearse may be busy
 LEAST = 10  # seconds, with less no part begins
@@ -48,6 +55,8 @@ TABLES = {  # by part: key of a row -> head of its column
     "runs": {"what": "what", "result": "result", "seconds": "seconds", "loss": "last loss", "digest": "model"},
     "mathematics": {"what": "settings", "result": "result", "float64": "float64", "bfloat16": "bfloat16"},
     "streams": {"what": "what", "result": "result"},
+    "frozen": {"what": "format", "result": "result", "loss": "loss apart", "made_ms": "made of codes [ms]",
+               "plain_ms": "plain product [ms]", "product_ms": "product [ms]", "change_ms": "back and away [ms]"},
     "costs": {"shape": "shape", "method": "method", "result": "result", "tokens_per_second": "tokens/s",
               "tflops": "model TFLOP/s", "own_tflops": "own TFLOP/s", "mfu": "MFU [%]", "step_ms": "step [ms]",
               "planned_ms": "planned [ms]",
@@ -64,6 +73,9 @@ NOTES = {
     "bfloat16 at most 0.2.",
     "streams": "ZeRO-3 on two ranks, while what writes to shards is held up on its stream: losses have to be those of "
     "a run in which the host waits after each step. On one GPU over gloo, on two over NCCL.",
+    "frozen": "Frozen weights in few bits. Loss apart: the largest relative difference of five losses between the CPU "
+    "and the device in float32 (fp8: by products of the device, within 0.05). One bfloat16 matrix: made of its codes; "
+    "2,048 tokens times it, plain and from codes; its real weights from the host to the device and away again.",
     "costs": "One sequence a step (of 4,096 tokens; tiny: 64), 5 layers sampled (tiny: 1), random weights. Model "
     "TFLOP/s: of a forward pass and a backward pass through activations, the same for every method; MFU: these over "
     "the data sheet's peak. Own: of all matrix products of the method's step. Allocated, reserved: torch's peaks, in "
@@ -288,6 +300,93 @@ def search(device: str, shape: str, seconds: float) -> Iterator[Row]:
         yield row
 
 
+def frozen(device: str, shape: str, seconds: float) -> Iterator[Row]:
+    """Training over frozen weights in few bits: right, and what a matrix costs."""
+    import statistics
+
+    import torch
+    import transformers as tf
+
+    from ows_ds import OWS
+    from ows_ds.bench.worker import timed
+    from ows_ds.distributed.communicator import Communicator
+    from ows_ds.distributed.formats import NAMES, Format, has_fp8_products
+    from ows_ds.distributed.weights import Replicated
+    from ows_ds.errors import UserError
+    from ows_ds.model.layers import find_layers
+    from ows_ds.model.loading import Unsharded
+    from ows_ds.model.pretrained import formats, let_freeze
+    from ows_ds.optim.low_rank import frozen_linear, hook_frozen
+    from ows_ds.train.loss import token_losses
+
+    products = has_fp8_products(torch.device(device))
+
+    def home(where: str, model: Any, name: str, dtype: torch.dtype) -> Replicated:
+        real = let_freeze(
+            model, formats(find_layers(model), name, dtype, products), Unsharded(torch.device(where), True)
+        )
+        weights = Replicated(model, Communicator())
+        weights.freeze(real)
+        hook_frozen(weights)
+        return weights
+
+    def losses(where: str, name: str) -> list[float]:
+        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        config = tf.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=4,
+                                num_attention_heads=2, **tokens)  # fmt: skip
+        torch.manual_seed(0)
+        model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.config.use_cache = False
+        weights = home(where, model.to(where).train(), name, torch.float32)
+        ows = OWS(weights, [1.0, 2.0, 3.0, 4.0], gamma=1, scheme="fixed", period=2, rank=8, lr=1e-2)
+        noise = torch.Generator().manual_seed(0)
+
+        def loss() -> torch.Tensor:
+            ids = torch.randint(3, 256, (2, 24), generator=noise)
+            return token_losses(weights, {"input_ids": ids.to(where), "labels": ids}) / 46
+
+        found = torch.stack([ows.train_step([loss]) for _ in range(5)]).tolist()
+        ows.close()
+        return list(found)
+
+    def milliseconds(work: Callable[[], Any]) -> float:
+        work()
+        return round(1e3 * statistics.median(timed(work) for _ in range(5)), 3)
+
+    size = (14336, 4096) if shape == "real" else (64, 64)
+    for name in NAMES:
+        row: Row = {"what": name}
+        try:
+            apart = max(abs(a - b) / a for a, b in zip(losses("cpu", name), losses(device, name), strict=True))
+        except UserError as error:  # bitsandbytes is not there
+            yield row | {"result": f"not measured: {error}"}
+            continue
+        row["loss"] = float(f"{apart:.1e}")
+        good = apart <= (0.05 if name == "fp8" else 1e-4)
+        module = torch.nn.Linear(size[1], size[0], bias=False, device=device, dtype=torch.bfloat16)
+        x = torch.randn(2048, size[1], device=device, dtype=torch.bfloat16)
+        row["plain_ms"] = milliseconds(lambda module=module, x=x: module(x))  # type: ignore[misc]
+        made = Unsharded(torch.device(device), True).later(
+            module.weight, Format(name, size, torch.bfloat16, products=products and name == "fp8")
+        )
+        made.use_in(module, "weight")
+        weights, own = Replicated(module, Communicator()), [made.real]
+        weights.freeze(own)
+
+        def both(weights: Replicated = weights, own: Any = own) -> None:
+            weights.thaw(own)
+            weights.freeze(own)
+
+        def product(made: Any = made, x: torch.Tensor = x) -> None:
+            frozen_linear(x, made.codes, None, [], False)
+
+        def dense(made: Any = made) -> None:
+            made.format.dense(made.codes, made.scales)
+
+        row |= {"change_ms": milliseconds(both), "made_ms": milliseconds(dense), "product_ms": milliseconds(product)}
+        yield row | {"result": "ok" if good else "failed: other losses"}
+
+
 def costs(device: str, shape: str, seconds: float) -> Iterator[Row]:
     """Time and memory of a step, by shape and method."""
     import torch
@@ -368,7 +467,9 @@ def _planned(setting: Any, method: str, gpu: str | None) -> tuple[int, float | N
         return planner.peak(choice), None if times is None else times.overlapped
 
 
-PARTS = {"runs": runs, "mathematics": mathematics, "streams": streams, "costs": costs, "search": search}
+PARTS = {
+    "runs": runs, "mathematics": mathematics, "streams": streams, "frozen": frozen, "costs": costs, "search": search,
+}  # fmt: skip
 
 # ------------------------------------------------------------------ the command
 

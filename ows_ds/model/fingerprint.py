@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ows_ds.compat.torch import to_device
 from ows_ds.distributed.weights import Weights, entries_at_once
 
 _BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
@@ -27,7 +28,7 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
     places: dict[torch.device, Tensor] = {}
     sums = []
     for _, parameter in parameters:
-        local = weights.local(parameter)
+        local = to_device(weights.local(parameter), weights.device)  # from the CPU where DeepSpeed or files have it
         if local.device not in places:
             places[local.device] = _mix(torch.arange(_BLOCK, device=local.device))
         start, _ = weights.interval(parameter)

@@ -187,7 +187,7 @@ def test_what_a_gpu_shows(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     [found] = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
-    assert {row["part"] for row in found["rows"]} == {"runs", "mathematics", "streams", "costs", "search"}
+    assert {row["part"] for row in found["rows"]} == {"runs", "mathematics", "streams", "frozen", "costs", "search"}
     assert [row for row in found["rows"] if row["result"] != "ok"] == []
     costs = [row for row in found["rows"] if row["part"] == "costs"]
     assert all(0 < row["allocated_gib"] <= row["reserved_gib"] for row in costs)
