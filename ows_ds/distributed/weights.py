@@ -69,6 +69,9 @@ class Weights(Protocol):
     comm: Communicator
     device: torch.device  # where forward and backward run
     sharded: bool  # whether weights are gathered only around each pass
+    moved: Counter[
+        str
+    ]  # bytes of real weights that this rank has moved, ``to_host`` (`freeze`) and ``to_device`` (`thaw`)
 
     def __call__(self, **batch: Any) -> Any:
         """The model's forward pass."""
@@ -194,7 +197,6 @@ class Home:
 
     def __init__(self) -> None:
         self.moved: Counter[str] = Counter()
-        """Bytes of real weights that this rank has moved ``to_host`` and ``to_device`` (`freeze`, `thaw`)."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(named_weights(self.module))

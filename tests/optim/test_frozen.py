@@ -182,12 +182,12 @@ def moved(rank: int, world_size: int, sharding: str) -> None:
         return sum(weights.interval(p)[1] - weights.interval(p)[0] for p in matrices) * 8
 
     for _ in range(6):
-        before, old = weights.moved.copy(), ows.layer_set  # type: ignore[attr-defined]
+        before, old = weights.moved.copy(), ows.layer_set
         one_step(ows, rank, world_size)
         left, entered = set(old) - set(ows.layer_set), set(ows.layer_set) - set(old)
-        found = weights.moved - before  # type: ignore[attr-defined]
+        found = weights.moved - before
         assert found == Counter({"to_host": sum(map(own, left)), "to_device": sum(map(own, entered))}) - Counter()
-    assert weights.moved["to_host"]  # type: ignore[attr-defined]
+    assert weights.moved["to_host"]
     ows.close()
 
 
