@@ -116,11 +116,20 @@ class Parser(argparse.ArgumentParser):
             if "." in name and any("." in key for key in self.fields):
                 keys[name] = value
             else:
-                from ows_ds.config.settings import unknown
+                from ows_ds.config.settings import meant, unknown
 
-                wrong.append(UserError(f"--{name}", value, unknown(name, self.names, {}, "--")))
+                right = meant(name, self._meanings(), "--") or unknown(name, self.names, {}, "--")
+                wrong.append(UserError(f"--{name}", value, right))
         raise_all(wrong)
         return keys
+
+    def _meanings(self) -> Mapping[str, str]:
+        """What other tools call the recipe's keys, where these are options."""
+        if not any("." in key for key in self.fields):
+            return {}
+        from ows_ds.config import Recipe
+
+        return Recipe.meanings
 
 
 def _words(field: "FieldInfo") -> str:

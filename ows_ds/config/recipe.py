@@ -1,12 +1,14 @@
 """The recipe: every setting of a run, a section each."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
+from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import Method, Optim, Sampling
 from ows_ds.config.settings import MOST, Count, MayChange, Positive, Seed, Settings, Wrong, model_in, unknown
@@ -140,6 +142,17 @@ def sections() -> dict[str, type[Settings]]:
 def recipe_keys() -> dict[str, FieldInfo]:
     """Every key of the recipe by its full name, such as optim.rank."""
     return {f"{name}.{key}": field for name, kind in sections().items() for key, field in kind.model_fields.items()}
+
+
+def _meanings() -> dict[str, str]:
+    """Other tools' names of keys, and our own without their section."""
+    last = Counter(key.partition(".")[2] for key in recipe_keys())
+    own = {name: key for key in recipe_keys() if last[name := key.partition(".")[2]] == 1}
+    return {**own, **MEANINGS}
+
+
+for _kind in (Recipe, *sections().values()):
+    _kind.meanings = _meanings()
 
 
 def may_change_on_resume(key: str) -> bool:

@@ -72,6 +72,8 @@ class Settings(BaseModel):
     )
     renamed: ClassVar[Mapping[str, str]] = {}
     """Former names of keys -> what to say instead."""
+    meanings: ClassVar[Mapping[str, str]] = {}
+    """Names by which other tools mean a key, of this section or another -> the key."""
 
     def contradictions(self) -> Iterator[Wrong]:
         """Values that are right alone but not together."""
@@ -158,7 +160,9 @@ def _explain(kind: type[Settings], tree: Any, error: Any, prefix: str) -> tuple[
     for part in error["loc"]:
         fields = fields_of(kind)
         if error["type"] in ("extra_forbidden", "invalid_key") and part is error["loc"][-1]:
-            near = unknown(str(part), fields, kind.renamed, f"{prefix}{key}." if key else prefix)
+            near = meant(str(part), kind.meanings, prefix) or unknown(
+                str(part), fields, kind.renamed, f"{prefix}{key}." if key else prefix
+            )
             return f"{key}.{part}" if key else str(part), near, error["input"]
         if isinstance(part, int):
             key, value = f"{key}[{part}]", value[part] if isinstance(value, list | tuple) else value
@@ -182,6 +186,12 @@ def _explain(kind: type[Settings], tree: Any, error: Any, prefix: str) -> tuple[
     if most is not None and most >= MOST:  # `words` does not tell of it
         return key, f"expected a number {'of at most' if 'le' in error['ctx'] else 'below'} {most:g}", value
     return key, f"expected {words(field)}", value
+
+
+def meant(name: str, meanings: Mapping[str, str], prefix: str = "") -> str | None:
+    """What to say of a key by which another tool means one of ours; None where it is none."""
+    ours = meanings.get(name.rpartition(".")[2].replace("-", "_"))
+    return None if ours is None else f"there is no such key; {prefix}{ours} is what is meant"
 
 
 def unknown(name: str, known: Iterable[str], renamed: Mapping[str, str], prefix: str = "") -> str:
