@@ -11,7 +11,7 @@ MEANINGS: dict[str, str] = {
         "model.dtype": "bf16 fp16 fp32 torch_dtype pure_bf16 tf32 precision load_in_half",
         "model.frozen int8": "load_in_8bit quantization quantization_bit bnb_config",
         "model.frozen nf4": "load_in_4bit use_qlora qlora bnb_4bit_quant_type",
-        "model.attn_implementation": "flash_attn flash_attention flash_attention_2 use_flash_attention_2 use_flash_attn",
+        "model.attn_implementation": "flash_attn flash_attention use_flash_attention_2 use_flash_attn",
         "model.trust_remote_code": "trust_remote_code_model",
         "data.train": "dataset dataset_name dataset_path datasets train_file train_dataset data_path",
         "data.eval": "eval_dataset test_datasets validation_file eval_file val_dataset",

@@ -40,13 +40,30 @@ def _tokens_to(experts: int) -> dict[str, int]:
     return {"num_experts_per_tok": experts}
 
 
+TIED = {"tie_word_embeddings": True}
 SHAPES = {
     "llama2-7b": Shape(4096, 11008, 32, 32),
     "llama2-13b": Shape(5120, 13824, 40, 40, layers=40),
     "llama2-70b": Shape(8192, 28672, 64, 8, layers=80),
     "llama3-8b": Shape(4096, 14336, 32, 8, 128256),
     "llama3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
+    "llama3.1-8b": Shape(4096, 14336, 32, 8, 128256),
+    "llama3.1-70b": Shape(8192, 28672, 64, 8, 128256, 80),
+    "llama3.2-1b": Shape(2048, 8192, 32, 8, 128256, 16, more={"head_dim": 64, **TIED}),
+    "llama3.2-3b": Shape(3072, 8192, 24, 8, 128256, 28, more={"head_dim": 128, **TIED}),
+    "llama3.3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
     "mistral-7b": Shape(4096, 14336, 32, 8, family="mistral"),
+    "mistral-nemo": Shape(5120, 14336, 32, 8, 131072, 40, "mistral", {"head_dim": 128}),
+    "phi-4": Shape(5120, 17920, 40, 10, 100352, 40, "phi3", {"pad_token_id": 0}),
+    "gemma3-4b": Shape(2560, 10240, 8, 4, 262208, 34, "gemma3_text", {"head_dim": 256, **TIED}),
+    "gemma3-12b": Shape(3840, 15360, 16, 8, 262208, 48, "gemma3_text", {"head_dim": 256, **TIED}),
+    "gemma3-27b": Shape(5376, 21504, 32, 16, 262208, 62, "gemma3_text", {"head_dim": 128, **TIED}),
+    "qwen3-0.6b": Shape(1024, 3072, 16, 8, 151936, 28, "qwen3", {"head_dim": 128, **TIED}),
+    "qwen3-1.7b": Shape(2048, 6144, 16, 8, 151936, 28, "qwen3", {"head_dim": 128, **TIED}),
+    "qwen3-4b": Shape(2560, 9728, 32, 8, 151936, 36, "qwen3", {"head_dim": 128, **TIED}),
+    "qwen3-8b": Shape(4096, 12288, 32, 8, 151936, 36, "qwen3", {"head_dim": 128}),
+    "qwen3-14b": Shape(5120, 17408, 40, 8, 151936, 40, "qwen3", {"head_dim": 128}),
+    "qwen3-32b": Shape(5120, 25600, 64, 8, 151936, 64, "qwen3", {"head_dim": 128}),
     "qwen2.5-7b": Shape(3584, 18944, 28, 4, 152064, 28, "qwen2"),
     "qwen2.5-14b": Shape(5120, 13824, 40, 8, 152064, 48, "qwen2"),
     "qwen2.5-32b": Shape(5120, 27648, 40, 8, 152064, 64, "qwen2"),

@@ -86,10 +86,14 @@ GPUS: dict[str, dict[str, float]] = {
     "H200": {"memory": 141, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
     "B200": {"memory": 180, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
     "MI300X": {"memory": 192, "tflops": 1307, "memory_bandwidth": 5300, "nvlink": 448, "network": 50},
+    "H20": {"memory": 96, "tflops": 148, "memory_bandwidth": 4000, "nvlink": 450, "network": 50},
     "V100": {"memory": 32, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},  # of float16
     "L40S": {"memory": 48, "tflops": 362, "memory_bandwidth": 864, **PCIE},
+    "A10G": {"memory": 24, "tflops": 70, "memory_bandwidth": 600, **PCIE},
+    "T4": {"memory": 16, "tflops": 65, "memory_bandwidth": 320, **PCIE},  # of float16
     "L4": {"memory": 24, "tflops": 121, "memory_bandwidth": 300, **PCIE},
     "A6000": {"memory": 48, "tflops": 155, "memory_bandwidth": 768, **PCIE},
+    "RTX5090": {"memory": 32, "tflops": 210, "memory_bandwidth": 1792, **PCIE},
     "RTX4090": {"memory": 24, "tflops": 165, "memory_bandwidth": 1008, **PCIE},
     "RTX3090": {"memory": 24, "tflops": 71, "memory_bandwidth": 936, **PCIE},
 }  # fmt: skip
@@ -127,7 +131,9 @@ def _by_name(given: str) -> Cluster | None:
     if found is None:
         return None
     nodes, gpus, name = found.groups()
-    kind = {"A100": "A100-80", "H100-80": "H100"}.get(name.upper(), name.upper())
+    kind = name.upper().removesuffix("GB").removesuffix("-SXM").removesuffix("-PCIE")
+    kind = {"A100": "A100-80", "H100-80": "H100", "RTXA6000": "A6000"}.get(kind, kind)
+    kind = f"RTX{kind}" if f"RTX{kind}" in GPUS else kind
     if kind not in GPUS:
         raise UserError("--cluster", given, f"expected a file, or nodes x GPUs of one of {', '.join(GPUS)}: 4x8xH100")
     return Cluster(nodes=int(nodes or 1), gpus=int(gpus), **GPUS[kind])  # type: ignore[arg-type]

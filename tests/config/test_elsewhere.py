@@ -30,7 +30,9 @@ def test_each_name_leads_to_a_key(theirs: str) -> None:
     assert theirs not in config.recipe_keys()
     if value:
         section, _, name = key.partition(".")
-        assert getattr(getattr(config.from_dict({**TREE, section: {**TREE.get(section, {}), name: value}}), section), name)
+        assert getattr(
+            getattr(config.from_dict({**TREE, section: {**TREE.get(section, {}), name: value}}), section), name
+        )
     right = f"there is no such key; {ours} is what is meant"
     assert said({**TREE, theirs: 1}) == [f"{theirs}: 1 is invalid: {right}"]
     if theirs not in config.fields_of(type(config.from_dict(TREE).train)):
@@ -46,7 +48,13 @@ def test_our_own_without_its_section() -> None:
 
 def test_a_whole_recipe_of_another_tool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line a key, and exit status 2."""
-    keys = {"model_name_or_path": "m", "dataset": "d", "finetuning_type": "lora", "learning_rate": 1e-4, "deepspeed": "z"}
+    keys = {
+        "model_name_or_path": "m",
+        "dataset": "d",
+        "finetuning_type": "lora",
+        "learning_rate": 1e-4,
+        "deepspeed": "z",
+    }
     (tmp_path / "theirs.yaml").write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
     assert main(["train", "--config", str(tmp_path / "theirs.yaml")]) == 2
     lines = capsys.readouterr().err.splitlines()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ows_ds.errors import UserError
-from ows_ds.planner.cluster import LAUNCH, Cluster, collective, read_cluster
+from ows_ds.planner.cluster import LAUNCH, Cluster, collective, known_gpu, read_cluster
 from ows_ds.planner.roofline import Times, Work, times, work
 from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import Messages, messages, traffic
@@ -154,3 +154,22 @@ def test_hpz_gathers_inside_a_node() -> None:
     found = times(TWO, {}, sent, inside=True)
     assert found.links["weights"] == collective(NODE, 7e9)
     assert found.links["gradients"] == collective(TWO, 7e9)
+
+
+@pytest.mark.parametrize(
+    ("given", "memory"), [("1x4090", 24), ("8xA100-80GB", 80), ("2x8xh100-80gb", 80), ("1xt4", 16), ("1x5090", 32)]
+)
+def test_names_as_people_write_them(given: str, memory: float) -> None:
+    assert read_cluster(given).memory == memory
+
+
+@pytest.mark.parametrize(
+    ("driver", "gpu"),
+    [
+        ("NVIDIA H200", "H200"), ("NVIDIA H20", "H20"), ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"),
+        ("NVIDIA A10G", "A10G"), ("NVIDIA A100-SXM4-80GB", "A100-40"), ("NVIDIA GeForce RTX 5090", "RTX5090"),
+        ("Tesla T4", "T4"),
+    ],
+)  # fmt: skip
+def test_gpus_by_their_drivers_names(driver: str, gpu: str) -> None:
+    assert known_gpu(driver) == gpu

@@ -55,7 +55,8 @@ def test_shapes_have_the_models_numbers_of_weights() -> None:
         counts[name] += shape.layers * sum(map(numel, parts_of(layers.layers[0])))
     assert counts == {
         "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320, "llama2-70b": 68_976_648_192,
-        "llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096,
+        **dict.fromkeys(("llama3-8b", "llama3.1-8b"), 8_030_261_248), "mistral-7b": 7_241_732_096,
+        **dict.fromkeys(("llama3-70b", "llama3.1-70b", "llama3.3-70b"), 70_553_706_496),
         "qwen2.5-7b": 7_615_616_512, "qwen2.5-14b": 14_770_033_664, "qwen2.5-32b": 32_763_876_352,
         "qwen2.5-72b": 72_706_203_648,
     }  # fmt: skip
@@ -63,7 +64,8 @@ def test_shapes_have_the_models_numbers_of_weights() -> None:
 
 def test_shapes_with_experts_have_the_models_numbers_of_weights() -> None:
     """All, and those that work on a token, embeddings included."""
-    configs = {name: tf.AutoConfig.for_model(**configuration(shape)) for name, shape in SHAPES.items() if shape.more}
+    stacked = {name: shape for name, shape in SHAPES.items() if "num_experts_per_tok" in shape.more}
+    configs = {name: tf.AutoConfig.for_model(**configuration(shape)) for name, shape in stacked.items()}
     assert {name: entries(model_of(config).layers) for name, config in configs.items()} == {
         "mixtral-8x7b": (46_702_792_704, 12_879_925_248), "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
         "gpt-oss-20b": (20_914_757_184, 4_193_246_784), "gpt-oss-120b": (116_829_156_672, 5_750_551_872),
@@ -223,6 +225,18 @@ def test_under_other_methods() -> None:
     found = [low.under(name).recipe for name in ("ows", "lisa")]
     assert [one.method.name for one in found] == ["ows", "lisa"]
     assert [one.optim.always_on for one in found] == ["low_rank", "full"]
+
+
+PARAMETERS = {  # in billions, as the models' makers publish them
+    "llama3.2-1b": 1.24, "llama3.2-3b": 3.21, "mistral-nemo": 12.2, "phi-4": 14.7, "qwen3-0.6b": 0.6, "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-14b": 14.8, "qwen3-32b": 32.8, "gemma3-4b": 3.88, "gemma3-12b": 11.8,
+    "gemma3-27b": 27.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_other_shapes_have_the_models_numbers_of_weights(name: str) -> None:
+    assert entries(read_model(name).layers)[0] / 1e9 == pytest.approx(PARAMETERS[name], rel=0.02)
 
 
 # ------------------------------------------------------------------ for the trainer
