@@ -151,7 +151,8 @@ def _meanings() -> dict[str, str]:
     return {**own, **MEANINGS}
 
 
-for _kind in (Recipe, *sections().values()):
+_kinds: list[type[Settings]] = [Recipe, *sections().values()]
+for _kind in _kinds:
     _kind.meanings = _meanings()
 
 
