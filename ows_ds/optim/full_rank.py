@@ -294,7 +294,8 @@ class FullRank:
 
     def describe(self) -> dict[str, Any]:
         """How the state is kept, JSON-able: `load_states` needs it."""
-        return {"moments": self.lean.moments, "master": self.lean.master, "ranks": self.weights.comm.world_size}
+        ranks = {"ranks": self.weights.comm.world_size} if self.lean.moments == "int8" else {}  # of which blocks are
+        return {"moments": self.lean.moments, "master": self.lean.master, **ranks}
 
     def states(self) -> dict[str, State]:
         """Of each weight that trains or is kept: master, exp_avg, exp_avg_sq (1-D, this rank's interval), step."""
