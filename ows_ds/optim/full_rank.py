@@ -53,6 +53,7 @@ class _Part:
     name: str
     entries: slice
     master: nn.Parameter
+    step: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))  # AdamW's count, on the CPU
 
 
 @dataclass
@@ -249,7 +250,7 @@ class FullRank:
                 if not self.lean.master:
                     part.master.data = self.weights.local(self.parameters[part.name])[part.entries].to(self.dtype)
                 moments = {kind: self._moment(state[kind], part.entries) for kind in MOMENTS}
-                adamw.state[part.master] = {"step": state["step"].clone(), **moments}
+                adamw.state[part.master] = {"step": part.step.copy_(state["step"]), **moments}
                 part.master.grad = (
                     torch.zeros_like(part.master)  # its module was not used
                     if gradient is None
@@ -293,7 +294,8 @@ class FullRank:
 
     def describe(self) -> dict[str, Any]:
         """How the state is kept, JSON-able: `load_states` needs it."""
-        return {"moments": self.lean.moments, "master": self.lean.master, "ranks": self.weights.comm.world_size}
+        ranks = {"ranks": self.weights.comm.world_size} if self.lean.moments == "int8" else {}  # of which blocks are
+        return {"moments": self.lean.moments, "master": self.lean.master, **ranks}
 
     def states(self) -> dict[str, State]:
         """Of each weight that trains or is kept: master, exp_avg, exp_avg_sq (1-D, this rank's interval), step."""

@@ -268,7 +268,7 @@ def waits(rank: int, world_size: int, sharding: str, always_on: str) -> list[tup
         [ids] = micro_batches(step, rank, world_size, 1)
         batch = {"input_ids": ids, "labels": ids.clone()}
         steps = [count for block in ows.active.buffer.blocks.values() for count in block.steps.values()]
-        steps += [p["step"] for state in (a.state for a, _ in ows.active.full._runs) for p in state.values()]
+        steps += [part.step for _, parts in ows.active.full._runs for part in parts]
         refreshes = ows.refresh.plan is not None
         with Waits({count.data_ptr() for count in steps}) as mode:
             ows.train_step([lambda b=batch: token_losses(ows.weights, b)])

@@ -227,7 +227,7 @@ def looks(rank: int, world_size: int, recipe: config.Recipe) -> list[tuple[bool,
         nonlocal count
         ows, count = self.method, 0
         steps = [one for unit in ows.active.buffer.blocks.values() for one in unit.steps.values()]
-        steps += [p["step"] for state in (a.state for a, _ in ows.active.full._runs) for p in state.values()]
+        steps += [part.step for _, parts in ows.active.full._runs for part in parts]
         refreshes = ows.refresh.plan is not None
         with Waits({one.data_ptr() for one in steps}) as mode:
             record = take(self, step, last)
