@@ -17,7 +17,7 @@ from ows_ds.config.reading import (
     to_yaml,
     used,
 )
-from ows_ds.config.recipe import Log, Recipe, Train, may_change_on_resume, recipe_keys, sections, unknown_key
+from ows_ds.config.recipe import Log, Recipe, Train, may_change_on_resume, period, recipe_keys, sections, unknown_key
 from ows_ds.config.settings import MOST, Settings, Wrong, fields_of, parse, words
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "is_file",
     "may_change_on_resume",
     "parse",
+    "period",
     "recipe_keys",
     "sections",
     "sources",

@@ -48,8 +48,6 @@ class SamplingCore(Settings):
 
     gamma: Positive = 5.0
     """Expected number of sampled layers, in layers."""
-    period: Count = 50
-    """Optimizer steps between two draws (K)."""
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
     """bernoulli draws each layer on its own; fixed draws exactly gamma layers."""
 
@@ -63,6 +61,8 @@ class SamplingCore(Settings):
 class Sampling(SamplingCore):
     """Which layers train, and for how long."""
 
+    period: Annotated[Count | Literal["auto"], Expected("an integer of at least 1, or auto")] = "auto"
+    """Optimizer steps between two draws (K); auto: 50, or fewer where a run would have fewer than 10 draws."""
     importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = "outlier"
     """What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); reverse, the
     opposite; uniform; decreasing towards the output; rm, a layer's relative magnitude; bi, its block influence; alpha,
@@ -80,6 +80,9 @@ class Sampling(SamplingCore):
     """Rows per rank and forward pass while scoring."""
     seed: Seed | None = None
     """Seed of the draws; null: train.seed."""
+
+
+LONGEST_PERIOD, LEAST_DRAWS = 50, 10  # of sampling.period auto
 
 
 class OptimCore(Settings):
@@ -159,6 +162,8 @@ class Optim(OptimCore):
 class OWSConfig(SamplingCore, OptimCore):
     """Settings of the optimizer `ows_ds.OWS`: the recipe's own, by the same names."""
 
+    period: Count = 50
+    """Optimizer steps between two draws (K)."""
     rank: Count | None = 128  # type: ignore[assignment]
     """Dimension of the subspace of each matrix; null: the sampled layers train at full rank."""
     accumulation: Count = 1

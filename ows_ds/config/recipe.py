@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
-from ows_ds.config.method import Method, Optim, Sampling
+from ows_ds.config.method import LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
 from ows_ds.config.settings import MOST, Count, MayChange, Positive, Seed, Settings, Wrong, model_in, unknown
 
 
@@ -154,6 +154,13 @@ def _meanings() -> dict[str, str]:
 _kinds: list[type[Settings]] = [Recipe, *sections().values()]
 for _kind in _kinds:
     _kind.meanings = _meanings()
+
+
+def period(recipe: Recipe, steps: int | None) -> int:
+    """Optimizer steps between two draws, in a run of so many; None: as in a long one."""
+    if recipe.sampling.period != "auto":
+        return recipe.sampling.period
+    return LONGEST_PERIOD if steps is None else max(1, min(LONGEST_PERIOD, steps // LEAST_DRAWS))
 
 
 def may_change_on_resume(key: str) -> bool:

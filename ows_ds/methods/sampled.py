@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from ows_ds.config import OWSConfig, Recipe
+from ows_ds.config.method import LONGEST_PERIOD
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import Cycle
@@ -35,6 +36,8 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
         own |= {"scheme": "fixed", "gamma": len(importance)}
     if name == "badam":
         own["gamma"], sampler = 1, Cycle(len(importance), sampling.order, seed)
+    if sampling.period == "auto":  # of a recipe that is not a run's
+        own["period"] = LONGEST_PERIOD
     given = dict(sampling) | dict(recipe.optim) | own
     config = OWSConfig(**{key: given[key] for key in OWSConfig.model_fields})
     return OWS(weights, importance, config, sampler=sampler)

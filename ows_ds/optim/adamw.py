@@ -85,6 +85,11 @@ class BlockAdamW(Method):
         return self.group.layers
 
     @property
+    def trained_layers(self) -> frozenset[int]:
+        """See `Method.trained_layers`."""
+        return frozenset(layer for group in self.groups[: self.steps] for layer in group.layers)
+
+    @property
     def lr(self) -> float:
         """The learning rate of the coming step: the schedule's at the beginning of the round."""
         return float(self.param_groups[0]["lr"]) if self.steps % len(self.groups) == 0 else self._round_lr

@@ -60,6 +60,11 @@ class Method(torch.optim.Optimizer, ABC):
         Returns the sum: float64, (). Collective.
         """
 
+    @property
+    def trained_layers(self) -> frozenset[int]:
+        """The layers that have trained so far, or do now."""
+        return frozenset(self.layer_set)
+
     def projector_energy(self) -> dict[int, Tensor]:
         """Of each layer that gets new projectors in this step: see `ows_ds.optim.ows.OWS.projector_energy`."""
         return {}

@@ -109,6 +109,16 @@ class OWS(OWSState):
         """Whether nothing trains in the coming step: the layer set is empty and nothing is always on."""
         return not self.plan.blocks and not self.active.full.parameters
 
+    @property
+    def trained_layers(self) -> frozenset[int]:
+        """See `Method.trained_layers`."""
+        names = self.active.trained_names
+        return frozenset(
+            index
+            for index, block in enumerate(self.layers.layers)
+            if names & {*(matrix.name for matrix in block.matrices), *(vector.name for vector in block.vectors)}
+        )
+
     def set_accumulation_steps(self, steps: int) -> None:
         """From the coming step on, ``backward`` is called this often a step, the same on all ranks. A step that was
         begun and not taken counts as skipped, and nothing of it stays.

@@ -249,7 +249,8 @@ class Planner:
         if self.recipe.method.name not in LOW_RANK:
             return 0.0
         drawn = self.probabilities or [1.0]
-        entering = sum(p * (1 - p) for p in drawn) / sum(drawn) / self.recipe.sampling.period
+        period = config.period(self.recipe, self.recipe.train.steps)
+        entering = sum(p * (1 - p) for p in drawn) / sum(drawn) / period
         return entering + 1 / self.recipe.optim.update_proj_gap
 
     def choice(self, world_size: int, home: str | None = None) -> Choice:

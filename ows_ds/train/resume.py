@@ -50,6 +50,7 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         for section, values in config.to_dict(recipe).items()
         for key, value in values.items()
         if old[section][key] != value and not config.may_change_on_resume(f"{section}.{key}")
+        if (key, value) != ("period", "auto")  # it stays what it was
     )
 
 

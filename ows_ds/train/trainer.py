@@ -25,6 +25,7 @@ from ows_ds.methods import Method
 from ows_ds.model.fingerprint import replica
 from ows_ds.model.loading import processor_files
 from ows_ds.model.pretrained import use_cache
+from ows_ds.optim.ows import OWS
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
 from ows_ds.train.context import RunContext, calibration, evaluate, load
@@ -70,6 +71,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
         if comm.rank == 0 and (run_dir / run_lock.FILE).exists():  # otherwise when there is something to write
             lock.take()
     opened, skipped = _open(recipe, runtime, run_dir)
+    if opened is not None and recipe.sampling.period == "auto":
+        recipe = config.changed(recipe, {"sampling.period": opened.facts["recipe"]["sampling"]["period"]})
     context = load(recipe, runtime, opened=opened)
     if opened is not None:
         everything = recipe.train.checkpoint == "full"
@@ -80,6 +83,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
         right = f"expected at most the number of steps, {total}"
         raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, right)
+    recipe = config.changed(recipe, {"sampling.period": config.period(recipe, total)})
     importance = _importance(context, run_dir, opened)
     micro_batches = accumulation(recipe, comm.world_size)
     method = methods.build(recipe, context.weights, context.layers, importance, micro_batches)
@@ -118,6 +122,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
             log.event(f"resuming after step {begin} from {opened.folder}")
         elif context.held_out:
             log.step(steps.before_the_first())
+        if (reach := _draws(method, recipe, total)) is not None:
+            log.event(reach)
         for step in range(begin, total):
             try:
                 _one(steps, step, total, scheduler, log)
@@ -134,7 +140,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
             save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of, more=more)
         if isinstance(context.steps, Stream):
             log.event(f"data.train: {context.steps.counts.line(recipe.data.max_length)}")
-        notes = f", {method.skipped} steps skipped" if method.skipped else ""
+        notes = f", {len(method.trained_layers)} of {n_layers} layers trained"
+        notes += f", {method.skipped} steps skipped" if method.skipped else ""
         notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
         log.event(f"done: {run_dir / 'model'}{notes}")
     comm.barrier()
@@ -163,6 +170,16 @@ def _importance(context: RunContext, run_dir: Path, opened: checkpoint.Checkpoin
     earlier = None if opened is None else opened.folder.parent.parent
     batches, of = functools.partial(calibration, context), (context.recipe, context.weights, context.layers)
     return scoring.layer_importance(*of, run_dir, context.model, earlier, batches)
+
+
+def _draws(method: Method, recipe: Recipe, total: int) -> str | None:
+    """How many layers a run's draws reach, on average; None where they are not drawn."""
+    if not isinstance(method, OWS) or recipe.method.name not in ("ows", "lisa", "lisa-d"):
+        return None
+    count = -(-total // recipe.sampling.period)  # type: ignore[operator]
+    reached = sum(1 - (1 - p) ** count for p in method.probabilities)
+    draws = f"{count} draws of layers" if count > 1 else "1 draw of layers"
+    return f"{total} steps, {draws}: about {reached:.0f} of {len(method.probabilities)} layers will train"
 
 
 def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:

@@ -68,7 +68,7 @@ def test_several_user_errors_are_a_line_each() -> None:
 def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     r = config.from_dict(tree)
     config.check(r)
-    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, 50, 13, "bernoulli")
+    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, "auto", 13, "bernoulli")
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
     assert (r.optim.rank, r.optim.update_proj_gap, r.optim.scale) == (128, 200, 1.0)
     assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("align", "full", "full")
@@ -88,13 +88,19 @@ def test_the_optimizer_has_the_recipes_settings() -> None:
     keys = config.recipe_keys()
     for name, field in OWSConfig.model_fields.items():
         key = next((f"{section}.{name}" for section in ("sampling", "optim") if f"{section}.{name}" in keys), None)
-        if name not in ("rank", "accumulation", "seed"):
+        if name not in ("rank", "accumulation", "seed", "period"):
             assert key is not None
             assert (field.default, field.description) == (keys[key].default, keys[key].description)
     assert OWSConfig(rank=None, betas=(0.8, 0.9)).rank is None
     with pytest.raises(UserError) as caught:
         config.parse(OWSConfig, {"rank": None, "always_on": "low_rank", "gamma": 1.5, "scheme": "fixed", "lr": "x"})
     assert [error.key for error in caught.value.errors] == ["lr", "gamma", "always_on"]
+
+
+@pytest.mark.parametrize(("steps", "period"), [(None, 50), (5000, 50), (500, 50), (499, 49), (62, 6), (19, 1), (3, 1)])
+def test_a_short_run_has_ten_draws(tree: dict[str, Any], steps: int | None, period: int) -> None:
+    assert config.period(config.from_dict(changed(tree, {"sampling.period": "auto"})), steps) == period
+    assert config.period(config.from_dict(changed(tree, {"sampling.period": 7})), steps) == 7
 
 
 def test_yaml_gives_the_recipe_back(tree: dict[str, Any]) -> None:
@@ -200,7 +206,7 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("sampling.gamma", 0, "expected a number above 0"),
         ("sampling.gamma", float("nan"), "expected a finite number"),
         ("sampling.tau", -1, "expected a number above 0"),
-        ("sampling.period", 0, "expected an integer of at least 1"),
+        ("sampling.period", 0, "expected an integer of at least 1, or auto"),
         ("sampling.seed", -1, "expected an integer of at least 0, or null"),
         ("sampling.scores", "no/such.json", "expected a file that exists"),
         ("data.train", None, "it is required"),
