@@ -16,6 +16,7 @@ from pydantic import Field
 from ows_ds import config, files
 from ows_ds.config import Data, Recipe, Settings, Wrong, parse
 from ows_ds.config.inputs import Split
+from ows_ds.config.method import LEARNING_RATES
 from ows_ds.config.settings import Count, Expected, Number, Seed
 from ows_ds.errors import UserError, raise_all
 
@@ -144,11 +145,12 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
     """The study that a parsed file describes (see `read`)."""
     file = parse(StudyFile, tree)
     tree, recipe = _base(file.recipe)
-    lrs = tuple(sorted(file.lrs or [recipe.optim.lr]))
+    given = (tree.get("optim") or {}).get("lr", "auto")
+    lrs = tuple(sorted(file.lrs)) if file.lrs else () if given == "auto" else (float(recipe.optim.lr),)
     variants, wrong = {}, []
     for name, settings in file.variants.items():
         try:
-            variants[name] = _variant(name, settings or {}, lrs)
+            variants[name] = _variant(name, settings or {}, lrs, recipe.method.name)
         except UserError as error:
             wrong.append(error)
     raise_all(wrong)
@@ -196,7 +198,8 @@ def _lrs(key: str, given: Any) -> tuple[float, ...]:
     return tuple(sorted(lrs))
 
 
-def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...]) -> Variant:
+def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...], base: str) -> Variant:
+    """lrs: of the study, or of its recipe; none: the method's own. base: the recipe's method."""
     key = f"variants.{name}"
     if not name or not all(letter.isalnum() or letter in "-_.=" for letter in name) or name.startswith("."):
         raise UserError(key, name, "expected a name of letters, digits, - _ = and . (it names a folder)")
@@ -220,6 +223,8 @@ def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...]) -> Var
         lrs = _lrs(f"{key}.lrs", given["lrs"])
     elif "optim.lr" in overrides:
         lrs = _lrs(f"{key}.lrs", [overrides.pop("optim.lr")])
+    if not lrs:  # the method's own
+        lrs = (LEARNING_RATES.get(overrides.get("method.name", base), LEARNING_RATES["ows"]),)
     return Variant(_plain(key, overrides), lrs)
 
 

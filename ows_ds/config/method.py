@@ -94,8 +94,6 @@ class OptimCore(Settings):
         "side": "leave it out: the shorter side of each matrix is projected",
     }
 
-    lr: NotNegative = 3e-4
-    """Peak learning rate."""
     betas: Betas = (0.9, 0.999)
     """Decay per step of Adam's first and second moment."""
     eps: Positive = 1e-8
@@ -150,9 +148,26 @@ class OptimCore(Settings):
                 yield Wrong("update_proj_gap", "expected at least 2 under optim.refresh sketch", ("refresh",))
 
 
+# where a recipe gives none: what a method's authors, or who made it widely used, train 7B with (docs/settings.md)
+LEARNING_RATES = {
+    "ows": 3e-4,
+    "galore": 2e-5,
+    "lisa": 2e-5,
+    "lisa-d": 2e-5,
+    "badam": 1e-5,
+    "hift": 2e-5,
+    "full": 2e-5,
+    "lora": 2e-4,
+    "dora": 2e-4,
+    "mezo": 1e-6,
+}
+
+
 class Optim(OptimCore):
     """AdamW on the low-rank coordinates of the sampled layers."""
 
+    lr: Annotated[NotNegative | Literal["auto"], Expected("a number of at least 0, or auto")] = "auto"
+    """Peak learning rate; auto: the method's own (docs/settings.md), 3e-4 under ows."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up: linear or cosine to 0, or constant."""
     warmup_steps: int = Field(0, ge=0, le=MOST)
@@ -162,6 +177,8 @@ class Optim(OptimCore):
 class OWSConfig(SamplingCore, OptimCore):
     """Settings of the optimizer `ows_ds.OWS`: the recipe's own, by the same names."""
 
+    lr: NotNegative = 3e-4
+    """Peak learning rate."""
     period: Count = 50
     """Optimizer steps between two draws (K)."""
     rank: Count | None = 128  # type: ignore[assignment]

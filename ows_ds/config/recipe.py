@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
-from ows_ds.config.method import LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
+from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
 from ows_ds.config.settings import MOST, Count, MayChange, Positive, Seed, Settings, Wrong, model_in, unknown
 
 
@@ -102,10 +102,17 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sections(cls, tree: Any) -> Any:
-        """A section whose lines are all commented out is an empty one, and so is an absent one."""
+        """A section whose lines are all commented out is an empty one, and so is an absent one. A learning rate that is not given is the
+        method's."""
         if not isinstance(tree, Mapping):
             return tree
-        return {**{k: {} for k in cls.model_fields}, **{k: {} if v is None else v for k, v in tree.items()}}
+        made = {**{k: {} for k in cls.model_fields}, **{k: {} if v is None else v for k, v in tree.items()}}
+        method, optim = made["method"], made["optim"]
+        if isinstance(method, Mapping) and isinstance(optim, Mapping) and optim.get("lr", "auto") == "auto":
+            name = method.get("name", "ows")
+            own = LEARNING_RATES.get(name) if isinstance(name, str) else None
+            made["optim"] = {**optim, "lr": own} if own is not None else optim
+        return made
 
     def contradictions(self) -> Iterator[Wrong]:
         data, optim, train = self.data, self.optim, self.train

@@ -133,7 +133,7 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers) -> MeZO:
     return MeZO(
         weights,
         n_layers=len(layers.layers),
-        lr=optim.lr,
+        lr=float(optim.lr),
         epsilon=recipe.method.epsilon,
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,

@@ -6,13 +6,14 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from ows_ds import config, files
 from ows_ds.config import OWSConfig, Recipe
+from ows_ds.config.method import LEARNING_RATES
 from ows_ds.errors import UserError, UserErrors, joined, one_line, shorten
 
 
@@ -88,13 +89,24 @@ def test_the_optimizer_has_the_recipes_settings() -> None:
     keys = config.recipe_keys()
     for name, field in OWSConfig.model_fields.items():
         key = next((f"{section}.{name}" for section in ("sampling", "optim") if f"{section}.{name}" in keys), None)
-        if name not in ("rank", "accumulation", "seed", "period"):
+        if name not in ("rank", "accumulation", "seed", "period", "lr"):
             assert key is not None
             assert (field.default, field.description) == (keys[key].default, keys[key].description)
     assert OWSConfig(rank=None, betas=(0.8, 0.9)).rank is None
     with pytest.raises(UserError) as caught:
         config.parse(OWSConfig, {"rank": None, "always_on": "low_rank", "gamma": 1.5, "scheme": "fixed", "lr": "x"})
     assert [error.key for error in caught.value.errors] == ["lr", "gamma", "always_on"]
+
+
+def test_each_method_has_its_own_learning_rate(tree: dict[str, Any]) -> None:
+    """Where none is given, or auto; one that is given stays."""
+    names = set(get_args(config.recipe_keys()["method.name"].annotation))
+    assert set(LEARNING_RATES) == names
+    for name in names:
+        for given in ({}, {"optim.lr": "auto"}):
+            assert config.from_dict(changed(tree, {"method.name": name, **given})).optim.lr == LEARNING_RATES[name]
+        assert config.from_dict(changed(tree, {"method.name": name, "optim.lr": 0.5})).optim.lr == 0.5
+    assert OWSConfig().lr == LEARNING_RATES["ows"]
 
 
 @pytest.mark.parametrize(("steps", "period"), [(None, 50), (5000, 50), (500, 50), (499, 49), (62, 6), (19, 1), (3, 1)])
@@ -126,7 +138,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tree: dict[str, Any]) -> No
 def test_five_mistakes_are_five_lines(tree: dict[str, Any]) -> None:
     keys = {"optim.rnk": 3, "optim.lr": "fast", "train.steps": 5, "optim.warmup_steps": 6, "optim.refresh_gap": 9}
     assert lines(changed(tree, {**keys, "data.eval": "none.jsonl"})) == [
-        "optim.lr: 'fast' is invalid: expected a number of at least 0",
+        "optim.lr: 'fast' is invalid: expected a number of at least 0, or auto",
         "optim.rnk: 3 is invalid: there is no such key; is optim.rank meant?",
         "optim.refresh_gap: 9 is invalid: it is called optim.update_proj_gap",
         "optim.warmup_steps: 6 is invalid: expected at most train.steps, 5",
@@ -175,7 +187,7 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("optim.lr", True, "expected a number"),
         ("optim.lr", [1], "expected a number"),
         ("optim.lr", 10**400, "expected a number"),
-        ("optim.lr", -1, "expected a number of at least 0"),
+        ("optim.lr", -1, "expected a number of at least 0, or auto"),
         ("optim.lr", float("inf"), "expected a finite number"),
         ("optim.lr", "nan", "expected a finite number"),
         ("optim.max_grad_norm", "x", "expected a number above 0, or null"),
