@@ -8,12 +8,15 @@ Each verb is a module of this package with ``parser()`` and ``run(options, argv)
 what does the work, so that ``--help`` and mistakes answer at once.
 """
 
+import contextlib
 import importlib
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
 
+import ows_ds
 from ows_ds.distributed.logs import show_log
 from ows_ds.errors import Failed, UserError
 
@@ -90,7 +93,21 @@ def _run(argv: list[str]) -> None:
         "same command resumes; 1 anything else.",
     )
     top.add_choices("VERB", VERBS, "`ows-ds VERB --help` lists the options of a verb.")
-    top.read_choice("VERB", VERBS, argv)
+    if argv == ["--version"]:
+        print(_versions())
+        return
+    top.read_choice("VERB", VERBS, argv or ["--help"])
+
+
+def _versions() -> str:
+    """Of this program, and of what a report of a fault should name."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"ows_ds {ows_ds.__version__}", f"Python {platform.python_version()}"]
+    for name in ("torch", "deepspeed", "accelerate", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:

@@ -102,8 +102,8 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sections(cls, tree: Any) -> Any:
-        """A section whose lines are all commented out is an empty one, and so is an absent one. A learning rate that is not given is the
-        method's."""
+        """A section whose lines are all commented out is an empty one, and so is an absent one. The learning rate is
+        the method's where none is given."""
         if not isinstance(tree, Mapping):
             return tree
         made = {**{k: {} for k in cls.model_fields}, **{k: {} if v is None else v for k, v in tree.items()}}

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import ows_ds
 from ows_ds import config
 from ows_ds.bench.setting import How, Setting
 from ows_ds.cli.bench import BENCHES
@@ -96,7 +98,6 @@ def shown(error: str, expected: str, lines: int = 1) -> None:
 
 
 MISTAKES = [
-    ([], "VERB: None is invalid: expected one of train, score, export"),
     (["trian"], "VERB: 'trian' is invalid: expected one of train, score, export"),
     (["train"], "model.path: None is invalid: it is required: expected text", 3),
     (["train", "--config", "no.yaml"], "config: 'no.yaml' is invalid: expected a readable YAML file"),
@@ -187,6 +188,21 @@ def test_errors_of_a_verb(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as leave:
         main(["train", "--config", recipe])
     assert leave.value.code == 7
+
+
+def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert all(f"    {verb} " in shown for verb in VERBS)
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"ows_ds {ows_ds.__version__}, Python ")
+    assert f"torch {torch.__version__}" in shown
 
 
 @pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS), *(["bench", what] for what in BENCHES)])
