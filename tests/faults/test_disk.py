@@ -87,7 +87,7 @@ def test_it_continues_and_says_so(pools: Pools, inputs: Path, disk: Path, whole:
     assert line.startswith("checkpoint step-6 could not be written on rank ")
     assert "No space left on device" in line
     assert line.endswith("training continues, the newest one is step-3 (1 not written so far)")
-    assert answers[0][1][-1] == f"done: {run_dir / 'model'}, 1 checkpoints not written"
+    assert answers[0][1][-1] == f"done: {run_dir / 'model'}, 3 of 3 layers trained, 1 checkpoints not written"
     assert opened(run_dir) == ["step-9", "step-3"]
     (records, files), (its_records, its_files) = whole, contents(run_dir)
     assert its_records == records

@@ -164,7 +164,7 @@ def test_every_method_skips_on_all_ranks(
     for ended, lines, _ in pools(2).run(run, asked, [3], 1, value, added):
         assert ended == ""
         assert [line for line in lines if "skipped: " in line] == ["step 3 is skipped: the loss is nan on rank 1"]
-        assert lines[-1].endswith("model, 1 steps skipped")
+        assert lines[-1].endswith("layers trained, 1 steps skipped")
     found = records(tmp_path)
     assert [record.get("skipped", False) for record in found] == [False, False, True, False, False]
     assert found[2]["loss"] is None
@@ -200,7 +200,9 @@ def test_so_many_in_a_row_stop_all(pools: Pools, inputs: Path, tmp_path: Path) -
     again = recipe(inputs, tmp_path, resume="auto", **settings)
     for ended, lines, _ in pools(2).run(run, again, [], 0, math.nan):
         assert ended == ""
-        assert lines[-1] == f"done: {tmp_path}/model, 4 steps skipped"  # of those before the checkpoint
+        assert (
+            lines[-1] == f"done: {tmp_path}/model, 3 of 3 layers trained, 4 steps skipped"
+        )  # of those before the checkpoint
 
 
 @pytest.mark.slow
