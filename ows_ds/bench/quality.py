@@ -131,6 +131,9 @@ class _Work:
         with fail_together(self.comm):
             if self.main:
                 self._take_output(recipes[0].data)
+        for lr, names in study.unsearched(self.plan):
+            said = f"{', '.join(names)} share a learning rate, {lr:g}, that none of them has searched: give them lrs"
+            self._log(f"quality: {said}")
         if not self.comm.broadcast_object((self.output / "base.json").exists()):
             self._log("quality: the model before training")
             self._write(self.output / "base.json", self._measure(recipes[0]))

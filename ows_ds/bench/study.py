@@ -228,6 +228,19 @@ def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...], base: 
     return Variant(_plain(key, overrides), lrs)
 
 
+def unsearched(study: Study) -> list[tuple[float, list[str]]]:
+    """Learning rates that variants of several methods share though none of them has searched it, with these variants.
+
+    A learning rate does not carry over from one method to another.
+    """
+    base = (study.recipe.get("method") or {}).get("name", "ows")
+    found: dict[float, dict[str, str]] = {}
+    for name, variant in study.variants.items():
+        if len(variant.lrs) == 1:
+            found.setdefault(variant.lrs[0], {})[name] = str(variant.overrides.get("method.name", base))
+    return [(lr, list(some)) for lr, some in found.items() if len(set(some.values())) > 1]
+
+
 def grid(study: Study) -> list[Run]:
     """The runs that choose the learning rates: all of them at the first seed."""
     return [Run(name, lr, study.seeds[0]) for name, variant in study.variants.items() for lr in variant.lrs]

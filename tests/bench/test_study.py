@@ -172,3 +172,15 @@ def test_studies_that_are_shipped(file: Path) -> None:
         study.recipe_of(plan, run, Path("out"))
     assert plan.baseline in plan.variants
     assert plan.accuracy is not None
+
+
+def test_methods_that_share_a_learning_rate_which_none_has_searched() -> None:
+    """By default each has its own; a grid is a search; variants of one method may share."""
+    shared = {"ows": {}, "lora": {"method.name": "lora"}, "reverse": {"sampling.importance": "reverse"}}
+    base = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    plan = {"recipe": base, "test": "t.jsonl", "variants": shared}
+    assert study.unsearched(study.from_dict(plan)) == []
+    assert {v.lrs for v in study.from_dict(plan).variants.values()} == {(3e-4,), (2e-4,)}
+    given = {**plan, "recipe": {**base, "optim": {"lr": 1e-3}}}
+    assert study.unsearched(study.from_dict(given)) == [(1e-3, ["ows", "lora", "reverse"])]
+    assert study.unsearched(study.from_dict({**given, "lrs": [1e-4, 1e-3]})) == []
