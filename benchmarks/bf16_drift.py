@@ -34,7 +34,8 @@ from torch import Tensor, nn
 import ows_ds.optim.refresh
 from ows_ds.data.samples import word_problems
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import Replicated, add_low_rank
+from ows_ds.distributed.merging import add_low_rank
+from ows_ds.distributed.weights import Replicated
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import Sampler

@@ -316,7 +316,8 @@ def frozen(device: str, shape: str, seconds: float) -> Iterator[Row]:
     from ows_ds.model.layers import find_layers
     from ows_ds.model.loading import Unsharded
     from ows_ds.model.pretrained import formats, let_freeze
-    from ows_ds.optim.low_rank import frozen_linear, hook_frozen
+    from ows_ds.optim.hooks import hook_frozen
+    from ows_ds.optim.low_rank import frozen_linear
     from ows_ds.train.loss import token_losses
 
     products = has_fp8_products(torch.device(device))

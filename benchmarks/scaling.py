@@ -26,8 +26,9 @@ from typing import Any
 
 from ows_ds import config
 from ows_ds.model.shapes import Model, read_model
+from ows_ds.planner.choices import scaling_sizes
 from ows_ds.planner.cluster import Cluster, collective, read_cluster
-from ows_ds.planner.forecast import Forecast, Planner, Replays, scaling_sizes
+from ows_ds.planner.forecast import Forecast, Planner, Replays
 from ows_ds.planner.roofline import times
 from ows_ds.tables import Table, lines, markdown, terminal
 

@@ -14,7 +14,8 @@ from typing import Any
 from ows_ds.checkpoint.manifest import File, Manifest, sha256, write_manifest
 from ows_ds.compat.torch import copy_to_host
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.distributed.weights import CHUNK, Shard
+from ows_ds.distributed.merging import CHUNK
+from ows_ds.distributed.weights import Shard
 from ows_ds.errors import Failed
 from ows_ds.files import sync
 from ows_ds.model.tensor_files import Writer

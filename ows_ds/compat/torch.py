@@ -146,7 +146,7 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     """Register ``parameter`` in the place of the one of this name, or remove that (None). `setattr` would remove what
-    stands in the parameter's place in the module's dictionary (see `ows_ds.optim.low_rank.WeightHook`)."""
+    stands in the parameter's place in the module's dictionary (see `ows_ds.optim.hooks.WeightHook`)."""
     if parameter is None:
         module._parameters.pop(name, None)
     else:

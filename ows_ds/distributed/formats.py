@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ows_ds.compat.torch import scaled_product
+from ows_ds.distributed.merging import entries_at_once
 from ows_ds.errors import UserError
 
 NAMES = ("int8", "fp8", "nf4")
@@ -111,9 +112,9 @@ class Format:
         return scales if self.inputs_first else scales[:, None]
 
     def _runs(self, device: torch.device) -> list[slice]:
-        """Rows to work on at once: on a GPU all."""
+        """Rows to work on at once."""
         rows, columns = self.shape
-        size = rows if device.type == "cuda" else max(1, AT_ONCE // columns)
+        size = max(1, entries_at_once(device, AT_ONCE) // columns)
         return [slice(row, row + size) for row in range(0, rows, size)]
 
     def dense(self, codes: Tensor, scales: Tensor, expert: int | None = None) -> Tensor:

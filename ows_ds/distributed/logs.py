@@ -1,4 +1,4 @@
-"""Where the package's log goes on the command line. Used as a library it goes where the program's logging sends it."""
+"""Where the command line writes the package's log. Used as a library it goes where the program's logging sends it."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ them with s = ceil(numel / w), the partition of ZeRO-3 and of ``torch.chunk``, a
 
 from __future__ import annotations
 
-import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +21,7 @@ from torch import Tensor, nn
 from ows_ds.compat.torch import copy_all, copy_to_host, to_device
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.frozen import Frozen, frozen_of, named_weights, resting, without_memory
-
-CHUNK = 1 << 24  # entries of a weight handled at once where a float32 or float64 copy is needed
-MERGE_ENTRIES = 1 << 20  # entries of a matrix that a CPU merges at once, in whole rows
-SAME_ON_ALL_GPUS = 1 << 17  # random numbers drawn at once: of more, torch takes as many threads as a GPU can run
-
-
-def entries_at_once(device: torch.device, on_cpu: int) -> int:
-    """Entries of a weight to work on at once: ``on_cpu``, which fit its cache, or as many as keep a GPU busy."""
-    return CHUNK if device.type == "cuda" else on_cpu
-
-
-def stream(key: str, device: torch.device) -> torch.Generator:
-    """A random stream that depends on ``key`` and the kind of device alone, if at most `SAME_ON_ALL_GPUS` numbers are
-    drawn at once."""
-    word = hashlib.blake2b(key.encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(word, "little"))
+from ows_ds.distributed.merging import CHUNK, add_low_rank
 
 
 def interval(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -69,9 +54,7 @@ class Weights(Protocol):
     comm: Communicator
     device: torch.device  # where forward and backward run
     sharded: bool  # whether weights are gathered only around each pass
-    moved: Counter[
-        str
-    ]  # bytes of real weights that this rank has moved, ``to_host`` (`freeze`) and ``to_device`` (`thaw`)
+    moved: Counter[str]  # bytes of real weights that went ``to_host`` (`freeze`) and ``to_device`` (`thaw`)
 
     def __call__(self, **batch: Any) -> Any:
         """The model's forward pass."""
@@ -137,57 +120,7 @@ class Weights(Protocol):
         under ZeRO-3: every rank takes all of them."""
 
 
-def add_low_rank(
-    flat: Tensor, start: int, left: Tensor, right: Tensor, decay: float = 1.0, noise: str | None = None
-) -> None:
-    """flat <- decay * flat + (left @ right.mT).flatten()[start : start + flat.numel()], in place.
-
-    flat: a run of entries of a (rows, columns) matrix, or of a stack of them, any float dtype; the sum is formed in the
-    factors' dtype (float32 or float64) and rounded once: to the nearest or, where ``noise`` is given and flat is
-    bfloat16, stochastically, by noise that depends on that key and the entry's position alone.
-
-    Blocks of rows are the same for every run, so that all shardings give the same bits.
-    """
-    columns, stop = right.shape[-2], start + flat.numel()
-    if left.dim() == 3:
-        size = left.shape[1] * columns
-        for expert in range(start // size, math.ceil(stop / size)):
-            first, last = max(start, expert * size), min(stop, (expert + 1) * size)
-            key = None if noise is None else f"{noise}/{expert}"
-            run = flat[first - start : last - start]
-            add_low_rank(run, first - expert * size, left[expert], right[expert], decay, key)
-        return
-    rows_at_once = max(1, entries_at_once(flat.device, MERGE_ENTRIES) // columns)
-    for row in range(start // columns // rows_at_once * rows_at_once, math.ceil(stop / columns), rows_at_once):
-        update = (left[row : row + rows_at_once] @ right.T).flatten()
-        first = row * columns
-        a, b = max(start, first), min(stop, first + update.numel())
-        part, own = flat[a - start : b - start], slice(a - first, b - first)
-        total = part.to(update.dtype).mul_(decay).add_(update[own])
-        if noise is not None and part.dtype == torch.bfloat16:
-            total = round_stochastically(total, draw_bits(update.numel(), f"{noise}/{row}", flat.device)[own])
-        part.copy_(total)
-
-
-def draw_bits(count: int, key: str, device: torch.device) -> Tensor:
-    """(count,), int32, uniform in [0, 2^16): the noise of `round_stochastically`."""
-    bits, generator = torch.empty(count, dtype=torch.int32, device=device), stream(key, device)
-    for run in bits.split(SAME_ON_ALL_GPUS):
-        run.random_(1 << 16, generator=generator)
-    return bits
-
-
-def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 -> float32 that bfloat16 holds exactly: a neighbour of x, the nearer the likelier, x itself on average.
-
-    bits: int32, uniform in [0, 2^16), x's shape. bfloat16 is the upper half of float32, so that a carry out of the
-    lower half has the probability of rounding away from zero.
-    """
-    rounded = ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x)  # a carry could turn a NaN into a number
-
-
-class Home:
+class Home(ABC):
     """What is common to both homes of weights (see `Weights`)."""
 
     module: nn.Module
@@ -201,8 +134,8 @@ class Home:
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(named_weights(self.module))
 
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]: ...
 
     def interval(self, parameter: nn.Parameter) -> tuple[int, int]:
         return interval(math.prod(self.shape(parameter)), self.comm.rank, self.comm.world_size)
@@ -280,8 +213,12 @@ class Home:
             part = self._local(parameter)[at : at + length]
         else:
             part = frozen.entries(min(start + at, stop), min(start + at + length, stop), (start, stop))
+        return self._joined(part, length, name)
+
+    def _joined(self, part: Tensor, length: int, name: str) -> Tensor:
+        """Every rank's ``part``, of at most ``length`` entries, one after the other, ``length`` apart. Collective."""
         part = to_device(part, self.device)  # from the CPU where DeepSpeed keeps shards that are offloaded
-        if part.numel() < length:  # the last shards are shorter
+        if part.numel() < length:  # the last ones are shorter
             part = torch.nn.functional.pad(part, (0, length - part.numel()))
         return self.comm.all_gather(part, name)
 
@@ -293,29 +230,31 @@ class Home:
 
     # ------------------------------------------------------------------ what differs
 
+    @abstractmethod
     def _local(self, parameter: nn.Parameter) -> Tensor:
         """`local` of what does not rest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _publish(self, parameters: list[nn.Parameter]) -> None:
         """`publish` of what does not rest."""
 
+    @abstractmethod
     def _release(self, parameter: nn.Parameter) -> None:
         """Free a parameter's memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _store(self, parameter: nn.Parameter, full: Tensor) -> None:
         """Give a parameter memory again, and the entries of ``full``, which every rank has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _needed(self, frozen: Frozen) -> tuple[int, int]:
         """Entries of the real weights that this rank reads to `_hold` them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hold(self, frozen: Frozen) -> None:
         """Give the real weights, which rest, memory on the device. Collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _moved(self, changed: bool) -> None:
         """Parameters have changed places with others."""
 
@@ -349,14 +288,9 @@ class Replicated(Home):
         return 0, parameter.data.view(-1)
 
     def _publish(self, parameters: list[nn.Parameter]) -> None:
-        for parameter in (
-            parameters if self.comm.world_size > 1 else ()
-        ):  # of one rank, the interval is the weight itself
+        for parameter in parameters if self.comm.world_size > 1 else ():  # of one rank, the interval is the weight
             size = math.ceil(parameter.numel() / self.comm.world_size)
-            part = parameter.data.new_zeros(size)
-            local = self._local(parameter)
-            part[: local.numel()] = local
-            full = self.comm.all_gather(part, "full_rank_weights")
+            full = self._joined(self._local(parameter), size, "full_rank_weights")
             parameter.data.view(-1).copy_(full[: parameter.numel()])
 
     def write(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
@@ -388,6 +322,9 @@ class Replicated(Home):
         flat = parameter.data.view(-1)
         yield from ((start, flat[start : start + CHUNK]) for start in range(0, len(flat), CHUNK))
 
+    def _moved(self, changed: bool) -> None:
+        pass  # nobody has recorded which parameters there were
+
     def _release(self, parameter: nn.Parameter) -> None:
         parameter.data = without_memory(tuple(parameter.shape), parameter.dtype, self.device)
 
@@ -399,14 +336,13 @@ class Replicated(Home):
         return self.interval(frozen.real) if frozen.host is not None else (0, frozen.real.numel())
 
     def _hold(self, frozen: Frozen) -> None:
-        real, own = frozen.real, self.interval(frozen.real)
-        whole = frozen.host is None
-        part = to_device(frozen.staged(*self._needed(frozen), own), self.device)
-        if not whole:
+        real, all_here = frozen.real, frozen.host is None
+        part = frozen.staged(*self._needed(frozen), self.interval(real))
+        if all_here:
+            real.data = to_device(part, self.device).view(real.shape)
+        else:
             size = math.ceil(real.numel() / self.comm.world_size)
-            part = torch.nn.functional.pad(part, (0, size - part.numel()))
-            part = self.comm.all_gather(part, "frozen_weights")[: real.numel()]
-        real.data = part.view(real.shape)
+            real.data = self._joined(part, size, "frozen_weights")[: real.numel()].view(real.shape)
 
 
 def weight_shards(weights: Weights, parameters: dict[str, nn.Parameter], names: Iterable[str]) -> list[Shard]:

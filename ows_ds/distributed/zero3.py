@@ -26,7 +26,8 @@ from ows_ds.compat.torch import build_directory, to_device
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.formats import Format
 from ows_ds.distributed.frozen import Fill, Frozen, frozen_of
-from ows_ds.distributed.weights import Home, add_low_rank, interval
+from ows_ds.distributed.merging import add_low_rank
+from ows_ds.distributed.weights import Home, interval
 from ows_ds.errors import UserError
 
 COMPILING = 120.0  # seconds; it takes about one minute

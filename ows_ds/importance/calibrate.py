@@ -88,7 +88,7 @@ def without_padding(weights: Weights, batches: Batches) -> Iterator[dict[str, Te
 def split_lengths(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """The rows of a batch, those that have padding in the same places together, without it.
 
-    Raises UserError (``sampling.calibration_batch_size``) where rows cannot be told apart in one of its tensors.
+    Raises UserError (``sampling.calibration_batch_size``) where rows cannot be distinguished in one of its tensors.
     """
     ids = batch["input_ids"]
     kept = batch.get("attention_mask", torch.ones_like(ids)) != 0

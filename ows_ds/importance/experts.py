@@ -135,7 +135,7 @@ def watch(module: nn.Module, name: str, stack: nn.Parameter, add: Add) -> Iterat
 
 
 def _watch_codes(module: nn.Module, name: str, key: str, add: Add) -> Iterator[Any]:
-    """The same of a stack in few bits, in whose place a `ows_ds.optim.low_rank.StandIn` is."""
+    """The same of a stack in few bits, in whose place a `ows_ds.optim.hooks.StandIn` is."""
     hook, seen = module.__dict__[key].hook, False
 
     def observe(expert: int, inputs_first: bool, x: Tensor) -> None:

@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from ows_ds import config
 from ows_ds.distributed.adopt import as_weights
 from ows_ds.distributed.communicator import join
-from ows_ds.distributed.weights import CHUNK, Weights
+from ows_ds.distributed.merging import CHUNK
+from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
 from ows_ds.importance.outliers import outlier_scores

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ows_ds.distributed.communicator import fail_together
-from ows_ds.distributed.weights import Weights, entries_at_once
+from ows_ds.distributed.merging import entries_at_once
+from ows_ds.distributed.weights import Weights
 from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
 from ows_ds.importance.experts import watch
 from ows_ds.importance.scores import Scores

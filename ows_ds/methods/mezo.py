@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ows_ds.config import Recipe
-from ows_ds.distributed.weights import ReadShard, Shard, Weights, entries_at_once, load_weights, stream, weight_shards
+from ows_ds.distributed.merging import entries_at_once, stream
+from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, weight_shards
 from ows_ds.model.layers import ModelLayers
 from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ows_ds import config
 from ows_ds.config import OWSConfig, Recipe
-from ows_ds.config.method import LONGEST_PERIOD
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import Cycle
@@ -28,7 +28,7 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
     """The recipe's method. importance: what layers are sampled in proportion to. Collective."""
     name, sampling = recipe.method.name, recipe.sampling
     seed = recipe.train.seed if sampling.seed is None else sampling.seed
-    own: dict[str, Any] = {"accumulation": accumulation, "seed": seed}
+    own: dict[str, Any] = {"accumulation": accumulation, "seed": seed, "period": config.period(recipe, None)}
     sampler = None
     if name in ("lisa", "lisa-d", "badam"):
         own["rank"] = None
@@ -36,8 +36,6 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
         own |= {"scheme": "fixed", "gamma": len(importance)}
     if name == "badam":
         own["gamma"], sampler = 1, Cycle(len(importance), sampling.order, seed)
-    if sampling.period == "auto":  # of a recipe that is not a run's
-        own["period"] = LONGEST_PERIOD
     given = dict(sampling) | dict(recipe.optim) | own
-    config = OWSConfig(**{key: given[key] for key in OWSConfig.model_fields})
-    return OWS(weights, importance, config, sampler=sampler)
+    settings = OWSConfig(**{key: given[key] for key in OWSConfig.model_fields})
+    return OWS(weights, importance, settings, sampler=sampler)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.compat.torch import to_device
-from ows_ds.distributed.weights import Weights, entries_at_once
+from ows_ds.distributed.merging import entries_at_once
+from ows_ds.distributed.weights import Weights
 
 _BLOCK = 1 << 17  # entries at once: their int64 copies stay in a CPU's cache
 
@@ -25,14 +26,10 @@ def fingerprint(weights: Weights, named: Mapping[str, nn.Parameter] | None = Non
     named: some of the model's parameters, under the names that count; None: all of them.
     """
     parameters = list((weights.parameters() if named is None else named).items())
-    places: dict[torch.device, Tensor] = {}
-    sums = []
+    places, sums = _mix(torch.arange(_BLOCK, device=weights.device)), []
     for _, parameter in parameters:
         local = to_device(weights.local(parameter), weights.device)  # from the CPU where DeepSpeed or files have it
-        if local.device not in places:
-            places[local.device] = _mix(torch.arange(_BLOCK, device=local.device))
-        start, _ = weights.interval(parameter)
-        sums.append(_checksum(local, start, places[local.device]).to(weights.device))
+        sums.append(_checksum(local, weights.interval(parameter)[0], places))
     total = weights.comm.all_reduce(torch.stack(sums), "fingerprint").tolist()
     content = [(name, list(weights.shape(p)), value) for (name, p), value in zip(parameters, total, strict=True)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ows_ds.distributed.weights import CHUNK
+from ows_ds.distributed.merging import CHUNK
 
 # widest first, in the order in which safetensors sorts them
 DTYPES = {

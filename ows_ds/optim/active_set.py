@@ -21,8 +21,9 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank, Lean
+from ows_ds.optim.hooks import Hook, hook_of
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
-from ows_ds.optim.low_rank import Coordinates, Hook, hook_of, make_coordinates
+from ows_ds.optim.low_rank import Coordinates, make_coordinates
 from ows_ds.optim.projection import rotation
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import CoordinateBuffer

@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.formats import require_bitsandbytes
-from ows_ds.distributed.weights import ReadShard, Shard, Weights, draw_bits, round_stochastically
+from ows_ds.distributed.merging import draw_bits, round_stochastically
+from ows_ds.distributed.weights import ReadShard, Shard, Weights
 from ows_ds.optim.layout import pack
 from ows_ds.optim.moments import BLOCK, Moment8, moment_map
 from ows_ds.optim.update import STATE, AdamWSettings
@@ -345,23 +346,28 @@ def load_states(
                 read(f"full/{name}/master", *own) if kept["master"] else weights.local(parameters[name])
             )
         for kind in MOMENTS:
-            _load_moment(
-                state[kind], f"full/{name}/{kind}", own, math.prod(weights.shape(parameters[name])), read, kept
-            )
+            _load_moment(state[kind], f"full/{name}/{kind}", weights, parameters[name], read, kept)
         state["step"].fill_(steps[name])
 
 
 def _load_moment(
-    moment: Tensor | Moment8, key: str, own: tuple[int, int], numel: int, read: ReadShard, kept: Mapping[str, Any]
+    moment: Tensor | Moment8,
+    key: str,
+    weights: Weights,
+    parameter: nn.Parameter,
+    read: ReadShard,
+    kept: Mapping[str, Any],
 ) -> None:
     """``moment`` <- what lies under ``key``. In 8 bits, and of as many ranks, to the bit."""
+    own = weights.interval(parameter)
     values = read(key, *own)
     if kept["moments"] == "int8":  # the blocks are those of the ranks that wrote them
+        numel = math.prod(weights.shape(parameter))
         size, blocks = math.ceil(numel / kept["ranks"]), _blocks(numel, kept["ranks"])
         scales = read(f"{key}/scales", 0, blocks * kept["ranks"])
         entries = torch.arange(*own)
         places = entries // size * blocks + entries % size // BLOCK
-        if isinstance(moment, Moment8) and own == (own[0], min(own[0] + size, numel)) and own[0] % size == 0:
+        if isinstance(moment, Moment8) and kept["ranks"] == weights.comm.world_size:
             moment.codes.copy_(values)
             moment.scales.copy_(scales[places[::BLOCK]])
             return

@@ -297,8 +297,8 @@ class OWS(OWSState):
             described |= {f"refresh {number}": one.describe() for number, one in enumerate(passes)}
             self.comm.assert_consistent(f"the layers and the plan of step {self.steps + 1}", described)
         active.change(plan)
-        if changed and self.next_set is not None:
-            self.weights.stage(active.weights_of(active.plan_of(self.next_set).blocks))
+        if changed:
+            self._read_ahead()
         for block in due if self.config.refresh == "full" else ():
             active.merge(block)
         self._arm(passes)
@@ -306,6 +306,11 @@ class OWS(OWSState):
     def _draw(self) -> LayerSet:
         """Rank 0's draw on all ranks. Collective."""
         return tuple(self.comm.broadcast_object(self._sampler.draw() if self.comm.rank == 0 else None, "layer_set"))
+
+    def _read_ahead(self) -> None:
+        """Begin to read what the next set will need, beside the steps until then."""
+        if self.next_set is not None:
+            self.weights.stage(self.active.weights_of(self.active.plan_of(self.next_set).blocks))
 
     def _arm(self, passes: Sequence[Any]) -> None:
         self.refresh.begin(passes, self.steps)

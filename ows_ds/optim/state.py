@@ -90,6 +90,5 @@ class OWSState(Method):
                 shape = (*matrix.side(matrix.long, r)[:-1], sketch_width(matrix.low_rank(r), matrix.short))
                 flat = read(f"sketch_basis/{name}", 0, math.prod(shape))
                 self.refresh.bases[name] = flat.view(shape).to(device, dtype)
-        if self.next_set is not None:
-            self.weights.stage(active.weights_of(active.plan_of(self.next_set).blocks))
+        self._read_ahead()
         self._arm(self.refresh.plans(plan, active.due(plan)))

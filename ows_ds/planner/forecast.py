@@ -21,6 +21,7 @@ from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.shapes import Model, without_weights
 from ows_ds.optim.sampling import LayerSet
+from ows_ds.planner.choices import LEVERS, Choice
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.gathering import Gathered, Limits, Trace, record, replay
 from ows_ds.planner.memory import Memory, memory
@@ -31,55 +32,8 @@ from ows_ds.planner.traffic import Messages, messages
 logger = logging.getLogger(__name__)
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a weight
-HOMES = {"replicated": "replicated", "zero3": "ZeRO-3", "hpz": "ZeRO-3, hpZ"}  # of frozen weights; their names
 DEVIATIONS = 3.0  # of the number of layers that bernoulli draws, for which memory must suffice
 DAY = 86400.0
-# what makes a step smaller where nothing that leaves the training as it is does, one after the other: those that change
-# least of it first
-LEVERS: tuple[tuple[str, Callable[[Any], bool], Any], ...] = (  # a key, which values change, and into what
-    ("optim.refresh_batch", ("full",).__contains__, "first"),  # projectors of a part of the batch
-    ("sampling.scheme", ("bernoulli",).__contains__, "fixed"),  # never more than gamma layers at a time
-    ("model.frozen", ("same",).__contains__, "int8"),
-    ("optim.moments", ("float32",).__contains__, "int8"),
-    ("optim.master", ("float32",).__contains__, "none"),
-    ("optim.always_on", ("full", "low_rank").__contains__, "none"),  # embedding and head do not train
-    ("model.frozen", ("same", "int8", "fp8").__contains__, "nf4"),
-    ("sampling.gamma", lambda gamma: gamma > 2, 2.0),
-    ("optim.rank", lambda rank: rank > 64, 64),
-)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What may be chosen without changing what is trained.
-
-    home: of the frozen weights: on each GPU, in shards over all (zero3), or in these and in a second copy in shards
-    over the GPUs of each node (hpz).
-    """
-
-    world_size: int  # GPUs
-    home: str
-    micro_batch: int  # sequences of a GPU's forward pass
-    checkpointing: bool
-
-    @property
-    def sharding(self) -> str:
-        """As ``train.sharding``."""
-        return "replicated" if self.home == "replicated" else "zero3"
-
-    def settings(self) -> dict[str, Any]:
-        """Those of ``train`` in a recipe."""
-        return {
-            "sharding": self.sharding,
-            "micro_batch_size": self.micro_batch,
-            "gradient_checkpointing": self.checkpointing,
-        }
-
-    def options(self, other: Choice | None = None) -> list[tuple[str, str]]:
-        """The command line's options for it, or for what it changes of another choice."""
-        old = {} if other is None else other.settings()
-        changed = {name: value for name, value in self.settings().items() if old.get(name) != value}
-        return [(f"--train.{name}", str(value).lower()) for name, value in changed.items()]
 
 
 @dataclass(frozen=True)
@@ -107,8 +61,7 @@ class Forecast:
         if self.choice.home != "hpz":
             return found
         # shards over the GPUs of a node (Wang et al. 2023, ZeRO++, section 3.2)
-        spec = self.largest
-        second = math.ceil(sum(n * size for part in spec.parts for n, size in spec.stored(part)) / self.cluster.gpus)
+        second = math.ceil(self.largest.size(*self.largest.parts) / self.cluster.gpus)
         return replace(found, state={**found.state, "second shards": second})
 
     @property
@@ -373,33 +326,6 @@ class Planner:
         raise UserError("train.sharding", asked.sharding, f"{needs}; expected {right}")
 
 
-# ------------------------------------------------------------------ choices
-
-
-def choices(batch: int, cluster: Cluster) -> Iterator[Choice]:
-    """All that can be chosen for a global batch of ``batch`` sequences on the cluster or a part of it."""
-    for world_size in [*_powers(cluster.gpus), *(n * cluster.gpus for n in _powers(cluster.nodes) if n > 1)]:
-        for home in HOMES:
-            if (world_size == 1 and home != "replicated") or (home == "hpz" and world_size <= cluster.gpus):
-                continue
-            for micro in _powers(batch):
-                if batch % (micro * world_size) == 0:
-                    yield from (Choice(world_size, home, micro, checkpointing) for checkpointing in (False, True))
-
-
-def _powers(largest: int) -> list[int]:
-    """1, 2, 4, ... and ``largest`` itself."""
-    return sorted({2**i for i in range(largest.bit_length())} | {largest})
-
-
 def ranked(forecasts: Sequence[Forecast]) -> list[Forecast]:
     """Those that fit, the cheapest first: fewest GPU hours a token; of equal ones the one with more memory to spare."""
     return sorted((one for one in forecasts if one.fits), key=lambda one: (one.gpu_hours, one.peak))
-
-
-def scaling_sizes(cluster: Cluster, largest: int = 1024) -> list[int]:
-    """Numbers of GPUs up to ``largest``, each twice the one before: parts of a node, then whole nodes."""
-    sizes = _powers(cluster.gpus)
-    while sizes[-1] * 2 <= largest:
-        sizes.append(sizes[-1] * 2)
-    return sizes

@@ -148,8 +148,7 @@ def _gathered(spec: StepSpec, module: str, backward: bool) -> tuple[int, int]:
         return spec.gathered.at(module, backward)
     parts = [part for part in spec.parts if part not in spec.layers.final]
     total = sum(entries for part in parts for entries, _ in spec.stored(part))
-    size = sum(entries * itemsize for part in parts for entries, itemsize in spec.stored(part))
-    return (size * min(total, spec.max_live) // total,) * 2
+    return (spec.size(*parts) * min(total, spec.max_live) // total,) * 2
 
 
 def _embedding(spec: StepSpec, kept: int) -> Parts:

@@ -20,8 +20,9 @@ from ows_ds.files import atomic_write, can_be_made
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import read_model
+from ows_ds.planner.choices import HOMES, Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import Cluster
-from ows_ds.planner.forecast import HOMES, Choice, Forecast, Planner, Replays, choices, ranked, scaling_sizes
+from ows_ds.planner.forecast import Forecast, Planner, Replays, ranked
 from ows_ds.planner.step import entries
 from ows_ds.tables import Table, lines, number, terminal
 

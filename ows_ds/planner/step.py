@@ -119,16 +119,22 @@ class StepSpec:
             return ((numel(part), self.itemsize),)
         return (math.prod(found.codes_shape), 1), (math.prod(found.scales_shape), 1)
 
+    def size(self, *parts: Part) -> int:
+        """Bytes of these weights, in full."""
+        return sum(entries * itemsize for part in parts for entries, itemsize in self.stored(part))
+
+    def shard_size(self, *parts: Part) -> int:
+        """Bytes of one rank's shards of them."""
+        return sum(self.share(entries) * itemsize for part in parts for entries, itemsize in self.stored(part))
+
     def read(self, part: Part) -> int:
         """Bytes that a pass moves for a weight: of one in few bits also what is made of it, written and read."""
-        made = 2 * numel(part) * self.itemsize if part.name in self.formats else 0
-        return made + sum(entries * itemsize for entries, itemsize in self.stored(part))
+        return self.size(part) + (2 * numel(part) * self.itemsize if part.name in self.formats else 0)
 
     @cached_property
     def weights(self) -> int:
         """Bytes of all weights on a rank."""
-        w = self.world_size if self.sharded else 1
-        return sum(math.ceil(entries / w) * size for part in self.parts for entries, size in self.stored(part))
+        return self.shard_size(*self.parts) if self.sharded else self.size(*self.parts)
 
     def dense(self, block: Block) -> int:
         """Bytes of the largest matrix of a layer that is made of its codes to be multiplied with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ows_ds.planner.step import Part, StepSpec, entries_of, parts_of
+from ows_ds.planner.step import StepSpec, entries_of, parts_of
 
 
 def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, int]:
@@ -48,17 +48,13 @@ def gathers(spec: StepSpec) -> tuple[int, int]:
     """
     if not spec.sharded or spec.world_size == 1:
         return 0, 0
-    bytes_of = (spec.world_size - 1) * spec.accumulation
-
-    def share(*parts: Part) -> int:
-        return sum(spec.share(entries) * itemsize for part in parts for entries, itemsize in spec.stored(part))
-
-    outside = share(*spec.outside)
-    inside = [(share(*parts_of(block)), kind) for block, kind in spec.walk()]
+    times = (spec.world_size - 1) * spec.accumulation
+    outside = spec.shard_size(*spec.outside)
+    inside = [(spec.shard_size(*parts_of(block)), kind) for block, kind in spec.walk()]
     forward = sum(size for size, _ in inside) + outside
     backward = sum(size for size, kind in inside if kind) * (2 if spec.checkpointing else 1) + outside
-    tied = share(spec.head) if len(spec.head.modules) > 1 else 0  # a second use
-    return forward * bytes_of, (forward + backward + 2 * tied) * bytes_of
+    tied = spec.shard_size(spec.head) if len(spec.head.modules) > 1 else 0  # a second use
+    return forward * times, (forward + backward + 2 * tied) * times
 
 
 @dataclass(frozen=True)

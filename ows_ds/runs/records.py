@@ -20,7 +20,8 @@ from ows_ds.importance import probabilities
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import Model, read_model
-from ows_ds.planner.forecast import HOMES, Planner
+from ows_ds.planner.choices import HOMES
+from ows_ds.planner.forecast import Planner
 from ows_ds.planner.memory import Memory
 from ows_ds.runs import results
 from ows_ds.runs.results import Result

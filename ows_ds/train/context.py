@@ -30,7 +30,7 @@ from ows_ds.errors import UserError
 from ows_ds.model import generation
 from ows_ds.model.layers import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
-from ows_ds.optim.low_rank import hook_frozen
+from ows_ds.optim.hooks import hook_frozen
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import check_memory
 

@@ -24,8 +24,8 @@ from ows_ds.compat.transformers import known_rows
 from ows_ds.data.attention import balance_coefficient, inputs
 from ows_ds.data.encoded import IGNORE
 from ows_ds.distributed.weights import Weights
+from ows_ds.optim.hooks import trained
 from ows_ds.optim.layout import CHUNK
-from ows_ds.optim.low_rank import trained
 
 _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its output is what the model gives
 

@@ -1,4 +1,4 @@
-"""weights.py: merging into bfloat16, to the nearest value and stochastically, in one piece and in any pieces."""
+"""merging.py: merging into bfloat16, to the nearest value and stochastically, in one piece and in any pieces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ows_ds.distributed import weights
-from ows_ds.distributed.weights import add_low_rank, draw_bits, interval, round_stochastically
+from ows_ds.distributed import merging
+from ows_ds.distributed.merging import add_low_rank, draw_bits, round_stochastically
+from ows_ds.distributed.weights import interval
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS, RANK = 37, 11, 3
@@ -41,8 +42,8 @@ def test_nearest_by_default() -> None:
 
 @pytest.mark.parametrize("entries", [1, 4 * COLUMNS, 1 << 20])
 @pytest.mark.parametrize("noise", [None, "0/1/a"])
-def test_all_shardings_fold_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, entries: int, noise: str | None) -> None:
-    monkeypatch.setattr(weights, "MERGE_ENTRIES", entries)
+def test_all_shardings_merge_to_the_same_bits(monkeypatch: pytest.MonkeyPatch, entries: int, noise: str | None) -> None:
+    monkeypatch.setattr(merging, "MERGE_ENTRIES", entries)
     whole = merged(1, torch.bfloat16, noise)
     for world_size in (2, 3, 5, 36, 500):
         assert torch.equal(merged(world_size, torch.bfloat16, noise), whole)
@@ -71,7 +72,7 @@ def test_noise_depends_on_the_key_and_the_block(monkeypatch: pytest.MonkeyPatch)
     runs = [merged(1, torch.bfloat16, noise) for noise in ("0/1/a", "0/2/a", "1/1/a", "0/1/b", "0/1/a")]
     assert torch.equal(runs[0], runs[4])
     assert len({tuple(run.flatten().tolist()) for run in runs}) == 4
-    monkeypatch.setattr(weights, "MERGE_ENTRIES", COLUMNS)
+    monkeypatch.setattr(merging, "MERGE_ENTRIES", COLUMNS)
     ones = torch.ones(ROWS * COLUMNS, dtype=torch.bfloat16)
     add_low_rank(ones, 0, torch.full((ROWS, 1), 2.0**-9), torch.ones(COLUMNS, 1), noise="0/1/a")
     assert len({tuple(row.tolist()) for row in ones.view(ROWS, COLUMNS)}) > ROWS // 2

@@ -15,7 +15,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ows_ds.model.layers import Matrix, find_layers
-from ows_ds.optim.low_rank import EVERY, Coordinates, FrozenLinear, LowRankHook, make_coordinates
+from ows_ds.optim.hooks import LowRankHook
+from ows_ds.optim.low_rank import Coordinates, FrozenLinear, make_coordinates
+from ows_ds.optim.products import EVERY
 from ows_ds.optim.projection import is_tall, low_rank_gradient
 from tests.support.families import FAMILIES, tiny
 

@@ -28,7 +28,7 @@ def merge_all(rank: int, world_size: int, sharding: str) -> dict[str, Tensor]:
         if len(shape) == 2:
             stream = torch.Generator().manual_seed(len(name))
             left, right = (0.1 * torch.randn(side, 4, generator=stream) for side in shape)
-            with mock.patch("ows_ds.distributed.weights.MERGE_ENTRIES", 150):
+            with mock.patch("ows_ds.distributed.merging.MERGE_ENTRIES", 150):
                 weights.merge(parameter, left, right, 0.99, f"3/7/{name}")
     return whole_weights(weights)
 

@@ -13,8 +13,9 @@ from ows_ds import config
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, configuration, model_of, read_model, without_weights
+from ows_ds.planner.choices import Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import read_cluster
-from ows_ds.planner.forecast import DEVIATIONS, Choice, Forecast, Planner, Replays, choices, ranked, scaling_sizes
+from ows_ds.planner.forecast import DEVIATIONS, Forecast, Planner, Replays, ranked
 from ows_ds.planner.gathering import Limits, record, replay
 from ows_ds.planner.memory import memory
 from ows_ds.planner.step import StepSpec, entries, numel, parts_of

@@ -20,7 +20,7 @@ from ows_ds.distributed.weights import Replicated
 from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector, find_layers
 from ows_ds.model.loading import Unsharded
 from ows_ds.model.pretrained import formats, let_freeze
-from ows_ds.optim.low_rank import hook_frozen
+from ows_ds.optim.hooks import hook_frozen
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.memory import memory, state
 from ows_ds.planner.step import StepSpec, likely_set

@@ -17,7 +17,7 @@ from ows_ds.distributed.zero3 import InShards, Zero3, join_deepspeed
 from ows_ds.model.layers import find_layers
 from ows_ds.model.loading import Unsharded
 from ows_ds.model.pretrained import formats, let_freeze
-from ows_ds.optim.low_rank import hook_frozen
+from ows_ds.optim.hooks import hook_frozen
 from ows_ds.optim.ows import OWS
 from tests.support.families import tiny
 

@@ -15,7 +15,7 @@ import ows_ds.train.loss
 from ows_ds.data.encoded import IGNORE
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
-from ows_ds.optim.low_rank import trained
+from ows_ds.optim.hooks import trained
 from ows_ds.optim.ows import OWS
 from ows_ds.train.loss import token_losses
 from tests.support.families import FAMILIES, tiny
