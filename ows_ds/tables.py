@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ def number(value: float | None, digits: int, fixed: bool = False) -> str:
     if fixed or value == 0:
         return f"{value:.{digits}f}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def gib(size: float) -> str:
+    """Bytes as "17.3 GiB"."""
+    return f"{size / 2**30:.1f} GiB"
 
 
 def size_in(sizes: Sequence[float | None]) -> tuple[str, Callable[[float | None], str]]:
@@ -55,6 +60,16 @@ def terminal(tables: Sequence[Table], notes: Sequence[str]) -> str:
             console.print(table, *(f"{name}: {text}" for name, text in spanning), "", sep="\n")
         console.print(*notes, sep="\n")
     return captured.get().rstrip()
+
+
+@contextmanager
+def thinking(text: str) -> Iterator[None]:
+    """A spinner on standard error while the body runs, where that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(text) if console.is_terminal else nullcontext():
+        yield
 
 
 def markdown(table: Table) -> list[str]:

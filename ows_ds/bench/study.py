@@ -267,7 +267,7 @@ def recipe_of(study: Study, run: Run, output: Path) -> Recipe:
         "train.save_total_limit": 1,
     }
     try:
-        return config.from_dict(_merged(study.recipe, own))
+        return config.exact(config.from_dict(_merged(study.recipe, own)))  # the same for all, on any machine
     except UserError as error:
         raise error.within(f"variants.{run.variant}: ") from error
 

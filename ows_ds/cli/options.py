@@ -140,10 +140,11 @@ def _words(field: "FieldInfo") -> str:
 
 def _help(field: "FieldInfo", facts: Sequence[str]) -> str:
     from ows_ds.config.reference import as_yaml
+    from ows_ds.config.settings import default_of
 
     facts = [*facts]
     if facts and not field.is_required():
-        facts.append(f"default: {as_yaml(field.default)}")
+        facts.append(f"default: {as_yaml(default_of(field))}")
     text = str(field.description).rstrip(".") + (f" ({'; '.join(fact for fact in facts if fact)})" if facts else "")
     return text.replace("%", "%%")
 

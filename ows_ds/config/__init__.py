@@ -10,14 +10,26 @@ from ows_ds.config.reading import (
     changed,
     check,
     data_suffix,
+    exact,
     from_dict,
     is_file,
     sources,
     to_dict,
     to_yaml,
     used,
+    value_of,
 )
-from ows_ds.config.recipe import Log, Recipe, Train, may_change_on_resume, period, recipe_keys, sections, unknown_key
+from ows_ds.config.recipe import (
+    Log,
+    Recipe,
+    Train,
+    may_change_on_resume,
+    period,
+    planned_keys,
+    recipe_keys,
+    sections,
+    unknown_key,
+)
 from ows_ds.config.settings import MOST, Settings, Wrong, fields_of, parse, words
 
 __all__ = [
@@ -42,12 +54,14 @@ __all__ = [
     "changed",
     "check",
     "data_suffix",
+    "exact",
     "fields_of",
     "from_dict",
     "is_file",
     "may_change_on_resume",
     "parse",
     "period",
+    "planned_keys",
     "recipe_keys",
     "sections",
     "sources",
@@ -55,5 +69,6 @@ __all__ = [
     "to_yaml",
     "unknown_key",
     "used",
+    "value_of",
     "words",
 ]

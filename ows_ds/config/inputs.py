@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from ows_ds.config.settings import MOST, Count, Expected, MayChange, Positive, Settings, Wrong
+from ows_ds.config.settings import MOST, Count, Expected, MayChange, Planned, Positive, Settings, Wrong
 
 SPLIT = r"\w+(\.\w+)*(\[(-?\d+%?)?:(-?\d+%?)?\])?"
 Split = Annotated[
@@ -26,9 +26,10 @@ class Model(Settings):
     """Branch, tag or commit on the hub; null: the newest."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Number format of the weights; coordinates and moments are float32, or float64 under float64."""
-    frozen: MayChange[Literal["same", "int8", "fp8", "nf4"]] = "same"
+    frozen: MayChange[Annotated[Literal["same", "int8", "fp8", "nf4"], Planned()]] = "same"
     """Number format of the matrices of layers that do not train at the moment: as model.dtype, in 8 bits (int8, fp8)
-    or in 4 (nf4). The real weights rest in the host's memory or the checkpoint's files, and are what is exported."""
+    or in 4 (nf4). The real weights rest in the host's memory or the checkpoint's files, and are what is exported. auto:
+    the same where it fits."""
     fp8_matmul: MayChange[Literal["auto", "always", "never"]] = "auto"
     """Under model.frozen fp8, products of frozen matrices in fp8, with tokens rounded to it: always, never, or auto:
     where the GPU has them."""

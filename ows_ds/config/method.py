@@ -1,9 +1,9 @@
 """How a model is trained: the recipe's sections method, sampling and optim, and the settings of the optimizer alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ows_ds.config.settings import (
     MOST,
@@ -11,12 +11,15 @@ from ows_ds.config.settings import (
     Expected,
     MayChange,
     NotNegative,
+    Planned,
     Positive,
     Seed,
     Settings,
     Share,
     Wrong,
 )
+
+LONGEST_PERIOD, LEAST_DRAWS = 50, 10  # of sampling.period auto
 
 Betas = Annotated[
     tuple[Share, Share],
@@ -61,7 +64,7 @@ class SamplingCore(Settings):
 class Sampling(SamplingCore):
     """Which layers train, and for how long."""
 
-    period: Annotated[Count | Literal["auto"], Expected("an integer of at least 1, or auto")] = "auto"
+    period: Annotated[Count, Planned()] = LONGEST_PERIOD
     """Optimizer steps between two draws (K); auto: 50, or fewer where a run would have fewer than 10 draws."""
     importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = "outlier"
     """What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); reverse, the
@@ -80,9 +83,6 @@ class Sampling(SamplingCore):
     """Rows per rank and forward pass while scoring."""
     seed: Seed | None = None
     """Seed of the draws; null: train.seed."""
-
-
-LONGEST_PERIOD, LEAST_DRAWS = 50, 10  # of sampling.period auto
 
 
 class OptimCore(Settings):
@@ -107,12 +107,12 @@ class OptimCore(Settings):
     expert_rank: Count | None = None
     """The same of each matrix of a stack of experts, at most optim.rank and a divisor of it; null: so that coordinates
     of all experts take as much memory as those of the experts of one token would at optim.rank."""
-    moments: Literal["float32", "int8"] = "float32"
+    moments: Annotated[Literal["float32", "int8"], Planned()] = "float32"
     """Adam's moments of weights that train at full rank (always_on full, lisa, badam, hift, full, adapters): float32,
-    or int8 in blocks of 256 entries, by bitsandbytes."""
-    master: Literal["float32", "none"] = "float32"
+    or int8 in blocks of 256 entries, by bitsandbytes; auto: float32 where it fits."""
+    master: Annotated[Literal["float32", "none"], Planned()] = "float32"
     """Of the same weights a float32 copy beside bfloat16 ones; none: there is no copy, and an update is rounded to
-    bfloat16 up or down at random, so that it is exact on average."""
+    bfloat16 up or down at random, so that it is exact on average; auto: float32 where it fits."""
     router: Literal["freeze", "train"] = "freeze"
     """The weights that choose experts: frozen, or trained with their layer."""
     update_proj_gap: Count = 200
@@ -124,16 +124,18 @@ class OptimCore(Settings):
     refresh: Literal["full", "sketch"] = "full"
     """What new projectors are found from: full gradients, one matrix at a time, or a sketch of them over two steps,
     without a full gradient of any matrix of the sampled layers."""
-    refresh_batch: Literal["full", "first"] = "full"
-    """Gradient that a projector is computed from: the full batch, or the first micro-batch."""
+    refresh_batch: Annotated[Literal["full", "first"], Planned()] = "full"
+    """Gradient that a projector is computed from: the full batch, or the first micro-batch; auto: full where it
+    fits."""
     moments_on_refresh: Literal["align", "keep", "reset", "rotate"] = "align"
     """Adam's moments at a refresh: kept, with the new basis turned to the old one (align) or as it comes (keep, as
     GaLore); reset to 0; or rotated into the new basis."""
     merge_rounding: Literal["nearest", "stochastic"] = "nearest"
     """How merging coordinates into bfloat16 weights rounds: to the nearest value, or stochastic, up or down at random
     so that it is exact on average. Wider weights are not rounded."""
-    always_on: Literal["full", "low_rank", "none"] = "full"
-    """Training of embedding and head beside the sampled layers: full rank, low_rank, or none."""
+    always_on: Annotated[Literal["full", "low_rank", "none"], Planned()] = "full"
+    """Training of embedding and head beside the sampled layers: full rank, low_rank, or none; auto: full where it
+    fits."""
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
@@ -187,6 +189,12 @@ class OWSConfig(SamplingCore, OptimCore):
     """Calls of backward a step."""
     seed: Seed = 0
     """Seed of the draws."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, tree: Any) -> Any:
+        """Nothing is planned here: ``auto`` is the default."""
+        return {k: v for k, v in tree.items() if v != "auto"} if isinstance(tree, Mapping) else tree
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()

@@ -37,12 +37,29 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
     copies = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
-    return recipe.model_copy(update=copies)
+    made = recipe.model_copy(update=copies)
+    made._auto = recipe.auto - changes.keys()
+    return made
+
+
+def exact(recipe: Recipe) -> Recipe:
+    """The recipe in which no machine chooses anything: keys that are ``auto`` keep their plain values."""
+    return changed(recipe, {key: value_of(recipe, key) for key in recipe.auto - {"sampling.period"}})
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """Of a key by its full name."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts, lists and numbers, every default written out; `from_dict` reverses it."""
-    return recipe.model_dump(mode="json")
+    tree = recipe.model_dump(mode="json")
+    for key in recipe.auto:
+        section, _, name = key.partition(".")
+        tree[section][name] = "auto"
+    return tree
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -3,15 +3,28 @@
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 from pydantic.fields import FieldInfo
+from typing_extensions import Self
 
 from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
-from ows_ds.config.settings import MOST, Count, MayChange, Positive, Seed, Settings, Wrong, model_in, unknown
+from ows_ds.config.settings import (
+    MOST,
+    Count,
+    MayChange,
+    Planned,
+    Positive,
+    Seed,
+    Settings,
+    Wrong,
+    is_planned,
+    model_in,
+    unknown,
+)
 
 
 class Train(Settings):
@@ -32,10 +45,11 @@ class Train(Settings):
     """Optimizer steps; null: as many as train.epochs asks for."""
     global_batch_size: Count = 16
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: MayChange[Count] = 1
-    """Sequences per rank and forward pass; accumulation makes up the rest of the batch."""
-    gradient_checkpointing: MayChange[bool] = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    micro_batch_size: MayChange[Annotated[Count, Planned()]] = 1
+    """Sequences per rank and forward pass; accumulation makes up the rest of the batch. auto: as many as fit and make
+    a step faster."""
+    gradient_checkpointing: MayChange[Annotated[bool, Planned()]] = False
+    """Compute activations again in the backward pass: less memory, more time. auto: where nothing else fits."""
     seed: Seed = 0
     """Seed of the order of rows, of dropout and of the draws."""
     eval_steps: MayChange[Count | None] = None
@@ -99,20 +113,35 @@ class Recipe(Settings):
     train: Train
     log: Log = Log()
 
-    @model_validator(mode="before")
+    _auto: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def auto(self) -> frozenset[str]:
+        """Keys that are ``auto`` until `ows_ds.planner.fit` chooses; the recipe has their plain values."""
+        return self._auto
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _sections(cls, tree: Any) -> Any:
+    def _sections(cls, tree: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """A section whose lines are all commented out is an empty one, and so is an absent one. The learning rate is
         the method's where none is given."""
         if not isinstance(tree, Mapping):
-            return tree
+            return handler(tree)
         made = {**{k: {} for k in cls.model_fields}, **{k: {} if v is None else v for k, v in tree.items()}}
+        auto = set()
+        for key in planned_keys():
+            section, _, name = key.partition(".")
+            if isinstance(made[section], Mapping) and made[section].get(name, "auto") == "auto":
+                made[section] = {k: v for k, v in made[section].items() if k != name}
+                auto.add(key)
         method, optim = made["method"], made["optim"]
         if isinstance(method, Mapping) and isinstance(optim, Mapping) and optim.get("lr", "auto") == "auto":
             name = method.get("name", "ows")
             own = LEARNING_RATES.get(name) if isinstance(name, str) else None
             made["optim"] = {**optim, "lr": own} if own is not None else optim
-        return made
+        found = handler(made)
+        found._auto = frozenset(auto)
+        return found
 
     def contradictions(self) -> Iterator[Wrong]:
         data, optim, train = self.data, self.optim, self.train
@@ -151,6 +180,12 @@ def recipe_keys() -> dict[str, FieldInfo]:
     return {f"{name}.{key}": field for name, kind in sections().items() for key, field in kind.model_fields.items()}
 
 
+@functools.cache
+def planned_keys() -> tuple[str, ...]:
+    """Keys that may be ``auto``, see `Recipe.auto`."""
+    return tuple(key for key, field in recipe_keys().items() if is_planned(field))
+
+
 def _meanings() -> dict[str, str]:
     """Other tools' names of keys, and our own without their section."""
     last = Counter(key.partition(".")[2] for key in recipe_keys())
@@ -165,7 +200,7 @@ for _kind in _kinds:
 
 def period(recipe: Recipe, steps: int | None) -> int:
     """Optimizer steps between two draws, in a run of so many; None: as in a long one."""
-    if recipe.sampling.period != "auto":
+    if "sampling.period" not in recipe.auto:
         return recipe.sampling.period
     return LONGEST_PERIOD if steps is None else max(1, min(LONGEST_PERIOD, steps // LEAST_DRAWS))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds.config.recipe import may_change_on_resume, sections
-from ows_ds.config.settings import fields_of, words
+from ows_ds.config.settings import default_of, fields_of, words
 
 _HEAD = """# Reference of the recipe
 
@@ -26,7 +26,7 @@ def reference() -> str:
         lines += [f"## {section}", "", str(kind.__doc__), "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in fields_of(kind).items():
             star = " *" if may_change_on_resume(f"{section}.{name}") else ""
-            default = "required" if field.is_required() else f"`{as_yaml(field.default)}`"
+            default = "required" if field.is_required() else f"`{as_yaml(default_of(field))}`"
             cells = (f"`{section}.{name}`{star}", words(field), default, " ".join(str(field.description).split()))
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")

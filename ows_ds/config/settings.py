@@ -42,6 +42,13 @@ class Expected:
     words: str
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Stands in `Annotated` of a key that may be ``auto``, and is where it is absent: it is chosen for the machine and
+    the run (`ows_ds.planner.fit`). The field's default is what counts until then; see `Recipe.auto`.
+    """
+
+
 Number = Annotated[float, BeforeValidator(as_number)]
 # the ranges first: after a validator they would not be in the JSON schema
 Positive = Annotated[float, Field(gt=0), BeforeValidator(as_number)]
@@ -256,7 +263,20 @@ def kinds_of(hint: Any) -> tuple[set[Any], bool]:
 
 def words(field: FieldInfo) -> str:
     """What a key expects: "an integer of at least 1"."""
-    return _words(field.annotation, field.metadata)
+    found = _words(field.annotation, field.metadata)
+    if not is_planned(field):
+        return found
+    return found.replace("one of ", "one of auto, ", 1) if found.startswith("one of ") else f"{found}, or auto"
+
+
+def is_planned(field: FieldInfo) -> bool:
+    """Whether a key may be ``auto`` in the sense of `Planned`."""
+    return any(isinstance(one, Planned) for one in field.metadata)
+
+
+def default_of(field: FieldInfo) -> Any:
+    """What users are told that a key is where it is absent."""
+    return "auto" if is_planned(field) else field.default
 
 
 def _words(hint: Any, about: Iterable[Any]) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,13 @@ class Runtime:
     comm: Communicator
     device: torch.device
     ds_config: dict[str, Any] | None
+
+    def sized(self, micro_batch_size: int, accumulation: int) -> Runtime:
+        """The same where a step has other micro-batches."""
+        if self.ds_config is None:
+            return self
+        sizes = {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": accumulation}
+        return replace(self, ds_config={**self.ds_config, **sizes})
 
 
 def start(recipe: Recipe, training: bool = True) -> Runtime:

@@ -32,9 +32,9 @@ class Cluster(Settings):
     gpus: Count = 1
     """GPUs of a node."""
     memory: Positive = 80.0
-    """Memory of a GPU, in GB (1e9 bytes)."""
+    """Memory of a GPU, in GiB."""
     reserve: NotNegative = 2.0
-    """Part of a GPU's memory that is not ours, in GB: driver, libraries' buffers, gaps of the allocator."""
+    """Part of a GPU's memory that is not ours, in GiB: driver, libraries' buffers, gaps of the allocator."""
     tflops: Positive = 312.0
     """Peak of a GPU in the weights' format without sparsity, in 1e12 flops a second."""
     memory_bandwidth: Positive = 2039.0
@@ -54,7 +54,7 @@ class Cluster(Settings):
 
     def contradictions(self) -> Iterator[Wrong]:
         if self.reserve >= self.memory:
-            yield Wrong("reserve", f"expected less than memory, {self.memory:g} GB", ("memory",))
+            yield Wrong("reserve", f"expected less than memory, {self.memory:g} GiB", ("memory",))
 
     @property
     def world_size(self) -> int:
@@ -64,7 +64,7 @@ class Cluster(Settings):
     @property
     def usable(self) -> float:
         """Bytes of a GPU's memory that training may take."""
-        return (self.memory - self.reserve) * 1e9
+        return (self.memory - self.reserve) * 2**30
 
     def of_size(self, world_size: int) -> "Cluster":
         """The same kind of machines with ``world_size`` GPUs: part of one node, or whole nodes."""
@@ -75,25 +75,26 @@ class Cluster(Settings):
         return self.model_copy(update={"nodes": world_size // self.gpus})
 
 
-# Per GPU, from the vendors' data sheets: bfloat16 without sparsity; one direction of NVLink (or of PCIe 4.0 x16), and
-# what the vendor's own servers have of network for a GPU (HDR 200 Gb/s, NDR 400 Gb/s; L40S and RTX: 100 Gb/s shared by
-# 4). Latencies of a hop: NCCL's tuner, ring, protocol Simple (tuning.cc: NVLink 3.4, PCI 5.7, network 14).
+# Per GPU: memory in GiB, as drivers show it; from the vendors' data sheets bfloat16 without sparsity, one direction of
+# NVLink (or of PCIe 4.0 x16), and what the vendor's own servers have of network for a GPU (HDR 200 Gb/s, NDR 400 Gb/s;
+# L40S and RTX: 100 Gb/s shared by 4). Latencies of a hop: NCCL's tuner, ring, protocol Simple (tuning.cc: NVLink 3.4,
+# PCI 5.7, network 14).
 PCIE = {"nvlink": 32, "nvlink_latency": 5.7, "network": 3.1}
 GPUS: dict[str, dict[str, float]] = {
-    "A100-40": {"memory": 40, "tflops": 312, "memory_bandwidth": 1555, "nvlink": 300, "network": 25},
-    "A100-80": {"memory": 80, "tflops": 312, "memory_bandwidth": 2039, "nvlink": 300, "network": 25},
-    "H100": {"memory": 80, "tflops": 989, "memory_bandwidth": 3350, "nvlink": 450, "network": 50},
-    "H200": {"memory": 141, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
-    "B200": {"memory": 180, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
+    "A100-40": {"memory": 39.4, "tflops": 312, "memory_bandwidth": 1555, "nvlink": 300, "network": 25},
+    "A100-80": {"memory": 79.3, "tflops": 312, "memory_bandwidth": 2039, "nvlink": 300, "network": 25},
+    "H100": {"memory": 79.6, "tflops": 989, "memory_bandwidth": 3350, "nvlink": 450, "network": 50},
+    "H200": {"memory": 140, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
+    "B200": {"memory": 179, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
     "MI300X": {"memory": 192, "tflops": 1307, "memory_bandwidth": 5300, "nvlink": 448, "network": 50},
     "H20": {"memory": 96, "tflops": 148, "memory_bandwidth": 4000, "nvlink": 450, "network": 50},
-    "V100": {"memory": 32, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},  # of float16
-    "L40S": {"memory": 48, "tflops": 362, "memory_bandwidth": 864, **PCIE},
-    "A10G": {"memory": 24, "tflops": 70, "memory_bandwidth": 600, **PCIE},
-    "T4": {"memory": 16, "tflops": 65, "memory_bandwidth": 320, **PCIE},  # of float16
-    "L4": {"memory": 24, "tflops": 121, "memory_bandwidth": 300, **PCIE},
+    "V100": {"memory": 31.7, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},  # of float16
+    "L40S": {"memory": 45, "tflops": 362, "memory_bandwidth": 864, **PCIE},
+    "A10G": {"memory": 22.5, "tflops": 70, "memory_bandwidth": 600, **PCIE},
+    "T4": {"memory": 15, "tflops": 65, "memory_bandwidth": 320, **PCIE},  # of float16
+    "L4": {"memory": 22.5, "tflops": 121, "memory_bandwidth": 300, **PCIE},
     "A6000": {"memory": 48, "tflops": 155, "memory_bandwidth": 768, **PCIE},
-    "RTX5090": {"memory": 32, "tflops": 210, "memory_bandwidth": 1792, **PCIE},
+    "RTX5090": {"memory": 31.8, "tflops": 210, "memory_bandwidth": 1792, **PCIE},
     "RTX4090": {"memory": 24, "tflops": 165, "memory_bandwidth": 1008, **PCIE},
     "RTX3090": {"memory": 24, "tflops": 71, "memory_bandwidth": 936, **PCIE},
 }  # fmt: skip

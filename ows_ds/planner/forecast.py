@@ -7,10 +7,9 @@ its numbers (`ows_ds.planner.cluster`).
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +20,7 @@ from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.shapes import Model, without_weights
 from ows_ds.optim.sampling import LayerSet
-from ows_ds.planner.choices import LEVERS, Choice
+from ows_ds.planner.choices import Choice
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.gathering import Gathered, Limits, Trace, record, replay
 from ows_ds.planner.memory import Memory, memory
@@ -265,65 +264,16 @@ class Planner:
         only_full = method in SAMPLED and method not in LOW_RANK and self.recipe.optim.always_on == "low_rank"
         return self.changed(method={"name": method}, optim={"always_on": "full"} if only_full else {})
 
-    def levers(self) -> Iterator[tuple[dict[str, Any], Planner]]:
-        """The same under `LEVERS`, one more each time: the keys that differ from the recipe's, and their values. What
-        the method does not take is left out."""
-        tree, taken = config.to_dict(self.recipe), dict[str, Any]()
-        for key, changes, value in LEVERS:
-            section, _, name = key.partition(".")
-            before = tree[section][name]
-            if not changes(before):
-                continue
-            tree[section][name] = value
-            try:
-                recipe = config.from_dict(tree)
-            except UserError:  # the method has no use for it
-                tree[section][name] = before
-                continue
-            taken[key] = value
-            if key == "optim.always_on" and self.recipe.method.name in LOW_RANK:  # nothing trains at full rank
-                for name in ("moments", "master"):
-                    if taken.pop(f"optim.{name}", None):
-                        tree["optim"][name] = "float32"
-                recipe = config.from_dict(tree)
-            yield dict(taken), Planner(recipe, self.model, self.ratios, self.replays)
-
     # ---- before a run
 
     def expected(self, choice: Choice) -> Memory:
         """Of a step of the set that is expected, with new projectors, if any."""
         return memory(self.step(choice, self.layer_set()), bool(self.refreshes))
 
-    def peak(self, choice: Choice) -> int:
-        """The most bytes that a GPU needs for such a step, or for a plain one."""
-        return max(self.expected(choice).peak, memory(self.step(choice, self.layer_set())).peak)
-
-    def require(self, asked: Choice, free: int, margin: float = 1.0, place: tuple[str, str] = ("GPU", "GPUs")) -> None:
-        """Refuse (UserError) a step that cannot fit into ``free`` bytes, before weights are loaded.
-
-        The set that is expected must fit, not the largest that may be drawn. margin: so many times ``free`` may be
-        planned. place: what has ``free`` bytes, one and several, for the message, which says what would fit of the
-        settings that do not change what is trained.
-        """
-        needed = self.peak(asked)
-        if needed <= free * margin:
-            return
-        others = [
-            Choice(asked.world_size, home, micro, checkpointing)
-            for home in (("replicated", "zero3") if asked.world_size > 1 else ("replicated",))
-            for micro in dict.fromkeys((asked.micro_batch, 1))
-            for checkpointing in (False, True)
-        ]
-        stages = itertools.chain([({}, self)], self.levers())
-        found = ((taken, one, planner.peak(one)) for taken, planner in stages for one in others)
-        fitting = next(((taken, one, peak) for taken, one, peak in found if peak <= free), None)
-        right = f"more {place[1]} under zero3, or a smaller optim.rank"
-        if fitting is not None:
-            taken, one, peak = fitting
-            options = [*((f"--{key}", str(value)) for key, value in taken.items()), *one.options(asked)]
-            right = f"{', '.join(map(' '.join, options))}, which needs {peak / 1e9:.1f} GB"
-        needs = f"a step needs {needed / 1e9:.1f} GB of a {place[0]} that has {free / 1e9:.1f} GB"
-        raise UserError("train.sharding", asked.sharding, f"{needs}; expected {right}")
+    def peak(self, choice: Choice, deviations: float = 0.0) -> int:
+        """The most bytes that a GPU needs for such a step, or for a plain one. deviations: as of `layer_set`."""
+        spec = self.step(choice, self.layer_set(deviations))
+        return max(memory(spec, refresh).peak for refresh in {False, bool(self.refreshes)})
 
 
 def ranked(forecasts: Sequence[Forecast]) -> list[Forecast]:

@@ -20,6 +20,7 @@ from ows_ds import config, files
 from ows_ds.config import MOST, Recipe, Settings, Wrong, accumulation, parse
 from ows_ds.config.settings import Count, Expected, Number
 from ows_ds.errors import UserError, one_line, raise_all
+from ows_ds.tables import gib
 
 BODY = Path(__file__).with_name("slurm.sh")
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -130,7 +131,7 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
     if used and recipe.train.resume == "never":
         right = f"expected a folder without {used[0]}, or --train.resume auto to resume the run that is there"
         found.append(UserError("train.output_dir", str(run_dir), right))
-    memory = "not planned" if planned is None else f"{planned / 1e9:.1f} GB"
+    memory = "not planned" if planned is None else gib(planned)
     if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
         right = f"expected GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
         found.append(UserError("cluster.gpu_memory", job.gpu_memory, right))

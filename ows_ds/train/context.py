@@ -16,7 +16,7 @@ from torch import Tensor
 from ows_ds import methods
 from ows_ds.checkpoint import Checkpoint
 from ows_ds.compat.torch import to_device
-from ows_ds.config import Recipe, Source, sources
+from ows_ds.config import Recipe, Source, accumulation, sources
 from ows_ds.data import attention, mix, prepare
 from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, held_out_batches
 from ows_ds.data.encoded import IGNORE, Encoded
@@ -32,7 +32,7 @@ from ows_ds.model.layers import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
 from ows_ds.optim.hooks import hook_frozen
 from ows_ds.train.loss import token_losses
-from ows_ds.train.memory_check import check_memory
+from ows_ds.train.memory_check import fit_memory
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
     with fail_together(comm):
         if comm.rank == 0:  # one rank downloads, the others find the data sets in the cache
             fetch(recipe.data, evaluation=training)
+    if training and recipe.data.streaming:  # its blocks are cut into micro-batches as they are read
+        recipe = fit_memory(recipe, runtime, recipe.data.max_length)
     with fail_together(comm):
         tokenizer = load_tokenizer(recipe)
         if recipe.data.streaming:
@@ -121,7 +123,9 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
             where = ", in the block that is read again" if recipe.data.streaming and key == "data.train" else ""
             logger.warning("%s: not the rows that the run began with, or not encoded as they were%s", key, where)
     if training:
-        check_memory(recipe, runtime, max(int(some.lengths.max(initial=0)) for some in (rows, held_out)))
+        if not recipe.data.streaming:
+            recipe = fit_memory(recipe, runtime, max(int(some.lengths.max(initial=0)) for some in (rows, held_out)))
+        runtime = runtime.sized(recipe.train.micro_batch_size, accumulation(recipe, comm.world_size))
         steps = steps or _batches(recipe, rows, runtime)
         adapt = functools.partial(methods.adapt, recipe)
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))

@@ -1,46 +1,74 @@
-"""Whether a run fits into the memory that is free, before its weights load."""
+"""What a run has memory for, before its weights load: what is ``auto`` is chosen, what cannot fit is refused."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from ows_ds import config
 from ows_ds.config import Recipe, changed
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.model.shapes import read_model
+from ows_ds.planner.fit import IN_BITS, by_speed, fit, require
 from ows_ds.planner.forecast import Planner
 
+logger = logging.getLogger(__name__)
 
-def check_memory(recipe: Recipe, runtime: Runtime, longest: int) -> None:
-    """Refuse (UserError) a recipe whose step needs clearly more memory than is free, before weights load. Collective.
 
-    longest: tokens of the longest row. Nothing is refused without ``train.check_memory``, nor a model that cannot be
-    planned.
+def fit_memory(recipe: Recipe, runtime: Runtime, longest: int) -> Recipe:
+    """The recipe with what is ``auto`` chosen for the memory that is free; refuses (UserError) one whose step needs
+    clearly more, before weights load. Collective.
+
+    longest: tokens of the longest row. Nothing is refused without ``train.check_memory``. A model that cannot be
+    planned is neither refused, nor is anything chosen for it.
     """
-    if not recipe.train.check_memory:
-        return
-    config, comm, device = runtime.ds_config, runtime.comm, runtime.device
+    ds_config, comm, device = runtime.ds_config, runtime.comm, runtime.device
     hosts = comm.all_gather_object(socket.gethostname())
-    if config is not None and (config["zero_optimization"].get("offload_param") or {}).get("device") == "cpu":
-        return
+    offloaded = ds_config is not None and _device(ds_config) == "cpu"
     with fail_together(comm):
         try:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         except Exception:  # of any code that comes with a model; loading it reports the mistake
-            return
-        recipe = changed(recipe, {"data.max_length": min(recipe.data.max_length, longest)})
+            return config.exact(recipe)
         if device.type == "cuda":
-            free, margin, place = torch.cuda.mem_get_info(device)[0], 1.05, ("GPU", "GPUs")
+            free, part, margin, place = torch.cuda.mem_get_info(device)[0], 0.92, 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from the planned ones
-            free, margin, place = available() // hosts.count(socket.gethostname()), 1.25, ("process", "processes")
-        planner = Planner(recipe, model)
-        home = "replicated" if config is None else "zero3"
-        planner.require(planner.choice(comm.world_size, home), free, margin, place)
+            free, part, margin, place = (
+                available() // hosts.count(hosts[comm.rank]),
+                0.8,
+                1.25,
+                ("process", "processes"),
+            )
+    least = min(comm.all_gather_object(free))  # all ranks choose the same
+    with fail_together(comm):
+        cut = changed(recipe, {"data.max_length": min(recipe.data.max_length, longest)})
+        planner, home = Planner(cut, model), "replicated" if ds_config is None else "zero3"
+        fitted = fit(planner, by_speed(planner, comm.world_size, [home]), part * least, recipe.auto, possible)
+        if not fitted.fits and recipe.train.check_memory and not offloaded:
+            require(fitted.planner, fitted.choice, least, margin, place)
+        if comm.rank == 0:
+            for line in fitted.lines(recipe.auto, place[0], least):
+                logger.info(line)
+    chosen = {key: config.value_of(fitted.recipe, key) for key in recipe.auto - {"sampling.period"}}
+    return changed(recipe, chosen)
+
+
+def possible(key: str, value: Any) -> bool:
+    """Whether what a value needs is installed."""
+    return (key, value) not in IN_BITS or importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _device(ds_config: dict[str, Any]) -> str:
+    """On which DeepSpeed keeps weights that no layer needs."""
+    return str((ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none"))
 
 
 def available() -> int:

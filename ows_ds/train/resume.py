@@ -50,8 +50,18 @@ def check(run_dir: Path, recipe: Recipe, opened: Checkpoint | None) -> None:
         for section, values in config.to_dict(recipe).items()
         for key, value in values.items()
         if old[section][key] != value and not config.may_change_on_resume(f"{section}.{key}")
-        if (key, value) != ("period", "auto")  # it stays what it was
+        if f"{section}.{key}" not in recipe.auto  # it stays what it was
     )
+
+
+def as_chosen(recipe: Recipe, opened: Checkpoint, world_size: int) -> Recipe:
+    """``recipe`` with what is ``auto`` as it was chosen when the run began; micro-batches that do not divide the batch
+    of as many ranks are chosen again."""
+    began = config.from_dict(opened.facts["recipe"])
+    chosen = {key: config.value_of(began, key) for key in recipe.auto - began.auto}
+    if recipe.train.global_batch_size % (chosen.get("train.micro_batch_size", 1) * world_size):
+        del chosen["train.micro_batch_size"]
+    return config.changed(recipe, chosen)
 
 
 def contents(method: Method, everything: bool) -> tuple[list[Shard], dict[str, Any]]:

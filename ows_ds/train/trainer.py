@@ -71,9 +71,10 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
         if comm.rank == 0 and (run_dir / run_lock.FILE).exists():  # otherwise when there is something to write
             lock.take()
     opened, skipped = _open(recipe, runtime, run_dir)
-    if opened is not None and recipe.sampling.period == "auto":
-        recipe = config.changed(recipe, {"sampling.period": opened.facts["recipe"]["sampling"]["period"]})
+    if opened is not None:
+        recipe = resume.as_chosen(recipe, opened, comm.world_size)
     context = load(recipe, runtime, opened=opened)
+    recipe, runtime = context.recipe, context.runtime
     if opened is not None:
         everything = recipe.train.checkpoint == "full"
         context.model = resume.base_model(opened, context.weights, context.model, recipe.model.path, everything)

@@ -340,6 +340,8 @@ def _answer(rank: int, world_size: int, call: bytes) -> bytes:
         return pickle.dumps((False, traceback.format_exc()))
     finally:
         function = args = None  # what they hold is garbage now
+        sys.stdout.flush()  # who asked may read the log at once
+        sys.stderr.flush()
         gc.collect()
         gc.freeze()  # the next collection need not look at what is left, mostly modules
 
