@@ -26,10 +26,15 @@ def run(options: Options, argv: list[str]) -> None:
     job, planned = slurm.read(options["slurm"]), None
     if Path(recipe.model.path).is_dir():
         from ows_ds.model.shapes import read_model
+        from ows_ds.planner.fit import by_speed, fit
         from ows_ds.planner.forecast import Planner
 
         model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         planner = Planner(recipe, model)
         planned = planner.peak(planner.choice(job.world_size))
+        if job.gpu_memory is not None:
+            homes = [planner.choice(job.world_size).home]
+            fitted = fit(planner, by_speed(planner, job.world_size, homes), job.gpu_memory * 2**30, recipe.auto)
+            recipe, planned = fitted.recipe, fitted.peak
     given, file = recipe_options(options), str(Path(options["config"]).resolve())
     slurm.launch(recipe, job, file, given, bool(options.get("dry_run")), planned)

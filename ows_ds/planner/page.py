@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ PARTS = {  # of what a step adds: component, and the phases of which the largest
 Rows = dict[str, list[float]]
 
 
+WIDTH = 80  # columns of a terminal
+
+
 class Page:
     """What is shown of a report."""
 
@@ -32,7 +36,7 @@ class Page:
     def text(self) -> str:
         """For the terminal: the verdict, the tables, what a reader must know."""
         shown = [self._fitting(), self._methods(), self._memory(), self._traffic(), self._times()]
-        verdict = "\n".join(self.verdict())
+        verdict = "\n".join(textwrap.fill(line, WIDTH) if line[:1] != " " else line for line in self.verdict())
         return f"{verdict}\n\n{terminal([table for table in shown if table.rows], self.notes())}"
 
     def verdict(self) -> list[str]:
@@ -65,7 +69,7 @@ class Page:
             options = [word for pair in one.choice.options(plain) for word in pair]
             found.append(f"{name}: {one.choice.world_size} GPUs, {HOMES[one.choice.home]}, {gib(one.peak)} of each, "
                          f"{self._duration(one)}")  # fmt: skip
-            found.append(f"  {report.command(one.choice, 'RECIPE.yaml', *changes, *options)}")
+            found.append(continued(report.command(one.choice, "RECIPE.yaml", *changes, *options)))
         return found
 
     def _duration(self, one: Forecast) -> str:
@@ -163,6 +167,19 @@ class Page:
         rows = [[name, HOMES[one.choice.home], *self._row(one), "" if one.fits else "too big"]
                 for name, one in found.items()]  # fmt: skip
         return Table("methods: the fastest setting that fits", ["method", "weights", *self._columns(), ""], rows)
+
+
+def continued(command: str) -> str:
+    """A command as a shell takes it, on as many lines as it needs, indented."""
+    first, *options = command.replace(" --", "\n--").split("\n")
+    found = ["  " + first]
+    for option in options:
+        if len(found[-1]) + 1 + len(option) + 2 > WIDTH:
+            found[-1] += " \\"
+            found.append("    " + option)
+        else:
+            found[-1] += f" {option}"
+    return "\n".join(found)
 
 
 def as_good(other: Forecast, one: Forecast, name: str) -> bool:

@@ -49,7 +49,7 @@ class Allocation(Settings):
     gpus_per_node: int | None = None
     """GPUs of a node; null: as many as ranks; 0: the CPU is meant."""
     gpu_memory: Number | None = Field(None, gt=0, lt=MOST)
-    """Memory of a GPU, GB (1e9 bytes); null: not compared with what the job needs."""
+    """Memory of a GPU, GiB; null: not compared with what the job needs."""
     launcher: Literal["srun", "torchrun"] = "srun"
     """srun starts each rank; torchrun starts those of its node, itself started by srun."""
     time: Annotated[str, Expected("a time such as 24:00:00 or 2-00:00:00, in quotes")] = Field(
@@ -132,7 +132,7 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
         right = f"expected a folder without {used[0]}, or --train.resume auto to resume the run that is there"
         found.append(UserError("train.output_dir", str(run_dir), right))
     memory = "not planned" if planned is None else gib(planned)
-    if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 1e9:
+    if job.gpu_memory is not None and planned is not None and planned > job.gpu_memory * 2**30:
         right = f"expected GPUs with more: {memory} are planned; or less to hold (docs/memory.md)"
         found.append(UserError("cluster.gpu_memory", job.gpu_memory, right))
     raise_all(found)
@@ -144,7 +144,7 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
         f"{recipe.train.micro_batch_size} x {steps} micro-batches",
         f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
         f"output {run_dir.resolve()} ({'resumed' if used else 'new'})",
-        f"memory of a GPU at most {memory}" + (f" of {job.gpu_memory:g} GB" if job.gpu_memory is not None else ""),
+        f"memory of a GPU at most {memory}" + (f" of {job.gpu_memory:g} GiB" if job.gpu_memory is not None else ""),
         f"port {job.port or 'from the number of the job'}",
     ]
 

@@ -127,7 +127,7 @@ def test_manifest(pools: Pools, inputs: Path, tmp_path: Path) -> None:
     opened, _ = checkpoint.find(tmp_path / "run", "auto", Communicator())
     assert opened is not None
     assert opened.versions["torch"] == torch.__version__
-    assert config.from_dict(opened.facts["recipe"]) == made
+    assert config.from_dict(opened.facts["recipe"]) == config.exact(made)
     assert opened.facts["sharding"] == "zero3"
     assert opened.facts["model"] == export_fingerprint(inputs)
 

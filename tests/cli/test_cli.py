@@ -118,7 +118,7 @@ MISTAKES = [
     ),
     (
         ["train", "--config", "r.yaml", "--optim.always_on", "no"],
-        "optim.always_on: 'no' is invalid: expected one of full",
+        "optim.always_on: 'no' is invalid: expected one of auto, full",
     ),
     (
         ["train", "--config", "r.yaml", "--optim.rnk", "3"],

@@ -69,7 +69,8 @@ def test_several_user_errors_are_a_line_each() -> None:
 def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     r = config.from_dict(tree)
     config.check(r)
-    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, "auto", 13, "bernoulli")
+    assert r.auto == set(config.planned_keys())
+    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, 50, 13, "bernoulli")
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
     assert (r.optim.rank, r.optim.update_proj_gap, r.optim.scale) == (128, 200, 1.0)
     assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("align", "full", "full")

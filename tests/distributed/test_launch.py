@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from ows_ds.config import changed
+from ows_ds.config import changed, exact
 from ows_ds.distributed import launch, zero3
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.forecast import Planner
+from ows_ds.tables import gib
 from ows_ds.train import memory_check
-from ows_ds.train.memory_check import available, check_memory
+from ows_ds.train.memory_check import available, fit_memory
 from tests.support.tiny_run import recipe
 
 # ------------------------------------------------------------------ DeepSpeed's operator
@@ -99,29 +100,29 @@ def alone(**zero: Any) -> Runtime:
 def test_what_cannot_fit_is_refused_with_the_figure(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = recipe(inputs, tmp_path)
+    asked = exact(recipe(inputs, tmp_path))
     planner = Planner(asked, read_model(asked.model.path))
     needed = planner.peak(planner.choice(1, "replicated"))
     monkeypatch.setattr(memory_check, "available", lambda: needed)
-    check_memory(asked, alone(), 64)
+    fit_memory(asked, alone(), 64)
     monkeypatch.setattr(memory_check, "available", lambda: int(needed / 1.3))
     with pytest.raises(UserError) as caught:
-        check_memory(asked, alone(), 64)
-    words = f"train.sharding: 'replicated' is invalid: a step needs {needed / 1e9:.1f} GB of a process that has "
+        fit_memory(asked, alone(), 64)
+    words = f"train.sharding: 'replicated' is invalid: a step needs {gib(needed)} of a process that has "
     assert str(caught.value).startswith(words)
-    check_memory(asked, alone(), 8)  # shorter rows than data.max_length
-    check_memory(changed(asked, {"train.check_memory": False}), alone(), 64)
+    fit_memory(asked, alone(), 8)  # shorter rows than data.max_length
+    fit_memory(changed(asked, {"train.check_memory": False}), alone(), 64)
 
 
 def test_what_cannot_be_planned_is_not_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_check, "available", lambda: 0)
-    asked = recipe(inputs, tmp_path)
-    check_memory(asked, alone(stage=3, offload_param={"device": "cpu"}), 64)
+    asked = exact(recipe(inputs, tmp_path))
+    fit_memory(asked, alone(stage=3, offload_param={"device": "cpu"}), 64)
     with pytest.raises(UserError):
-        check_memory(asked, alone(stage=3), 64)
+        fit_memory(asked, alone(stage=3), 64)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "nobody knows it"}')
-    check_memory(recipe(tmp_path, tmp_path), alone(), 64)
+    fit_memory(recipe(tmp_path, tmp_path), alone(), 64)
 
 
 def test_the_memory_that_is_available() -> None:

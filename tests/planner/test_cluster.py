@@ -47,7 +47,7 @@ def test_few_bytes_pay_latency_alone() -> None:
 
 
 def test_clusters_by_name_and_file(tmp_path: Path) -> None:
-    assert read_cluster("8xA100-80") == Cluster(nodes=1, gpus=8)
+    assert read_cluster("8xA100-80") == Cluster(nodes=1, gpus=8, memory=79.3)
     four = read_cluster("4x8xH100", {"network": 25.0, "price": None})
     assert (four.nodes, four.gpus, four.world_size, four.tflops, four.network) == (4, 8, 32, 989, 25)
     file = tmp_path / "mine.yaml"
@@ -72,7 +72,7 @@ def test_clusters_by_name_and_file(tmp_path: Path) -> None:
             "--network-latency: nan is invalid: expected a finite number",
         ),
         ("8xH100", {"reach": 1.5}, "--reach: 1.5 is invalid: expected a share above 0, at most 1"),
-        ("8xH100", {"reserve": 80.0}, "--reserve: 80.0 is invalid: expected less than memory, 80 GB"),
+        ("8xH100", {"reserve": 80.0}, "--reserve: 80.0 is invalid: expected less than memory, 79.6 GiB"),
     ],
 )
 def test_mistakes(given: str, changes: dict[str, float], expected: str) -> None:
@@ -94,7 +94,7 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 def test_names_of_gpus_in_any_case() -> None:
     assert read_cluster("8xh100") == read_cluster("8xH100")
     assert read_cluster("8XA100") == read_cluster("8xA100-80")
-    memory = {"RTX3090": 24, "A6000": 48, "L4": 24, "V100": 32, "MI300X": 192}
+    memory = {"RTX3090": 24, "A6000": 48, "L4": 22.5, "V100": 31.7, "MI300X": 192}
     assert {name: read_cluster(f"2x{name}").memory for name in memory} == memory
 
 
@@ -157,7 +157,8 @@ def test_hpz_gathers_inside_a_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "memory"), [("1x4090", 24), ("8xA100-80GB", 80), ("2x8xh100-80gb", 80), ("1xt4", 16), ("1x5090", 32)]
+    ("given", "memory"),
+    [("1x4090", 24), ("8xA100-80GB", 79.3), ("2x8xh100-80gb", 79.6), ("1xt4", 15), ("1x5090", 31.8)],
 )
 def test_names_as_people_write_them(given: str, memory: float) -> None:
     assert read_cluster(given).memory == memory

@@ -15,6 +15,7 @@ from ows_ds.errors import UserError
 from ows_ds.model.shapes import SHAPES, configuration, model_of, read_model, without_weights
 from ows_ds.planner.choices import Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import read_cluster
+from ows_ds.planner.fit import require
 from ows_ds.planner.forecast import DEVIATIONS, Forecast, Planner, Replays, ranked
 from ows_ds.planner.gathering import Limits, record, replay
 from ows_ds.planner.memory import memory
@@ -246,24 +247,24 @@ def test_other_shapes_have_the_models_numbers_of_weights(name: str) -> None:
 def test_a_refusal_says_what_would_fit() -> None:
     asked = planner(recipe("llama2-13b", data={"max_length": 2048}), "llama2-13b")
     replicated, sharded = (asked.choice(8, home) for home in ("replicated", "zero3"))
-    asked.require(replicated, 80_000_000_000)
+    require(asked, replicated, 80_000_000_000)
     with pytest.raises(UserError) as caught:
-        asked.require(replicated, 35_000_000_000)
+        require(asked, replicated, 35_000_000_000)
     said = str(caught.value)
     assert said.startswith("train.sharding: 'replicated' is invalid: a step needs ")
-    assert " GB of a GPU that has 35.0 GB; expected --train.gradient_checkpointing true, which needs " in said
-    with pytest.raises(UserError, match=r"24.0 GB; expected --train.sharding zero3, which needs [0-9.]+ GB$"):
-        asked.require(replicated, 24_000_000_000)
+    assert " GiB of a GPU that has 32.6 GiB; expected --train.gradient_checkpointing true, which needs " in said
+    with pytest.raises(UserError, match=r"22.4 GiB; expected --train.sharding zero3, .*, which needs [0-9.]+ GiB$"):
+        require(asked, replicated, 24_000_000_000)
     with pytest.raises(UserError, match=r"expected --optim\.refresh_batch first, --sampling\.scheme fixed, "):
-        asked.require(sharded, 5_000_000_000)
+        require(asked, sharded, 5_000_000_000)
     with pytest.raises(UserError, match="expected more GPUs under zero3"):
-        asked.require(sharded, 2_000_000_000)
+        require(asked, sharded, 2_000_000_000)
 
 
 def test_the_set_that_is_expected_decides() -> None:
     asked, alone = planner(recipe()), Choice(1, "replicated", 1, False)
     expected, most = (memory(asked.step(alone, asked.layer_set(d)), True).peak for d in (0.0, DEVIATIONS))
     assert expected < most
-    asked.require(alone, expected)
+    require(asked, alone, expected)
     with pytest.raises(UserError):
-        asked.require(alone, expected - 1)
+        require(asked, alone, expected - 1)

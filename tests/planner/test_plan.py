@@ -12,12 +12,18 @@ import yaml
 from ows_ds import config
 from ows_ds.cli.main import main
 from ows_ds.importance.scores import Scores
-from ows_ds.planner import plan as planning
+from ows_ds.model.shapes import read_model
 from ows_ds.planner.memory import memory, state
+from ows_ds.planner.plan import FILES
 from ows_ds.planner.step import StepSpec
 from tests.support.families import tiny
 
 WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.5", "--train.global_batch_size", "16"]
+
+PLAIN = [
+    *("--train.micro_batch_size", "1", "--train.gradient_checkpointing", "false", "--optim.refresh_batch", "full"),
+    *("--optim.always_on", "full", "--optim.moments", "float32", "--optim.master", "float32", "--model.frozen", "same"),
+]  # nothing is chosen
 
 
 @pytest.fixture
@@ -38,19 +44,23 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_tables_fit_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = plan(capsys, "--cluster", "2x4xH100", "--methods", "lisa,lora").splitlines()
     assert max(map(len, shown)) <= 80
-    titles = ["memory of a GPU [GB]", "sent by a GPU in a step [MB]", "time of a step at best [ms]", "methods"]
+    titles = ["memory of a GPU [GiB]", "sent by a GPU in a step [MiB]", "time of a step at best [s]"]
     assert set(titles) <= {line.strip() for line in shown}
     assert any(line.startswith("lora ") for line in shown)
-    assert any(line.startswith("Cheapest: ows-ds train --config RECIPE.yaml --train.sharding") for line in shown)
+    assert "methods: the fastest setting that fits" in (line.strip() for line in shown)
+    start = shown.index("  torchrun --nnodes 2 --nproc_per_node 4 -m ows_ds train --config RECIPE.yaml")
+    assert any(line.startswith("As it is: 8 GPUs, ") for line in shown[:start])
+    cheapest = next(index for index, line in enumerate(shown) if line.startswith("Cheapest: 1 GPUs, "))
+    assert shown[cheapest + 1].startswith("  ows-ds train --config RECIPE.yaml")
     assert {path.name for path in folder.iterdir()} == {"m"}
 
 
 def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(plan(capsys, "--cluster", "8xA100-80", "--nodes", "2", "--memory", "40", "--json"))
+    found = json.loads(plan(capsys, "--cluster", "8xA100-80", "--nodes", "2", "--memory", "40", "--json", *PLAIN))
     assert (found["model"], found["cluster"]["nodes"], found["cluster"]["memory"]) == ("m", 2, 40)
     [one] = [x for x in found["whole cluster"] if (x["home"], x["checkpointing"]) == ("replicated", False)]
     assert one["layers"] == {"expected": 2, "planned for": 3}
-    spec = StepSpec(planning.read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world_size=16)
+    spec = StepSpec(read_model("m").layers, layer_set=(0, 1, 2), rank=4, length=16, world_size=16)
     assert one["state"] == state(spec)
     assert one["phases"] == memory(spec).phases
     assert one["peak"] == max(memory(spec).peak, memory(spec, True).peak)
@@ -82,7 +92,7 @@ def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[
     words += ["--memory", str(between / 1e9), "--reserve", "0"]
     shown = plan(capsys, *words, "--output", "out", "--choose", "fastest")
     assert "too big" in shown
-    assert {path.name for path in (folder / "out").iterdir()} == {*planning.FILES, "ds_config.json"}
+    assert {path.name for path in (folder / "out").iterdir()} == {*FILES, "ds_config.json"}
     text = (folder / "out" / "recipe.yaml").read_text()
     recipe = config.from_dict(yaml.safe_load(text))
     config.check(recipe)
@@ -101,23 +111,49 @@ def test_output_can_be_trained_with(folder: Path, capsys: pytest.CaptureFixture[
 
 def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = plan(capsys, "--cluster", "1xA100-80", "--memory", "0.0001", "--reserve", "0", "--output", "out")
-    assert "Nothing of this fits" in shown
+    assert "Nothing fits: the leanest, with " in shown
     assert {path.name for path in (folder / "out").iterdir()} == {"plan.json", "scaling.png"}
 
 
 def test_what_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first keys that do, in the note, the numbers, and the recipe that is written."""
-    words = ["--cluster", "1xRTX4090", "--memory", "16", "--model.path", "llama2-7b", "--output", "out"]
+    """The first keys that do, in the verdict, the numbers, and the recipe that is written."""
+    words = ["--cluster", "1xRTX4090", "--memory", "16", "--model.path", "llama2-7b", "--output", "out", *PLAIN]
     assert main(["plan", *words]) == 0
     shown = capsys.readouterr().out
     keys = "--optim.refresh_batch first --sampling.scheme fixed --model.frozen int8"
-    assert f"Nothing of this fits as it is. With {keys} it does, in " in " ".join(shown.split())
+    assert f"Nothing of this fits as it is. With {keys} it does" in " ".join(shown.split())
     recipe = config.from_dict(yaml.safe_load((folder / "out" / "recipe.yaml").read_text()))
     assert (recipe.model.frozen, recipe.optim.refresh_batch, recipe.optim.always_on) == ("int8", "first", "full")
     assert recipe.train.gradient_checkpointing
     proposal = json.loads((folder / "out" / "plan.json").read_text())["proposal"]
     assert proposal["fits"]
     assert proposal["keys"] == {"optim.refresh_batch": "first", "sampling.scheme": "fixed", "model.frozen": "int8"}
+
+
+@pytest.mark.parametrize(("model", "always_on"), [("llama2-7b", "full"), ("llama3-8b", "none")])
+def test_a_24_gib_gpu_takes_7b_and_8b_with_nothing_given(
+    folder: Path, capsys: pytest.CaptureFixture[str], model: str, always_on: str
+) -> None:
+    words = ["--cluster", "1xRTX4090", "--model.path", model, "--data.max_length", "2048"]
+    assert main(["plan", *words]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "chosen for 22.0 GiB of a GPU: train.micro_batch_size" in shown
+    assert "NOTHING THAT IS EXACT FITS: PROJECTORS ARE FOUND FROM THE FIRST MICRO-BATCH" in shown
+    assert ("EMBEDDING AND HEAD DO NOT TRAIN (optim.always_on none)" in shown) == (always_on == "none")
+    assert "As it is: 1 GPUs, replicated, " in shown
+    assert main(["plan", *words, "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert (chosen["optim.always_on"], chosen["model.frozen"]) == (always_on, "same")
+
+
+def test_the_papers_setting_takes_18_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    """7B, on a GPU that has no more: as it is, by micro-batches and checkpointing alone or nearly."""
+    recipe = "launch/recipes/llama2_7b_alpaca_gpt4.yaml"
+    words = ["--config", recipe, "--model.path", "llama2-7b", "--cluster", "1xRTX4090", "--memory", "20", "--json"]
+    assert main(["plan", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["whole cluster"][0]["peak"] <= 18 * 2**30 or found["whole cluster"][1]["peak"] <= 18 * 2**30
+    assert found["recipe"]["optim"]["always_on"] == "full"
 
 
 def test_scores_decide_how_deep_it_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

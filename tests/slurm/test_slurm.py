@@ -131,9 +131,9 @@ def test_what_is_checked_before(tmp_path: Path) -> None:
         job.check(recipe(tmp_path), cluster.model_copy(update={"nodes": 3, "processes_per_node": 8}))
     assert "memory of a GPU at most not planned" in found
     of_80 = cluster.model_copy(update={"gpu_memory": 80.0})
-    assert "memory of a GPU at most 79.9 GB of 80 GB" in job.check(recipe(tmp_path), of_80, int(79.9e9))
-    with pytest.raises(UserError, match=r"cluster.gpu_memory: 80.0 is invalid: .* 80.1 GB are planned"):
-        job.check(recipe(tmp_path), of_80, int(80.1e9))
+    assert "memory of a GPU at most 79.9 GiB of 80 GiB" in job.check(recipe(tmp_path), of_80, int(79.9 * 2**30))
+    with pytest.raises(UserError, match=r"cluster.gpu_memory: 80.0 is invalid: .* 80.1 GiB are planned"):
+        job.check(recipe(tmp_path), of_80, int(80.1 * 2**30))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(
         UserError, match=r"train.output_dir: .* expected a folder without checkpoints, or --train.resume auto"

@@ -106,7 +106,7 @@ def test_resumed_run_is_bit_identical(
     assert contents(parts) == (records, digests)
     for name in ("config.yaml", "scores.json", "metrics.jsonl", "tensorboard", "checkpoints/step-9", "model"):
         assert (whole / name).exists()
-    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == recipe(inputs, whole, **settings)
+    assert config.from_dict(files.read_yaml(whole / "config.yaml")) == config.exact(recipe(inputs, whole, **settings))
     if world_size > 1:
         assert records[3]["comm_bytes"]["gradients"] > 0
     norms_where_they_belong(records)
@@ -240,3 +240,15 @@ def test_a_damaged_checkpoint_is_skipped(pools: Pools, inputs: Path, tmp_path: P
         f"resuming after step 3 from {damaged.with_name('step-3')}",
     ]
     assert contents(tmp_path / "run") == contents(whole)
+
+
+def test_what_is_auto_is_chosen_written_down_and_kept(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"micro_batch_size": "auto", "steps": 4, "save_steps": 2}
+    pools(2).run(run, recipe(inputs, tmp_path / "run", **settings), 2)
+    began = config.from_dict(files.read_yaml(tmp_path / "run" / "config.yaml"))
+    assert not began.auto
+    assert began.train.micro_batch_size > 1
+    pools(3).run(run, recipe(inputs, tmp_path / "run", **settings, resume="auto"), None)  # 6 do not divide by 3 ranks
+    again = config.from_dict(files.read_yaml(tmp_path / "run" / "config.yaml"))
+    assert (again.optim, again.model) == (began.optim, began.model)
+    assert 12 % (3 * again.train.micro_batch_size) == 0
