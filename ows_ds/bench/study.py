@@ -162,6 +162,8 @@ def _base(given: str | dict[str, Any]) -> tuple[dict[str, Any], Recipe]:
     """The base recipe: of a file, or as it stands in the study; as a tree, and read."""
     tree = _plain("recipe", files.read_yaml(given, "recipe") if isinstance(given, str) else given)
     recipe = config.from_dict(_merged(tree, {"train.output_dir": "."}))
+    if recipe.loss.rows:
+        raise UserError("recipe: loss.name", recipe.loss.name, "expected sft: a study measures losses of examples")
     if recipe.sampling.seed is not None:
         raise UserError("recipe: sampling.seed", recipe.sampling.seed, "leave it out: the study's seeds set it")
     return tree, recipe

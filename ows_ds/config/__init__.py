@@ -1,6 +1,7 @@
 """Settings: the recipe and all others, their defaults, ranges and meaning, stated once; no torch."""
 
 from ows_ds.config.inputs import Data, Format, Model, Source
+from ows_ds.config.loss import Loss
 from ows_ds.config.method import Method, Optim, OWSConfig, Sampling
 from ows_ds.config.reading import (
     COMPRESSED,
@@ -40,6 +41,7 @@ __all__ = [
     "Data",
     "Format",
     "Log",
+    "Loss",
     "Method",
     "Model",
     "OWSConfig",

@@ -47,7 +47,16 @@ class Model(Settings):
 
 
 Format = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "multiple_choice", "question_answer", "text"
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "multiple_choice",
+    "question_answer",
+    "text",
+    "preference",
+    "labelled",
 ]
 
 
@@ -115,7 +124,8 @@ class Data(Settings):
     format: Format = "auto"
     """Columns of a row; auto recognises messages, sharegpt (conversations), alpaca (instruction, input, output),
     prompt_completion (prompt, completion), multiple_choice (question, choices, answer), question_answer (question,
-    answer) and text by their names."""
+    answer) and text by their names, and for losses that compare answers preference (chosen, rejected, perhaps prompt)
+    and labelled (prompt, completion, label)."""
     template: Literal["auto", "chat", "plain", "alpaca"] = "auto"
     """How a row with a task and an answer is written: the tokenizer's chat template, plain text, or Stanford Alpaca's
     prompt; auto: chat where the tokenizer has a template, otherwise plain."""

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
+from ows_ds.config.loss import REFERENCE, ROWS, Loss
 from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
 from ows_ds.config.settings import (
     MOST,
@@ -107,6 +108,7 @@ class Recipe(Settings):
 
     model: Model
     data: Data = Data()
+    loss: Loss = Loss()
     method: Method = Method()
     sampling: Sampling = Sampling()
     optim: Optim = Optim()
@@ -139,6 +141,10 @@ class Recipe(Settings):
             name = method.get("name", "ows")
             own = LEARNING_RATES.get(name) if isinstance(name, str) else None
             made["optim"] = {**optim, "lr": own} if own is not None else optim
+        loss, data = made["loss"], made["data"]
+        rows = ROWS.get(loss["name"]) if isinstance(loss, Mapping) and isinstance(loss.get("name"), str) else None
+        if rows and isinstance(data, Mapping) and data.get("format", "auto") == "auto":
+            made["data"] = {**data, "format": rows}
         found = handler(made)
         found._auto = frozenset(auto)
         return found
@@ -163,6 +169,19 @@ class Recipe(Settings):
         if data.streaming and data.buffer_size < train.global_batch_size:
             right = f"expected at least train.global_batch_size, {train.global_batch_size}"
             yield Wrong("data.buffer_size", right, ("data.streaming", "train.global_batch_size"))
+        if data.format != self.loss.rows and (self.loss.rows or data.format in ROWS.values()):
+            right = f"expected {self.loss.rows or 'a format of examples'}, or auto, under loss.name {self.loss.name}"
+            yield Wrong("data.format", right, ("loss.name",))
+        if self.loss.rows:
+            name = self.loss.name
+            if data.packing:
+                yield Wrong("data.packing", f"expected false under loss.name {name}", ("loss.name",))
+            if data.loss_on == "all":
+                right = f"expected assistant under loss.name {name}, which compares answers"
+                yield Wrong("data.loss_on", right, ("loss.name",))
+            if data.streaming and name in REFERENCE:
+                right = f"expected false under loss.name {name}, which asks the model about all rows before training"
+                yield Wrong("data.streaming", right, ("loss.name",))
         if train.eval_steps is not None and data.eval is None:
             right = "leave it out, or give data.eval: there is nothing to evaluate with"
             yield Wrong("train.eval_steps", right, ("data.eval",))

@@ -21,7 +21,8 @@ from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.errors import UserError
 
 MULTIPLE = 8  # tokens: sequences of a batch are padded to a multiple of it
-HOST = ("labels", "longest")  # parts of a batch that stay on the CPU, where counting needs no wait for a GPU
+# parts of a batch that stay on the CPU, where counting needs no wait for a GPU
+HOST = ("labels", "longest", "answers", "reference", "right", "kl_labels", "kl_reference")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class Step:
         micro_batches: this rank's sequences, one list a micro-batch.
         tokens: of all ranks' sequences.
         targets: those of them that the loss counts.
+        sequences: how many, of all ranks.
+        leading: see `pack.Sequences`; 0 where rows are not compared.
         state: `Steps.state` of this step.
     """
 
     micro_batches: list[list[list[Encoded]]]
     tokens: int
     targets: int
+    sequences: int
+    leading: int
     state: dict[str, Any]
 
 
@@ -70,7 +75,9 @@ class Steps(ABC):
         """Optimizer step `k` (from 0)."""
         mine, everyones, sequences = self.own(k), self.global_step(k), self.sequences
         tokens, targets = (int(counts[everyones].sum()) for counts in (sequences.lengths, sequences.targets))
-        return Step([[sequences[i] for i in some] for some in mine], tokens, targets, self.state())
+        leading = int(sequences.leading[everyones].sum()) if getattr(sequences, "rows", 1) > 1 else 0
+        micro_batches = [[sequences[i] for i in some] for some in mine]
+        return Step(micro_batches, tokens, targets, len(everyones), leading, self.state())
 
     def close(self) -> None:  # noqa: B027 (there may be nothing to close)
         """Read no more."""
@@ -125,6 +132,31 @@ def held_out_batches(
     batches = [order[i : i + batch_size] for i in range(0, n_rows, batch_size)]
     batches += [[]] * (-len(batches) % world_size)
     return batches[rank::world_size]
+
+
+def compared(pairs: Sequence[Sequence[Encoded]], pad_id: int, format: str, whole: bool) -> dict[str, Tensor]:
+    """Rows that are compared, as `collate` makes them of one row each, without an attention mask.
+
+    format preference: first all chosen ones, then as many rejected ones. labelled: the rows themselves; those with
+    other rows' answers as ``kl_input_ids`` and ``kl_labels``. Besides, on the CPU, ``reference``: float64, (rows), and
+    of labelled rows ``right``: bool, (rows). whole: labels are of all of the chosen rows, and ``answers`` of the
+    answers, bool, (rows, tokens).
+    """
+    first, second = ([[pair[i]] for pair in pairs] for i in (0, 1))
+    together = first if format == "labelled" else [*first, *second]
+    found = collate(together, pad_id)
+    found["reference"] = torch.tensor([row.reference for [row] in together], dtype=torch.float64)
+    if format == "labelled":
+        more = collate(second, pad_id)
+        found |= {"kl_input_ids": more["input_ids"], "kl_labels": more["labels"]}
+        found["kl_reference"] = torch.tensor([row.reference for [row] in second], dtype=torch.float64)
+        found["right"] = torch.tensor([row.right for [row] in first])
+    if whole:
+        found["answers"], chosen = found["labels"] != IGNORE, found["attention_mask"].bool()
+        chosen[:, 0], chosen[len(first) :] = False, False
+        found["labels"] = torch.where(chosen, found["input_ids"], found["labels"])
+    del found["attention_mask"]  # the loss does without
+    return found
 
 
 def collate(

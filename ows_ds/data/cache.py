@@ -27,9 +27,9 @@ from ows_ds.data.template import CLOCK
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write
 
-FORMAT = 4  # of an entry, and of what encoding makes: a change of either needs another number
+FORMAT = 5  # of an entry, and of what encoding makes: a change of either needs another number
 SETTINGS = ("max_length", "loss_on", "template", "on_bad_row")
-NAMES = ("tokens", "trained", "ends", "targets")
+NAMES = ("tokens", "trained", "ends", "targets", "right")
 
 
 def place(data: Data) -> Path:

@@ -5,9 +5,19 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from ows_ds.data import chat
-from ows_ds.data.encoded import Builder, Counts, Encoded, EncodedRows
+from ows_ds.data.encoded import PAIRED, Builder, Counts, Encoded, EncodedRows
 from ows_ds.data.messages import BadChat, read_chat
-from ows_ds.data.rows import COLUMNS, LETTERS, Found, Row, conversation, format_of, system_of, unused_columns
+from ows_ds.data.rows import (
+    COLUMNS,
+    LETTERS,
+    Found,
+    Row,
+    answers,
+    conversation,
+    format_of,
+    system_of,
+    unused_columns,
+)
 from ows_ds.errors import UserError
 
 # Stanford Alpaca's prompt, as the text column of vicgalle/alpaca-gpt4 has it and, but for stray indents, LLM-Adapters
@@ -60,16 +70,22 @@ def encode_rows(
 
     The first token of a row has no prediction, so it does not count as trained. Under `on_bad_row` "skip", rows that
     are errors and those that the chat template refuses are skipped. today: see `chat.write`.
+
+    Rows of format preference become two each, the chosen answer and the rejected one; labelled ones two as well, with
+    their own answer and with the one before it, and the first with the last, at the end.
     Raises UserError as `encode` does, naming the row's place, and, unless there `may_be_none`, naming `key`
     where no row is left.
     """
     kept, counts, without = Builder(), Counts(), 0
+    first: tuple[_Tokens, bool] | None = None  # of labelled rows, until the last one is known
+    before: _Tokens | None = None
     for where, row in rows:
         counts.rows += 1
         try:
             if isinstance(row, UserError):
                 raise row
-            ids, trained, notes, unused = _tokens(row, tokenizer, loss_on, format, key, template, today)
+            ones, name = (answers(row, format), "prompt_completion") if format in PAIRED else ([row], format)
+            made = [_tokens(one, tokenizer, loss_on, name, key, template, today) for one in ones]
         except UserError as error:
             named = error if isinstance(row, UserError) else _placed(error, key, where)
             if error.key != key or on_bad_row == "stop":
@@ -77,20 +93,29 @@ def encode_rows(
             counts.bad += 1
             counts.first_bad = counts.first_bad or f"{where}: {error.right}"
             continue
-        counts.ignored |= dict.fromkeys(unused)
+        counts.ignored |= dict.fromkeys(c for c in made[0].unused if format not in PAIRED)
+        notes = [note for one in made for note in one.notes]
         for note in notes:
             counts.notes[note] = counts.notes.get(note, 0) + 1
-        counts.truncated += len(ids) > max_length
-        anywhere = any(trained[1:])
-        ids, trained = ids[:max_length], trained[:max_length]
-        if any(trained[1:]):
-            kept.add(ids, trained)
+        counts.truncated += any(len(one.ids) > max_length for one in made)
+        anywhere = all(any(one.trained[1:]) for one in made)
+        if all(any(one.trained[1:max_length]) for one in made):
             counts.kept += 1
+            if format == "labelled":  # with the answer before it, which was given to something else
+                if first is None or before is None:
+                    first, before = (made[0], row["label"]), made[0]
+                    continue
+                made, before = [made[0], _mismatched(made[0], before)], made[0]
+            for one in made:
+                kept.add(one.ids[:max_length], one.trained[:max_length], row.get("label") is not False)
         else:
             without += not anywhere
             counts.dropped += 1
             reason = "its first is after data.max_length" if anywhere else _nothing_trained(row, notes)
             counts.first_dropped = counts.first_dropped or f"{where}: {reason}"
+    if first is not None and before is not None:
+        for one in (first[0], _mismatched(first[0], before)):
+            kept.add(one.ids[:max_length], one.trained[:max_length], first[1])
     if not counts.kept and not may_be_none:
         right = f"expected rows with a token to train among the first {max_length} (data.max_length)"
         if without:
@@ -170,6 +195,13 @@ def _tokens(
         ids.append(tokenizer.eos_token_id)
         trained.append(bool(spans))
     return _Tokens(ids, trained, notes, unused)
+
+
+def _mismatched(asked: _Tokens, answered: _Tokens) -> _Tokens:
+    """The prompt of one row with another's answer, from which kto estimates how far the model has moved."""
+    prompt, answer = asked.trained.index(True), answered.trained.index(True)
+    trained = [False] * prompt + answered.trained[answer:]
+    return _Tokens(asked.ids[:prompt] + answered.ids[answer:], trained, [], [])
 
 
 def _nothing_trained(row: Row, notes: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
+PAIRED = ("preference", "labelled")  # formats of which a sequence is two encoded rows, side by side
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -22,11 +23,15 @@ class Encoded:
         input_ids: int32, (tokens).
         trained: bool, (tokens): whether the loss counts the token.
         targets: how many tokens it counts: those trained, without the first token, which nothing predicts.
+        right: whether the answer is a right one (``loss.name: kto``).
+        reference: log-probability of its targets under the model before training; NaN where it is not asked for.
     """
 
     input_ids: numpy.ndarray
     trained: numpy.ndarray
     targets: int
+    right: bool = True
+    reference: float = float("nan")
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -99,12 +104,14 @@ class EncodedRows:
         trained: bool, the same shape.
         ends: int64, (rows): where each row ends.
         targets: int64, (rows): see `Encoded`.
+        right: bool, (rows): see `Encoded`.
     """
 
     tokens: numpy.ndarray
     trained: numpy.ndarray
     ends: numpy.ndarray
     targets: numpy.ndarray
+    right: numpy.ndarray
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -115,7 +122,7 @@ class EncodedRows:
     def __getitem__(self, at: int) -> Encoded:
         at = range(len(self))[at]
         tokens = slice(self.ends[at - 1] if at else 0, self.ends[at])
-        return Encoded(self.tokens[tokens], self.trained[tokens], int(self.targets[at]))
+        return Encoded(self.tokens[tokens], self.trained[tokens], int(self.targets[at]), bool(self.right[at]))
 
     @property
     def lengths(self) -> numpy.ndarray:
@@ -138,6 +145,8 @@ class EncodedRows:
         found = hashlib.blake2b(digest_size=16)
         for part in (self.tokens, self.trained, self.ends, self.targets):
             found.update(numpy.ascontiguousarray(part).view(numpy.uint8).data)
+        if not self.right.all():
+            found.update(self.right.tobytes())
         return found.hexdigest()
 
     @property
@@ -154,9 +163,11 @@ class Builder:
     trained: bytearray = field(default_factory=bytearray)
     ends: array[int] = field(default_factory=lambda: array("q"))
     targets: array[int] = field(default_factory=lambda: array("q"))
+    right: bytearray = field(default_factory=bytearray)
 
-    def add(self, input_ids: Sequence[int], trained: Sequence[bool]) -> None:
+    def add(self, input_ids: Sequence[int], trained: Sequence[bool], right: bool = True) -> None:
         """One more row."""
+        self.right.append(right)
         self.tokens.extend(input_ids)
         self.trained.extend(trained)
         self.ends.append(len(self.tokens))
@@ -169,6 +180,7 @@ class Builder:
             numpy.asarray(self.trained, numpy.uint8).view(numpy.bool_),
             numpy.asarray(self.ends, numpy.int64),
             numpy.asarray(self.targets, numpy.int64),
+            numpy.asarray(self.right, numpy.uint8).view(numpy.bool_),
         )
 
 
@@ -176,5 +188,5 @@ def joined(parts: Sequence[EncodedRows]) -> EncodedRows:
     """All rows of ``parts``, in order."""
     starts = numpy.cumsum([0, *(len(part.tokens) for part in parts)])
     ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
-    columns: list[list[Any]] = [[p.tokens for p in parts], [p.trained for p in parts], ends, [p.targets for p in parts]]
-    return EncodedRows(*map(numpy.concatenate, columns))
+    columns = {name: [getattr(p, name) for p in parts] for name in ("tokens", "trained", "targets", "right")}
+    return EncodedRows(**{name: numpy.concatenate(some) for name, some in (columns | {"ends": ends}).items()})

@@ -9,7 +9,7 @@ from typing import Any
 from ows_ds.config import Data, Source
 from ows_ds.data import cache, encoded
 from ows_ds.data.encode import encode_rows
-from ows_ds.data.encoded import Counts, EncodedRows
+from ows_ds.data.encoded import PAIRED, Counts, EncodedRows
 from ows_ds.data.pack import Sequences
 from ows_ds.data.rows import Found, digest, read
 
@@ -51,7 +51,8 @@ def _sequences(data: Data, found: Sequence[tuple[EncodedRows, Counts]], join: bo
     parts = [rows for rows, _ in found]
     if join and len(parts) > 1:
         parts = [encoded.joined(parts)]
-    return Sequences(parts, data.max_length if data.packing else None), sum((c for _, c in found), Counts())
+    rows = 2 if data.format in PAIRED else 1
+    return Sequences(parts, data.max_length if data.packing else None, rows), sum((c for _, c in found), Counts())
 
 
 def _encoded(

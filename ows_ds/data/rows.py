@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ows_ds.config import COMPRESSED, DATA_FILES, Data, Format, Source, data_suffix, is_file, sources
+from ows_ds.data.encoded import PAIRED
 from ows_ds.data.messages import BadChat, is_text, read_chat
 from ows_ds.errors import UserError, first_line
 from ows_ds.files import parse_json
@@ -28,6 +29,8 @@ COLUMNS = {
     "multiple_choice": ("question", "choices", "answer"),
     "question_answer": ("question", "answer"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
 }
 LETTERS = string.ascii_uppercase  # of the choices of a question
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -328,11 +331,51 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
     return None
 
 
+def answers(row: Row, name: str) -> list[Row]:
+    """A row of ``name`` preference, or of labelled, as rows of prompt and completion: the chosen one and the rejected
+    one, or its only one.
+
+    Where chosen and rejected are whole chats, or texts without a prompt, what both begin with is the prompt, as TRL has
+    it. Raises BadChat where they are not both texts or both lists of messages, or the same.
+    """
+    more = {key: row[key] for key in ("system", "tools", "chat_template_kwargs") if row.get(key) is not None}
+    if name == "labelled":
+        return [more | {"prompt": row.get("prompt"), "completion": row.get("completion")}]
+    prompt: Any = row.get("prompt")
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
+    if not any(isinstance(chosen, kind) and isinstance(rejected, kind) and chosen for kind in (str, list)):
+        raise BadChat("expected chosen and rejected as texts, or both as lists of messages")
+    if isinstance(chosen, list) and isinstance(prompt, str):
+        first = chosen[0]
+        asked = isinstance(first, dict) and first.get("role", first.get("from")) in ("user", "human", "system")
+        prompt = None if asked else [{"role": "user", "content": prompt}]
+    if not prompt:
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        if shared is None and chosen == rejected:
+            raise BadChat("expected chosen and rejected to differ")
+        shared = min(len(chosen), len(rejected)) - 1 if shared is None else shared
+        if isinstance(chosen, str):  # a word is not cut
+            shared = len(chosen[:shared].rstrip()) if chosen[:shared][-1:].isspace() else chosen.rfind(" ", 0, shared)
+            shared = max(0, shared)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return [more | {"prompt": prompt, "completion": one} for one in (chosen, rejected)]
+
+
 def _mistake(row: Row, format: str) -> str | None:
     """What is expected where a row does not fit its format; None where it does."""
     name = format_of(row, format)
     if name is None:
-        return f"expected the columns {' or '.join(', '.join(columns) for columns in COLUMNS.values())}"
+        return f"expected the columns {' or '.join(', '.join(c) for n, c in COLUMNS.items() if n not in PAIRED)}"
+    if name in PAIRED and format == "auto":
+        return "expected rows of examples: those of chosen and rejected are for loss.name dpo, orpo or simpo"
+    if name in PAIRED:
+        if name == "labelled" and type(row.get("label")) is not bool:
+            return "expected label as true or false"
+        try:
+            return next(filter(None, (_mistake(one, "prompt_completion") for one in answers(row, name))), None)
+        except BadChat as error:
+            return str(error)
     messages = conversation(row, name)
     if messages is not None and name != "alpaca":
         try:

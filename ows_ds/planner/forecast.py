@@ -227,7 +227,7 @@ class Planner:
             recipe.optim.refresh_batch,
             recipe.method.lora_rank,
             ITEMSIZE[recipe.model.dtype],
-            choice.micro_batch,
+            choice.micro_batch * (2 if recipe.loss.rows == "preference" else 1),
             recipe.data.max_length,
             accumulation=recipe.train.global_batch_size // share,
             checkpointing=choice.checkpointing,

@@ -18,7 +18,7 @@ from ows_ds.checkpoint import Checkpoint
 from ows_ds.compat.torch import to_device
 from ows_ds.config import Recipe, Source, accumulation, sources
 from ows_ds.data import attention, mix, prepare
-from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, held_out_batches
+from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, compared, held_out_batches
 from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.pack import Sequences
 from ows_ds.data.rows import fetch
@@ -31,6 +31,7 @@ from ows_ds.model import generation
 from ows_ds.model.layers import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
 from ows_ds.optim.hooks import hook_frozen
+from ows_ds.train import preference
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import fit_memory
 
@@ -73,12 +74,19 @@ class RunContext:
         step = self.steps.take(k)
         batches = []
         for sequences in step.micro_batches:
-            batch = collate(sequences, self.pad_id, self.rows.packed)
-            del batch["attention_mask"]  # the loss does without
+            batch = self.collate(sequences, self.rows.packed)
             if self.runtime.device.type == "cuda":  # here, beside the step before
                 batch = {name: t if name in HOST else t.pin_memory() for name, t in batch.items()}
             batches.append(batch)
         return step, batches
+
+    def collate(self, sequences: list[list[Encoded]], packed: bool) -> dict[str, Tensor]:
+        """What the loss takes, on the CPU."""
+        if rows := self.recipe.loss.rows:
+            return compared(sequences, self.pad_id, rows, self.recipe.loss.name == "orpo")
+        batch = collate(sequences, self.pad_id, packed)
+        del batch["attention_mask"]  # the loss does without
+        return batch
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``batch`` where the model runs, but for `batches.HOST`. Does not wait for the device."""
@@ -124,7 +132,7 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
             logger.warning("%s: not the rows that the run began with, or not encoded as they were%s", key, where)
     if training:
         if not recipe.data.streaming:
-            recipe = fit_memory(recipe, runtime, max(int(some.lengths.max(initial=0)) for some in (rows, held_out)))
+            recipe = fit_memory(recipe, runtime, max(rows.longest, held_out.longest))
         runtime = runtime.sized(recipe.train.micro_batch_size, accumulation(recipe, comm.world_size))
         steps = steps or _batches(recipe, rows, runtime)
         adapt = functools.partial(methods.adapt, recipe)
@@ -136,6 +144,10 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
     _check_rows(context)
     if training:
         context.model = methods.base_model(recipe, weights)
+        if recipe.loss.rows:
+            preference.disable_dropout(weights.module)
+        for some in (rows, held_out):
+            some.reference = preference.reference(context, some, context.model)
         module = cast(Any, weights.module)
         ends = {token for part in rows.parts for token in part.last_trained}
         context.stops = sorted(ends & generation.special_tokens(tokenizer).keys())
@@ -217,21 +229,30 @@ def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def evaluate(context: RunContext) -> float:
-    """Mean cross entropy of the held-out tokens with the low-rank updates attached. Collective."""
+def evaluate(context: RunContext) -> dict[str, float]:
+    """``eval_loss``: mean cross entropy of the held-out tokens with the low-rank updates attached, or mean of what is
+    learned in its place, then with ``eval_reward_accuracy``. Collective."""
     weights, comm, held_out = context.weights, context.runtime.comm, context.held_out
     training = weights.module.training
     weights.module.eval()
     size = context.recipe.train.eval_batch_size
-    sums = torch.zeros(2, dtype=torch.float64, device=context.runtime.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=context.runtime.device)
+    compares = bool(context.recipe.loss.rows)
     for mine in held_out_batches(len(held_out), size, comm.world_size, comm.rank, held_out.lengths):
-        batch = context.batch([held_out[i] for i in mine], held_out.packed)
-        targets = (batch["labels"][:, 1:] != IGNORE).sum().double().to(sums.device)
-        sums += torch.stack([token_losses(weights, batch).double(), targets])
+        batch = context.to_device(context.collate([held_out[i] for i in mine], held_out.packed))
+        right = torch.zeros((), dtype=torch.float64)
+        if compares:
+            statistics: list[Tensor] = []
+            loss = preference.loss(context, batch, len(held_out) / held_out.leading.sum(), statistics=statistics)
+            right, count = statistics[0][0], torch.tensor(len(mine))
+        else:
+            loss, count = token_losses(weights, batch), (batch["labels"][:, 1:] != IGNORE).sum()
+        sums += torch.stack([one.double().to(sums.device) for one in (loss, count, right)])
         weights.after_step()
     weights.module.train(training)
-    loss, targets = comm.all_reduce(sums, "evaluation").tolist()
-    return float(loss / targets)
+    total, counted, rights = comm.all_reduce(sums, "evaluation").tolist()
+    found = {"eval_loss": total / counted}
+    return found | {"eval_reward_accuracy": rights / counted} if compares else found
 
 
 def mean_loss(
@@ -252,4 +273,4 @@ def mean_loss(
         )
     context = RunContext(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
     _check_rows(context)
-    return evaluate(context)
+    return evaluate(context)["eval_loss"]

@@ -10,6 +10,7 @@ So a weight is used once, and its hooks see its full gradient once, as usual.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +31,21 @@ from ows_ds.optim.layout import CHUNK
 _fits: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # head -> its output is what the model gives
 
 
-def token_losses(weights: Weights, batch: dict[str, Tensor], balance: list[Tensor] | None = None) -> Tensor:
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""Log-probabilities of labelled tokens, float32, and the row of each, int64, both (N) -> a scalar, differentiable."""
+
+
+def token_losses(
+    weights: Weights,
+    batch: dict[str, Tensor],
+    balance: list[Tensor] | None = None,
+    objective: Objective | None = None,
+    count: int | None = None,
+) -> Tensor:
     """Sum of the cross entropies of all labelled tokens of a batch (rows, tokens): a float32 scalar.
+
+    objective: in their place another function of the log-probabilities. It is called once, with what is known of all
+    tokens; so logits are made twice where they do not all fit at once. count: what the sum counts, in place of tokens.
 
     balance: in training, a list: a model of experts whose configuration asks for it (``output_router_logits``) has its
     own loss for their balance, times its coefficient and the number of labelled tokens, added to the sum, and to the
@@ -45,22 +59,29 @@ def token_losses(weights: Weights, batch: dict[str, Tensor], balance: list[Tenso
     """
     seen: list[Any] = []  # what the model gave
     with known_rows(batch.get("row_ids")):
-        loss = _token_losses(weights, batch, inputs(weights, batch), seen)
+        loss = _token_losses(weights, batch, inputs(weights, batch), seen, objective)
     coefficient = balance_coefficient(weights.module)
     if balance is not None and coefficient is not None and getattr(seen[-1], "aux_loss", None) is not None:
-        count = (batch["labels"][:, 1:] != IGNORE).sum()
-        term = seen[-1].aux_loss * (coefficient * to_device(count, loss.device))
+        many = (batch["labels"][:, 1:] != IGNORE).sum() if count is None else torch.tensor(count)
+        term = seen[-1].aux_loss * (coefficient * to_device(many, loss.device))
         balance.append(term.detach())
         loss = loss + term.to(loss.dtype)
     return loss
 
 
-def _token_losses(weights: Weights, batch: dict[str, Tensor], inputs: dict[str, Any], seen: list[Any]) -> Tensor:
+def _token_losses(
+    weights: Weights,
+    batch: dict[str, Tensor],
+    inputs: dict[str, Any],
+    seen: list[Any],
+    objective: Objective | None = None,
+) -> Tensor:
     head: Any = getattr(weights.module, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Linear) and _fits.get(head, True):
         device = batch["input_ids"].device
         random = None if head in _fits else _random(device)
-        loss = _in_chunks(weights, head, inputs, pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten(), seen)
+        labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        loss = _in_chunks(weights, head, inputs, labels, seen, objective)
         _fits[head] = loss is not None
         if loss is not None:
             return loss
@@ -71,11 +92,20 @@ def _token_losses(weights: Weights, batch: dict[str, Tensor], inputs: dict[str, 
     logits = seen[-1].logits[:, :-1].reshape(labels.numel(), -1)
     labels = labels.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    if objective is not None:
+        wanted = (labels != IGNORE).nonzero().squeeze(1)
+        scores = log_softmax(logits[wanted], -1, dtype=dtype).gather(1, labels[wanted, None]).squeeze(1)
+        return objective(scores, wanted // (batch["labels"].shape[1] - 1))
     return cross_entropy(logits.to(dtype), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def _in_chunks(
-    weights: Weights, head: nn.Linear, inputs: dict[str, Any], labels: Tensor, seen: list[Any]
+    weights: Weights,
+    head: nn.Linear,
+    inputs: dict[str, Any],
+    labels: Tensor,
+    seen: list[Any],
+    objective: Objective | None = None,
 ) -> Tensor | None:
     """The loss, computed where the model asks for logits; None where it does not give them as the head made them.
 
@@ -84,6 +114,10 @@ def _in_chunks(
     wanted = (labels != IGNORE).nonzero().squeeze(1)
     device = inputs["input_ids"].device
     targets, wanted = to_device(labels[wanted], device), to_device(wanted, device)
+    of_tokens = None
+    if objective is not None:
+        numbers = wanted // inputs["input_ids"].shape[1]
+        of_tokens = functools.partial(_weigh, objective, numbers)
     own, leaves = head.forward, trained(head)
     made: list[tuple[Tensor, int]] = []  # the loss, and how often it was written to
 
@@ -92,7 +126,7 @@ def _in_chunks(
             return own(hidden)
         rows = hidden.flatten(0, -2).index_select(0, wanted)
         at_once = max(1, CHUNK // head.out_features)
-        loss: Tensor = _CrossEntropy.apply(own, targets, at_once, torch.is_grad_enabled(), rows, *leaves)
+        loss: Tensor = _CrossEntropy.apply(own, targets, at_once, torch.is_grad_enabled(), of_tokens, rows, *leaves)
         made.append((loss, times_written(loss)))
         return loss.view(1, 1, 1)
 
@@ -128,8 +162,22 @@ def _random(device: torch.device, state: tuple[Tensor, Tensor | None] | None = N
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
 
 
+Weigh = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+"""Log-probabilities (n), and whether to differentiate -> a loss, and its derivatives by them (n), negated."""
+
+
+def _weigh(objective: Objective, numbers: Tensor, scores: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """`Weigh` of an objective. numbers: the row of each token."""
+    leaf = scores.detach().requires_grad_(differentiate)
+    with torch.set_grad_enabled(differentiate):
+        loss = objective(leaf, numbers)
+    by_scores = torch.autograd.grad(loss, leaf)[0] if differentiate else scores
+    return loss.detach(), -by_scores
+
+
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of rows x (N, C) with targets (N); differentiated once, in its forward pass."""
+    """Sum of cross entropies of rows x (N, C) with targets (N), or another function of them; differentiated once, in
+    its forward pass."""
 
     @staticmethod
     def forward(
@@ -138,22 +186,35 @@ class _CrossEntropy(torch.autograd.Function):
         targets: Tensor,
         at_once: int,
         differentiate: bool,
+        weigh: Weigh | None,
         rows: Tensor,
         *leaves: Tensor,
     ) -> Tensor:
-        """head: (n, C) -> (n, vocabulary), differentiable in its argument and in ``leaves``. at_once: largest n."""
+        """head: (n, C) -> (n, vocabulary), differentiable in its argument and in ``leaves``. at_once: largest n.
+
+        weigh: of all N log-probabilities; None: their negated sum.
+        """
         needed = differentiate and any(ctx.needs_input_grad)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=rows.device)
         grad_rows, grads = torch.empty_like(rows) if needed else None, [torch.empty(0)] * len(leaves)
-        for start in range(0, max(1, len(rows)), at_once):  # once without rows too: hooks expect zeros
-            some = slice(start, start + at_once)
-            loss, more = _one_run(head, rows[some], targets[some], leaves, needed)
-            total += loss
+        runs = [slice(start, start + at_once) for start in range(0, max(1, len(rows)), at_once)]  # hooks expect zeros
+        each: list[Weigh | None] = [weigh]
+        if weigh is not None and len(runs) > 1:  # what all of them are, before any is differentiated
+            seen: list[Tensor] = []
+            for some in runs:
+                _one_run(head, rows[some], targets[some], leaves, False, functools.partial(_keep, seen))
+            total, weights = weigh(torch.cat(seen), needed)
+            each = [functools.partial(_known, weights[some]) for some in runs]
+        for some, own in zip(runs, each * (len(runs) // len(each)), strict=True):
+            if len(each) > 1 and not needed:
+                break
+            loss, more = _one_run(head, rows[some], targets[some], leaves, needed, own)
+            total = total + loss
             if grad_rows is None:
                 continue
             grad_rows[some] = more.pop(0)
-            if start:
+            if some.start:
                 grads = [one.add_(other) for one, other in zip(grads, more, strict=True)]
             else:  # sums over many runs are taken in float32
                 grads = [g.to(dtype) if len(rows) > at_once else g for g in more]
@@ -164,19 +225,40 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad: a scalar."""
         grads, ctx.grads = ctx.grads, None  # scaled in place: a second pass fails
-        return None, None, None, None, *(g.mul_(grad) for g in grads)
+        return None, None, None, None, None, *(g.mul_(grad) for g in grads)
+
+
+def _keep(seen: list[Tensor], scores: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    seen.append(scores)
+    return scores.new_zeros(()), scores
+
+
+def _known(weights: Tensor, scores: Tensor, differentiate: bool) -> tuple[Tensor, Tensor]:
+    return scores.new_zeros(()), weights
 
 
 def _one_run(
-    head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, leaves: tuple[Tensor, ...], differentiate: bool
+    head: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    targets: Tensor,
+    leaves: tuple[Tensor, ...],
+    differentiate: bool,
+    weigh: Weigh | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The summed cross entropy of rows (n, C) and, if asked for, its gradients with respect to them and ``leaves``."""
+    """The summed cross entropy of rows (n, C), or what ``weigh`` makes of it, and, if asked for, its gradients with
+    respect to them and ``leaves``."""
     x, target = rows.detach().requires_grad_(differentiate), targets[:, None]
     with torch.set_grad_enabled(differentiate):
         logits = head(x)
     scores = log_softmax(logits.detach(), -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    loss = -scores.gather(1, target).sum()
+    of_targets, factors = scores.gather(1, target), None
+    if weigh is None:
+        loss = -of_targets.sum()
+    else:
+        loss, factors = weigh(of_targets.squeeze(1), differentiate)
     if not differentiate:
         return loss, []
     scores.exp_().scatter_add_(1, target, scores.new_full(target.shape, -1))
+    if factors is not None:
+        scores.mul_(factors[:, None])
     return loss, list(torch.autograd.grad(logits, (x, *leaves), scores.to(logits.dtype)))

@@ -21,6 +21,7 @@ from ows_ds.compat.transformers import known_rows
 from ows_ds.data.batches import Step
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.methods import Method
+from ows_ds.train import preference
 from ows_ds.train.context import RunContext, evaluate
 from ows_ds.train.loss import token_losses
 
@@ -63,11 +64,13 @@ class StepRunner:
         self.taken, self.data_state = True, data.state
         sampled, nothing_to_train, lr = list(method.layer_set), method.nothing_to_train, method.lr
         # ranks are averaged: the sum over all of them, divided by all targets of the step
-        scale = self.comm.world_size / data.targets
+        compares = bool(context.recipe.loss.rows)
+        scale = self.comm.world_size / (data.sequences if compares else data.targets)
         context.weights.module.train()
         everyones: list[list[float]] = []
         balance: list[Tensor] = []
         refreshed: list[int] = []  # layers
+        rewards: list[Tensor] = []  # of pairs, or of labelled rows: how many are right, and the sum of margins
 
         def accept(loss: Tensor, norm: Tensor) -> bool:
             # stop requests and finished checkpoints are sent along: all ranks act on them after the same step
@@ -76,17 +79,20 @@ class StepRunner:
             energies = method.projector_energy()
             refreshed.extend(energies)
             balances = [torch.stack(balance).sum().to(loss)[None]] if balance else []  # on all ranks or none
-            some = [torch.stack([loss, norm.to(loss)]), to_device(more, device), *balances, *energies.values()]
+            gained = [torch.stack(rewards).sum(0).to(loss)] if compares else []
+            some = [torch.stack([loss, norm.to(loss)]), to_device(more, device), *balances, *gained, *energies.values()]
             mine = torch.cat(some)
             # the step's only wait for the device
             everyones.extend(self.comm.all_gather(mine[None], "metrics").tolist())
             return math.isfinite(everyones[0][1])
 
-        losses_of = [functools.partial(self._loss, batch, scale, balance) for batch in batches]
+        share = data.sequences / max(1, data.leading)
+        losses_of = [functools.partial(self._loss, batch, scale, balance, share, rewards) for batch in batches]
         with known_rows(None):  # layers that are computed again in a backward pass ask, too
             method.train_step(losses_of, accept)
         losses, norms, peaks, stops, saved, *squares = zip(*everyones, strict=True)
         aux = sum(squares.pop(0)) / len(losses) if balance else 0.0
+        right, margins = (sum(squares.pop(0)) / data.sequences for _ in (0, 1)) if compares else (None, None)
         self.stop, self.saved = any(stops), all(saved)
         self.nonfinite = _nonfinite(losses, norms[0])
         self.in_a_row = 0 if self.nonfinite is None else self.in_a_row + 1
@@ -102,6 +108,7 @@ class StepRunner:
             "step": step + 1,
             "loss": None if nothing_to_train else sum(losses) / len(losses) - aux,
             **({"aux_loss": aux} if balance else {}),
+            **({"reward_accuracy": right, "reward_margin": margins} if compares and not nothing_to_train else {}),
             "lr": lr,
             "grad_norm": None if nothing_to_train else norms[0],
             "sampled_layers": sampled,
@@ -114,10 +121,17 @@ class StepRunner:
             **({"skipped": True} if nothing_to_train or self.nonfinite else {}),
         }
 
-    def _loss(self, batch: dict[str, Tensor], scale: float, balance: list[Tensor]) -> Tensor:
-        """The cross entropies of a micro-batch, summed, times ``scale``; with what ``balance`` gets of it."""
+    def _loss(
+        self, batch: dict[str, Tensor], scale: float, balance: list[Tensor], share: float, rewards: list[Tensor]
+    ) -> Tensor:
+        """The cross entropies of a micro-batch, or what is learned in their place, summed, times ``scale``; with what
+        ``balance`` and ``rewards`` get of it."""
         own: list[Tensor] = []
-        loss = token_losses(self.context.weights, self.context.to_device(batch), own) * scale
+        context, batch = self.context, self.context.to_device(batch)
+        if context.recipe.loss.rows:
+            loss = preference.loss(context, batch, share, own, rewards) * scale
+        else:
+            loss = token_losses(context.weights, batch, own) * scale
         balance += [one * scale for one in own]
         # one that is not finite has no finite gradient either: the gradients' norm tells all ranks
         return loss * (loss.detach() * 0 + 1)
@@ -126,7 +140,7 @@ class StepRunner:
         """The record of step 0: nothing trained, an evaluation."""
         started = time.perf_counter()
         self._before = Counter(self.comm.sent)
-        loss = evaluate(self.context)
+        found = evaluate(self.context)
         return {
             "step": 0,
             "loss": None,
@@ -138,7 +152,7 @@ class StepRunner:
             "step_seconds": time.perf_counter() - started,
             "peak_memory_bytes": _peak_memory(self.context.runtime.device),
             "comm_bytes": self.sent(),
-            "eval_loss": loss,
+            **found,
         }
 
     def sent(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ows_ds import checkpoint, config, methods
 from ows_ds.config import Recipe, accumulation
+from ows_ds.config.loss import REFERENCE
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.data.stream import Stream
 from ows_ds.distributed import signals, watchdog
@@ -77,6 +78,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     recipe, runtime = context.recipe, context.runtime
     if opened is not None:
         everything = recipe.train.checkpoint == "full"
+        everything &= recipe.loss.name not in REFERENCE  # which ask the model that the run began with
         context.model = resume.base_model(opened, context.weights, context.model, recipe.model.path, everything)
     assert context.steps is not None
     methods.check(recipe, context.layers)
@@ -200,7 +202,7 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
     scheduler.step()
     # where a stop is requested, an evaluation could take longer than there is time
     if context.held_out and (last or (not steps.stop and _due(step + 1, settings.eval_steps))):
-        record["eval_loss"] = evaluate(context)
+        record |= evaluate(context)
     record["comm_bytes"] = steps.sent()
     if steps.saved:
         saver.complete()
