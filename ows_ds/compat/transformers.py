@@ -77,6 +77,14 @@ def auto_class(config: Any) -> Any:
     return (*known, AutoModelForCausalLM)[0]
 
 
+def reward_class(config: Any) -> Any:
+    """transformers' class of models that give a row one number. Changes ``config`` for it."""
+    from transformers import AutoModelForSequenceClassification
+
+    config.num_labels = 1
+    return AutoModelForSequenceClassification
+
+
 def is_registered(config: Any) -> bool:
     """Whether a causal language model is known for a configuration of this class: loading one from code that comes with
     a model makes it known, and from then on ``from_config`` takes no ``code_revision``."""

@@ -172,6 +172,9 @@ class Recipe(Settings):
         if data.format != self.loss.rows and (self.loss.rows or data.format in ROWS.values()):
             right = f"expected {self.loss.rows or 'a format of examples'}, or auto, under loss.name {self.loss.name}"
             yield Wrong("data.format", right, ("loss.name",))
+        if self.loss.name == "reward" and self.method.name in ("lora", "dora", "mezo", "hift"):
+            right = f"expected dpo, orpo, simpo or kto under method.name {self.method.name}, which trains no new head"
+            yield Wrong("loss.name", right, ("method.name",))
         if self.loss.rows:
             name = self.loss.name
             if data.packing:

@@ -26,6 +26,7 @@ from ows_ds.compat.transformers import (
     is_registered,
     keeps_float32,
     only_stacks,
+    reward_class,
     without_sharding,
 )
 from ows_ds.distributed.formats import Format
@@ -53,8 +54,10 @@ class Source:
     why_not: None, or why transformers has to load this checkpoint.
     """
 
-    def __init__(self, model: config.Model, dtype: torch.dtype) -> None:
-        """Raises UserError (``model.path``) where tensors are missing, left over or of another shape, where the model
+    def __init__(self, model: config.Model, dtype: torch.dtype, reward: bool = False) -> None:
+        """reward: with a head that gives a row one number, new where the files have none.
+
+        Raises UserError (``model.path``) where tensors are missing, left over or of another shape, where the model
         is quantised, and where it has no safetensors files.
 
         Raises whatever transformers does where configuration or files are missing or damaged.
@@ -86,15 +89,17 @@ class Source:
         # with their buffers: some are computed and not stored
         with without_sharding(), init_empty_weights(include_buffers=False):
             auto = tf.AutoModelForCausalLM if own_code else auto_class(described)
+            auto = reward_class(described) if reward else auto
             self.model: Any = auto.from_config(described, dtype=dtype, trust_remote_code=model.trust_remote_code, **how)
         self.model.tie_weights()  # each place of a tied weight has its own empty one so far
         self.files = Files(paths)
         called, self.why_not = _called(self.model, self.files.shapes, dtype)
         if self.why_not is None:
-            names, self.why_not = match(self.model, {name: one.shape for name, one in called.items()}, model.path)
+            shapes = {name: one.shape for name, one in called.items()}
+            names, self.why_not = match(self.model, shapes, model.path, reward)
             self.keys = {name: called[stored].keys for name, stored in names.items()}
             for name, parameter in self.model.named_parameters() if names else ():
-                kind = self.files.dtypes[self.keys[name][0]]
+                kind = self.files.dtypes[self.keys[name][0]] if name in self.keys else "F"
                 if parameter.is_floating_point() and "F" not in kind:
                     raise _quantised(model, f"{name} is of {kind}")
         if self.why_not is None and self.model.can_generate() and _cached(model, "generation_config.json"):
@@ -111,8 +116,9 @@ class Source:
         for prefix, module in self.model.named_modules():
             for last, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(parameter) not in made:
-                    keys = self.keys[f"{prefix}.{last}".lstrip(".")]
-                    dtype, reader = self.dtype if parameter.is_floating_point() else parameter.dtype, self._reader(keys)
+                    keys = self.keys.get(f"{prefix}.{last}".lstrip("."))
+                    dtype = self.dtype if parameter.is_floating_point() else parameter.dtype
+                    reader = _fresh(tuple(parameter.shape)) if keys is None else self._reader(keys)
                     format = formats.get(id(parameter))
                     if format is None:
                         made[id(parameter)] = parameter, make.parameter(tuple(parameter.shape), dtype, reader)
@@ -141,6 +147,16 @@ class Source:
                     self.files.read(key, a - first, out[a - start : b - start])
 
         return read
+
+
+def _fresh(shape: tuple[int, ...]) -> Fill:
+    """Of a new head: small random numbers, always the same."""
+
+    def read(start: int, out: Tensor) -> None:
+        values = torch.empty(shape).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).view(-1)
+        out.copy_(values[start : start + out.numel()])
+
+    return read
 
 
 class Unsharded:
@@ -179,11 +195,14 @@ def _bytes(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
-def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple[dict[str, str], str | None]:
+def match(
+    model: Any, stored: Mapping[str, tuple[int, ...]], path: str, new_head: bool = False
+) -> tuple[dict[str, str], str | None]:
     """The name in the files of each parameter and saved buffer of ``model``, or why there is none.
 
     stored: shapes by name. A file of the model without its head has names without the first word. Tied parameters may
-    be stored under any of their names. Raises UserError (``model.path``) where the two do not fit.
+    be stored under any of their names. new_head: what is not the base model's may be missing, and another head there.
+    Raises UserError (``model.path``) where the two do not fit.
     """
     prefix = f"{model.base_model_prefix}."
     names: dict[int, list[str]] = {}
@@ -205,9 +224,10 @@ def match(model: Any, stored: Mapping[str, tuple[int, ...]], path: str) -> tuple
             if stored[found[0]] != shape:
                 wrong.append(f"{found[0]} is {stored[found[0]]} in place of {shape}")
             keys |= dict.fromkeys(aliases, found[0])
-        elif aliases[0] in parameters:
+        elif aliases[0] in parameters and (not new_head or aliases[0].startswith(prefix)):
             missing.append(aliases[0])
     ignored = [*ignored_on_load(model), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    ignored += [r"^lm_head\."] if new_head else []
     left = [key for key in stored if key not in used and not any(re.search(word, key) for word in ignored)]
     problems = [
         f"{len(what)} {text}: {', '.join(sorted(what)[:3])}{', ...' if len(what) > 3 else ''}"

@@ -130,13 +130,16 @@ def pretrained(
     """
     source: Source
     with fail_together(comm), _refusing(recipe, Exception), suppress_output():
-        source = Source(recipe.model, DTYPES[recipe.model.dtype])
+        source = Source(recipe.model, DTYPES[recipe.model.dtype], recipe.loss.name == "reward")
     comm.assert_consistent("how the model is loaded", source.why_not)
     if source.why_not is None:
         with fail_together(comm), _refusing(recipe, OSError, ValueError, SafetensorError):
             make = _maker(device, comm, ds_config)
             few_bits = frozen and recipe.model.frozen != "same"
             model = source.fill(make, device, _formats(recipe, find_layers(source.model), device) if few_bits else {})
+    elif recipe.loss.name == "reward":
+        right = f"expected a model whose files need no change for a new head: {source.why_not}"
+        raise UserError("model.path", recipe.model.path, right)
     else:
         if comm.rank == 0:
             says = f"model.path: {source.why_not}: transformers loads it, which needs memory for all of it on rank 0"

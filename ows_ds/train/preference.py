@@ -6,6 +6,7 @@ orpo   mean cross entropy of the chosen row, its prompt too, - beta log sigmoid(
        of mean log-probabilities (Hong et al. 2024, equations 6 and 7)
 simpo  -log sigmoid(beta (m_chosen - m_rejected) - gamma), m: mean log-probability of a token (Meng et al. 2024,
        equation 6)
+reward -log sigmoid(s_chosen - s_rejected), s: what a new head says of the last token
 kto    lambda (1 - sigmoid(+- beta (d - z))), z: mean d of other rows' answers, at least 0 (Ethayarajh et al. 2024,
        equation 8)
 
@@ -63,6 +64,14 @@ def loss(
     settings, weights, comm = context.recipe.loss, context.weights, context.runtime.comm
     device, pairs = batch["input_ids"].device, len(batch["reference"])
     pairs //= 1 if settings.rows == "labelled" else 2
+    if settings.name == "reward":
+        weights.module.config.pad_token_id = context.pad_id  # type: ignore[union-attr]
+        given = weights(input_ids=batch["input_ids"]).logits.squeeze(-1)[: 2 * pairs]
+        given = given.to(torch.promote_types(given.dtype, torch.float32))
+        margin = given[:pairs] - given[pairs:]
+        if statistics is not None:
+            statistics.append(torch.stack([(margin > 0).sum().to(margin), margin.sum()]).detach())
+        return -logsigmoid(margin).sum()
     labelled = batch["labels"][:, 1:] != IGNORE
     counts = to_device(labelled.sum(1), device)
     moved = to_device(batch["reference"], device)

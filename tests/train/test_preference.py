@@ -42,7 +42,7 @@ LABELLED = [
     for i, row in enumerate(PAIRS)
 ]
 PRECOMPUTED: dict[str, Any] = {"precompute_ref_log_probs": True}  # TRL loads no second model
-NAMES = ("dpo", "orpo", "simpo", "kto")
+NAMES = ("dpo", "orpo", "simpo", "kto")  # of log-probabilities
 RUN = {"micro_batch_size": 2, "global_batch_size": 4, "steps": 4, "save_steps": 2}
 
 
@@ -173,6 +173,43 @@ def test_orpo_and_simpo_are_trls(tmp_path: Path) -> None:
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
+def test_reward_is_trls(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    made, batch, share = batch_of(tmp_path, "reward")
+    described = policy().config
+    described.num_labels = 1
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(described).float().eval()
+    arguments = RewardConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False)
+    rows = Dataset.from_list(PAIRS)
+    other = RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=byte_tokenizer())
+    context = context_of(made, model)
+    context.pad_id = model.config.pad_token_id  # TRL has set it
+    batch["input_ids"][batch["input_ids"] == 0] = context.pad_id
+    mask = (batch["input_ids"] != context.pad_id).long()
+    theirs = other.compute_loss(model.eval(), {"input_ids": batch["input_ids"], "attention_mask": mask})
+    ours = preference.loss(context, batch, share) / 4
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_a_reward_model_is_one_of_transformers(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    made = started(inputs, tmp_path / "run", "reward", steps=6)
+    pools(1).run(run, config.changed(made, {"optim.lr": 3e-2}))
+    losses = [one["eval_loss"] for one in records(tmp_path / "run") if "eval_loss" in one]
+    assert losses[-1] < 0.8 * losses[0]
+    model, found = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
+    assert model.config.num_labels == 1
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_of_logits_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither loss nor gradients; whole logits, which some models need, are the reference."""
@@ -214,7 +251,9 @@ def started(inputs: Path, folder: Path, name: str, **given: Any) -> config.Recip
     return config.from_dict(made)
 
 
-@pytest.mark.parametrize("name", [*NAMES[:1], *(pytest.param(one, marks=pytest.mark.slow) for one in NAMES[1:])])
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(one, marks=pytest.mark.slow) for one in (*NAMES[1:], "reward"))]
+)
 def test_shards_on_two_ranks_are_one_rank(name: str, pools: Pools, inputs: Path, tmp_path: Path) -> None:
     """The same losses; dpo begins with ln 2; a run that is resumed on another number of ranks ends alike."""
     made = [
