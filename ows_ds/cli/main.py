@@ -29,6 +29,11 @@ VERBS = {
     "launch": "check a job, and hand it to SLURM",
     "plan": "tell memory, traffic and time on a cluster before anything runs",
     "report": "write a page about a run, or about several side by side",
+    "convert": "make a recipe of one of LLaMA-Factory, axolotl, TRL or LMFlow",
+    "recipes": "list the recipes and launcher files that come along, and copy them",
+    "chat": "talk to a trained model, its base beside it where asked for",
+    "push": "upload a run's model, with its card, to the hub",
+    "completion": "print what makes a shell complete verbs and options",
     "schema": "write the JSON schema of a recipe, for editors",
 }
 
@@ -42,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_log(to_stderr=words[:1] in (["eval"], ["bench"], ["plan"]))
     try:
         _run(words)
+    except BrokenPipeError:  # who reads it, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         _leave_group(argv)
         print(*(f"ows-ds: error: {one}" for one in error.errors), sep="\n", file=sys.stderr, flush=True)

@@ -199,6 +199,12 @@ def recipe_tree(options: Options) -> dict[str, Any]:
     from ows_ds.files import read_yaml
 
     tree: dict[str, Any] = read_yaml(options["config"]) if "config" in options else {}
+    if "config" in options:
+        from ows_ds.config.convert import is_foreign
+
+        if is_foreign(tree):
+            right = f"expected sections; this is a recipe of another tool: ows-ds convert {options['config']} makes one"
+            raise UserError("--config", options["config"], f"{right} of it")
     for key, value in recipe_options(options).items():
         section, _, name = key.partition(".")
         if isinstance(tree.get(section), dict | None):  # what is no section is refused where the recipe is read

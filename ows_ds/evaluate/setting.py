@@ -102,6 +102,29 @@ class MTBench(Settings):
     """Questions to the judge at a time."""
 
 
+class Chat(Settings):
+    """A talk with a model."""
+
+    system: str | None = None
+    """System prompt."""
+    prompt: str | None = None
+    """One message, whose answer is printed; null: messages are read from the terminal."""
+    compare: bool = False
+    """Answer with the model that the run began with, too."""
+    max_new_tokens: int = Field(512, ge=1, lt=2**16)
+    """Of an answer, at most."""
+    temperature: Annotated[Number, Expected("a number of at least 0")] = Field(0.7, ge=0)
+    """0 takes the likeliest token each time."""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    """Of the answers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto: that of the files."""
+    checkpoint: str | None = None
+    """Checkpoint of the run, such as step-20; null: the run's model/."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model."""
+
+
 def check(model: str, evaluation: Evaluation, bench: MTBench) -> None:
     """Raises UserError naming every option that is wrong, as far as that shows without model and tasks."""
     found = (*_of_model(model, evaluation, bench), *_of_tasks(evaluation, bench), *_of_judge(bench))
