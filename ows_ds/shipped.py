@@ -1,5 +1,5 @@
-"""Recipes, launcher files and DeepSpeed files that come along: a checkout has them at its top, a wheel installs them under
-share/ows_ds."""
+"""Recipes, launcher files and DeepSpeed files that come along: a checkout has them at its top, a wheel installs them
+under share/ows_ds."""
 
 from importlib import metadata
 from pathlib import Path

@@ -42,7 +42,14 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     quoted = re.findall(r"`(\w+\.\w+)(?:: ([^`]+))?`", page.read_text(encoding="utf-8"))
     for key, value in quoted:
         section, name = key.split(".")
-        if section not in config.Recipe.model_fields or name in ("json", "py", "png", "parameters", "encode_rows", "RunLog"):
+        if section not in config.Recipe.model_fields or name in (
+            "json",
+            "py",
+            "png",
+            "parameters",
+            "encode_rows",
+            "RunLog",
+        ):
             continue
         assert key in hints
         if value and "..." not in value and "is invalid" not in value and "[:N]" not in value:

@@ -18,7 +18,7 @@ from ows_ds.data.samples import DEFAULT_TASK
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.evaluate.generation import generate
+from ows_ds.model.generation import generate
 
 
 def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:

@@ -36,6 +36,7 @@ class Saver:
         on every rank, and training continues; otherwise SaveError is raised."""
         self.run_dir, self.keep, self.comm, self.facts = run_dir, keep, comm, facts
         self.failed = 0
+        self.best: int | None = None  # the step of one that stays whatever is newer
         self._skip_failed, self._report = skip_failed, report
         self._writing: Writing | None = None
         if comm.rank == 0:
@@ -87,7 +88,7 @@ class Saver:
 
     def _prune(self, newest: Path) -> None:
         if self.comm.rank == 0:
-            prune(self.run_dir, self.keep, step_of(newest))
+            prune(self.run_dir, self.keep, step_of(newest), self.best)
 
     def _failed(self, error: SaveError) -> None:
         if not self._skip_failed:
@@ -97,15 +98,16 @@ class Saver:
         self._report(f"{error}; training continues, {newest} ({self.failed} not written so far)")
 
 
-def prune(run_dir: Path, keep: int, newest: int) -> None:
+def prune(run_dir: Path, keep: int, newest: int, best: int | None = None) -> None:
     """Delete old checkpoints, once that of step ``newest`` is complete. For one rank.
 
-    The ``keep`` newest up to that step stay. Later ones are deleted as well: they are damaged, or the run was resumed
-    from an earlier one. What cannot be deleted stays.
+    The ``keep`` newest up to that step stay, and that of step ``best``. Later ones are deleted as well: they are
+    damaged, or the run was resumed from an earlier one. What cannot be deleted stays.
     """
     found = checkpoints(run_dir)
     upto = [folder for folder in found if step_of(folder) <= newest]
-    for old in (*upto[max(keep, 1) :], *(folder for folder in found if folder not in upto)):
+    too_old = [folder for folder in upto[max(keep, 1) :] if step_of(folder) != best]
+    for old in (*too_old, *(folder for folder in found if folder not in upto)):
         with contextlib.suppress(OSError):  # renamed first: a half-deleted checkpoint must not pass for a complete one
             old.rename(old.with_name(old.name + ".partial"))
     _sweep(run_dir)

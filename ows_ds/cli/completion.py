@@ -1,9 +1,6 @@
 """`ows-ds completion`."""
 
-import argparse
-import contextlib
 import importlib
-import io
 
 from ows_ds.cli.main import VERBS
 from ows_ds.cli.options import Options, Parser, sentence
@@ -49,6 +46,5 @@ def run(options: Options, argv: list[str]) -> None:
 
 def options_of(verb: str) -> list[str]:
     """A verb's options, as they are typed."""
-    made: argparse.ArgumentParser = importlib.import_module(f"ows_ds.cli.{verb}").parser()
-    with contextlib.redirect_stdout(io.StringIO()):
-        return sorted(word for action in made._actions for word in action.option_strings if word.startswith("--"))
+    made: Parser = importlib.import_module(f"ows_ds.cli.{verb}").parser()
+    return sorted(f"--{name}" for name in {*made.names, "help"})

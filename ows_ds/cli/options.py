@@ -250,5 +250,6 @@ def sentence(text: str) -> str:
 def need(options: Options, **wanted: str) -> None:
     """Refuse (UserError) what is missing: option or positional -> what is expected."""
     missing = [(name, right) for name, right in wanted.items() if not options.get(name)]
-    shown = {name: name.upper() if name in ("run_dir", "out_dir", "model") else f"--{name}" for name, _ in missing}
+    places = {"run_dir": "RUN_DIR", "out_dir": "OUT_DIR", "model": "MODEL", "file": "FILE.yaml", "repo": "REPO"}
+    shown = {name: places.get(name, f"--{name}") for name, _ in missing}
     raise_all(UserError(shown[name], None, f"it is required: expected {right}") for name, right in missing)

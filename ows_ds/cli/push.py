@@ -16,8 +16,7 @@ def parser() -> Parser:
 
 def run(options: Options, argv: list[str]) -> None:
     """Upload."""
-    need(options, run_dir="a folder")
-    need({"REPO": options.get("repo")}, REPO="a repository, such as name/model")
+    need(options, run_dir="a folder", repo="a repository, such as name/model")
     from ows_ds.runs.push import push
 
     print(push(options["run_dir"], options["repo"], bool(options.get("private")), options.get("message")))

@@ -1,5 +1,7 @@
 """`ows-ds train`."""
 
+import os
+
 from ows_ds.cli.main import VERBS
 from ows_ds.cli.options import Options, Parser, read_recipe, recipe_parser
 from ows_ds.errors import UserError
@@ -32,6 +34,10 @@ def run(options: Options, argv: list[str]) -> None:
 
         preview(recipe, int(rows))
         return
+    from ows_ds.distributed.own_ranks import command
     from ows_ds.train.trainer import train
 
+    own = command(recipe, argv)
+    if own is not None:
+        os.execv(own[0], own)
     train(recipe)

@@ -16,6 +16,7 @@ from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Me
 from ows_ds.config.settings import (
     MOST,
     Count,
+    Expected,
     MayChange,
     Planned,
     Positive,
@@ -55,6 +56,10 @@ class Train(Settings):
     """Seed of the order of rows, of dropout and of the draws."""
     eval_steps: MayChange[Count | None] = None
     """Optimizer steps between evaluations; null: only before and after training."""
+    early_stopping: MayChange[Count | None] = None
+    """So many evaluations in a row whose loss is not below the lowest stop the run; null: none do."""
+    load_best: MayChange[bool] = False
+    """Save a checkpoint at every evaluation whose loss is the lowest, keep it, and export the model of the best one."""
     eval_batch_size: MayChange[Count] = 8
     """Sequences per rank and forward pass in evaluation."""
     save_steps: MayChange[Count | None] = None
@@ -69,6 +74,9 @@ class Train(Settings):
     or stop."""
     resume: MayChange[str] = "never"
     """never, auto (the newest complete checkpoint, if there is one), or the folder of a checkpoint."""
+    gpus: MayChange[Annotated[Count | Literal["auto"], Expected("an integer of at least 1, or auto")]] = "auto"
+    """GPUs of this host on which `ows-ds train` starts ranks of its own, where no launcher has; auto: as many as there
+    are and divide the batch."""
     sharding: MayChange[Literal["auto", "replicated", "zero3"]] = "auto"
     """Frozen weights on every rank (replicated) or in shards (zero3); auto: zero3 when the launcher set it up,
     otherwise replicated."""
@@ -101,6 +109,10 @@ class Log(Settings):
     """Trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...; [] for none."""
     progress: MayChange[Literal["auto", "rich", "plain", "none"]] = "auto"
     """On the terminal: a live bar (rich), a line every few steps (plain), nothing but warnings (none), or auto."""
+    samples: MayChange[list[str]] = Field([])
+    """Messages that the model answers at every evaluation, on the terminal and in metrics.jsonl; [] for none."""
+    sample_tokens: MayChange[Count] = 64
+    """Tokens of such an answer, at most."""
 
 
 class Recipe(Settings):
@@ -185,6 +197,14 @@ class Recipe(Settings):
             if data.streaming and name in REFERENCE:
                 right = f"expected false under loss.name {name}, which asks the model about all rows before training"
                 yield Wrong("data.streaming", right, ("loss.name",))
+        for key in ("early_stopping", "load_best"):
+            if getattr(train, key) and train.eval_steps is None:
+                right = "leave it out, or give train.eval_steps: evaluations decide"
+                yield Wrong(f"train.{key}", right, ("train.eval_steps",))
+        if self.log.samples and self.loss.name == "reward":
+            yield Wrong(
+                "log.samples", "leave it out under loss.name reward: such a model gives numbers", ("loss.name",)
+            )
         if train.eval_steps is not None and data.eval is None:
             right = "leave it out, or give data.eval: there is nothing to evaluate with"
             yield Wrong("train.eval_steps", right, ("data.eval",))

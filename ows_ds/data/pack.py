@@ -41,6 +41,14 @@ def pack(lengths: Sequence[int], largest: int) -> list[list[int]]:
     return sorted(sorted(rows) for rows in packs)
 
 
+def also_in(rows: Sequences, others: Sequences) -> list[int]:
+    """Which rows of ``others`` are in ``rows`` too, token for token; numbers from 0."""
+    known = {row.input_ids.tobytes() for part in others.parts for row in part}
+    there = {key for part in rows.parts for row in part if (key := row.input_ids.tobytes()) in known}
+    every = (row.input_ids.tobytes() for part in others.parts for row in part)
+    return [number for number, key in enumerate(every) if key in there]
+
+
 class Sequences:
     """What steps consist of: lists of rows, one each, or several where they are packed, or two that are compared.
 

@@ -19,10 +19,10 @@ import torch
 from ows_ds.data.encode import ALPACA
 from ows_ds.distributed.launch import Runtime
 from ows_ds.errors import UserError, first_line
-from ows_ds.evaluate.generation import generate
 from ows_ds.evaluate.setting import Evaluation, MTBench
 from ows_ds.evaluate.subject import Subject
 from ows_ds.files import parse_json
+from ows_ds.model.generation import generate
 
 Line = dict[str, Any]
 TEMPERATURE = {

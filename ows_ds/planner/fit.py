@@ -70,7 +70,7 @@ class Fitted:
         """What to tell of it. auto: the keys that could be chosen. place: what has ``free`` bytes."""
         shown = {key: value_of(self.recipe, key) for key in CHOSEN if key in auto}
         if not shown:
-            return []
+            return [f"{gib(self.peak)} of a {place} planned, of {gib(free)}"]
         values = ", ".join(f"{key} {str(value).lower()}" for key, value in shown.items())
         found = [f"chosen for {gib(free)} of a {place}: {values}; {gib(self.peak)} planned"]
         if self.changes:

@@ -20,7 +20,7 @@ from ows_ds.config import Recipe, Source, accumulation, sources
 from ows_ds.data import attention, mix, prepare
 from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, compared, held_out_batches
 from ows_ds.data.encoded import IGNORE, Encoded
-from ows_ds.data.pack import Sequences
+from ows_ds.data.pack import Sequences, also_in
 from ows_ds.data.rows import fetch
 from ows_ds.data.stream import Stream
 from ows_ds.distributed.communicator import fail_together
@@ -67,6 +67,11 @@ class RunContext:
         pad = self.tokenizer.pad_token_id
         pad = int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
         return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """0: unknown."""
+        return 0 if self.steps is None else self.steps.steps_per_epoch
 
     def read(self, k: int) -> tuple[Step, list[dict[str, Tensor]]]:
         """Optimizer step ``k`` (from 0), and this rank's micro-batches on the CPU, pinned where there is a GPU."""
@@ -121,6 +126,9 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
             rows = _encode(recipe, tokenizer, sources(recipe.data, "data.train"), "data.train", runtime, today)
         if training and recipe.data.eval is not None:
             held_out = _encode(recipe, tokenizer, sources(recipe.data, "data.eval"), "data.eval", runtime, today)
+    if comm.rank == 0 and not recipe.data.streaming and (twice := also_in(rows, held_out)):
+        says = "data.eval: %d of its %d rows are training rows, too, the first is row %d: its loss is no held-out loss"
+        logger.warning(says, len(twice), sum(map(len, held_out.parts)), twice[0] + 1)
     digests = {"data.train": rows.digest, "data.eval": held_out.digest}
     for key, digest in digests.items():
         other = [rank for rank, one in enumerate(comm.all_gather_object(digest, "agree")) if one != digest]
@@ -136,6 +144,8 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
         runtime = runtime.sized(recipe.train.micro_batch_size, accumulation(recipe, comm.world_size))
         steps = steps or _batches(recipe, rows, runtime)
         adapt = functools.partial(methods.adapt, recipe)
+        if comm.rank == 0:
+            logger.info("loading %s", recipe.model.path)
         weights, layers = load_model(recipe, runtime, adapt, methods.deepspeed_trains(recipe))
     else:
         weights, layers = load_model(recipe, runtime)
@@ -214,7 +224,13 @@ def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, A
 
 def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
     weights = prepare.weights(sources(recipe.data, "data.train"))
-    return Batches(rows, *_split(recipe, runtime), parts=None if weights is None else (rows.sizes, weights))
+    found = Batches(rows, *_split(recipe, runtime), parts=None if weights is None else (rows.sizes, weights))
+    left = len(rows) - found.steps_per_epoch * recipe.train.global_batch_size
+    if left and runtime.comm.rank == 0:
+        logger.info(
+            "data.train: each epoch leaves out %d of %d, which fill no batch, other ones each time", left, len(rows)
+        )
+    return found
 
 
 def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:

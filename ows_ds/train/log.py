@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ows_ds.config import Recipe
 from ows_ds.errors import one_line
 from ows_ds.files import write_text
-from ows_ds.train.screen import screen
+from ows_ds.train.screen import clock, screen
 from ows_ds.train.trackers import Trackers, picture
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def as_json(record: Mapping[str, Any]) -> str:
         else:
             clean[key] = value if finite(value, key) else None
     return json.dumps(clean | ({"nonfinite": bad} if bad else {}), allow_nan=False)
+
+
+def _shown(text: str, most: int = 300) -> str:
+    """As text on one line, cut."""
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def keep_until(path: Path, step: int) -> list[Record]:
@@ -93,6 +100,8 @@ class RunLog:
         if not main:
             return
         self.total_steps, self.n_layers, self.done = total_steps, n_layers, start_step
+        self._tokens, self._steps = 0, 0
+        self._losses: list[float] = []
         self._changes: list[tuple[int, tuple[int, ...]]] = []
         run_dir.mkdir(parents=True, exist_ok=True)
         metrics = run_dir / "metrics.jsonl"
@@ -114,8 +123,14 @@ class RunLog:
         if not self.main:
             return
         self._write(as_json(record) + "\n")
+        self._tokens += int(record.get("tokens") or 0)
+        self._steps += int(record["step"]) > 0
+        if (held_out := record.get("eval_loss")) is not None:
+            self._losses.append(held_out)
         if record.get("eval_loss") is not None:
             self.event(f"held-out loss {record['eval_loss']:.4f} after step {record['step']}")
+        for message, answer in record.get("samples") or ():
+            self.event(f"sample: {_shown(message)} -> {_shown(answer)}")
         step = int(record["step"])
         if self._trackers is not None:
             self._trackers.log(record, step)
@@ -125,6 +140,15 @@ class RunLog:
         if self._note_layers(record):
             self._draw()
         self._screen.step(record)
+
+    def summary(self) -> str:
+        """Time, tokens and held-out losses of what was logged here."""
+        if not self.main:
+            return ""
+        losses = [f"{one:.4f}" for one in (self._losses[:1] + self._losses[1:][-1:])]
+        held_out = f"; held-out loss {' to '.join(losses)}" if losses else ""
+        took = clock(time.monotonic() - self._screen.started)
+        return f"{self._steps:,} steps in {took}, {self._tokens:,} tokens{held_out}"
 
     def event(self, text: str) -> None:
         """Show a line above the progress; it is not recorded. On ranks other than 0 nothing happens."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STRIP = 64  # most cells of the strip of layers
+SMOOTH = 0.9  # share of the mean of earlier losses in that of a step
 PLAIN_SECONDS = 10.0  # longest silence between two plain lines, if steps are faster
 
 
@@ -38,6 +39,13 @@ class Screen:
     def __init__(self, total_steps: int, n_layers: int, start_step: int) -> None:
         self.total_steps, self.n_layers, self.start_step = total_steps, n_layers, start_step
         self.started = time.monotonic()
+        self.mean: float | None = None  # of the last losses, those longer ago count less
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Let a step's loss count."""
+        loss = record.get("loss")
+        if loss is not None and math.isfinite(loss):
+            self.mean = loss if self.mean is None else SMOOTH * self.mean + (1 - SMOOTH) * loss
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a step's record, if it is due."""
@@ -51,21 +59,27 @@ class Screen:
     def left(self, step: int) -> str:
         """Time left after `step` at this run's mean speed, as h:mm:ss."""
         speed = (time.monotonic() - self.started) / max(step - self.start_step, 1)
-        seconds = round(speed * max(self.total_steps - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return clock(speed * max(self.total_steps - step, 0))
 
-    @staticmethod
-    def numbers(record: Mapping[str, Any]) -> str:
-        """Loss, learning rate, speed and peak memory of a step."""
+    def numbers(self, record: Mapping[str, Any]) -> str:
+        """Loss, alone and smoothed, epoch, learning rate, speed and peak memory of a step."""
+        epoch, mean = record.get("epoch"), "" if self.mean is None else f" (mean {self.mean:.4f})"
         loss, lr, speed, peak = (record.get(k) for k in ("loss", "lr", "tokens_per_second", "peak_memory_bytes"))
         return "  ".join(
             (
-                "loss skipped" if loss is None else f"loss {loss:.4f}",
+                "loss skipped" if loss is None else f"loss {loss:.4f}{mean}",
+                *([] if epoch is None else [f"epoch {epoch:.2f}"]),
                 f"lr {0.0 if lr is None else lr:.2e}",
                 f"{0 if speed is None or not math.isfinite(speed) else round(speed):,} tokens/s",
                 f"peak {(peak or 0) / 2**30:.1f} GiB",
             )
         )
+
+
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 class _Plain(Screen):
@@ -78,6 +92,7 @@ class _Plain(Screen):
         self.console, self.shown_step, self.shown_at = console, start_step, self.started
 
     def step(self, record: Mapping[str, Any]) -> None:
+        self.note(record)
         step, now = int(record["step"]), time.monotonic()
         due = step - self.shown_step >= max(1, self.total_steps // 50) or now - self.shown_at >= PLAIN_SECONDS
         if not due and step not in (self.start_step + 1, self.total_steps):
@@ -86,7 +101,7 @@ class _Plain(Screen):
         layers = numbered(record.get("sampled_layers") or ())
         self._line(
             f"step {step}/{self.total_steps}  {self.numbers(record)}  "
-            f"layers {layers} of {self.n_layers}  {self.left(step)} left"
+            f"layers {layers} of {self.n_layers}  {clock(now - self.started)} gone, {self.left(step)} left"
         )
 
     def event(self, text: str) -> None:
@@ -124,7 +139,8 @@ class _Rich(Screen):
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
         started = step > self.start_step
-        left = f"{self.left(step)} left" if started else "first step"
+        gone = clock(time.monotonic() - self.started)
+        left = f"{gone} gone, {self.left(step)} left" if started else "first step"
         bar.add_row(f"step {step}/{self.total_steps}", ProgressBar(max(self.total_steps, 1), step), left)
         if not started:
             return Group(bar)
@@ -133,6 +149,7 @@ class _Rich(Screen):
         return Group(bar, Text(self.numbers(record), no_wrap=True, overflow="crop"), layers)
 
     def step(self, record: Mapping[str, Any]) -> None:
+        self.note(record)
         self.live.update(self._render(record))
 
     def event(self, text: str) -> None:

@@ -22,6 +22,7 @@ from ows_ds.data.batches import Step
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.methods import Method
 from ows_ds.train import preference
+from ows_ds.train.best import Best, sample
 from ows_ds.train.context import RunContext, evaluate
 from ows_ds.train.loss import token_losses
 
@@ -41,9 +42,16 @@ class StepRunner:
     """
 
     def __init__(
-        self, context: RunContext, method: Method, batches: Batches, stop_requested: threading.Event, saver: Saver
+        self,
+        context: RunContext,
+        method: Method,
+        batches: Batches,
+        stop_requested: threading.Event,
+        saver: Saver,
+        best: Best,
     ) -> None:
         self.context, self.method, self.batches, self.comm = context, method, batches, context.runtime.comm
+        self.best = best
         self.stop_requested, self.saver = stop_requested, saver
         self.stop = self.saved = self.taken = False
         self.nonfinite: str | None = None
@@ -110,6 +118,7 @@ class StepRunner:
             **({"aux_loss": aux} if balance else {}),
             **({"reward_accuracy": right, "reward_margin": margins} if compares and not nothing_to_train else {}),
             "lr": lr,
+            **({"epoch": (step + 1) / per_epoch} if (per_epoch := context.steps_per_epoch) else {}),
             "grad_norm": None if nothing_to_train else norms[0],
             "sampled_layers": sampled,
             "tokens": data.tokens,
@@ -140,7 +149,9 @@ class StepRunner:
         """The record of step 0: nothing trained, an evaluation."""
         started = time.perf_counter()
         self._before = Counter(self.comm.sent)
-        found = evaluate(self.context)
+        found: dict[str, Any] = evaluate(self.context) if self.context.held_out else {}
+        if samples := sample(self.context, self.context.recipe.log.samples):
+            found["samples"] = samples
         return {
             "step": 0,
             "loss": None,

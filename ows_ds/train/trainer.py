@@ -27,10 +27,12 @@ from ows_ds.model.fingerprint import replica
 from ows_ds.model.loading import processor_files
 from ows_ds.model.pretrained import use_cache
 from ows_ds.optim.ows import OWS
+from ows_ds.planner.step import entries, parts_of
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
+from ows_ds.train.best import Best, restored, sample
 from ows_ds.train.context import RunContext, calibration, evaluate, load
-from ows_ds.train.export import save_model
+from ows_ds.train.export import export, save_model
 from ows_ds.train.log import RunLog
 from ows_ds.train.run_lock import RunLock
 from ows_ds.train.step import StepRunner
@@ -91,9 +93,10 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     micro_batches = accumulation(recipe, comm.world_size)
     method = methods.build(recipe, context.weights, context.layers, importance, micro_batches)
     scheduler = _scheduler(recipe, method, total)
-    begin = 0
+    begin, best = 0, Best()
     if opened is not None:
         resume.restore(method, opened)
+        best = restored(opened.state.get("best"))
         scheduler.load_state_dict(opened.state["scheduler"])
         begin = method.steps
 
@@ -120,14 +123,19 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     ):
         for line in skipped:
             log.warn(f"skipped a checkpoint: {line}")
-        steps = StepRunner(context, method, batches, stop_requested, saver)
+        saver.best = best.step if recipe.train.load_best else None
+        steps = StepRunner(context, method, batches, stop_requested, saver, best)
         if opened is not None:
             log.event(f"resuming after step {begin} from {opened.folder}")
-        elif context.held_out:
+        elif context.held_out or recipe.log.samples:
             log.step(steps.before_the_first())
-        if (reach := _draws(method, recipe, total)) is not None:
-            log.event(reach)
+        for told in (*_banner(context, method, micro_batches), _draws(method, recipe, total)):
+            if told is not None:
+                log.event(told)
         for step in range(begin, total):
+            if best.stopped:
+                log.event(f"stopped early after step {step}: {_lowest(best)}")
+                break
             try:
                 _one(steps, step, total, scheduler, log)
             except UserError:  # of rows that are read while training: every rank reads them all
@@ -140,9 +148,17 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
             use_cache(context.weights.module, True)  # off in training; who loads the model wants to generate with it
             card_of = functools.partial(card.of_run, run_dir, None)
             more = processor_files(recipe.model) if comm.rank == 0 else []
-            save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of, more=more)
+            if recipe.train.load_best and best.step not in (None, method.steps):
+                with fail_together(comm):
+                    if comm.rank == 0:
+                        export(run_dir, run_dir / "model", f"step-{best.step}")
+                log.event(f"the model is that of step {best.step}: {_lowest(best)}")
+            else:
+                save_model(context.weights, context.tokenizer, run_dir / "model", card_of=card_of, more=more)
         if isinstance(context.steps, Stream):
             log.event(f"data.train: {context.steps.counts.line(recipe.data.max_length)}")
+        log.event(log.summary())
+        log.event(f"next: ows-ds chat {run_dir} --compare; ows-ds eval {run_dir} --tasks LIST; ows-ds report {run_dir}")
         notes = f", {len(method.trained_layers)} of {n_layers} layers trained"
         notes += f", {method.skipped} steps skipped" if method.skipped else ""
         notes += f", {saver.failed} checkpoints not written" if saver.failed else ""
@@ -175,6 +191,25 @@ def _importance(context: RunContext, run_dir: Path, opened: checkpoint.Checkpoin
     return scoring.layer_importance(*of, run_dir, context.model, earlier, batches)
 
 
+def _banner(context: RunContext, method: Method, micro_batches: int) -> list[str]:
+    """What is trained, and in which batches."""
+    recipe, comm, layers = context.recipe, context.runtime.comm, context.layers
+    sizes = [sum(part.numel for part in parts_of(block)) for block in layers.layers]
+    total, outside = entries(layers)[0], entries(layers)[0] - sum(sizes)
+    shares = method.probabilities if isinstance(method, OWS) else [1.0] * len(sizes)
+    at_once = sum(p * size for p, size in zip(shares, sizes, strict=True))
+    at_once += outside * (recipe.optim.always_on != "none" if isinstance(method, OWS) else 1)
+    name = recipe.method.name
+    what = {"lora": "adapters train", "dora": "adapters train", "hift": "one layer trains at a time"}
+    share = what.get(name, f"{at_once / total:.0%} of them train at a time")
+    train = recipe.train
+    return [
+        f"{Path(recipe.model.path).name}, {total / 1e6:,.0f} M weights, {name}: {share}",
+        f"batch {train.global_batch_size} = {train.micro_batch_size} x {micro_batches} micro-batches x "
+        f"{comm.world_size} rank{'s' * (comm.world_size > 1)}",
+    ]
+
+
 def _draws(method: Method, recipe: Recipe, total: int) -> str | None:
     """How many layers a run's draws reach, on average; None where they are not drawn."""
     if not isinstance(method, OWS) or recipe.method.name not in ("ows", "lisa", "lisa-d"):
@@ -194,15 +229,24 @@ def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:
     return get_scheduler(name, method, num_warmup_steps=recipe.optim.warmup_steps, num_training_steps=total)
 
 
+def _lowest(best: Best) -> str:
+    return f"the lowest held-out loss was {best.loss:.4f}, after step {best.step}"
+
+
 def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) -> None:
     """A step of the loop, with the evaluation, the record and the checkpoint that are due after it."""
     context, saver, comm = steps.context, steps.saver, steps.comm
     settings, last = context.recipe.train, step + 1 == total
-    record = steps.take(step, last)
+    record, improved = steps.take(step, last), False
     scheduler.step()
     # where a stop is requested, an evaluation could take longer than there is time
     if context.held_out and (last or (not steps.stop and _due(step + 1, settings.eval_steps))):
         record |= evaluate(context)
+        improved = steps.best.add(record["eval_loss"], step + 1, settings)
+        if settings.load_best and improved:
+            saver.best = step + 1
+        if samples := sample(context, context.recipe.log.samples):
+            record["samples"] = samples
     record["comm_bytes"] = steps.sent()
     if steps.saved:
         saver.complete()
@@ -212,8 +256,9 @@ def _one(steps: StepRunner, step: int, total: int, scheduler: Any, log: RunLog) 
         if steps.in_a_row == settings.max_nonfinite_steps:
             saver.complete()  # it may be the last good one
             raise Failed(_given_up(step + 1, steps))
-    if last or steps.stop or _due(step + 1, settings.save_steps):
-        _save(steps, step + 1, scheduler, saver.save if last or steps.stop else saver.start)
+    ends = last or steps.stop or steps.best.stopped
+    if ends or _due(step + 1, settings.save_steps) or (settings.load_best and improved):
+        _save(steps, step + 1, scheduler, saver.save if ends else saver.start)
     if steps.stop:
         log.warn(f"stopped by a signal after step {step + 1} of {total}, saved; train.resume auto resumes")
         comm.barrier()  # not before rank 0 is done, or a launcher could end it
@@ -227,7 +272,8 @@ def _save(steps: StepRunner, step: int, scheduler: Any, save: Callable[..., None
         # each rank merges into its own copy: on unlike GPUs products may differ in their last bits
         steps.comm.assert_consistent(f"the weights after step {step}", replica(weights))
     shards, numbers = resume.contents(steps.method, steps.context.recipe.train.checkpoint == "full")
-    save(step, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state})
+    save(step, shards, {**numbers, "scheduler": scheduler.state_dict(), "data": steps.data_state,
+                         "best": steps.best.state()})  # fmt: skip
 
 
 def _due(step: int, every: int | None) -> bool:
