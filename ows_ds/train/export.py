@@ -57,6 +57,7 @@ def save_model(
             tokenizer.save_pretrained(partial)
             for file in more:
                 shutil.copy(file, partial / file.name)
+            let_older_read(partial)
     save_weights(weights, partial, file_size)
     name = None if card_of is None else fingerprint(weights)
     with _written(comm, partial):
@@ -82,6 +83,42 @@ def _written(comm: Communicator, folder: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
+def let_older_read(folder: Path) -> None:
+    """Add to a model's config.json what transformers 4 and the servers of its time look for; they would take defaults
+    for what transformers 5 has under other names, such as the base of rotary positions. And a tokenizer class that they
+    know by the name that it had."""
+    path = folder / "config.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    for part in (described, described.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        if "dtype" in part:
+            part.setdefault("torch_dtype", part["dtype"])
+        rope = part.get("rope_parameters")
+        kinds = rope if isinstance(rope, dict) else {}
+        local = kinds.get("sliding_attention")
+        if isinstance(local, dict) and "rope_theta" in local:  # Gemma 3
+            part.setdefault("rope_local_base_freq", local["rope_theta"])
+        main = kinds.get("full_attention") if isinstance(kinds.get("full_attention"), dict) else kinds
+        if isinstance(main, dict) and "rope_theta" in main:
+            part.setdefault("rope_theta", main["rope_theta"])
+            scaled = {
+                name: value for name, value in main.items() if name not in ("rope_theta", "partial_rotary_factor")
+            }
+            part.setdefault("rope_scaling", None if scaled.get("rope_type") == "default" else scaled)
+            if "partial_rotary_factor" in main:
+                part.setdefault("partial_rotary_factor", main["partial_rotary_factor"])
+    path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(settings.get("extra_special_tokens"), list):
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save_weights(weights: Weights, folder: Path, file_size: str = FILE_SIZE) -> None:
     """Write the weights alone, in safetensors, to ``folder``, which exists; otherwise as `save_model`. Collective."""
     comm, module = weights.comm, cast(Any, weights.module)

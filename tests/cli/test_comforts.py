@@ -88,7 +88,7 @@ def test_an_answer_to_one_message(finished: Path, inputs: Path, capsys: pytest.C
     assert main(words[:-1]) == 0
     assert capsys.readouterr().out.strip("\n") == trained.strip("\n")  # the same one again
     for more, expected in (
-        (["--system", "be brief", "--temperature", "-1"], "--temperature: -1.0 is invalid"),
+        (["--system", "be brief", "--temperature", "-1"], "--temperature: -1 is invalid"),
         (["--max-new-tokens", "0"], "--max-new-tokens: 0 is invalid"),
     ):
         assert main(["chat", str(finished), *more]) == 2
@@ -154,11 +154,18 @@ class Hub(BaseHTTPRequestHandler):
                 one = json.loads(line)
                 if one["key"] == "file":
                     self.files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            answer = {"commitOid": "a" * 40, "commitUrl": "http://hub/me/it/commit/aaa", "pullRequestUrl": None}
+            answer = {
+                "commitOid": "a" * 40,
+                "commitUrl": f"http://{self.headers['host']}/me/it/commit/aaa",
+                "pullRequestUrl": None,
+            }
         self.reply(200, answer)
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        if "refused" in self.path:
+            self.reply(404, {"error": "no"})
+            return
         self.reply(200, {"id": "me/it", "sha": "b" * 40, "siblings": [], "tags": []})
 
     def reply(self, status: int, answer: Any) -> None:
