@@ -61,14 +61,18 @@ class Screen:
         speed = (time.monotonic() - self.started) / max(step - self.start_step, 1)
         return clock(speed * max(self.total_steps - step, 0))
 
+    def place(self, record: Mapping[str, Any]) -> str:
+        """Step and epoch."""
+        epoch = record.get("epoch")
+        return f"step {record['step']}/{self.total_steps}" + (f", epoch {epoch:.2f}" if epoch is not None else "")
+
     def numbers(self, record: Mapping[str, Any]) -> str:
-        """Loss, alone and smoothed, epoch, learning rate, speed and peak memory of a step."""
-        epoch, mean = record.get("epoch"), "" if self.mean is None else f" (mean {self.mean:.4f})"
+        """Loss, alone and smoothed, learning rate, speed and peak memory of a step."""
+        mean = "" if self.mean is None else f" (mean {self.mean:.4f})"
         loss, lr, speed, peak = (record.get(k) for k in ("loss", "lr", "tokens_per_second", "peak_memory_bytes"))
         return "  ".join(
             (
                 "loss skipped" if loss is None else f"loss {loss:.4f}{mean}",
-                *([] if epoch is None else [f"epoch {epoch:.2f}"]),
                 f"lr {0.0 if lr is None else lr:.2e}",
                 f"{0 if speed is None or not math.isfinite(speed) else round(speed):,} tokens/s",
                 f"peak {(peak or 0) / 2**30:.1f} GiB",
@@ -100,7 +104,7 @@ class _Plain(Screen):
         self.shown_step, self.shown_at = step, now
         layers = numbered(record.get("sampled_layers") or ())
         self._line(
-            f"step {step}/{self.total_steps}  {self.numbers(record)}  "
+            f"{self.place(record)}  {self.numbers(record)}  "
             f"layers {layers} of {self.n_layers}  {clock(now - self.started)} gone, {self.left(step)} left"
         )
 
@@ -141,7 +145,7 @@ class _Rich(Screen):
         started = step > self.start_step
         gone = clock(time.monotonic() - self.started)
         left = f"{gone} gone, {self.left(step)} left" if started else "first step"
-        bar.add_row(f"step {step}/{self.total_steps}", ProgressBar(max(self.total_steps, 1), step), left)
+        bar.add_row(self.place(record), ProgressBar(max(self.total_steps, 1), step), left)
         if not started:
             return Group(bar)
         cells = strip(record.get("sampled_layers") or (), self.n_layers, self.filled, self.empty)

@@ -195,7 +195,7 @@ def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) ->
         main([])
     assert not ended.value.code
     shown = capsys.readouterr().out
-    assert all(f"    {verb} " in shown for verb in VERBS)
+    assert all(re.search(f"^    {verb}\\b", shown, re.MULTILINE) for verb in VERBS)
 
 
 def test_versions(capsys: pytest.CaptureFixture[str]) -> None:

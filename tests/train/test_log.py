@@ -182,7 +182,7 @@ def test_plain_lines_say_what_the_bar_says(tmp_path: Path) -> None:
     lines = file.getvalue().splitlines()
     assert lines[0] == "step 0: held-out loss 2.5"
     assert lines[1].startswith(
-        "step 1/200  loss 2.0000  lr 3.00e-04  1,234 tokens/s  peak 39.6 GiB  layers 0,3 of 4  0:00:0"
+        "step 1/200  loss 2.0000 (mean 2.0000)  lr 3.00e-04  1,234 tokens/s  peak 39.6 GiB  layers 0,3 of 4  0:00:0"
     )
     assert lines[1].endswith(" left")
     assert lines[-1].startswith("step 200/200  loss skipped")
@@ -194,15 +194,15 @@ def test_the_bar_fits_80_columns(tmp_path: Path) -> None:
     console, file = terminal(True)
     with RunLog(tmp_path, 100_000, 80, True, recipe(), console=console) as log:
         log.event("an [event]")
-        log.step(record(99_999, loss=12.3456, tokens_per_second=1_234_567.0, sampled_layers=[0, 79]))
+        log.step(record(99_999, loss=12.3456, tokens_per_second=1_234_567.0, sampled_layers=[0, 79], epoch=1.25))
     out = file.getvalue()
     assert "an [event]" in out
     assert out.endswith("\x1b[?25h")  # the cursor is back
     shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", out)]
     assert max(map(len, shown)) <= 80
     bar, numbers, layers = shown[-4:-1]
-    assert re.fullmatch(r"step 99999/100000 ━+╸? 0:00:00 left", bar.rstrip())
-    assert numbers.rstrip() == "loss 12.3456  lr 3.00e-04  1,234,567 tokens/s  peak 39.6 GiB"
+    assert re.fullmatch(r"step 99999/100000, epoch 1.25 ━+╸? 0:00:00 gone, 0:00:00 left", bar.rstrip())
+    assert numbers.rstrip() == "loss 12.3456 (mean 12.3456)  lr 3.00e-04  1,234,567 tokens/s  peak 39.6 GiB"
     assert layers.rstrip() == "layers █" + "·" * 38 + "█"
 
 
