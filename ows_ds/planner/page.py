@@ -47,7 +47,7 @@ class Page:
         size = total if active == total else f"{total}, of which {active} work on a token"
         found = [
             f"{report.planner.model.name} ({size}), {report.recipe.method.name}, {report.recipe.model.dtype}, length "
-            f"{report.recipe.data.max_length}, batch {train.global_batch_size}; {c.nodes} x {c.gpus} GPUs of "
+            f"{report.recipe.data.max_length}, batch {train.global_batch_size}; {c.nodes} x {gpus(c.gpus)} of "
             f"{c.memory:g} GiB, of which {c.reserve:g} GiB are not ours."
         ]
         changes: list[str] = []
@@ -67,7 +67,7 @@ class Page:
                 shown[name] = one, None
         for name, (one, plain) in shown.items():
             options = [word for pair in one.choice.options(plain) for word in pair]
-            found.append(f"{name}: {one.choice.world_size} GPUs, {HOMES[one.choice.home]}, {gib(one.peak)} of each, "
+            found.append(f"{name}: {gpus(one.choice.world_size)}, {HOMES[one.choice.home]}, {gib(one.peak)} of each, "
                          f"{self._duration(one)}")  # fmt: skip
             found.append(continued(report.command(one.choice, "RECIPE.yaml", *changes, *options)))
         return found
@@ -167,6 +167,11 @@ class Page:
         rows = [[name, HOMES[one.choice.home], *self._row(one), "" if one.fits else "too big"]
                 for name, one in found.items()]  # fmt: skip
         return Table("methods: the fastest setting that fits", ["method", "weights", *self._columns(), ""], rows)
+
+
+def gpus(count: int) -> str:
+    """Their number."""
+    return f"{count} GPU{'s' * (count > 1)}"
 
 
 def continued(command: str) -> str:

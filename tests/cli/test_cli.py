@@ -1,5 +1,6 @@
 """The command line: what reaches a verb, exit codes, one line for each mistake."""
 
+import re
 import subprocess
 import sys
 import time

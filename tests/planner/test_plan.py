@@ -50,7 +50,7 @@ def test_tables_fit_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "methods: the fastest setting that fits" in (line.strip() for line in shown)
     start = shown.index("  torchrun --nnodes 2 --nproc_per_node 4 -m ows_ds train --config RECIPE.yaml")
     assert any(line.startswith("As it is: 8 GPUs, ") for line in shown[:start])
-    cheapest = next(index for index, line in enumerate(shown) if line.startswith("Cheapest: 1 GPUs, "))
+    cheapest = next(index for index, line in enumerate(shown) if line.startswith("Cheapest: 1 GPU, "))
     assert shown[cheapest + 1].startswith("  ows-ds train --config RECIPE.yaml")
     assert {path.name for path in folder.iterdir()} == {"m"}
 
@@ -140,7 +140,7 @@ def test_a_24_gib_gpu_takes_7b_and_8b_with_nothing_given(
     assert "chosen for 22.0 GiB of a GPU: train.micro_batch_size" in shown
     assert "NOTHING THAT IS EXACT FITS: PROJECTORS ARE FOUND FROM THE FIRST MICRO-BATCH" in shown
     assert ("EMBEDDING AND HEAD DO NOT TRAIN (optim.always_on none)" in shown) == (always_on == "none")
-    assert "As it is: 1 GPUs, replicated, " in shown
+    assert "As it is: 1 GPU, replicated, " in shown
     assert main(["plan", *words, "--json"]) == 0
     chosen = json.loads(capsys.readouterr().out)["chosen"]
     assert (chosen["optim.always_on"], chosen["model.frozen"]) == (always_on, "same")

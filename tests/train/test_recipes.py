@@ -10,11 +10,14 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from ows_ds.cli.main import main
-from tests.config.test_recipes import PAPER, RECIPES
+from tests.config.test_recipes import CURRENT, PAPER, RECIPES
+from tests.support.families import tiny
 from tests.support.pool import Pools
+from tests.support.tokenizer import byte_tokenizer
 
 TASK = "Below is an instruction that describes a task"
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -71,7 +74,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records if record["step"]]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in CURRENT], ids=lambda path: path.stem)
 def test_recipes_train(pools: Pools, inputs: Path, tmp_path: Path, path: Path) -> None:
     data = next(name for name in ROWS if path.stem.endswith(name))
     rows = [ROWS[data](i) for i in range(12)]
@@ -84,6 +87,27 @@ def test_recipes_train(pools: Pools, inputs: Path, tmp_path: Path, path: Path) -
     assert texts[1] == TEXTS[data]
     assert len(texts) == 14
     assert len(losses(tmp_path / "run")) == 2
+    assert all(map(math.isfinite, losses(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("name", CURRENT)
+def test_recipes_of_today_train(pools: Pools, inputs: Path, tmp_path: Path, name: str) -> None:
+    """On a tiny model of their family, with weights in 4 bits and shards as they say."""
+    tokenizer = byte_tokenizer()
+    model: Any = tiny(CURRENT[name][2], False, seed=1)
+    model.resize_token_embeddings(len(tokenizer))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = "".join(json.dumps(ROWS["demo"](i)) + "\n" for i in range(24))
+    for file in ("train", "eval"):
+        (tmp_path / f"{file}.jsonl").write_text(rows)
+    files = ["--model.path", str(tmp_path / "model"), "--train.output_dir", str(tmp_path / "run")]
+    files += ["--data.train", str(tmp_path / "train.jsonl"), "--data.eval", str(tmp_path / "eval.jsonl")]
+    files += ["--data.train_split", "train", "--data.eval_split", "test", "--data.max_length", "64"]
+    path = next(path for path in RECIPES if path.stem == name)
+    world_size = 2 if "zero3" in path.read_text() else 1
+    done = pools(world_size).run(command, ["train", "--config", str(path), *SMALL, *files], tmp_path)
+    assert [status for status, _ in done] == [0] * world_size
     assert all(map(math.isfinite, losses(tmp_path / "run")))
 
 
