@@ -1,5 +1,6 @@
 """`ows-ds plan`."""
 
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -45,9 +46,14 @@ def run(options: Options, argv: list[str]) -> None:
     train = tree.get("train") or {}
     if isinstance(train, dict):
         tree["train"] = {"output_dir": "runs/planned", **train}  # nothing is written there
-    recipe = config.from_dict(tree)
     changes = {name: options.get(name) for name in config.fields_of(Cluster)}
     cluster = read_cluster(options.get("cluster", "8xA100-80"), changes)
+    recipe = config.from_dict(tree)
+    batch = recipe.train.global_batch_size
+    if batch % cluster.world_size and "global_batch_size" not in (tree.get("train") or {}):
+        more = -(-batch // cluster.world_size) * cluster.world_size
+        print(f"train.global_batch_size {more}: the default, {batch}, does not divide by the GPUs", file=sys.stderr)
+        recipe = config.from_dict({**tree, "train": {**tree["train"], "global_batch_size": more}})
     others = words_in(options, "methods") or []
     known = get_args(config.recipe_keys()["method.name"].annotation)
     if not set(others) <= set(known):

@@ -25,7 +25,7 @@ from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.gathering import Gathered, Limits, Trace, record, replay
 from ows_ds.planner.memory import Memory, memory
 from ows_ds.planner.roofline import Times, times, work
-from ows_ds.planner.step import ADAPTERS, LOW_RANK, SAMPLED, StepSpec, likely_set
+from ows_ds.planner.step import ADAPTERS, LOW_RANK, SAMPLED, StepSpec
 from ows_ds.planner.traffic import Messages, messages
 
 logger = logging.getLogger(__name__)
@@ -274,6 +274,18 @@ class Planner:
         """The most bytes that a GPU needs for such a step, or for a plain one. deviations: as of `layer_set`."""
         spec = self.step(choice, self.layer_set(deviations))
         return max(memory(spec, refresh).peak for refresh in {False, bool(self.refreshes)})
+
+
+def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:
+    """A layer set to plan for: as many layers as are expected, or ``deviations`` standard deviations more.
+
+    The likeliest ones, always with the lowest that can be drawn: it decides how far down the backward pass runs.
+    """
+    expected = sum(probabilities)
+    count = expected + deviations * math.sqrt(sum(p * (1 - p) for p in probabilities))
+    possible = [i for i, p in enumerate(probabilities) if p > 0]
+    order = possible[:1] + sorted(possible[1:], key=lambda i: -probabilities[i])
+    return tuple(sorted(order[: min(len(order), math.ceil(count - 1e-9))]))
 
 
 def ranked(forecasts: Sequence[Forecast]) -> list[Forecast]:

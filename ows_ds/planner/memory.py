@@ -90,9 +90,10 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
     def meet(phase: str, parts: Parts, gathered: int) -> None:
         phases[phase] = max(phases[phase], parts | {"gathered": gathered}, key=lambda one: sum(one.values()))
 
+    widest = _forward(spec)
     for index, (block, kind) in enumerate(walk):
         # what a layer keeps is part of what its forward pass makes
-        making = (0 if kind and not spec.checkpointing else _forward(spec)) + spec.dense(block)
+        making = (0 if kind and not spec.checkpointing else widest) + spec.dense(block)
         entering, running = _gathered(spec, block.name, False)
         below = sum(alive[: index + 1])
         now = {"activations": below, "gradients": before}

@@ -7,7 +7,7 @@ micro-batch; h hidden size; V vocabulary; w ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -266,18 +266,6 @@ def entries_of(spec: StepSpec, part: RefreshPart) -> int:
     return matrix.numel // matrix.count * (1 if part.experts is None else part.experts[1] - part.experts[0])
 
 
-def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:
-    """A layer set to plan for: as many layers as are expected, or ``deviations`` standard deviations more.
-
-    The likeliest ones, always with the lowest that can be drawn: it decides how far down the backward pass runs.
-    """
-    expected = sum(probabilities)
-    count = expected + deviations * math.sqrt(sum(p * (1 - p) for p in probabilities))
-    possible = [i for i, p in enumerate(probabilities) if p > 0]
-    order = possible[:1] + sorted(possible[1:], key=lambda i: -probabilities[i])
-    return tuple(sorted(order[: min(len(order), math.ceil(count - 1e-9))]))
-
-
 # ------------------------------------------------------------------ a layer
 
 
@@ -343,7 +331,17 @@ class LayerParts:
 
 
 def split(block: Block, hidden: int) -> LayerParts:
-    """What looks like neither experts nor an MLP is taken for attention, whatever it is."""
+    """What looks like neither experts nor an MLP is taken for attention, whatever it is. Found once for each object."""
+    known = _parts.get((id(block), hidden))
+    if known is None or known[0] is not block:
+        known = _parts[id(block), hidden] = block, _split(block, hidden)
+    return known[1]
+
+
+_parts: dict[tuple[int, int], tuple[Block, LayerParts]] = {}  # by identity: a hash of a layer takes as long as this
+
+
+def _split(block: Block, hidden: int) -> LayerParts:
     stacks = [m for m in block.matrices if m.experts]
     rest = [m for m in block.matrices if not m.experts]
     mlps = []

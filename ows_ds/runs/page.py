@@ -121,6 +121,7 @@ def _summary(runs: Sequence[Run]) -> Grid:
         "ranks": lambda run: run.world_size or "n/a",
         "tokens": lambda run: f"{sum(record.get('tokens', 0) for record in run.steps):,}",
         "held-out loss": held_out,
+        "layers trained": lambda run: f"{sum(share > 0 for share in run.shares)} of {run.n_layers}" if run.steps else "n/a",
         "training loss, last 10 steps": loss,
         "tokens a second, median": lambda run: number(run.median("tokens_per_second"), 3),
         "time in steps": lambda run: timedelta(seconds=round(sum(value for _, value in run.series("step_seconds")))),
