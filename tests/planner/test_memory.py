@@ -22,8 +22,8 @@ from ows_ds.model.loading import Unsharded
 from ows_ds.model.pretrained import formats, let_freeze
 from ows_ds.optim.hooks import hook_frozen
 from ows_ds.optim.ows import OWS
-from ows_ds.planner.memory import memory, state
 from ows_ds.planner.forecast import likely_set
+from ows_ds.planner.memory import memory, state
 from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import traffic
 from ows_ds.train.loss import token_losses
