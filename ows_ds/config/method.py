@@ -121,9 +121,10 @@ class OptimCore(Settings):
     """Factor on the projected update."""
     projector: Literal["randomized", "svd"] = "randomized"
     """How the top singular vectors are found: randomized range finder, or exact svd."""
-    refresh: Literal["full", "sketch"] = "full"
-    """What new projectors are found from: full gradients, one matrix at a time, or a sketch of them over two steps,
-    without a full gradient of any matrix of the sampled layers."""
+    refresh: Annotated[Literal["full", "compressed", "sketch"], Planned()] = "full"
+    """What new projectors are found from: full gradients, one matrix at a time, under accumulation their sum; in its
+    place, compressed, the leading directions of the sum after each micro-batch; or a sketch over two steps, without a
+    full gradient of any matrix of the sampled layers. auto: full where it fits."""
     refresh_batch: Annotated[Literal["full", "first"], Planned()] = "full"
     """Gradient that a projector is computed from: the full batch, or the first micro-batch; auto: full where it
     fits."""
@@ -141,6 +142,8 @@ class OptimCore(Settings):
         yield from super().contradictions()
         if self.rank is not None and self.expert_rank is not None and self.rank % self.expert_rank:
             yield Wrong("expert_rank", f"expected a divisor of optim.rank, {self.rank}", ("rank",))
+        if self.refresh == "compressed" and self.projector == "svd":
+            yield Wrong("projector", "expected randomized under optim.refresh compressed", ("refresh",))
         if self.refresh == "sketch":  # one over each of two whole steps
             if self.projector == "svd":
                 yield Wrong("projector", "expected randomized under optim.refresh sketch", ("refresh",))

@@ -91,7 +91,7 @@ class OWS(OWSState):
         self._sampler = Sampler(self.probabilities, config.scheme, config.seed) if sampler is None else sampler
         defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "scale")}
         super().__init__([{"params": list(self.weights.parameters().values())}], defaults)
-        self.refresh: Refresh = (FullGradients if config.refresh == "full" else Sketches)(self.active, config)
+        self.refresh: Refresh = (Sketches if config.refresh == "sketch" else FullGradients)(self.active, config)
         self.steps = self.skipped = self._micro = 0
         self.layer_set: LayerSet = ()
         self.next_set: LayerSet | None = None  # drawn a period ahead, so that its weights can be read beside the steps
@@ -299,7 +299,7 @@ class OWS(OWSState):
         active.change(plan)
         if changed:
             self._read_ahead()
-        for block in due if self.config.refresh == "full" else ():
+        for block in due if self.config.refresh != "sketch" else ():
             active.merge(block)
         self._arm(passes)
 

@@ -41,10 +41,10 @@ def is_tall(shape: tuple[int, ...] | torch.Size) -> bool:
 
 def low_rank_gradient(gradient: Tensor, projector: Tensor) -> Tensor:
     """R (max(m, n), r) in the projector's dtype from G (m, n), any dtype, and Q (min(m, n), r)."""
-    return _product(gradient if is_tall(gradient.shape) else gradient.mT, projector)
+    return product(gradient if is_tall(gradient.shape) else gradient.mT, projector)
 
 
-def _product(matrix: Tensor, factor: Tensor) -> Tensor:
+def product(matrix: Tensor, factor: Tensor) -> Tensor:
     """matrix @ factor in the factor's dtype, without a whole copy of the matrix where its dtype is another."""
     if matrix.dtype == factor.dtype:
         return matrix @ factor
@@ -178,7 +178,7 @@ def find_range(
     image = to_device(start_basis(matrix.shape[-1], width, seed, previous), matrix.device).to(wide(gradient))
     for _ in range(ROUNDS if previous is None else ROUNDS_FROM_PREVIOUS):
         # orthonormalised between products: powers of G^T G alone would drown all but the first direction
-        image = _product(matrix.mT, orthonormal(_product(matrix, orthonormal(image, 1)[0]), 1)[0])
+        image = product(matrix.mT, orthonormal(product(matrix, orthonormal(image, 1)[0]), 1)[0])
     # G^T times a basis of (nearly) G's range: its singular vectors are about G's
     found = range_of(image, r)
     return Range(r, found.basis, found.squares, norm)

@@ -31,7 +31,9 @@ from ows_ds.compat.torch import to_device
 from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.model.layers import Block
+from ows_ds.optim import compressed
 from ows_ds.optim.active_set import ActiveSet
+from ows_ds.optim.compressed import Compressed
 from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.projection import (
     Choice,
@@ -126,7 +128,8 @@ class FullGradients(Refresh):
     """Projectors of full gradients.
 
     With one micro-batch an owner keeps nothing of a gradient's size: of each matrix a basis little wider than its
-    projector; with more, a sum for each matrix it owns.
+    projector; with more, a sum for each matrix it owns, under ``refresh="compressed"`` its leading directions
+    (`ows_ds.optim.compressed`).
     """
 
     def __init__(self, active: ActiveSet, config: OWSConfig) -> None:
@@ -142,6 +145,7 @@ class FullGradients(Refresh):
         self._side = torch.cuda.Stream(active.weights.device) if active.weights.device.type == "cuda" else None
         self._left: dict[str, int] = {}
         self._sums: dict[RefreshPart, Tensor] = {}
+        self._compressed: dict[RefreshPart, Compressed] = {}
         self._handles: list[Any] = []
 
     def plans(self, plan: Plan, due: Sequence[Block]) -> list[RefreshPlan]:
@@ -179,6 +183,8 @@ class FullGradients(Refresh):
                     continue
                 if self._passes == 1:
                     self._project(part, mine)
+                elif self.config.refresh == "compressed":
+                    self._compress(part, mine)
                 elif part in self._sums:
                     self._sums[part].add_(mine)
                 else:  # not a view, which would keep all of a stack's
@@ -186,11 +192,20 @@ class FullGradients(Refresh):
 
         return stream
 
-    def _project(self, part: RefreshPart, gradient: Tensor) -> None:
-        config, previous, r = self.config, self._previous(part), part.shape[-1]
+    def _compress(self, part: RefreshPart, gradient: Tensor) -> None:
+        left = self._left[part.name]  # so that each micro-batch has noise of its own
         with self._beside(gradient):
-            found = find_range(gradient, r, config.projector, self._seeds(part, self._step), previous)
-            product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
+            total, seed = self._compressed.get(part), self._seeds(part, self._step * 1000 + left)
+            self._compressed[part] = compressed.add(total, gradient, part.shape[-1], seed, self._previous(part))
+
+    def _project(self, part: RefreshPart, gradient: Tensor | Compressed) -> None:
+        config, previous, r = self.config, self._previous(part), part.shape[-1]
+        with self._beside(gradient.left if isinstance(gradient, Compressed) else gradient):
+            if isinstance(gradient, Compressed):
+                found, product = gradient.range(r), gradient.left.to(self.active.dtype)
+            else:
+                found = find_range(gradient, r, config.projector, self._seeds(part, self._step), previous)
+                product = low_rank_gradient(gradient, found.basis.to(self.active.dtype))
             part.of(self.active.buffer.grad(part.name)).copy_(product[..., :r])
             self._ranges[part] = found, product[..., r:].clone()
         if self._side is not None:  # where the choice is made
@@ -250,8 +265,9 @@ class FullGradients(Refresh):
                 f"no gradient of {missing[0]} arrived in {self._left[missing[0]]} of the backward passes that a "
                 "refresh takes: call OWS.backward once a micro-batch, `accumulation` times a step"
             )
-        for part in list(self._sums):  # nothing is sent here: all owners work at the same time
-            self._project(part, self._sums.pop(part))
+        for sums in (self._sums, self._compressed):  # nothing is sent here: all owners work at the same time
+            for part in list(sums):
+                self._project(part, sums.pop(part))  # type: ignore[arg-type]
         mine = self._finish()
         self.cancel()
         self._refreshed = plan.names
@@ -281,6 +297,7 @@ class FullGradients(Refresh):
             handle.remove()
         self._handles.clear()
         self._sums.clear()
+        self._compressed.clear()
         self._ranges.clear()
         for name in self.plan.names if self.plan is not None else ():
             self.active.parameters[name].requires_grad_(False)

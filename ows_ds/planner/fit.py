@@ -31,6 +31,7 @@ class Lever(NamedTuple):
 
 
 LEVERS = (  # those that change least first
+    Lever("optim.refresh", ("full",).__contains__, "compressed", "sums of gradients for projectors are compressed"),
     Lever("optim.refresh_batch", ("full",).__contains__, "first", "projectors are found from the first micro-batch"),
     Lever("sampling.scheme", ("bernoulli",).__contains__, "fixed", "never more than gamma layers train at a time"),
     Lever("model.frozen", ("same",).__contains__, "int8", "layers that do not train at the moment are in 8 bits"),

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ows_ds.model.layers import Block, Matrix, Vector
-from ows_ds.optim.layout import CHUNK, group_in_order, pack
+from ows_ds.optim.compressed import kept_directions
+from ows_ds.optim.layout import CHUNK, RefreshPart, group_in_order, pack
 from ows_ds.optim.projection import BLOCK, OVERSAMPLING
 from ows_ds.planner.step import (
     ADAPTERS,
@@ -128,7 +129,7 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
         for phase in {"loss", "backward", "embedding"} & phases.keys():
             phases[phase] |= {"bucket": FULL_RANK_BUCKET}
     phases["update"] = {"temporaries": _update(spec), "gradients": kept[-1]}
-    if refresh and spec.low_rank and spec.refresh == "full":
+    if refresh and spec.low_rank and spec.refresh != "sketch":
         phases["choice"] = {"new projectors": _arrived(spec, _ranges(spec))[-1]}
     if refresh and spec.low_rank:  # the all-gather's buffers, and the old projectors
         plan = spec.refresh_plan()
@@ -192,7 +193,7 @@ def _gradients(spec: StepSpec) -> list[int]:
 
 def _projectors(spec: StepSpec, refresh: bool) -> list[int]:
     """As `_arrived`: what projectors are chosen from, of one micro-batch."""
-    if not (refresh and spec.low_rank and spec.refresh == "full" and spec.refresh_passes == 1):
+    if not (refresh and spec.low_rank and spec.refresh != "sketch" and spec.refresh_passes == 1):
         return [0] * (len(spec.layers.layers) + 1)
     return _arrived(spec, _ranges(spec))
 
@@ -225,8 +226,17 @@ def _everywhere(spec: StepSpec, refresh: bool) -> Parts:
         return {}
     owned = Counter({0: 0})
     for part in spec.refresh_plan().parts:
-        owned[part.owner] += entries_of(spec, part)
+        if spec.refresh == "compressed":
+            owned[part.owner] += _compressed(spec, part)
+        else:
+            owned[part.owner] += entries_of(spec, part)
     return {"sums of gradients": max(owned.values()) * spec.wide}
+
+
+def _compressed(spec: StepSpec, part: RefreshPart) -> int:
+    """Entries of what an owner keeps of a sum of gradients (`ows_ds.optim.compressed`)."""
+    matrix, experts = spec.plan.matrices[part.name], 1 if part.experts is None else part.experts[1] - part.experts[0]
+    return (matrix.long + matrix.short) * kept_directions(part.shape[-1], matrix.short) * experts
 
 
 def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterator[tuple[str, int, int]]:
@@ -266,7 +276,9 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
             else flowing
         )
         yield matrix.modules[0], max(least, flowing), whole
-        if searched and spec.refresh_passes == 1:  # when the module's own input has gone
+        if searched and (
+            spec.refresh_passes == 1 or spec.refresh == "compressed"
+        ):  # when the module's own input has gone
             yield matrix.modules[0], max(least, flowing) + searching, whole
             yield matrix.modules[0], max(min(least, left), left - inner) + _finder(spec, matrix), whole
             searching = (_finder(spec, matrix) + numel(matrix) * spec.itemsize) * spec.on_gpu
@@ -280,7 +292,9 @@ def _finder(spec: StepSpec, matrix: Matrix) -> int:
     """
     ranked = spec.plan.matrices.get(matrix.name, matrix)
     run = math.ceil(matrix.count / spec.world_size)  # of experts, with one owner
-    width = 4 * min(ranked.low_rank(spec.rank) + OVERSAMPLING, matrix.short) * run
+    r = ranked.low_rank(spec.rank)
+    compresses = spec.refresh == "compressed" and spec.refresh_passes > 1
+    width = 4 * (kept_directions(r, matrix.short) if compresses else min(r + OVERSAMPLING, matrix.short)) * run
     long, short = matrix.long * width, matrix.short * width
     copy = 4 * min(BLOCK, numel(matrix)) if spec.itemsize != 4 else 0
     return max(6 * long + short, copy + long + 2 * short)
@@ -300,7 +314,7 @@ def _loss(spec: StepSpec, refresh: bool) -> tuple[int, int]:
     if spec.whole_logits:
         return (spec.tokens * b + (spec.tokens - spec.rows) * (b + 3 * e)) * vocabulary, 0
     learns = spec.head.name in spec.full_rank or (
-        refresh and spec.refresh == "full" and spec.head.name in spec.plan.matrices
+        refresh and spec.refresh != "sketch" and spec.head.name in spec.plan.matrices
     )
     backward = learns or any(kind for _, kind in spec.walk())
     run = min(spec.labels, max(1, CHUNK // vocabulary))

@@ -119,6 +119,8 @@ def _refresh(spec: StepSpec, block: Block) -> Work:
     for part in spec.refresh_plan().parts:
         load[part.owner] += entries_of(spec, part)
     share, whole = max(load.values()) / load.total(), sum(map(numel, ranked))
+    if spec.refresh == "compressed" and spec.refresh_passes > 1:  # a search for each, twice as wide
+        finder *= 2 * spec.refresh_passes
     made = 2 * spec.tokens * spec.accumulation * _sizes(spec, block)[0]
     return Work(made + finder * share, 4 * 2 * ROUNDS * whole * share)
 

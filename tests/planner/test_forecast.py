@@ -255,7 +255,7 @@ def test_a_refusal_says_what_would_fit() -> None:
     assert " GiB of a GPU that has 32.6 GiB; expected --train.gradient_checkpointing true, which needs " in said
     with pytest.raises(UserError, match=r"22.4 GiB; expected --train.sharding zero3, .*, which needs [0-9.]+ GiB$"):
         require(asked, replicated, 24_000_000_000)
-    with pytest.raises(UserError, match=r"expected --optim\.refresh_batch first, --sampling\.scheme fixed, "):
+    with pytest.raises(UserError, match=r"expected --optim\.refresh compressed, --sampling\.scheme fixed, "):
         require(asked, sharded, 5_000_000_000)
     with pytest.raises(UserError, match="expected more GPUs under zero3"):
         require(asked, sharded, 2_000_000_000)

@@ -71,6 +71,8 @@ def steps(
     dtype: str,
     family: str = "llama",
     frozen: str = "same",
+    refresh: str = "full",
+    accumulation: int = 1,
 ) -> tuple[StepSpec, int, dict[bool, int], int]:
     """What was planned; bytes between steps; the peak of a step without and with refresh; activations.
 
@@ -101,8 +103,8 @@ def steps(
             "model": {"path": "none", "dtype": dtype},
             "method": {"name": method},
             "sampling": {"gamma": 1, "scheme": "fixed", "period": 100},
-            "optim": {"rank": RANK, "update_proj_gap": 2, "always_on": always_on},
-            "train": {"output_dir": "none", "global_batch_size": rows},
+            "optim": {"rank": RANK, "update_proj_gap": 2, "always_on": always_on, "refresh": refresh},
+            "train": {"output_dir": "none", "global_batch_size": rows * accumulation},
         }
     )
     layers = find_layers(model)
@@ -123,23 +125,23 @@ def steps(
     with Alive() as alive:
         for parameter in model.parameters():
             alive.watch(parameter.data)
-        run = methods.build(recipe, weights, layers, [1.0, 1.0 if method == "galore" else 0.0], 1)
+        run = methods.build(recipe, weights, layers, [1.0, 1.0 if method == "galore" else 0.0], accumulation)
         model.train()
         layer_set = tuple(run.layer_set)
 
         def loss() -> Tensor:
             nonlocal kept
-            found = token_losses(weights, batch) / (rows * (length - 1))
+            found = token_losses(weights, batch) / (rows * (length - 1) * accumulation)
             kept = alive.now() - between
             return found
 
         for step in range(3):
             alive.peak, between = 0, alive.now()
-            run.train_step([loss])
+            run.train_step([loss] * accumulation)
             peaks[step == 2] = alive.peak
     spec = StepSpec(
         layers, method, layer_set, RANK, always_on, itemsize=BYTES[dtype], rows=rows, length=length,
-        checkpointing=checkpointing, on_gpu=False, frozen=frozen,
+        checkpointing=checkpointing, on_gpu=False, frozen=frozen, refresh=refresh, accumulation=accumulation,
     )  # fmt: skip
     return spec, between, peaks, kept
 
@@ -208,6 +210,16 @@ def test_peaks_in_bfloat16(method: str) -> None:
     assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)
     for refresh, peak in peaks.items():
         assert memory(spec, refresh).peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("refresh", ["full", "compressed"])
+def test_peaks_of_sums(refresh: str, checkpointing: bool) -> None:
+    """Of gradients of several micro-batches for projectors, whole and compressed."""
+    spec, between, peaks, _ = steps("ows", "none", checkpointing, False, "float32", "llama", "same", refresh, 3)
+    assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)
+    for with_projectors, peak in peaks.items():
+        assert memory(spec, with_projectors).peak == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("always_on", ["none", "full", "low_rank"])

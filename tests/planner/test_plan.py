@@ -22,6 +22,7 @@ WORDS = ["--data.max_length", "16", "--optim.rank", "4", "--sampling.gamma", "1.
 
 PLAIN = [
     *("--train.micro_batch_size", "1", "--train.gradient_checkpointing", "false", "--optim.refresh_batch", "full"),
+    *("--optim.refresh", "full"),
     *("--optim.always_on", "full", "--optim.moments", "float32", "--optim.master", "float32", "--model.frozen", "same"),
 ]  # nothing is chosen
 
@@ -120,14 +121,14 @@ def test_what_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     words = ["--cluster", "1xRTX4090", "--memory", "16", "--model.path", "llama2-7b", "--output", "out", *PLAIN]
     assert main(["plan", *words]) == 0
     shown = capsys.readouterr().out
-    keys = "--optim.refresh_batch first --sampling.scheme fixed --model.frozen int8"
+    keys = "--optim.refresh compressed --sampling.scheme fixed --model.frozen int8"
     assert f"Nothing of this fits as it is. With {keys} it does" in " ".join(shown.split())
     recipe = config.from_dict(yaml.safe_load((folder / "out" / "recipe.yaml").read_text()))
-    assert (recipe.model.frozen, recipe.optim.refresh_batch, recipe.optim.always_on) == ("int8", "first", "full")
+    assert (recipe.model.frozen, recipe.optim.refresh, recipe.optim.always_on) == ("int8", "compressed", "full")
     assert recipe.train.gradient_checkpointing
     proposal = json.loads((folder / "out" / "plan.json").read_text())["proposal"]
     assert proposal["fits"]
-    assert proposal["keys"] == {"optim.refresh_batch": "first", "sampling.scheme": "fixed", "model.frozen": "int8"}
+    assert proposal["keys"] == {"optim.refresh": "compressed", "sampling.scheme": "fixed", "model.frozen": "int8"}
 
 
 @pytest.mark.parametrize(("model", "always_on"), [("llama2-7b", "full"), ("llama3-8b", "none")])
@@ -138,7 +139,7 @@ def test_a_24_gib_gpu_takes_7b_and_8b_with_nothing_given(
     assert main(["plan", *words]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "chosen for 22.0 GiB of a GPU: train.micro_batch_size" in shown
-    assert "NOTHING THAT IS EXACT FITS: PROJECTORS ARE FOUND FROM THE FIRST MICRO-BATCH" in shown
+    assert "NOTHING THAT IS EXACT FITS: SUMS OF GRADIENTS FOR PROJECTORS ARE COMPRESSED" in shown
     assert ("EMBEDDING AND HEAD DO NOT TRAIN (optim.always_on none)" in shown) == (always_on == "none")
     assert "As it is: 1 GPU, replicated, " in shown
     assert main(["plan", *words, "--json"]) == 0
