@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# before torch: MKL's products otherwise depend in their last bit on where in memory a matrix lies
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe, write_inputs
