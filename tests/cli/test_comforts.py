@@ -127,6 +127,52 @@ def test_a_talk_on_a_terminal(finished: Path) -> None:
     assert b"a line is a message" in seen
 
 
+# ------------------------------------------------------------------ the bar, and Ctrl-C
+
+
+def test_a_bar_on_a_terminal_and_ctrl_c(inputs: Path, tmp_path: Path) -> None:
+    """As a user sees it: the bar moves, Ctrl-C saves and says so in one line."""
+    made = config.to_dict(recipe(inputs, tmp_path / "run", steps=400, save_steps=None))
+    made["log"]["progress"] = "auto"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(made))
+    words = [sys.executable, "-m", "ows_ds", "train", "--config", str(tmp_path / "r.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+                               start_new_session=True, preexec_fn=lambda: _take_terminal(theirs))  # fmt: skip
+    os.close(theirs)
+    seen, sent = b"", False
+    try:
+        end = time.monotonic() + 180
+        while time.monotonic() < end:
+            try:
+                seen += os.read(ours, 4096)
+            except OSError:  # the other side is closed
+                break
+            if not sent and re.search(rb"step [2-9]\d?/400, epoch", seen):
+                os.write(ours, b"\x03")
+                sent = True
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        os.close(ours)
+    shown = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode(errors="replace")
+    assert "gone, " in shown
+    assert " (mean " in shown
+    assert len(re.findall("stopped by a signal after step", shown)) == 1
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def _take_terminal(terminal: int) -> None:
+    """So that Ctrl-C reaches the process as a signal, as in a shell."""
+    import fcntl
+    import signal
+    import termios
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+
 # ------------------------------------------------------------------ push
 
 

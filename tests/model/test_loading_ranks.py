@@ -27,7 +27,7 @@ from ows_ds.distributed.zero3 import Zero3, join_deepspeed
 from ows_ds.errors import Failed, UserError
 from ows_ds.model import tensor_files
 from ows_ds.model.pretrained import pretrained
-from ows_ds.train.export import save_model
+from ows_ds.train.export import let_older_read, save_model
 from tests.support.pool import Pools
 from tests.support.training import NAMES
 
@@ -142,6 +142,7 @@ def test_a_process_holds_its_part_and_a_tensor(
             start, run = one["entries"][name]
             assert torch.equal(run, parameter.detach().flatten()[start : start + run.numel()])
     expected.save_pretrained(tmp_path / "expected", max_shard_size=file_size)
+    let_older_read(tmp_path / "expected")
     files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "expected")]
     assert files[0] == files[1]
     assert ("model.safetensors" in files[0]) == (dtype == torch.float32)
@@ -161,6 +162,7 @@ def test_what_transformers_has_to_load(pools: Pools, tmp_path: Path, sharding: s
             assert torch.equal(run, parameter.detach().flatten()[start : start + run.numel()].bfloat16())
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path / "expected", max_shard_size="100KB")
+    let_older_read(tmp_path / "expected")
     for file in (tmp_path / "expected").glob("model*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 

@@ -53,7 +53,11 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     # transformers writes into a tokenizer's file whether it was there
-    **{name: os.environ[name] for name in ("HF_HUB_OFFLINE", "COVERAGE_PROCESS_CONFIG") if name in os.environ},
+    **{
+        name: os.environ[name]
+        for name in ("HF_HUB_OFFLINE", "MKL_CBWR", "COVERAGE_PROCESS_CONFIG")
+        if name in os.environ
+    },
 }
 
 
