@@ -39,6 +39,7 @@ PACKAGES = {
     "slurmd": ["slurmd"],
     "sbatch": ["slurm-client"],
 }
+PASSED = ("HF_HUB_OFFLINE", "MKL_CBWR", "COVERAGE_PROCESS_CONFIG")
 # What a process of a job gets; nothing of a launcher that this one may run under.
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
