@@ -156,9 +156,9 @@ def without_weights(config: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ows_ds.compat.transformers import auto_class
+    from ows_ds.compat.transformers import auto_class, without_sharding
 
     trusted = type(config).__module__.startswith("transformers_modules")  # a configuration whose own code has run
     auto = AutoModelForCausalLM if trusted else auto_class(config)
-    with torch.device("meta"):
+    with without_sharding(), torch.device("meta"):
         return auto.from_config(config, trust_remote_code=trusted).train()

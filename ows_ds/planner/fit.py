@@ -70,10 +70,10 @@ class Fitted:
     def lines(self, auto: Container[str], place: str, free: float) -> list[str]:
         """What to tell of it. auto: the keys that could be chosen. place: what has ``free`` bytes."""
         shown = {key: value_of(self.recipe, key) for key in CHOSEN if key in auto}
-        if not shown:
-            return [f"{gib(self.peak)} of a {place} planned, of {gib(free)}"]
         values = ", ".join(f"{key} {str(value).lower()}" for key, value in shown.items())
         found = [f"chosen for {gib(free)} of a {place}: {values}; {gib(self.peak)} planned"]
+        if not shown:
+            found = [f"{gib(self.peak)} of a {place} planned, of {gib(free)}"]
         if self.changes:
             meanings = {(one.key, one.value): one.meaning for one in LEVERS}
             said = "; ".join(f"{meanings[pair].upper()} ({pair[0]} {pair[1]})" for pair in self.changes.items())

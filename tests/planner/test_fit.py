@@ -66,6 +66,7 @@ def test_the_recipe_of_it_is_read_again() -> None:
     first, second = found.lines(recipe().auto, "GPU", 22 * GIB)
     assert first.startswith("chosen for 22.0 GiB of a GPU: train.micro_batch_size ")
     assert "EMBEDDING AND HEAD DO NOT TRAIN (optim.always_on none)" in second
+    assert "EMBEDDING AND HEAD DO NOT TRAIN" in "".join(found.lines(frozenset(), "GPU", 22 * GIB))
     [line] = chosen(200).lines(frozenset(), "GPU", 200 * GIB)
     assert line.endswith(" of a GPU planned, of 200.0 GiB")
 
@@ -74,3 +75,12 @@ def test_the_recipe_of_it_is_read_again() -> None:
 def test_no_method_is_given_what_it_refuses(method: str) -> None:
     for free in (60, 14):
         config.check(chosen(free, method={"name": method}).recipe, files=False)
+
+
+def test_shapes_are_read_where_a_launcher_has_set_zero3_up() -> None:
+    """As `accelerate launch` with DeepSpeed does: transformers would build the model in shards."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert read_model("llama2-7b").layers == read_model("llama2-7b").layers
+    del keep
