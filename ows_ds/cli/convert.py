@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from ows_ds.cli.main import VERBS
-from ows_ds.cli.options import Options, Parser, need, sentence
+from ows_ds.cli.options import Options, Parser, need, new_file, sentence
 from ows_ds.errors import UserError
-from ows_ds.files import can_be_made, write_text
+from ows_ds.files import write_text
 
 
 def parser() -> Parser:
@@ -33,8 +33,7 @@ def run(options: Options, argv: list[str]) -> None:
     ranks, output = options.get("ranks", "1"), options.get("output")
     if not (ranks.isascii() and ranks.isdecimal() and int(ranks)):
         raise UserError("--ranks", ranks, "expected an integer of at least 1, a number of processes")
-    if output is not None and (Path(output).exists() or not can_be_made(Path(output).parent)):
-        raise UserError("--output", output, "expected a new file in a folder that can be written to, or can be made")
+    to = None if output is None else new_file(output)
     tree = read_yaml(options["file"], "FILE.yaml")
     if not is_foreign(tree):
         right = "expected a flat recipe of LLaMA-Factory, axolotl, TRL or LMFlow"
@@ -50,9 +49,9 @@ def run(options: Options, argv: list[str]) -> None:
         said += [f"look at {one}" for one in error.errors]
     text = f"# From {Path(options['file']).name}, by ows-ds convert.\n" + "".join(f"# {line}\n" for line in said)
     text += str(yaml.safe_dump(recipe, sort_keys=False))
-    if output is None:
+    if to is None:
         print(text, end="")
     else:
-        write_text(Path(output), text)
+        write_text(to, text)
     for line in said:
         print(f"ows-ds: {line}", file=sys.stderr)

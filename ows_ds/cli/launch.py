@@ -31,9 +31,11 @@ def run(options: Options, argv: list[str]) -> None:
 
         model = read_model(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         planner = Planner(recipe, model)
-        planned = planner.peak(planner.choice(job.world_size))
-        if job.gpu_memory is not None:
-            homes = [planner.choice(job.world_size).home]
+        choice = planner.choice(job.world_size)
+        if job.gpu_memory is None:
+            planned = planner.peak(choice)
+        else:
+            homes = [choice.home]
             fitted = fit(planner, by_speed(planner, job.world_size, homes), job.gpu_memory * 2**30, recipe.auto)
             recipe, planned = fitted.recipe, fitted.peak
     given, file = recipe_options(options), str(Path(options["config"]).resolve())

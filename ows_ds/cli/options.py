@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ows_ds.errors import UserError, raise_all
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic.fields import FieldInfo
 
     from ows_ds.config import Recipe, Settings
@@ -198,8 +200,9 @@ def recipe_tree(options: Options) -> dict[str, Any]:
     """The recipe file with the options of the command line on top."""
     from ows_ds.files import read_yaml
 
-    tree: dict[str, Any] = read_yaml(options["config"]) if "config" in options else {}
+    tree: dict[str, Any] = {}
     if "config" in options:
+        tree = read_yaml(options["config"])
         from ows_ds.config.convert import is_foreign
 
         if is_foreign(tree):
@@ -235,6 +238,18 @@ def recipe_parser(verb: str, help: str, usage: str = "--config RECIPE.yaml [--se
     parser.value("config", "RECIPE.yaml", "recipe; its sections and keys are those below")
     parser.flag("print_config", "print the resolved recipe and stop")
     return parser
+
+
+def new_file(path: "str | Path") -> "Path":
+    """An ``--output`` that is to be made. Raises UserError where it is there, or cannot be."""
+    from pathlib import Path
+
+    from ows_ds.files import can_be_made
+
+    if Path(path).exists() or not can_be_made(Path(path).parent):
+        right = "expected a new file in a folder that can be written to, or can be made"
+        raise UserError("--output", str(path), right)
+    return Path(path)
 
 
 def words_in(options: Options, name: str) -> list[str] | None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ows_ds.cli.main import VERBS
-from ows_ds.cli.options import Options, Parser, sentence
+from ows_ds.cli.options import Options, Parser, new_file, sentence
 from ows_ds.errors import UserError
-from ows_ds.files import can_be_made, write_text
+from ows_ds.files import write_text
 
 
 def parser() -> Parser:
@@ -37,8 +37,6 @@ def run(options: Options, argv: list[str]) -> None:
     if output is None:
         print(text, end="")
         return
-    to = Path(output) / known[found[0]].name if Path(output).is_dir() else Path(output)
-    if to.exists() or not can_be_made(to.parent):
-        raise UserError("--output", output, "expected a new file in a folder that can be written to, or can be made")
+    to = new_file(Path(output) / known[found[0]].name if Path(output).is_dir() else output)
     write_text(to, text)
     print(to)

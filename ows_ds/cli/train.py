@@ -35,9 +35,10 @@ def run(options: Options, argv: list[str]) -> None:
         preview(recipe, int(rows))
         return
     from ows_ds.distributed.own_ranks import command
-    from ows_ds.train.trainer import train
 
     own = command(recipe, argv)
     if own is not None:
         os.execv(own[0], own)
+    from ows_ds.train.trainer import train
+
     train(recipe)

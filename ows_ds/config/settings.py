@@ -275,7 +275,7 @@ def is_planned(field: FieldInfo) -> bool:
 
 
 def default_of(field: FieldInfo) -> Any:
-    """What users are told that a key is where it is absent."""
+    """What help and pages say that a key is where it is absent."""
     return "auto" if is_planned(field) else field.default
 
 

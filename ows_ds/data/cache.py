@@ -82,11 +82,11 @@ def entry(folder: Path, name: str, make: Callable[[], tuple[EncodedRows, Counts]
         except UserError as error:
             value = error.value if isinstance(error.value, str | int | float | None) else repr(error.value)
             text = json.dumps([error.key, value, error.right])
-            _write(path.with_suffix(".json"), lambda to: to.write_text(text))
+            keep(path.with_suffix(".json"), lambda to: to.write_text(text))
             raise
         tensors = {name: torch.from_numpy(getattr(rows, name)) for name in NAMES}
         metadata = {"counts": json.dumps(dataclasses.asdict(counts)), "digest": rows.digest}
-        _write(path, lambda to: save_file(tensors, to, metadata))
+        keep(path, lambda to: save_file(tensors, to, metadata))
         return rows, counts
     finally:
         lock.release()
@@ -111,7 +111,9 @@ def _read(path: Path) -> tuple[EncodedRows, Counts] | None:
     raise UserError(key, value, right)
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write the file at ``path`` at once; there is none where the disk has no room for it."""
-    with contextlib.suppress(OSError, SafetensorError), atomic_write(path) as partial:
-        write(partial)
+def keep(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write the file at ``path`` at once, in a folder that is made; there is none where the disk does not take it."""
+    with contextlib.suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as partial:
+            write(partial)

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 from ows_ds.data import chat
 from ows_ds.data.encoded import PAIRED, Builder, Counts, Encoded, EncodedRows
-from ows_ds.data.messages import BadChat, read_chat
+from ows_ds.data.messages import BadChat, answers, read_chat
 from ows_ds.data.rows import (
     COLUMNS,
     LETTERS,
     Found,
     Row,
-    answers,
     conversation,
     format_of,
     system_of,

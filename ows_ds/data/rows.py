@@ -16,7 +16,7 @@ from typing import Any
 
 from ows_ds.config import COMPRESSED, DATA_FILES, Data, Format, Source, data_suffix, is_file, sources
 from ows_ds.data.encoded import PAIRED
-from ows_ds.data.messages import BadChat, is_text, read_chat
+from ows_ds.data.messages import BadChat, answers, is_text, read_chat
 from ows_ds.errors import UserError, first_line
 from ows_ds.files import parse_json
 
@@ -329,37 +329,6 @@ def conversation(row: Row, name: str | None) -> list[Any] | None:
         task = f"{row.get('instruction')}\n\n{more}" if more else row.get("instruction")
         return [*found, {"role": "user", "content": task}, {"role": "assistant", "content": row.get("output")}]
     return None
-
-
-def answers(row: Row, name: str) -> list[Row]:
-    """A row of ``name`` preference, or of labelled, as rows of prompt and completion: the chosen one and the rejected
-    one, or its only one.
-
-    Where chosen and rejected are whole chats, or texts without a prompt, what both begin with is the prompt, as TRL has
-    it. Raises BadChat where they are not both texts or both lists of messages, or the same.
-    """
-    more = {key: row[key] for key in ("system", "tools", "chat_template_kwargs") if row.get(key) is not None}
-    if name == "labelled":
-        return [more | {"prompt": row.get("prompt"), "completion": row.get("completion")}]
-    prompt: Any = row.get("prompt")
-    chosen: Any = row.get("chosen")
-    rejected: Any = row.get("rejected")
-    if not any(isinstance(chosen, kind) and isinstance(rejected, kind) and chosen for kind in (str, list)):
-        raise BadChat("expected chosen and rejected as texts, or both as lists of messages")
-    if isinstance(chosen, list) and isinstance(prompt, str):
-        first = chosen[0]
-        asked = isinstance(first, dict) and first.get("role", first.get("from")) in ("user", "human", "system")
-        prompt = None if asked else [{"role": "user", "content": prompt}]
-    if not prompt:
-        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-        if shared is None and chosen == rejected:
-            raise BadChat("expected chosen and rejected to differ")
-        shared = min(len(chosen), len(rejected)) - 1 if shared is None else shared
-        if isinstance(chosen, str):  # a word is not cut
-            shared = len(chosen[:shared].rstrip()) if chosen[:shared][-1:].isspace() else chosen.rfind(" ", 0, shared)
-            shared = max(0, shared)
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return [more | {"prompt": prompt, "completion": one} for one in (chosen, rejected)]
 
 
 def _mistake(row: Row, format: str) -> str | None:

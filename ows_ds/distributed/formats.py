@@ -3,7 +3,7 @@
     int8, fp8 (e4m3)   by output channel   W_ij ~ s_i q_ij    s_i = max_j |W_ij| / the format's largest number
     nf4                in blocks of 32 entries in row-major order (Dettmers et al. 2023, "QLoRA"), as bitsandbytes reads
                        it: of a few scales around the block's largest number the one with the least squared error, in
-                       bfloat16. As many bits as blocks of 64 with float32 scales, and 0.7 of their squared error
+                       bfloat16. As many bits as blocks of 64 with float32 scales, and a smaller error
 
 Codes and scales are bytes (uint8), whatever they hold: DeepSpeed and all backends of torch.distributed send those.
 """

@@ -100,17 +100,6 @@ class Speaker:
         self.asked: list[str] = []
         self.answers: list[str] = []
 
-    def tokens(self) -> list[int]:
-        """The talk up to where the next answer begins."""
-        if self.template != "chat":
-            return mt_bench.prompt(self.tokenizer, self.template, self.asked, self.answers)
-        said = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        for index, question in enumerate(self.asked):
-            said.append({"role": "user", "content": question})
-            said += [{"role": "assistant", "content": one} for one in self.answers[index : index + 1]]
-        text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     @torch.no_grad()
     def answer(self, message: str) -> None:
         """Print the answer to ``message`` as it is generated, and keep it."""
@@ -127,7 +116,8 @@ class Speaker:
                 print(shown, end="\n" if stream_end else "", flush=True)
 
         self.asked.append(message)
-        ids = torch.tensor([self.tokens()], device=self.model.device)
+        tokens = mt_bench.prompt(self.tokenizer, self.template, self.asked, self.answers, self.settings.system)
+        ids = torch.tensor([tokens], device=self.model.device)
         torch.manual_seed(self.settings.seed + len(self.asked))
         warm = self.settings.temperature > 0
         more = (

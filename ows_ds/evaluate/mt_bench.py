@@ -112,11 +112,14 @@ def template_of(tokenizer: Any, bench: MTBench, subject: Subject) -> str:
     return given if given in ("alpaca", "plain") else "chat" if chat else "plain"
 
 
-def prompt(tokenizer: Any, template: str, asked: Sequence[str], answered: Sequence[str]) -> list[int]:
-    """Tokens of a conversation up to where the next answer begins. asked: one more than answered."""
+def prompt(
+    tokenizer: Any, template: str, asked: Sequence[str], answered: Sequence[str], system: str | None = None
+) -> list[int]:
+    """Tokens of a conversation up to where the next answer begins. asked: one more than answered. system: of a chat."""
     turns = list(zip(answered, asked[1:], strict=True))
     if template == "chat":
-        messages = [{"role": "user", "content": asked[0]}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": asked[0]})
         for answer, question in turns:
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

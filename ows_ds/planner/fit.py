@@ -68,7 +68,7 @@ class Fitted:
         return [word for pair in (*changes, *self.choice.options(other)) for word in pair]
 
     def lines(self, auto: Container[str], place: str, free: float) -> list[str]:
-        """What to tell of it. auto: the keys that could be chosen. place: what has ``free`` bytes."""
+        """What to show of it. auto: the keys that could be chosen. place: what has ``free`` bytes."""
         shown = {key: value_of(self.recipe, key) for key in CHOSEN if key in auto}
         values = ", ".join(f"{key} {str(value).lower()}" for key, value in shown.items())
         found = [f"chosen for {gib(free)} of a {place}: {values}; {gib(self.peak)} planned"]
@@ -81,7 +81,7 @@ class Fitted:
         return found
 
 
-CHOSEN = ("train.micro_batch_size", "train.gradient_checkpointing")  # of keys that may be auto, what is always told
+CHOSEN = ("train.micro_batch_size", "train.gradient_checkpointing")  # of keys that may be auto, what is always shown
 
 
 def fit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from ows_ds.config import Recipe, sources
@@ -72,10 +73,14 @@ class Page:
             found.append(continued(report.command(one.choice, "RECIPE.yaml", *changes, *options)))
         return found
 
+    @cached_property
+    def _steps(self) -> int | None:
+        return _steps(self.report.recipe)
+
     def _duration(self, one: Forecast) -> str:
         """Of the recipe's run where its steps are known, otherwise of 1e9 tokens; and its price."""
         report = self.report
-        steps, hours = _steps(report.recipe), one.gpu_hours / one.choice.world_size
+        steps, hours = self._steps, one.gpu_hours / one.choice.world_size
         what = "1e9 tokens"
         if steps is not None:
             hours, what = steps * one.seconds / 3600, f"{steps:,} steps"

@@ -199,16 +199,15 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=rows.device)
         grad_rows, grads = torch.empty_like(rows) if needed else None, [torch.empty(0)] * len(leaves)
         runs = [slice(start, start + at_once) for start in range(0, max(1, len(rows)), at_once)]  # hooks expect zeros
-        each: list[Weigh | None] = [weigh]
+        each: list[Weigh | None] = [weigh] * len(runs)
         if weigh is not None and len(runs) > 1:  # what all of them are, before any is differentiated
             seen: list[Tensor] = []
             for some in runs:
                 _one_run(head, rows[some], targets[some], leaves, False, functools.partial(_keep, seen))
             total, weights = weigh(torch.cat(seen), needed)
+            runs = runs if needed else []
             each = [functools.partial(_known, weights[some]) for some in runs]
-        for some, own in zip(runs, each * (len(runs) // len(each)), strict=True):
-            if len(each) > 1 and not needed:
-                break
+        for some, own in zip(runs, each, strict=True):
             loss, more = _one_run(head, rows[some], targets[some], leaves, needed, own)
             total = total + loss
             if grad_rows is None:

@@ -36,8 +36,7 @@ from ows_ds.data import cache
 from ows_ds.data.batches import collate
 from ows_ds.data.encoded import IGNORE
 from ows_ds.data.pack import Sequences
-from ows_ds.distributed.communicator import Communicator, fail_together
-from ows_ds.files import atomic_write
+from ows_ds.distributed.communicator import Communicator
 from ows_ds.train.loss import token_losses
 
 if TYPE_CHECKING:
@@ -198,9 +197,8 @@ def reference(context: RunContext, sequences: Sequences, model: str) -> numpy.nd
     if comm.rank == 0:
         logger.info("%s: asking the model about %s rows before training", recipe.loss.name, f"{2 * len(sequences):,}")
     found = _reference(context, sequences)
-    with fail_together(comm):
-        if comm.rank == 0:
-            _write(path, found)
+    if comm.rank == 0:
+        cache.keep(path, lambda to: save_file({"reference": torch.from_numpy(found)}, to))
     return found
 
 
@@ -229,12 +227,3 @@ def _read(path: Path, count: int) -> numpy.ndarray | None:
     except Exception:  # of a file that is not there, or not whole: it is made again
         return None
     return found if found.shape == (count, 2) else None
-
-
-def _write(path: Path, found: numpy.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as partial:
-            save_file({"reference": torch.from_numpy(found)}, partial)
-    except OSError:
-        pass  # the next run asks the model again

@@ -129,9 +129,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
             log.event(f"resuming after step {begin} from {opened.folder}")
         elif context.held_out or recipe.log.samples:
             log.step(steps.before_the_first())
-        for told in (*_banner(context, method, micro_batches), _draws(method, recipe, total)):
-            if told is not None:
-                log.event(told)
+        for line in filter(None, (*_banner(context, method, micro_batches), _draws(method, recipe, total))):
+            log.event(line)
         for step in range(begin, total):
             if best.stopped:
                 log.event(f"stopped early after step {step}: {_lowest(best)}")
@@ -195,7 +194,8 @@ def _banner(context: RunContext, method: Method, micro_batches: int) -> list[str
     """What is trained, and in which batches."""
     recipe, comm, layers = context.recipe, context.runtime.comm, context.layers
     sizes = [sum(part.numel for part in parts_of(block)) for block in layers.layers]
-    total, outside = entries(layers)[0], entries(layers)[0] - sum(sizes)
+    total = entries(layers)[0]
+    outside = total - sum(sizes)
     shares = method.probabilities if isinstance(method, OWS) else [1.0] * len(sizes)
     at_once = sum(p * size for p, size in zip(shares, sizes, strict=True))
     at_once += outside * (recipe.optim.always_on != "none" if isinstance(method, OWS) else 1)

@@ -10,8 +10,9 @@ import yaml
 
 from ows_ds import config
 from ows_ds.cli.main import main
-from ows_ds.config.convert import QUIET, READERS, convert, is_foreign, table
+from ows_ds.config.convert import convert, is_foreign, table
 from ows_ds.config.elsewhere import MEANINGS
+from ows_ds.config.readers import QUIET, READERS
 from tests.conftest import ROOT
 
 # name, their file, keys of ours, words of what is left out or noted, ranks
@@ -287,7 +288,7 @@ def test_a_recipe(
     flat = {f"{section}.{key}": value for section, values in tree.items() for key, value in values.items()}
     assert expected.items() <= flat.items()
     given = yaml.safe_load(text)
-    for key in given:  # nothing is passed over in silence
+    for key in given:  # nothing is skipped in silence
         assert key in READERS or key in QUIET or given[key] is None or key in error, key
     if "look at" not in error or "data.format" not in "".join(said):
         problems = [line for line in error.splitlines() if "is invalid" in line]

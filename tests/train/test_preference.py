@@ -313,7 +313,7 @@ def test_no_more_memory_than_examples(tmp_path: Path) -> None:
 
 def test_rows_as_they_come(tmp_path: Path) -> None:
     """Whole chats, prompts as text beside chats, texts without a prompt: all the same pair."""
-    from ows_ds.data.rows import answers
+    from ows_ds.data.messages import answers
 
     ask, good, bad = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
     expected = [{"prompt": [ask], "completion": [one]} for one in (good, bad)]
