@@ -45,10 +45,8 @@ def as_json(record: Mapping[str, Any]) -> str:
     return json.dumps(clean | ({"nonfinite": bad} if bad else {}), allow_nan=False)
 
 
-def _shown(text: str, most: int = 300) -> str:
-    """As text on one line, cut."""
-    shown = "".join(c if c.isprintable() else " " for c in text)
-    return shown if len(shown) <= most else f"{shown[:most]}..."
+def _cut(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def keep_until(path: Path, step: int) -> list[Record]:
@@ -130,7 +128,7 @@ class RunLog:
         if record.get("eval_loss") is not None:
             self.event(f"held-out loss {record['eval_loss']:.4f} after step {record['step']}")
         for message, answer in record.get("samples") or ():
-            self.event(f"sample: {_shown(message)} -> {_shown(answer)}")
+            self.event(f"sample: {_cut(message)} -> {_cut(answer)}")
         step = int(record["step"])
         if self._trackers is not None:
             self._trackers.log(record, step)
