@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy
 
+from ows_ds.config.loss import ROWS
+
 IGNORE = -100  # the label that torch's cross entropy leaves out
-PAIRED = ("preference", "labelled")  # formats of which a sequence is two encoded rows, side by side
+PAIRED = frozenset(ROWS.values())  # formats of which a sequence is two encoded rows, side by side
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -19,10 +19,9 @@ from torch import Tensor
 from ows_ds.compat.torch import to_device
 from ows_ds.optim.projection import (
     OVERSAMPLING,
-    ROUNDS,
-    ROUNDS_FROM_PREVIOUS,
     Range,
     is_tall,
+    iterated,
     orthonormal,
     product,
     start_basis,
@@ -59,18 +58,16 @@ def add(
     matrix = gradient if is_tall(gradient.shape) else gradient.mT
     short, dtype = matrix.shape[-1], wide(gradient)
     width = min(kept_directions(r, short), matrix.shape[-2])
-    known = previous if total is None else total.right[..., : width - OVERSAMPLING]
+    known = previous if total is None else total.right[..., : max(0, width - OVERSAMPLING)]
 
     def times(x: Tensor) -> Tensor:
         found = product(matrix, x)
         return found if total is None else found + total.left @ (total.right.mT @ x)
 
-    def transposed_times(y: Tensor) -> Tensor:
+    def transposed(y: Tensor) -> Tensor:
         found = product(matrix.mT, y)
         return found if total is None else found + total.right @ (total.left.mT @ y)
 
-    image = to_device(start_basis(short, width, seed, known), matrix.device).to(dtype)
-    for _ in range(ROUNDS if known is None else ROUNDS_FROM_PREVIOUS):
-        image = transposed_times(orthonormal(times(orthonormal(image, 1)[0]), 1)[0])
-    right = orthonormal(image)[0]
+    start = to_device(start_basis(short, width, seed, known), matrix.device).to(dtype)
+    right = orthonormal(iterated(times, transposed, start, known is not None))[0]
     return Compressed(times(right), right)

@@ -176,12 +176,21 @@ def find_range(
     matrix = gradient if is_tall(gradient.shape) else gradient.mT
     width = min(r + OVERSAMPLING, *matrix.shape[-2:])
     image = to_device(start_basis(matrix.shape[-1], width, seed, previous), matrix.device).to(wide(gradient))
-    for _ in range(ROUNDS if previous is None else ROUNDS_FROM_PREVIOUS):
-        # orthonormalised between products: powers of G^T G alone would drown all but the first direction
-        image = product(matrix.mT, orthonormal(product(matrix, orthonormal(image, 1)[0]), 1)[0])
+    image = iterated(lambda x: product(matrix, x), lambda y: product(matrix.mT, y), image, previous is not None)
     # G^T times a basis of (nearly) G's range: its singular vectors are about G's
     found = range_of(image, r)
     return Range(r, found.basis, found.squares, norm)
+
+
+def iterated(
+    times: Callable[[Tensor], Tensor], transposed: Callable[[Tensor], Tensor], image: Tensor, warm: bool
+) -> Tensor:
+    """The range finder's rounds: (n, k) <- products with a matrix (m, n) and its transpose, which are all that is known
+    of it. warm: ``image`` is near the range already."""
+    for _ in range(ROUNDS_FROM_PREVIOUS if warm else ROUNDS):
+        # orthonormalised between products: powers of G^T G alone would drown all but the first direction
+        image = transposed(orthonormal(times(orthonormal(image, 1)[0]), 1)[0])
+    return image
 
 
 def choose(

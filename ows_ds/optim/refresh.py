@@ -99,8 +99,8 @@ class Refresh:
         """By matrix, (long, w): what the coming step's second sketches are taken with."""
         return {}
 
-    def _seeds(self, part: RefreshPart, step: int) -> int | list[int]:
-        """Of a part's randomness in a step, on whatever rank."""
+    def _seeds(self, part: RefreshPart, step: int | str) -> int | list[int]:
+        """Of a part's randomness in a step, or a part of one, on whatever rank."""
         experts = None if part.experts is None else range(*part.experts)
         return seeds(f"{self.config.seed}/{step}/{part.name}", experts)
 
@@ -193,9 +193,9 @@ class FullGradients(Refresh):
         return stream
 
     def _compress(self, part: RefreshPart, gradient: Tensor) -> None:
-        left = self._left[part.name]  # so that each micro-batch has noise of its own
+        seed = self._seeds(part, f"{self._step}/{self._left[part.name]}")  # each micro-batch has noise of its own
         with self._beside(gradient):
-            total, seed = self._compressed.get(part), self._seeds(part, self._step * 1000 + left)
+            total = self._compressed.get(part)
             self._compressed[part] = compressed.add(total, gradient, part.shape[-1], seed, self._previous(part))
 
     def _project(self, part: RefreshPart, gradient: Tensor | Compressed) -> None:

@@ -59,7 +59,7 @@ class Fitted:
     def recipe(self) -> Recipe:
         """With all that was chosen; nothing in it is ``auto`` but the period, which the number of steps decides."""
         settings = self.choice.settings()
-        chosen = {f"train.{key}": settings[key] for key in ("micro_batch_size", "gradient_checkpointing")}
+        chosen = {key: settings[key.partition(".")[2]] for key in CHOSEN}
         return config.exact(changed(self.planner.recipe, chosen))
 
     def options(self, other: Choice | None = None) -> list[str]:

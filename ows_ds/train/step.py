@@ -22,9 +22,10 @@ from ows_ds.data.batches import Step
 from ows_ds.data.read_ahead import ReadAhead
 from ows_ds.methods import Method
 from ows_ds.train import preference
-from ows_ds.train.best import Best, sample
+from ows_ds.train.best import Best
 from ows_ds.train.context import RunContext, evaluate
 from ows_ds.train.loss import token_losses
+from ows_ds.train.sample_answers import sample
 
 Batches = ReadAhead[tuple[Step, list[dict[str, Tensor]]]]
 

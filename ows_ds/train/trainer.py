@@ -30,11 +30,12 @@ from ows_ds.optim.ows import OWS
 from ows_ds.planner.step import entries, parts_of
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
-from ows_ds.train.best import Best, restored, sample
+from ows_ds.train.best import Best, restored
 from ows_ds.train.context import RunContext, calibration, evaluate, load
 from ows_ds.train.export import export, save_model
 from ows_ds.train.log import RunLog
 from ows_ds.train.run_lock import RunLock
+from ows_ds.train.sample_answers import sample
 from ows_ds.train.step import StepRunner
 from ows_ds.train.trackers import check_trackers
 
