@@ -147,14 +147,20 @@ def test_a_24_gib_gpu_takes_7b_and_8b_with_nothing_given(
     assert (chosen["optim.always_on"], chosen["model.frozen"]) == (always_on, "same")
 
 
-def test_the_papers_setting_takes_18_gib(capsys: pytest.CaptureFixture[str]) -> None:
-    """7B, on a GPU that has no more: as it is, by micro-batches and checkpointing alone or nearly."""
-    recipe = "launch/recipes/llama2_7b_alpaca_gpt4.yaml"
-    words = ["--config", recipe, "--model.path", "llama2-7b", "--cluster", "1xRTX4090", "--memory", "20", "--json"]
+def test_the_papers_setting_takes_18_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    """7B on a GPU that has no more, embedding and head training: with frozen layers in 8 bits, which is said. As they are
+    19.2 GB of the layers that are expected, 20.6 GB of the most that are planned for."""
+    recipe, usable = "launch/recipes/llama2_7b_alpaca_gpt4.yaml", 18e9 / 2**30
+    words = ["--config", recipe, "--model.path", "llama2-7b", "--cluster", "1xRTX4090", "--reserve", "0"]
+    words += ["--memory", f"{usable}"]
     assert main(["plan", *words]) == 0
+    assert "LAYERS THAT DO NOT TRAIN AT THE MOMENT ARE IN 8 BITS" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["whole cluster"][0]["peak"] <= 18 * 2**30 or found["whole cluster"][1]["peak"] <= 18 * 2**30
-    assert found["recipe"]["optim"]["always_on"] == "full"
+    asked = found["recipe"]["train"]["gradient_checkpointing"]
+    [peak] = [one["peak"] for one in found["whole cluster"] if one["checkpointing"] is asked]
+    assert peak <= 18e9
+    assert (found["recipe"]["optim"]["always_on"], found["recipe"]["model"]["frozen"]) == ("full", "int8")
 
 
 def test_scores_decide_how_deep_it_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

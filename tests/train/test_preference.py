@@ -248,6 +248,8 @@ def started(inputs: Path, folder: Path, name: str, **given: Any) -> config.Recip
     made["data"] |= {"train": str(rows), "eval": str(rows), "format": "auto", "cache": str(folder.parent / "cache")}
     made["model"]["dtype"] = "float64"
     made["loss"] = {"name": name}
+    if name == "reward":  # where a pair's gradients cancel, Adam would make steps of what rounding leaves of them
+        made["optim"]["eps"] = 1e-4
     return config.from_dict(made)
 
 
