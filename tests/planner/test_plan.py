@@ -148,8 +148,8 @@ def test_a_24_gib_gpu_takes_7b_and_8b_with_nothing_given(
 
 
 def test_the_papers_setting_takes_18_gb(capsys: pytest.CaptureFixture[str]) -> None:
-    """7B on a GPU that has no more, embedding and head training: with frozen layers in 8 bits, which is said. As they are
-    19.2 GB of the layers that are expected, 20.6 GB of the most that are planned for."""
+    """7B on a GPU that has no more, embedding and head training: with frozen layers in 8 bits, which is said. As they
+    are it is 19.2 GB for the layers that are expected, 20.6 GB for the most that are planned for."""
     recipe, usable = "launch/recipes/llama2_7b_alpaca_gpt4.yaml", 18e9 / 2**30
     words = ["--config", recipe, "--model.path", "llama2-7b", "--cluster", "1xRTX4090", "--reserve", "0"]
     words += ["--memory", f"{usable}"]
