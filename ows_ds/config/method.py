@@ -66,10 +66,14 @@ class Sampling(SamplingCore):
 
     period: Annotated[Count, Planned()] = LONGEST_PERIOD
     """Optimizer steps between two draws (K); auto: 50, or fewer where a run would have fewer than 10 draws."""
-    importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha"] = "outlier"
+    importance: Literal["outlier", "reverse", "uniform", "decreasing", "rm", "bi", "alpha", "gradient"] = "outlier"
     """What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); reverse, the
     opposite; uniform; decreasing towards the output; rm, a layer's relative magnitude; bi, its block influence; alpha,
-    how heavy the tails of its spectra are."""
+    how heavy the tails of its spectra are; gradient, the moving mean of the norms of its gradients in training."""
+    importance_decay: Share = 0.5
+    """Under importance gradient, the weight of earlier periods in a layer's mean when it has trained again."""
+    importance_floor: Share = 0.2
+    """Under importance gradient, the share of the draws that goes to all layers evenly, so that each one is drawn."""
     order: Literal["ascending", "descending", "random"] = "random"
     """Course of badam and hift through the layers: from the input, from the output, or at random (badam again in each
     round, hift once before training)."""

@@ -18,12 +18,13 @@ def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) 
 
     outlier: D (equation 2). reverse: max(D) - D, OWS-Reverse (Li et al., appendix A). uniform: 1, LISA (equation 1).
     decreasing: N_L - l, LISA-D (Li et al., section 2.2). rm, bi: the metric itself (Li et al., table 9). alpha:
-    1 / alpha, so that heavier tails are sampled more (Li et al., OwLore, abstract). The metrics are those of
-    `ows_ds.importance.scores` and `ows_ds.importance.metrics`.
+    1 / alpha, so that heavier tails are sampled more (Li et al., OwLore, abstract). gradient: 1, from which it adapts
+    while training (`ows_ds.optim.sampling.AdaptiveSampler`). The metrics are those of `ows_ds.importance.scores` and
+    `ows_ds.importance.metrics`.
 
     ratios: the metric's values, for the kinds in `METRIC_OF`. Raises UserError (``sampling.scores``) for an alpha of 0.
     """
-    if kind == "uniform":
+    if kind in ("uniform", "gradient"):
         return [1.0] * n_layers
     if kind == "decreasing":
         return [float(n_layers - layer) for layer in range(n_layers)]

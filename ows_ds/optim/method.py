@@ -61,6 +61,11 @@ class Method(torch.optim.Optimizer, ABC):
         """
 
     @property
+    def new_probabilities(self) -> list[float] | None:
+        """Where sampling adapts, in the first step of a period: what the coming set was drawn with, by layer."""
+        return None
+
+    @property
     def trained_layers(self) -> frozenset[int]:
         """The layers that have trained so far, or do now."""
         return frozenset(self.layer_set)

@@ -35,9 +35,10 @@ from ows_ds.importance.probabilities import probabilities
 from ows_ds.importance.scores import Scores, ratios_of
 from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.optim.active_set import ActiveSet, check_fits
+from ows_ds.optim.gradient_norms import GradientNorms
 from ows_ds.optim.layout import Plan
 from ows_ds.optim.refresh import FullGradients, Refresh
-from ows_ds.optim.sampling import Cycle, LayerSet, Sampler
+from ows_ds.optim.sampling import AdaptiveSampler, Cycle, LayerSet, Sampler
 from ows_ds.optim.sketch import Sketches
 from ows_ds.optim.state import OWSState
 from ows_ds.optim.update import Accept, AdamWSettings, always, clip_factor
@@ -77,6 +78,7 @@ class OWS(OWSState):
         Raises:
             UserError: For values that cannot work with this model.
         """
+        adapts = isinstance(sampler, AdaptiveSampler)
         if config is not None and settings:
             raise UserError("config", type(config).__name__, "expected an OWSConfig or its names as keywords, not both")
         self.config = config = parse(OWSConfig, settings) if config is None else config
@@ -86,9 +88,12 @@ class OWS(OWSState):
         layers = find_layers(self.module, self.weights.shape).with_routers(config.router == "train")
         self.layers: ModelLayers = layers.at_rank(config.rank, config.expert_rank)
         check_fits(self.layers, config.gamma, config.rank, config.always_on)
-        self.probabilities = probabilities(ratios_of(scores, self.weights, len(self.layers.layers)), config.gamma)
+        self._given = probabilities(ratios_of(scores, self.weights, len(self.layers.layers)), config.gamma)
         self.active = ActiveSet(self.weights, self.layers, config)
-        self._sampler = Sampler(self.probabilities, config.scheme, config.seed) if sampler is None else sampler
+        if adapts and config.rank is None:
+            raise UserError("optim.rank", None, "expected a low rank: layers adapt by gradients inside their subspaces")
+        self._norms = GradientNorms(self.active) if adapts else None
+        self._sampler = Sampler(self._given, config.scheme, config.seed) if sampler is None else sampler
         defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "scale")}
         super().__init__([{"params": list(self.weights.parameters().values())}], defaults)
         self.refresh: Refresh = (Sketches if config.refresh == "sketch" else FullGradients)(self.active, config)
@@ -97,12 +102,23 @@ class OWS(OWSState):
         self.next_set: LayerSet | None = None  # drawn a period ahead, so that its weights can be read beside the steps
         self.grad_norm: Tensor | None = None
         self._reduced: list[Tensor] | None = None
+        self._squares: Tensor | None = None  # of all gradients; under an adaptive sampler then of each layer's
         self._prepare()
 
     @property
     def plan(self) -> Plan:
         """Layout of the coordinates of the coming step."""
         return self.active.plan
+
+    @property
+    def probabilities(self) -> list[float]:
+        """Of each layer to be in the next set that is drawn."""
+        return self._sampler.probabilities if isinstance(self._sampler, Sampler) else self._given
+
+    @property
+    def new_probabilities(self) -> list[float] | None:
+        """See `Method.new_probabilities`."""
+        return None if self._norms is None or self.steps % self.config.period else self.probabilities
 
     @property
     def nothing_to_train(self) -> bool:
@@ -162,7 +178,11 @@ class OWS(OWSState):
         self._reduced = grads = self.active.buffer.reduce()
         # `not_finite` adds nothing but what is not finite, of which no basis must be made
         squares = [*squared_norms(grads), *self.refresh.not_finite(), *self.active.full.squares()]
-        self.grad_norm = norm = self.comm.all_reduce(torch.stack(squares).sum(), "grad_norm").sqrt()
+        parts = torch.stack(squares).sum()[None]
+        if self._norms is not None:
+            parts = torch.cat([parts, self._norms.squares()])
+        self._squares = self.comm.all_reduce(parts, "grad_norm")
+        self.grad_norm = norm = self._squares[0].sqrt()
         return norm
 
     @torch.no_grad()
@@ -266,6 +286,8 @@ class OWS(OWSState):
         assert norm is not None
         settings = AdamWSettings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay", "scale")))
         clip = clip_factor(norm, self.config.max_grad_norm)
+        if self._norms is not None and self._squares is not None:
+            self._norms.add(self._squares[1:])
         scale_all(grads, clip)
         self.active.buffer.update(settings)
         self.active.full.update(settings, clip)
@@ -287,6 +309,8 @@ class OWS(OWSState):
         active.take(projectors)
         changed, plan = self.steps % self.config.period == 0, self.plan
         if changed:
+            if self._norms is not None and isinstance(self._sampler, AdaptiveSampler):
+                self._sampler.observe(self._norms.take(self.layer_set))
             self.layer_set = self._draw() if self.next_set is None else self.next_set
             self.next_set = self._draw()
             plan = active.plan_of(self.layer_set)

@@ -2,7 +2,8 @@
 
 What `ows_ds.optim.ows.OWS` does with shards, coordinates and messages must come out as what is written here.
 
-    every K steps      draw the layers to train; a layer that leaves loses its moments
+    every K steps      the layers to train are those drawn K steps before; draw the next ones; a layer that leaves
+                       loses its moments
     every step         G <- full gradient of each matrix of the drawn layers
                        every T_p steps of a layer's activity: Q <- projector of G
                        R <- G inside Q's subspace;  N <- Adam's normalised step on R
@@ -11,6 +12,7 @@ What `ows_ds.optim.ows.OWS` does with shards, coordinates and messages must come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,7 +31,7 @@ from ows_ds.optim.projection import (
     sketch_width,
     start_basis,
 )
-from ows_ds.optim.sampling import LayerSet, Sampler
+from ows_ds.optim.sampling import AdaptiveSampler, LayerSet, Sampler
 
 
 @dataclass
@@ -71,9 +73,12 @@ class Reference:
     moments_on_refresh: str = "align"
     always_on: str = "full"
     seed: int = 0
+    adapts: dict[str, float] | None = None  # decay and floor of `AdaptiveSampler`, which then takes the ratios' place
 
     step_number: int = 0
     layer_set: LayerSet = ()
+    next_set: LayerSet = ()
+    squares: dict[int, list[float]] = field(default_factory=dict)  # of a coordinate's gradient, by layer and step
     blocks: list[Block] = field(default_factory=list)
     state: dict[str, State] = field(default_factory=dict)
 
@@ -82,7 +87,11 @@ class Reference:
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
-        self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
+        if self.adapts is None:
+            self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
+        else:
+            self.sampler = AdaptiveSampler(len(self.ratios), self.gamma, self.scheme, self.seed, **self.adapts)
+        self.next_set = self.sampler.draw()
 
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> None:
         """One optimizer step. losses: one function a micro-batch; the mean of their values is what is minimised."""
@@ -107,7 +116,10 @@ class Reference:
 
     def draw(self) -> None:
         """The layers of the next period; what leaves loses its state."""
-        self.layer_set = self.sampler.draw()
+        if isinstance(self.sampler, AdaptiveSampler):
+            self.sampler.observe({i: math.sqrt(sum(some) / len(some)) for i, some in self.squares.items()})
+            self.squares = {}
+        self.layer_set, self.next_set = self.next_set, self.sampler.draw()
         always = Block(
             "always",
             self.parts.embeddings if self.always_on != "none" else (),
@@ -136,6 +148,8 @@ class Reference:
             projected = self.project(name, gradient, seen[name]) if low_rank else gradient
             if projected is not None:
                 gradients[name] = projected
+        if self.adapts is not None:
+            self.observe(gradients)
         squares = [gradient.square().sum() for gradient in gradients.values()]
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         clip = 1.0 if self.max_grad_norm is None else float((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -152,6 +166,15 @@ class Reference:
                 weight.sub_(full, alpha=self.lr * self.scale)
             else:
                 weight.sub_(direction, alpha=self.lr)
+
+    def observe(self, gradients: dict[str, Tensor]) -> None:
+        """Note the mean square of a coordinate's gradient in each sampled layer."""
+        assert self.rank is not None
+        for index in self.layer_set:
+            matrices = self.parts.layers[index].matrices
+            total = sum(float(gradients[m.name].square().sum()) for m in matrices if m.name in gradients)
+            size = sum(math.prod(m.side(m.long, self.rank)) for m in matrices)
+            self.squares.setdefault(index, []).append(total / max(size, 1))
 
     def project(self, name: str, gradient: Tensor, seen: Tensor) -> Tensor | None:
         """R of G, with a new projector (of what was ``seen`` of G) where one is due; None as long as there is none."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ows_ds.errors import UserError
+from ows_ds.importance.probabilities import probabilities
 
 LayerSet = tuple[int, ...]
 """Indices of the sampled layers, ascending, 0 = nearest the input."""
@@ -51,6 +52,47 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where ``state`` was taken."""
         self._stream.bit_generator.state = state
+
+
+class AdaptiveSampler(Sampler):
+    """Draws layers in proportion to the gradients that they have had, each at least now and then.
+
+    p_l = gamma ((1 - floor) m_l / sum(m) + floor / N_L), clipped as in `probabilities`. m_l is a moving mean over the
+    periods in which the layer trained of its gradients' norm, which MISA (arXiv 2511.00056) and GRASS (arXiv
+    2604.07808) sample by in their ways; of a layer that has not trained yet, the mean over those that have.
+
+    decay: weight of the mean so far when a layer has trained again. Means are rounded to 6 digits before they make
+    probabilities, so that the order of sums over ranks does not show in the draws.
+    """
+
+    def __init__(self, n_layers: int, gamma: float, scheme: str, seed: int, *, decay: float, floor: float) -> None:
+        super().__init__(probabilities([1.0] * n_layers, gamma), scheme, seed)
+        self.gamma, self.decay, self.floor = gamma, decay, floor
+        self.means: list[float | None] = [None] * n_layers
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        """Take in a period: by layer that trained in it, the root mean square of its steps' gradient norms."""
+        for layer, norm in norms.items():
+            before = self.means[layer]
+            self.means[layer] = norm if before is None else self.decay * before + (1 - self.decay) * norm
+        self._adapt()
+
+    def _adapt(self) -> None:
+        known = [float(f"{mean:.5e}") for mean in self.means if mean is not None]
+        if not sum(known):
+            return
+        usual = sum(known) / len(known)
+        weights = [usual if mean is None else float(f"{mean:.5e}") for mean in self.means]
+        even = self.floor * sum(weights) / len(weights)
+        self.probabilities = probabilities([(1 - self.floor) * weight + even for weight in weights], self.gamma)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": super().state_dict(), "means": list(self.means)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state["stream"])
+        self.means = list(state["means"])
+        self._adapt()
 
 
 class Cycle:

@@ -40,8 +40,9 @@ class OWSState(Method):
             "expert_rank": self.config.expert_rank,
             "layer_set": list(self.layer_set),
             "next_set": None if self.next_set is None else list(self.next_set),
-            "probabilities": self.probabilities,
+            "probabilities": self._given,
             "sampler": self._sampler.state_dict(),
+            "gradient_norms": None if self._norms is None else self._norms.state_dict(),
             "clocks": dict(active.clocks),
             "decays": decays,
             "projectors": sorted(active.projectors),
@@ -58,7 +59,7 @@ class OWSState(Method):
         for key in ("rank", "expert_rank"):
             if values.get(key) != (given := getattr(self.config, key)):
                 raise UserError(f"optim.{key}", given, f"expected {values.get(key)}, the rank of the checkpoint")
-        if values["probabilities"] != self.probabilities:
+        if values["probabilities"] != self._given:
             expected = "expected those of the checkpoint: resume with its scores and gamma"
             raise UserError("sampling", "other probabilities", expected)
         active, r = self.active, self.active.r
@@ -68,6 +69,8 @@ class OWSState(Method):
         active.steps = self.steps
         self.layer_set, active.trained_names = tuple(values["layer_set"]), set(values["trained_names"])
         self._sampler.load_state_dict(values["sampler"])
+        if self._norms is not None:
+            self._norms.load_state_dict(values["gradient_norms"])
         ahead = values.get("next_set")
         self.next_set = None if ahead is None else tuple(ahead)
         self.param_groups[0]["lr"] = values["lr"]

@@ -151,8 +151,11 @@ class Run:
 
     @cached_property
     def probabilities(self) -> list[float] | None:
-        """p_l of each layer, for methods that draw layers."""
+        """p_l of each layer, for methods that draw layers; the last ones where they adapt."""
         kind, sampling = importance_of(self.recipe), self.recipe.sampling
+        if kind == "gradient":
+            found = [record["probabilities"] for record in self.steps if record.get("probabilities")]
+            return found[-1] if found and len(found[-1]) == self.n_layers else None
         if self.recipe.method.name not in ("ows", "lisa", "lisa-d") or (kind in METRIC_OF and self.scores is None):
             return None
         try:

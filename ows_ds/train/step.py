@@ -72,6 +72,7 @@ class StepRunner:
         data, batches = self.batches.take(step)
         self.taken, self.data_state = True, data.state
         sampled, nothing_to_train, lr = list(method.layer_set), method.nothing_to_train, method.lr
+        drawn_with = method.new_probabilities
         # ranks are averaged: the sum over all of them, divided by all targets of the step
         compares = bool(context.recipe.loss.rows)
         scale = self.comm.world_size / (data.sequences if compares else data.targets)
@@ -122,6 +123,7 @@ class StepRunner:
             **({"epoch": (step + 1) / per_epoch} if (per_epoch := context.steps_per_epoch) else {}),
             "grad_norm": None if nothing_to_train else norms[0],
             "sampled_layers": sampled,
+            **({"probabilities": drawn_with} if drawn_with else {}),
             "tokens": data.tokens,
             "tokens_per_second": data.tokens / seconds,
             "step_seconds": seconds,

@@ -52,6 +52,10 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
         {"refresh": "sketch", "projector": "randomized", "always_on": "low_rank", "weight_decay": 0.1,
          "max_grad_norm": 0.5, "moments_on_refresh": "rotate"},
     ),
+    "adaptive clip decay": (
+        "llama", False,
+        {"adapts": {"decay": 0.5, "floor": 0.1}, "period": 2, "max_grad_norm": 0.5, "weight_decay": 0.1},
+    ),
     "conv1d sketch reset": (
         "gpt2", False, {"refresh": "sketch", "projector": "randomized", "moments_on_refresh": "reset", "period": 2},
     ),
@@ -85,7 +89,8 @@ def test_equals_reference(pools: Pools, world_size: int, sharding: str, case: st
     family, tied, more = CASES[case]
     accumulation = 1 if world_size == 3 else 2
     settings = {**BASE, **BIASED, **more, "accumulation": accumulation}
-    results = pools(world_size).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings)
+    rest = (False, "same", settings.pop("adapts", None))
+    results = pools(world_size).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings, *rest)
     expected, sets = reference(case, accumulation)
     assert len(set(sets)) > 1
     for result in results:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import METRIC_OF, importance, probabilities
-from ows_ds.optim.sampling import LayerSet, Sampler
+from ows_ds.optim.sampling import AdaptiveSampler, LayerSet, Sampler
 
 # D of LLaMA2-7B at tau 13, in percent, layer 0 first
 LLAMA2 = [
@@ -32,6 +32,7 @@ DRAWS = 10_000
         ("outlier", [0.5, 0.25, 2.0], [0.5, 0.25, 2.0]),
         ("reverse", [0.5, 0.25, 2.0], [1.5, 1.75, 0.0]),
         ("uniform", None, [1, 1, 1]),
+        ("gradient", None, [1, 1, 1]),
         ("decreasing", None, [3, 2, 1]),
         ("rm", [0.5, 0.25, 2.0], [0.5, 0.25, 2.0]),
         ("bi", [0.5, 0.0, 2.0], [0.5, 0.0, 2.0]),
@@ -208,3 +209,48 @@ def test_a_set_may_be_empty() -> None:
     counts = Counter(draws(sampler, 1000))
     assert abs(counts[()] / 1000 - 0.75**2) <= 4 * math.sqrt(0.75**2 * (1 - 0.75**2) / 1000)
     assert set(counts) == {(), (0,), (1,), (0, 1)}
+
+
+# ---- draws that adapt
+
+
+def adaptive(n_layers: int, gamma: float, scheme: str, seed: int = 0, **numbers: float) -> AdaptiveSampler:
+    return AdaptiveSampler(n_layers, gamma, scheme, seed, **{"decay": 0.5, "floor": 0.2, **numbers})
+
+
+def test_probabilities_follow_the_gradients_above_a_floor() -> None:
+    sampler = adaptive(4, 1, "bernoulli")
+    assert sampler.probabilities == [0.25] * 4
+    sampler.observe({0: 3.0, 2: 1.0})  # the others take the mean, 2
+    assert sampler.probabilities == pytest.approx([0.2 / 4 + 0.8 * part / 8 for part in (3, 2, 1, 2)])
+    sampler.observe({0: 1.0, 3: 0.0})  # 0's mean is 2 now, and 1's that of 2, 1 and 0
+    assert sampler.probabilities == pytest.approx([0.2 / 4 + 0.8 * part / 4 for part in (2, 1, 1, 0)])
+    sampler.observe({layer: 0.0 for layer in range(4)})
+    assert min(sampler.probabilities) == pytest.approx(0.2 / 4)
+
+
+def test_rounding_of_gradients_does_not_change_probabilities() -> None:
+    one, other = (adaptive(3, 2, "fixed") for _ in range(2))
+    for sampler, error in ((one, 0.0), (other, 1e-12)):
+        sampler.observe({0: 0.1 * (1 + error), 1: 0.7 * (1 - error)})
+    assert one.probabilities == other.probabilities
+
+
+@pytest.mark.parametrize("scheme", ["bernoulli", "fixed"])
+def test_shares_are_the_mean_of_changing_probabilities(scheme: str) -> None:
+    """And a sampler that is resumed in between draws what it would have drawn."""
+    sampler, random, sums = adaptive(6, 2, scheme, seed=5), np.random.default_rng(1), np.zeros((2, 6))
+    counts, p = np.zeros(6), np.asarray(sampler.probabilities)
+    for number in range(DRAWS):
+        if number == DRAWS // 2:
+            state = json.loads(json.dumps(sampler.state_dict()))
+            sampler = adaptive(6, 2, scheme, seed=9)
+            sampler.load_state_dict(state)
+            assert sampler.probabilities == list(p)
+        drawn = list(sampler.draw())
+        counts[drawn] += 1
+        sums += [p, p * (1 - p)]
+        sampler.observe({layer: float(random.exponential(layer + 1)) for layer in drawn})
+        p = np.asarray(sampler.probabilities)
+    assert (np.abs(counts - sums[0]) <= 4 * np.sqrt(sums[1])).all()
+    assert sums[0][5] > 1.5 * sums[0][0]
