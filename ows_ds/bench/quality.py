@@ -6,7 +6,10 @@ OUTPUT/
     runs/VARIANT/lr-L-seed-S/           an ordinary run directory, and
         result.json                     there when the run is complete and measured; see `_Work._measure_run`
     quality.json, quality.md            the result so far (see `ows_ds.bench.report`)
-    loss.png, scores.png                training loss of the variants; the layers' scores
+    loss.png, front.png, scores.png     training loss of the variants; their test loss over memory; the layers' scores
+    kept.json                           the numbers alone, from which `--resume` proves or continues the study elsewhere
+
+A study of several tasks has such a folder for each, and tasks.md beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ from ows_ds.errors import UserError
 from ows_ds.files import write_text
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.model.pretrained import free_memory, load_model, load_tokenizer
+from ows_ds.model.shapes import read_model
+from ows_ds.planner.forecast import Planner
 from ows_ds.train import trainer
 from ows_ds.train.context import mean_loss
 
@@ -45,26 +50,67 @@ logger = logging.getLogger(__name__)
 
 
 def quality(
-    plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None, as_json: bool, command: str
+    plans: Mapping[str, Study],
+    output: Path,
+    seeds: Sequence[int] | None,
+    variants: Sequence[str] | None,
+    kept: Path | None,
+    as_json: bool,
+    command: str,
 ) -> None:
-    """Run what is left of ``plan`` into ``output`` and report. Collective over the launcher's ranks.
+    """Run what is left of ``plans``, by task, into ``output`` and report. Collective over the launcher's ranks.
 
-    seeds, variants: only these now (the first seed is always included); None: all. as_json: standard output gets the
-    result as JSON and nothing else. command: as typed, for the report. Raises UserError for whatever the user can put
-    right, before anything is written where no model is needed to see it.
+    seeds, variants: only these now (the first seed is always included); None: all. kept: a kept.json whose runs count
+    as complete. as_json: standard output gets the result as JSON and nothing else. command: as typed, for the report.
+    Raises UserError for whatever the user can put right, before anything is written where no model is needed to see it.
     """
+    summaries: dict[str, Any] = {}
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        _check(plan, output, seeds, variants)
-        work = _Work(plan, output, start(study.recipe_of(plan, study.grid(plan)[0], output)), command)
-        work.begin()
-        while (run := work.next(variants, seeds)) is not None:
-            work.run(run)
-            work.report()
-        summary = work.report()
-    if work.main and as_json:
-        print(json.dumps(summary, indent=2, allow_nan=False))
-    elif work.main:
-        print(tables.terminal(report.study_tables(summary), report.study_notes(summary)))
+        before = {} if kept is None else _read_kept(kept)
+        for name, plan in plans.items():
+            _check(plan, output / name, seeds, variants)
+        for name, plan in plans.items():
+            runtime = start(study.recipe_of(plan, study.grid(plan)[0], output / name))
+            work = _Work(plan, output / name, runtime, command)
+            work.begin(before.get(name))
+            while (run := work.next(variants, seeds)) is not None:
+                work.run(run)
+                work.report()
+            summaries[name] = work.report()
+            if work.main and name:
+                _keep_together(output, plans)
+        if work.main and len(plans) > 1:
+            report.write_tasks(summaries, output)
+    if not work.main:
+        return
+    if as_json:
+        print(json.dumps(summaries.get("", summaries), indent=2, allow_nan=False))
+        return
+    for name, summary in summaries.items():
+        print(tables.terminal(report.study_tables(summary, name), report.study_notes(summary)))
+    if len(plans) > 1:
+        print(tables.terminal([report.tasks_table(summaries)], []))
+
+
+def _read_kept(path: Path) -> dict[str, Any]:
+    """The studies in a kept.json, by task. Raises UserError (``--resume``) for another file."""
+    try:
+        tasks: dict[str, Any] = files.parse_json(files.read_text(path))["tasks"]
+        for task in tasks.values():
+            runs = [Run(name, one["lr"], one["seed"]) for name, some in task["runs"].items() for one in some]
+            assert {"study", "base"} <= task.keys()
+            assert len(set(runs)) == len(runs)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        right = f"expected the kept.json of a study ({type(error).__name__})"
+        raise UserError("--resume", str(path), right) from error
+    return tasks
+
+
+def _keep_together(output: Path, tasks: Iterable[str]) -> None:
+    """kept.json of all tasks from those of each."""
+    found = {name: output / name / "kept.json" for name in tasks}
+    kept = {name: json.loads(file.read_text())["tasks"][""] for name, file in found.items() if file.exists()}
+    write_text(output / "kept.json", json.dumps({"format": 1, "tasks": kept}, allow_nan=False) + "\n")
 
 
 def _check(plan: Study, output: Path, seeds: Sequence[int] | None, variants: Sequence[str] | None) -> None:
@@ -123,14 +169,14 @@ class _Work:
         files = {run: self.output / run.folder / "result.json" for run in study.all_runs(self.plan)}
         return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}
 
-    def begin(self) -> None:
-        """Take ``output`` for this study; measure the model before training."""
+    def begin(self, kept: Mapping[str, Any] | None = None) -> None:
+        """Take ``output`` for this study, with the numbers ``kept`` of one; measure the model before training."""
         recipes = [study.recipe_of(self.plan, run, self.output) for run in study.grid(self.plan)]
         for recipe in recipes:
             accumulation(recipe, self.comm.world_size)
         with fail_together(self.comm):
             if self.main:
-                self._take_output(recipes[0].data)
+                self._take_output(recipes[0].data, kept)
         for lr, names in study.unsearched(self.plan):
             said = f"{', '.join(names)} share a learning rate, {lr:g}, that none of them has searched: give them lrs"
             self._log(f"quality: {said}")
@@ -138,8 +184,10 @@ class _Work:
             self._log("quality: the model before training")
             self._write(self.output / "base.json", self._measure(recipes[0]))
 
-    def _take_output(self, data: Data) -> None:
+    def _take_output(self, data: Data, kept: Mapping[str, Any] | None) -> None:
         tree, file = self.plan.tree() | {"rows": _rows(self.plan, data)}, self.output / "study.yaml"
+        if kept is not None and (wrong := study.conflict(kept["study"], tree, kept["runs"])):
+            raise UserError("--resume", "another study", f"expected the kept.json of this one: it differs in {wrong}")
         if file.exists():
             begun = sorted(folder.name for folder in self.output.glob("runs/*"))
             if wrong := study.conflict(files.read_yaml(file, "output"), tree, begun):
@@ -149,6 +197,21 @@ class _Work:
         elif self.output.exists() and any(not file.name.startswith(".") for file in self.output.iterdir()):
             raise UserError("output", str(self.output), "expected an empty folder, or that of a study to resume")
         write_text(file, yaml.safe_dump(tree, sort_keys=False))
+        if kept is None:
+            return
+        known = {"base.json": kept["base"]}
+        for variant, some in kept["runs"].items():
+            known |= {f"{Run(variant, one['lr'], one['seed']).folder}/result.json": one["result"] for one in some}
+        for name, content in known.items():
+            if not (self.output / name).exists():
+                write_text(self.output / name, json.dumps(content, allow_nan=False) + "\n")
+
+    def _keep(self, results: Mapping[Run, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+        """What kept.json says of this study."""
+        runs: dict[str, list[Any]] = {}
+        for run, result in results.items():
+            runs.setdefault(run.variant, []).append({"lr": run.lr, "seed": run.seed, "result": result})
+        return {"study": files.read_yaml(self.output / "study.yaml"), "base": base, "runs": runs}
 
     def next(self, variants: Sequence[str] | None, seeds: Sequence[int] | None) -> Run | None:
         """The first run that is not complete."""
@@ -195,7 +258,8 @@ class _Work:
         """A run's result.
 
         chosen_on: loss on data.eval after the last step, which chooses the learning rate. loss, right, rows: on test.
-        tokens, seconds: over all steps, without evaluations. null: not measured, or not a finite number.
+        tokens, seconds: over all steps, without evaluations. losses: of training, by step. planned_bytes: the most
+        that a rank needs for a step. null: not measured, or not a finite number.
         """
         at_end = changed(recipe, {"model.path": str(folder / "model"), "model.revision": None})
         steps = [record for record in (report.records(folder) if self.main else ()) if record["step"] > 0]
@@ -205,7 +269,13 @@ class _Work:
             "steps": len(steps),
             "tokens": sum(record["tokens"] for record in steps),
             "seconds": sum(record["step_seconds"] for record in steps),
+            "losses": [None if record["loss"] is None else round(record["loss"], 5) for record in steps],
+            "planned_bytes": self._planned(recipe),
         }
+
+    def _planned(self, recipe: Recipe) -> int:
+        planner = Planner(recipe, read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code))
+        return planner.peak(planner.choice(self.comm.world_size))
 
     def _measure(self, recipe: Recipe) -> dict[str, Any]:
         """Loss and answers of ``model.path`` on test."""
@@ -231,8 +301,11 @@ class _Work:
             if self.main:
                 base = json.loads((self.output / "base.json").read_text())
                 facts = report.facts(self.command, self.comm.world_size)
-                summary = report.summarize(self.plan, base, self._results(), facts)
-                report.write_study(self.plan, summary, self.output)
+                results = self._results()
+                summary = report.summarize(self.plan, base, results, facts)
+                report.write_study(self.plan, summary, results, self.output)
+                kept = {"format": 1, "tasks": {"": self._keep(results, base)}}
+                write_text(self.output / "kept.json", json.dumps(kept, allow_nan=False) + "\n")
         return summary
 
     def _write(self, path: Path, content: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ METRICS = {"accuracy": ("right answers [%]", 1), "loss": ("loss on test", 4)}  #
 _PACKAGES = (
     "ows_ds", "torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy"
 )  # fmt: skip
+SIGNIFICANT = 0.05
 _WINDOW = 0.05  # of the steps: half the window that the training loss is averaged over
 Values = Sequence[float | None]
 
@@ -106,13 +107,26 @@ def t_test(values: Values, baseline: Values) -> tuple[float | None, float | None
     return (t, p) if math.isfinite(t) and math.isfinite(p) else (None, None)
 
 
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p values of one family of tests, corrected so that one false finding among all of them is as rare as each said
+    (Holm, Scand. J. Stat. 6, 1979)."""
+    order = sorted((i for i, p in enumerate(values) if p is not None), key=lambda i: values[i] or 0.0)
+    corrected: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * (values[i] or 0.0)))
+        corrected[i] = largest
+    return corrected
+
+
 def summarize(
     plan: Study, base: Mapping[str, Any], results: Mapping[Run, Any], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """quality.json: statistics of every variant at its chosen learning rate, over the seeds that are complete.
 
     Accuracies are in percent, losses in nats per token. mean, std (n - 1), t and p are null where there is none; t and
-    p compare with the baseline, t > 0 where the variant's numbers are the larger ones.
+    p compare with the baseline, t > 0 where the variant's numbers are the larger ones; p is corrected by `holm` for the
+    number of variants.
     """
     chosen_on = {run: result["chosen_on"] for run, result in results.items()}
     variants: dict[str, Any] = {}
@@ -130,6 +144,7 @@ def summarize(
             "seeds": list(found),
             "tokens": [one["tokens"] for one in found.values()],
             "seconds": [round(one["seconds"], 3) for one in found.values()],
+            "planned_bytes": max((one["planned_bytes"] for one in found.values()), default=None),
             "loss": _metric([one["loss"] for one in found.values()]),
             "accuracy": _metric(accuracies) if plan.accuracy else None,
         }
@@ -138,6 +153,10 @@ def summarize(
             if one[metric] is not None:
                 other = variants[str(plan.baseline)][metric]
                 one[metric]["t"], one[metric]["p"] = t_test(one[metric]["values"], other["values"])
+    for metric in METRICS:
+        some = [one[metric] for one in variants.values() if one[metric] is not None]
+        for each, p in zip(some, holm([one["p"] for one in some]), strict=True):
+            each["p"] = p
     return {
         "format": 1,
         **facts,
@@ -163,9 +182,10 @@ def _percent(result: Mapping[str, Any]) -> float | None:
 # ---- a study's tables and pictures
 
 
-def study_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """One a metric; n/a where something is missing."""
+def study_tables(summary: Mapping[str, Any], task: str = "") -> list[Table]:
+    """One a metric, and what variants cost; n/a where something is missing. task: its name, where there are several."""
     found = []
+    prefix = f"{task}: " if task else ""
     for metric, (what, digits) in METRICS.items():
 
         def fixed(value: float | None, digits: int = digits) -> str:
@@ -181,9 +201,43 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
             compared = ["baseline", ""] if name == summary["baseline"] else compared
             rows.append([name, lr, seeds, f"{fixed(one['mean'])} ± {fixed(one['std'])}", *compared])
         if rows:
-            title = f"{what}, {fixed(summary['before'][metric])} before training"
+            title = f"{prefix}{what}, {fixed(summary['before'][metric])} before training"
             found.append(Table(title, ["variant", "lr", "seeds", "mean ± std", "t", "p"], rows))
+    unit, sized = tables.size_in([one["planned_bytes"] for one in summary["variants"].values()])
+    costs = [
+        [name, sized(one["planned_bytes"]), tables.number(describe(one["seconds"])[0], 3)]
+        for name, one in summary["variants"].items()
+        if one["seeds"]
+    ]
+    if costs:
+        found.append(Table(f"{prefix}cost of a run", ["variant", f"peak, planned [{unit}]", "steps [s]"], costs))
     return found
+
+
+def tasks_table(summaries: Mapping[str, Any]) -> Table:
+    """What several tasks say together: the mean of each variant's loss, and right answers, on each."""
+    rows = []
+    for name in dict.fromkeys(name for summary in summaries.values() for name in summary["variants"]):
+        row = [name]
+        for summary in summaries.values():
+            one = summary["variants"].get(name)
+            for metric, (_, digits) in METRICS.items() if one else ():
+                found = one[metric]
+                mark = "" if found is None or found["p"] is None or found["p"] >= SIGNIFICANT else "*"
+                row.append("n/a" if found is None else tables.number(found["mean"], digits, fixed=True) + mark)
+        rows.append(row)
+    head = [f"{name}: {what}" for name in summaries for what in ("right [%]", "loss")]
+    return Table("all tasks, means over seeds", ["variant", *head], rows)
+
+
+def write_tasks(summaries: Mapping[str, Any], output: Path) -> None:
+    """tasks.md: `tasks_table`, and where what it is made of lies."""
+    first = next(iter(summaries.values()))
+    lines = heading(f"Quality on {len(summaries)} tasks", first)
+    lines += sections([tasks_table(summaries)])
+    lines += ["", f"* *: p < {SIGNIFICANT} against {first['baseline']}, corrected for the number of variants (Holm)."]
+    lines += [f"* {name}: [{name}/quality.md]({name}/quality.md)" for name in summaries]
+    write_text(output / "tasks.md", "\n".join(lines) + "\n")
 
 
 def study_notes(summary: Mapping[str, Any]) -> list[str]:
@@ -197,8 +251,8 @@ def study_notes(summary: Mapping[str, Any]) -> list[str]:
         notes.append("A run ended without a finite loss; its variant has no mean.")
     if summary["baseline"] is not None:
         notes.append(
-            f"t, p: independent samples t-test over seeds against {summary['baseline']}; t > 0: larger than there. "
-            "n/a: fewer than two seeds on a side, or no variation."
+            f"t, p: independent samples t-test over seeds against {summary['baseline']}; t > 0: larger than there; p "
+            "corrected for the number of variants (Holm). n/a: fewer than two seeds on a side, or no variation."
         )
     if any(len(variant["lrs_tried"]) > 1 for variant in variants):
         notes.append("Learning rates are chosen on data.eval at the first seed; the tables are on test.")
@@ -223,16 +277,23 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, *sections([*study_tables(summary), *grids]), "", *notes]
 
 
-def write_study(plan: Study, summary: Mapping[str, Any], output: Path) -> None:
-    """quality.json, quality.md, loss.png and scores.png in ``output``, each complete or as it was before."""
+def write_study(plan: Study, summary: Mapping[str, Any], results: Mapping[Run, Any], output: Path) -> None:
+    """quality.json, quality.md and the pictures in ``output``, each complete or as it was before."""
     write(output, "quality", summary, markdown(summary))
     curves = {
-        name: [_losses(output / Run(name, variant["lr"], seed).folder) for seed in variant["seeds"]]
+        name: [results[Run(name, variant["lr"], seed)]["losses"] for seed in variant["seeds"]]
         for name, variant in summary["variants"].items()
         if variant["seeds"]
     }
     if curves:
         _plot_losses(curves, output / "loss.png")
+    front = {
+        name: (one["planned_bytes"] / 2**30, one["loss"]["mean"], one["loss"]["std"] or 0.0)
+        for name, one in summary["variants"].items()
+        if one["seeds"] and one["loss"]["mean"] is not None
+    }
+    if front:
+        _plot_front(front, output / "front.png")
     found = {(s.metric, s.tau): s for s in map(Scores.read, sorted(output.glob("runs/*/*/scores.json")))}
     if found:
         taus = {tau for metric, tau in found if metric == "outlier"}
@@ -246,17 +307,23 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _losses(folder: Path) -> Values:
-    """Training loss of every step; None where nothing trained."""
-    return [record["loss"] for record in records(folder) if record["step"] > 0]
-
-
 def smooth(losses: Values) -> Values:
     """Mean over a window around each step, a tenth of the run wide, of the steps in it that have a loss."""
     reach = round(_WINDOW * len(losses))
     windows = (losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses)))
     known = ([loss for loss in window if loss is not None] for window in windows)
     return [statistics.fmean(window) if window else None for window in known]
+
+
+def _plot_front(points: Mapping[str, tuple[float, float, float]], path: Path) -> None:
+    """Loss over memory, (GiB, mean, standard deviation) a variant: what is below and left of others is better."""
+    with tables.png(path) as figure:
+        [axes] = figure.axes
+        for name, (size, mean, deviation) in points.items():
+            axes.errorbar(size, mean, deviation, fmt="o", ms=4, lw=1)
+            axes.annotate(name, (size, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="peak memory, planned [GiB]", ylabel="loss on test [nats per token]")
+        axes.grid(alpha=0.3)
 
 
 def _plot_losses(curves: Mapping[str, list[Values]], path: Path) -> None:

@@ -44,12 +44,27 @@ class Accuracy(Settings):
     """Rows per rank and forward pass."""
 
 
+class Task(Settings):
+    """The rows of one task."""
+
+    train: str
+    """Of data.train."""
+    eval: str
+    """Of data.eval."""
+    test: str
+    """As test."""
+
+
 class StudyFile(Settings):
     """What stands in the file of a study."""
 
     recipe: Annotated[str | dict[str, Any], Expected("the file of a recipe, or its sections")]
     test: str
     """Rows that are reported on, given as those of data.eval are; the recipe's format."""
+    tasks: Annotated[
+        dict[str, dict[str, Any]] | None, Expected("names with the rows of each: train, eval and test")
+    ] = Field(None, min_length=1)
+    """In place of test and the recipe's data.train and data.eval: rows of several tasks, each a study of its own."""
     variants: Annotated[
         dict[str, dict[str, Any] | None], Expected("names with their settings, such as `lisa: {method.name: lisa}`")
     ] = Field(min_length=1)
@@ -136,13 +151,31 @@ Losses = Mapping[Run, float | None]
 """Loss on data.eval at the end of every complete run; None: not a finite number, or no data.eval."""
 
 
-def read(path: str | Path) -> Study:
-    """The study in a YAML file. Raises UserError for unknown keys, wrong types and contradictions, naming the key."""
-    return from_dict(files.read_yaml(path))
+def read(path: str | Path) -> dict[str, Study]:
+    """The studies in a YAML file: one a task, by its name; without tasks one, under an empty name.
+
+    Raises UserError for unknown keys, wrong types and contradictions, naming the key.
+    """
+    tree = files.read_yaml(path)
+    if not tree.get("tasks"):
+        return {"": from_dict(tree)}
+    if "test" in tree:
+        raise UserError("test", tree["test"], "leave it out: each of tasks has its own")
+    given = parse(StudyFile, {**tree, "test": ""}).tasks or {}
+    tasks = {name: parse(Task, rows, f"tasks.{name}.") for name, rows in given.items()}
+    recipe = tree["recipe"]
+    recipe = files.read_yaml(recipe, "recipe") if isinstance(recipe, str) else recipe
+    studies = {}
+    for name, task in tasks.items():
+        _check_name(f"tasks.{name}", name)
+        rows = {"data.train": task.train, "data.eval": task.eval}
+        own = {**tree, "test": task.test, "recipe": _merged(recipe, rows)}
+        studies[name] = from_dict({key: value for key, value in own.items() if key != "tasks"})
+    return studies
 
 
 def from_dict(tree: Mapping[str, Any]) -> Study:
-    """The study that a parsed file describes (see `read`)."""
+    """The study of one task that a parsed file describes (see `read`)."""
     file = parse(StudyFile, tree)
     tree, recipe = _base(file.recipe)
     given = (tree.get("optim") or {}).get("lr", "auto")
@@ -200,11 +233,15 @@ def _lrs(key: str, given: Any) -> tuple[float, ...]:
     return tuple(sorted(lrs))
 
 
+def _check_name(key: str, name: str) -> None:
+    if not name or not all(letter.isalnum() or letter in "-_.=" for letter in name) or name.startswith("."):
+        raise UserError(key, name, "expected a name of letters, digits, - _ = and . (it names a folder)")
+
+
 def _variant(name: str, given: Mapping[str, Any], lrs: tuple[float, ...], base: str) -> Variant:
     """lrs: of the study, or of its recipe; none: the method's own. base: the recipe's method."""
     key = f"variants.{name}"
-    if not name or not all(letter.isalnum() or letter in "-_.=" for letter in name) or name.startswith("."):
-        raise UserError(key, name, "expected a name of letters, digits, - _ = and . (it names a folder)")
+    _check_name(key, name)
     overrides: dict[str, Any] = {}
     for setting, value in given.items():
         if setting in config.sections() and isinstance(value, Mapping):
@@ -330,8 +367,8 @@ def next_run(
 def conflict(old: Mapping[str, Any], new: Mapping[str, Any], begun: Sequence[str]) -> str | None:
     """What in the tree of a study contradicts the one that an output holds; None where the study may resume.
 
-    begun: variants with runs; they must stay as they were. Further seeds and other variants may come. Both trees have
-    ``rows`` beside what `Study.tree` gives: a hash of the rows by key.
+    begun: variants with runs; they must stay as they were, but for more learning rates. Further seeds and other
+    variants may come. Both trees have ``rows`` beside what `Study.tree` gives: a hash of the rows by key.
     """
     for key in ("recipe", "test", "test_subset", "test_split", "accuracy"):
         if old.get(key) != new[key]:
@@ -342,4 +379,9 @@ def conflict(old: Mapping[str, Any], new: Mapping[str, Any], begun: Sequence[str
     if old.get("seeds", [])[:1] != new["seeds"][:1]:
         return "the first of seeds"
     before, now = old.get("variants", {}), new["variants"]
-    return next((f"variants.{name}" for name in begun if before.get(name) != now.get(name)), None)
+
+    def grown(name: str) -> bool:
+        one, other = before.get(name, {"lrs": [None]}), now.get(name, {"lrs": []})
+        return set(one["lrs"]) <= set(other["lrs"]) and one.get("overrides") == other.get("overrides")
+
+    return next((f"variants.{name}" for name in begun if not grown(name)), None)

@@ -43,6 +43,7 @@ def _parser_of(what: str) -> Parser:
     made.value("config", "STUDY.yaml", "study: recipe, variants, seeds (docs/bench.md)")
     made.value("output", "DIR", "folder of the runs and the report; a study in it is resumed")
     made.value("seeds", "LIST", "seeds to run now, such as 0,1; the first always (default: all)")
+    made.value("resume", "FILE", "kept.json of the same study, whose runs count as complete")
     made.value("variants", "LIST", "variants to run now, with commas (default: all)")
     made.json_flag()
     return made
@@ -64,8 +65,10 @@ def run(options: Options, argv: list[str]) -> None:
         raise UserError("--seeds", options["seeds"], "expected integers with commas between them, such as 0,1")
     from ows_ds.bench import study
 
-    plan = study.read(options["config"])
+    plans = study.read(options["config"])
     from ows_ds.bench.quality import quality
 
     numbers = None if seeds is None else [int(seed) for seed in seeds]
-    quality(plan, Path(options["output"]), numbers, words_in(options, "variants"), bool(options.get("json")), command)
+    kept = Path(options["resume"]) if options.get("resume") else None
+    variants, as_json = words_in(options, "variants"), bool(options.get("json"))
+    quality(plans, Path(options["output"]), numbers, variants, kept, as_json, command)

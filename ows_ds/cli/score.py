@@ -32,7 +32,7 @@ def run(options: Options, argv: list[str]) -> None:
     from ows_ds.config import recipe_keys
 
     kinds, output = words_in(options, "metric") or [], options.get("output")
-    known = get_args(recipe_keys()["sampling.importance"].annotation)
+    known = [kind for kind in get_args(recipe_keys()["sampling.importance"].annotation) if kind != "gradient"]
     if not set(kinds) <= set(known):
         right = f"expected one or more of {', '.join(known)}, with commas between them"
         raise UserError("--metric", options["metric"], right)

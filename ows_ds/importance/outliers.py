@@ -43,7 +43,15 @@ BLOCK = 1 << 20  # entries of a weight whose float64 copy a CPU makes at once: s
 def outlier_scores(
     weights: Weights, layers: ModelLayers, batches: Batches, tau: float, model: str | None = None
 ) -> Scores:
-    """Equation 2 over the ``batches`` of all ranks (see `calibrate`). Collective; the result is the same on all.
+    """`outlier_scores_of` at one threshold."""
+    return outlier_scores_of(weights, layers, batches, [tau], model)[0]
+
+
+def outlier_scores_of(
+    weights: Weights, layers: ModelLayers, batches: Batches, taus: Sequence[float], model: str | None = None
+) -> list[Scores]:
+    """Equation 2 at each of ``taus`` over the ``batches`` of all ranks (see `calibrate`). Collective; the result is the
+    same on all.
 
     model: its fingerprint, where it is known. Everything but the forward pass is float64. Raises UserError
     (``data.train``) if there is no token at all, RuntimeError if a layer's activations are not finite.
@@ -63,7 +71,8 @@ def outlier_scores(
     squares, heights = (dict(zip(squares, half.split(sizes), strict=True)) for half in both)
     norms = {name: value.sqrt() for name, value in squares.items()}
 
-    counts = torch.zeros(len(layers.layers) + 1, dtype=torch.int64, device=weights.device)
+    n_layers = len(layers.layers)
+    counts = torch.zeros(len(taus) * n_layers + 1, dtype=torch.int64, device=weights.device)
     counts[-1] = tokens
     entries = [sum(m.numel for m in some) for some in of_layers]
     for index, some in enumerate(of_layers):
@@ -76,12 +85,17 @@ def outlier_scores(
             of_experts = norms[matrix.name].view(matrix.count, -1)
             for expert, features, block in blocks(weights, matrix, parameters[matrix.name]):
                 norm = of_experts[expert, features].to(block.device)
-                above = block.abs().double().mul_(norm) > tau * mean
-                counts[index] += above.sum().to(weights.device)
-    *above_threshold, all_tokens = weights.comm.all_reduce(counts, "score").tolist()
+                both = block.abs().double().mul_(norm)
+                for number, tau in enumerate(taus):
+                    counts[number * n_layers + index] += (both > tau * mean).sum().to(weights.device)
+    *above, all_tokens = weights.comm.all_reduce(counts, "score").tolist()
     require_tokens(all_tokens)
-    ratios = tuple(count / max(1, number) for count, number in zip(above_threshold, entries, strict=True))
-    return Scores("outlier", tau, model or fingerprint(weights), ratios, all_tokens)
+    found, name = [], model or fingerprint(weights)
+    for number, tau in enumerate(taus):
+        own = above[number * n_layers : (number + 1) * n_layers]
+        ratios = tuple(count / max(1, size) for count, size in zip(own, entries, strict=True))
+        found.append(Scores("outlier", tau, name, ratios, all_tokens))
+    return found
 
 
 def input_squares(

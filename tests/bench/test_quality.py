@@ -65,7 +65,8 @@ BASE = {"loss": 2.0, "right": 1, "rows": 8}
 
 
 def result(loss: float | None, right: int, chosen_on: float | None = 1.0) -> dict[str, Any]:
-    return {"chosen_on": chosen_on, "loss": loss, "right": right, "rows": 8, "steps": 1, "tokens": 9, "seconds": 1.0}
+    cost = {"steps": 2, "tokens": 9, "seconds": 1.0, "losses": [2.0, None], "planned_bytes": 2**30}
+    return {"chosen_on": chosen_on, "loss": loss, "right": right, "rows": 8, **cost}
 
 
 def plan(accuracy: bool = True) -> Study:
@@ -139,13 +140,14 @@ def test_loss_is_averaged_over_a_twentieth_to_both_sides() -> None:
 
 
 def test_pictures_and_tables_are_written(tmp_path: Path) -> None:
-    for run in COMPLETE:
-        folder = tmp_path / run.folder
-        folder.mkdir(parents=True)
-        lines = [{"step": 0, "loss": None}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report.write_study(plan(), report.summarize(plan(), BASE, COMPLETE, FACTS), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "quality.json", "quality.md", "runs"]
+    report.write_study(plan(), report.summarize(plan(), BASE, COMPLETE, FACTS), COMPLETE, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["front.png", "loss.png", "quality.json", "quality.md"]
+
+
+def test_p_values_of_many_tests_are_corrected() -> None:
+    # Holm: 0.01 * 4, 0.02 * 3, 0.03 * 2 (no less than the one before), 0.5
+    assert report.holm([0.03, None, 0.01, 0.5, 0.02]) == pytest.approx([0.06, None, 0.04, 0.5, 0.06])
+    assert report.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
 
 
 # ---- answers

@@ -47,10 +47,17 @@ def a_study(inputs: Path, folder: Path, sharding: str = "replicated", **changes:
     return study.from_dict(whole | changes)
 
 
-def run(rank: int, world_size: int, plan: study.Study, output: Path, stop: tuple[str, int] | None = None) -> Any:
+def run(
+    rank: int,
+    world_size: int,
+    plan: study.Study | dict[str, study.Study],
+    output: Path,
+    stop: tuple[str, int] | None = None,
+    kept: Path | None = None,
+) -> Any:
     """The result that is printed, or the refusal; None where all ranks died after a step of a run, as a machine would.
 
-    stop: (a part of the run's folder, step).
+    plan: one, or several by task. stop: (a part of the run's folder, step). kept: a kept.json.
     """
     step, begin = log.RunLog.step, log.RunLog.__init__
 
@@ -67,7 +74,8 @@ def run(rank: int, world_size: int, plan: study.Study, output: Path, stop: tuple
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):
-            quality(plan, output, None, None, True, "test")
+            plans = plan if isinstance(plan, dict) else {"": plan}
+            quality(plans, output, None, None, kept, True, "test")
         return json.loads(printed.getvalue()) if rank == 0 else printed.getvalue()
     except KeyboardInterrupt:
         return None
@@ -123,6 +131,33 @@ def test_a_stopped_study_resumes_and_ends_the_same(
     scored = {file.parent.name: files.read_yaml(file)["sampling"]["scores"] for file in recipes}
     assert scored.pop("lr-0.001-seed-0") is None
     assert set(scored.values()) == {str(complete / "scores.json")}
+
+
+def test_what_is_kept_of_a_study_proves_it_elsewhere(
+    pools: Pools, inputs: Path, tmp_path: Path, straight: tuple[Path, dict[str, Any]]
+) -> None:
+    """Nothing is trained again; another study's numbers are refused; two tasks have one file."""
+    whole, expected = straight
+    plan = a_study(inputs, whole.parent)
+    [result] = pools(1).run(run, plan, tmp_path / "again", None, whole / "kept.json")
+    assert without_times(result) == {**expected, "processes": 1}
+    assert (tmp_path / "again" / "kept.json").read_text() == (whole / "kept.json").read_text()
+    assert (tmp_path / "again" / "front.png").exists()
+    assert not [*(tmp_path / "again").rglob("metrics.jsonl")]
+
+    other = a_study(inputs, whole.parent, accuracy=None)
+    [answer] = pools(1).run(run, other, tmp_path / "other", None, whole / "kept.json")
+    assert "--resume: 'another study' is invalid: expected the kept.json of this one: it differs in accuracy" in answer
+    [answer] = pools(1).run(run, plan, tmp_path / "other", None, inputs / "train.jsonl")
+    assert answer.startswith("--resume: ")
+    assert not (tmp_path / "other").exists()
+
+    kept = json.loads((whole / "kept.json").read_text())["tasks"][""]
+    (tmp_path / "two.json").write_text(json.dumps({"format": 1, "tasks": {"a": kept, "b": kept}}))
+    [result] = pools(1).run(run, {"a": plan, "b": plan}, tmp_path / "two", None, tmp_path / "two.json")
+    assert [without_times(one) for one in result.values()] == [{**expected, "processes": 1}] * 2
+    assert json.loads((tmp_path / "two/kept.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
+    assert "| lisa | " in (tmp_path / "two/tasks.md").read_text()
 
 
 @pytest.mark.ci

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def test_everything_is_filled_in() -> None:
 def test_a_recipe_may_be_a_file(files: Path) -> None:
     Path("r.yaml").write_text("model: {path: m}\ndata: {train: t.jsonl}\n")
     assert study.from_dict(tree(recipe="r.yaml")).recipe["data"]["train"] == "t.jsonl"
+
+
+def test_tasks_are_studies_of_their_own(files: Path) -> None:
+    tasks = {name: {key: f"{name}-{key}.jsonl" for key in ("train", "eval", "test")} for name in ("sums", "words")}
+    Path("s.yaml").write_text(json.dumps(tree(test=None, tasks=tasks)))
+    found = study.read("s.yaml")
+    assert list(found) == ["sums", "words"]
+    alone = {**tree()["recipe"], "data": {"train": "words-train.jsonl", "eval": "words-eval.jsonl"}}
+    assert found["words"] == study.from_dict(tree(test="words-test.jsonl", recipe=alone))
+    for changes, expected in (
+        ({"test": "t"}, "test: 't' is invalid: leave it out"),
+        ({"tasks": {"a/b": tasks["sums"]}, "test": None}, "tasks.a/b: 'a/b' is invalid: expected a name of letters"),
+        ({"tasks": {"a": {"train": "t"}}, "test": None}, "tasks.a.eval: None is invalid: it is required"),
+    ):
+        Path("s.yaml").write_text(json.dumps(tree(**{"tasks": tasks, **changes})))
+        with pytest.raises(UserError) as caught:
+            study.read("s.yaml")
+        assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +170,7 @@ def test_the_least_held_out_loss_chooses(losses: list[float | None], expected: f
 
 def test_what_may_change_in_a_study_that_resumes() -> None:
     old = {**study.from_dict(tree(seeds=[0, 1])).tree(), "rows": {"test": "1"}}
-    more = tree(seeds=[0, 1, 2], variants={**tree()["variants"], "new": {}}, baseline="new")
+    more = tree(seeds=[0, 1, 2], variants={**tree()["variants"], "new": {}}, baseline="new", lrs=[3e-4, 1e-3])
     assert study.conflict(old, {**study.from_dict(more).tree(), "rows": {"test": "1"}}, ["ows", "lisa"]) is None
     for changes, expected in (
         ({"seeds": [1, 0]}, "the first of seeds"),
@@ -167,11 +186,11 @@ def test_what_may_change_in_a_study_that_resumes() -> None:
 
 @pytest.mark.parametrize("file", sorted(Path("launch/bench").resolve().glob("*.yaml")), ids=lambda path: path.stem)
 def test_studies_that_are_shipped(file: Path) -> None:
-    plan = study.read(file)
-    for run in study.all_runs(plan):
-        study.recipe_of(plan, run, Path("out"))
-    assert plan.baseline in plan.variants
-    assert plan.accuracy is not None
+    for plan in study.read(file).values():
+        for run in study.all_runs(plan):
+            study.recipe_of(plan, run, Path("out"))
+        assert plan.baseline in plan.variants
+        assert plan.accuracy is not None
 
 
 def test_methods_that_share_a_learning_rate_which_none_has_searched() -> None:
