@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ows_ds.bench.report import facts, heading, sections
-from ows_ds.config import Data
 from ows_ds.data.batches import collate
 from ows_ds.data.encode import encode
 from ows_ds.data.rows import load_rows
@@ -44,9 +43,9 @@ Ratios = dict[tuple[str, int, int], list[float]]  # by set, rows and tau
 
 def batches(tokenizer: Any, file: Path, rows: int) -> Iterator[dict[str, Tensor]]:
     """Calibration batches of 8 rows."""
-    found = [encode(row, tokenizer, Data(max_length=256)) for row in load_rows(str(file))[:rows]]
+    found = [encode(row, tokenizer, 256) for row in load_rows(str(file))[:rows]]
     for start in range(0, len(found), 8):
-        yield collate(found[start : start + 8], tokenizer.pad_token_id)
+        yield collate([[row] for row in found[start : start + 8]], tokenizer.pad_token_id)
 
 
 def measure(folder: Path) -> Ratios:
