@@ -53,9 +53,18 @@ class SamplingCore(Settings):
     """Expected number of sampled layers, in layers."""
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
     """bernoulli draws each layer on its own; fixed draws exactly gamma layers."""
+    block: Literal["layer", "module"] = "layer"
+    """What is drawn: whole layers; or each of their matrices on its own, gamma then being how many layers' worth of
+    weights are drawn."""
+    importance_decay: Share = 0.5
+    """Under importance gradient, the weight of earlier periods in a layer's mean when it has trained again."""
+    importance_floor: Share = 0.2
+    """Under importance gradient, the share of the draws that goes to all layers evenly, so that each one is drawn."""
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
+        if self.scheme == "fixed" and self.block == "module":
+            yield Wrong("scheme", "expected bernoulli under sampling.block module: modules differ in size", ("block",))
         if self.scheme == "fixed" and self.gamma != int(self.gamma):
             right = "expected a whole number of layers, or sampling.scheme bernoulli"
             yield Wrong("gamma", right, ("scheme",))
@@ -70,10 +79,6 @@ class Sampling(SamplingCore):
     """What layers are sampled by under ows: outlier, the share of weights that stand out (equation 2); reverse, the
     opposite; uniform; decreasing towards the output; rm, a layer's relative magnitude; bi, its block influence; alpha,
     how heavy the tails of its spectra are; gradient, the moving mean of the norms of its gradients in training."""
-    importance_decay: Share = 0.5
-    """Under importance gradient, the weight of earlier periods in a layer's mean when it has trained again."""
-    importance_floor: Share = 0.2
-    """Under importance gradient, the share of the draws that goes to all layers evenly, so that each one is drawn."""
     order: Literal["ascending", "descending", "random"] = "random"
     """Course of badam and hift through the layers: from the input, from the output, or at random (badam again in each
     round, hift once before training)."""
@@ -190,6 +195,8 @@ class OWSConfig(SamplingCore, OptimCore):
     """Peak learning rate."""
     period: Count = 50
     """Optimizer steps between two draws (K)."""
+    adaptive: bool = False
+    """Layers are drawn by the gradients that they have had (the recipe's sampling.importance gradient)."""
     rank: Count | None = 128  # type: ignore[assignment]
     """Dimension of the subspace of each matrix; null: the sampled layers train at full rank."""
     accumulation: Count = 1
@@ -205,5 +212,8 @@ class OWSConfig(SamplingCore, OptimCore):
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
+        if self.rank is None and self.adaptive:
+            right = "expected a rank under adaptive: layers adapt by gradients inside their subspaces"
+            yield Wrong("rank", right, ("adaptive",))
         if self.rank is None and self.always_on == "low_rank":
             yield Wrong("always_on", "expected full or none where the layers train at full rank", ("rank",))

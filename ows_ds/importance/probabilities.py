@@ -39,34 +39,40 @@ def importance(kind: str, n_layers: int, ratios: Sequence[float] | None = None) 
     return list(ratios)
 
 
-def probabilities(ratios: Sequence[float], gamma: float, tau: float | None = None) -> list[float]:
+def probabilities(
+    ratios: Sequence[float], gamma: float, tau: float | None = None, sizes: Sequence[float] | None = None
+) -> list[float]:
     """p_l = gamma * D_l / sum(D), clipped to 1, with what is clipped spread over the others in proportion.
 
-    ratios: D_l >= 0, one a layer. gamma: expected number of sampled layers, 0 < gamma <= number of layers.
-    The sum of the result is gamma to rounding: layers are fixed at 1 one round after the other until the share that
-    is left for the others exceeds 1 for none of them (the paper clips nothing and does not say what happens).
+    ratios: D_l >= 0, one a layer. gamma: expected number of sampled layers, 0 < gamma <= number of layers. sizes: how
+    many layers each counts for, where these are parts of layers; their sum is the largest gamma.
+    The sum of the result (times ``sizes``) is gamma to rounding: layers are fixed at 1 one round after the other until
+    the share that is left for the others exceeds 1 for none of them (the paper clips nothing and does not say what
+    happens).
     Raises UserError: ``sampling.scores`` for ratios that are no such numbers, ``sampling.tau`` where no layer has an
     outlier, ``sampling.gamma`` where gamma is too large, also when more layers than have D > 0 would be needed.
     """
     weights = np.asarray(ratios, dtype=np.float64)
     if not (np.isfinite(weights) & (weights >= 0)).all():
         raise UserError("sampling.scores", list(ratios), "expected finite numbers of at least 0")
-    if not 0 < gamma <= len(weights):
-        right = f"expected more than 0 and at most {len(weights)}, the number of layers"
+    share = np.ones_like(weights) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    number = round(share.sum())
+    if not 0 < gamma <= number:
+        right = f"expected more than 0 and at most {number}, the number of layers"
         raise UserError("sampling.gamma", gamma, right)
     if weights.sum() <= 0:
         raise UserError("sampling.tau", tau, "expected a smaller threshold: no layer has an outlier at this one")
-    able = np.count_nonzero(weights)
-    if gamma > able:
-        right = f"expected at most {able}, the number of layers with an importance above 0"
+    able = share[weights > 0].sum()
+    if gamma > able + 1e-9:
+        right = f"expected at most {able:g}, the number of layers with an importance above 0"
         raise UserError("sampling.gamma", gamma, right)
     result = np.zeros_like(weights)
     sure = np.zeros(len(weights), dtype=bool)
     while True:
         free = ~sure & (weights > 0)
-        left = gamma - sure.sum()
+        left = gamma - share[sure].sum()
         result[sure] = 1.0
-        result[free] = left * weights[free] / weights[free].sum() if free.any() else 0.0
+        result[free] = left * weights[free] / (weights[free] * share[free]).sum() if free.any() else 0.0
         over = free & (result >= 1.0)
         if not over.any():
             return [float(p) for p in result]

@@ -19,7 +19,7 @@ from ows_ds import config
 from ows_ds.config import OWSConfig, Recipe
 from ows_ds.distributed.weights import Weights
 from ows_ds.optim.ows import OWS
-from ows_ds.optim.sampling import AdaptiveSampler, Cycle
+from ows_ds.optim.sampling import Cycle
 
 NAMES = ("ows", "lisa", "lisa-d", "galore", "badam")
 
@@ -29,16 +29,16 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
     name, sampling = recipe.method.name, recipe.sampling
     seed = recipe.train.seed if sampling.seed is None else sampling.seed
     own: dict[str, Any] = {"accumulation": accumulation, "seed": seed, "period": config.period(recipe, None)}
-    sampler: AdaptiveSampler | Cycle | None = None
+    sampler = None
     if name in ("lisa", "lisa-d", "badam"):
         own["rank"] = None
+    own["adaptive"] = name == "ows" and sampling.importance == "gradient"
+    if name != "ows":
+        own["block"] = "layer"
     if name == "galore":
         own |= {"scheme": "fixed", "gamma": len(importance)}
     if name == "badam":
         own["gamma"], sampler = 1, Cycle(len(importance), sampling.order, seed)
-    if name == "ows" and sampling.importance == "gradient":
-        numbers = {"decay": sampling.importance_decay, "floor": sampling.importance_floor}
-        sampler = AdaptiveSampler(len(importance), sampling.gamma, sampling.scheme, seed, **numbers)
     given = dict(sampling) | dict(recipe.optim) | own
     settings = OWSConfig(**{key: given[key] for key in OWSConfig.model_fields})
     return OWS(weights, importance, settings, sampler=sampler)

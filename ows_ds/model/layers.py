@@ -104,7 +104,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Block:
-    """What is sampled, attached and merged together: one transformer layer, or what always trains.
+    """What is sampled, attached and merged together: a transformer layer or a module of one, or what always trains.
 
     routers: the weights that choose experts, among neither the matrices nor the vectors (see `ModelLayers.trained`).
     """
@@ -113,6 +113,16 @@ class Block:
     matrices: tuple[Matrix, ...]
     vectors: tuple[Vector, ...]
     routers: tuple[Matrix | Vector, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Entries of its matrices and vectors."""
+        return sum(part.numel for part in self.matrices) + sum(part.numel for part in self.vectors)
+
+    @property
+    def names(self) -> set[str]:
+        """Of its matrices and vectors."""
+        return {part.name for part in self.matrices} | {part.name for part in self.vectors}
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,23 @@ class ModelLayers:
     embeddings: tuple[Matrix, ...]
     final: tuple[Vector, ...]
     heads: tuple[Vector, ...] = ()
+
+    def by_module(self) -> tuple[ModelLayers, tuple[int, ...]]:
+        """The same with a block for each matrix in the place of a layer, and the layer that each is of.
+
+        A bias goes with the matrix of its module, a layer's other vectors with its first matrix. A layer without
+        matrices stays a block.
+        """
+        blocks, owners = [], []
+        for index, layer in enumerate(self.layers):
+            vectors: dict[str, list[Vector]] = {matrix.name: [] for matrix in layer.matrices} or {"": []}
+            of_module = {matrix.name.rpartition(".")[0]: matrix.name for matrix in reversed(layer.matrices)}
+            for vector in layer.vectors:
+                vectors[of_module.get(vector.name.rpartition(".")[0], next(iter(vectors)))].append(vector)
+            blocks += [Block(matrix.name, (matrix,), tuple(vectors[matrix.name])) for matrix in layer.matrices]
+            blocks += [] if layer.matrices else [layer]
+            owners += [index] * max(1, len(layer.matrices))
+        return dataclasses.replace(self, layers=tuple(blocks)), tuple(owners)
 
     @property
     def router_names(self) -> frozenset[str]:

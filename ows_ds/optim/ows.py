@@ -31,10 +31,10 @@ from ows_ds.config import OWSConfig, parse
 from ows_ds.distributed.adopt import as_weights
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
-from ows_ds.importance.probabilities import probabilities
 from ows_ds.importance.scores import Scores, ratios_of
 from ows_ds.model.layers import ModelLayers, find_layers
 from ows_ds.optim.active_set import ActiveSet, check_fits
+from ows_ds.optim.draws import Draws
 from ows_ds.optim.gradient_norms import GradientNorms
 from ows_ds.optim.layout import Plan
 from ows_ds.optim.refresh import FullGradients, Refresh
@@ -52,7 +52,7 @@ class OWS(OWSState):
     Attributes:
         config: The settings.
         active: What trains in the coming step.
-        layer_set: The sampled layers among it.
+        block_set: The sampled blocks among it: layers, or modules of them (``sampling.block``).
         steps: Optimizer steps so far; ``skipped`` of them took no update.
         grad_norm: Global norm of the last step's gradient before clipping, () on the device.
     """
@@ -60,7 +60,7 @@ class OWS(OWSState):
     def __init__(
         self,
         model: nn.Module | Weights,
-        scores: str | Path | Scores | Sequence[float],
+        scores: str | Path | Scores | Sequence[float] | None,
         config: OWSConfig | None = None,
         *,
         sampler: Sampler | Cycle | None = None,
@@ -71,14 +71,13 @@ class OWS(OWSState):
         Args:
             model: A plain model on its device (rank 0's weights are copied to all), a DeepSpeed engine made with ZeRO-3
                 and no optimizer, or `Weights`.
-            scores: A file (refused for another model), `Scores`, or the ratios D, one a layer.
+            scores: A file (refused for another model), `Scores`, or the ratios D, one a layer; None: all alike.
             config: The settings; or their names as keywords, in ``settings``.
             sampler: Draws the sets in place of scores, gamma and scheme.
 
         Raises:
             UserError: For values that cannot work with this model.
         """
-        adapts = isinstance(sampler, AdaptiveSampler)
         if config is not None and settings:
             raise UserError("config", type(config).__name__, "expected an OWSConfig or its names as keywords, not both")
         self.config = config = parse(OWSConfig, settings) if config is None else config
@@ -86,19 +85,19 @@ class OWS(OWSState):
         self.comm, self.module, self.device = self.weights.comm, self.weights.module, self.weights.device
         self.accumulation = config.accumulation
         layers = find_layers(self.module, self.weights.shape).with_routers(config.router == "train")
-        self.layers: ModelLayers = layers.at_rank(config.rank, config.expert_rank)
-        check_fits(self.layers, config.gamma, config.rank, config.always_on)
-        self._given = probabilities(ratios_of(scores, self.weights, len(self.layers.layers)), config.gamma)
+        layers = layers.at_rank(config.rank, config.expert_rank)
+        check_fits(layers, config.gamma, config.rank, config.always_on)
+        count = len(layers.layers)
+        ratios = [1.0] * count if scores is None else ratios_of(scores, self.weights, count)
+        self.draws = Draws(layers, ratios, config, sampler)
+        self.layers: ModelLayers = self.draws.layers
         self.active = ActiveSet(self.weights, self.layers, config)
-        if adapts and config.rank is None:
-            raise UserError("optim.rank", None, "expected a low rank: layers adapt by gradients inside their subspaces")
-        self._norms = GradientNorms(self.active) if adapts else None
-        self._sampler = Sampler(self._given, config.scheme, config.seed) if sampler is None else sampler
+        self._norms = GradientNorms(self.active) if config.adaptive else None
         defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "scale")}
         super().__init__([{"params": list(self.weights.parameters().values())}], defaults)
         self.refresh: Refresh = (Sketches if config.refresh == "sketch" else FullGradients)(self.active, config)
         self.steps = self.skipped = self._micro = 0
-        self.layer_set: LayerSet = ()
+        self.block_set: LayerSet = ()
         self.next_set: LayerSet | None = None  # drawn a period ahead, so that its weights can be read beside the steps
         self.grad_norm: Tensor | None = None
         self._reduced: list[Tensor] | None = None
@@ -111,9 +110,14 @@ class OWS(OWSState):
         return self.active.plan
 
     @property
+    def layer_set(self) -> LayerSet:  # type: ignore[override]
+        """The sampled layers, or those that sampled modules are of."""
+        return self.draws.layers_of(self.block_set)
+
+    @property
     def probabilities(self) -> list[float]:
-        """Of each layer to be in the next set that is drawn."""
-        return self._sampler.probabilities if isinstance(self._sampler, Sampler) else self._given
+        """Of each layer to be in the next set that is drawn; where modules are drawn, the expected share of it."""
+        return self.draws.layer_probabilities
 
     @property
     def new_probabilities(self) -> list[float] | None:
@@ -129,11 +133,8 @@ class OWS(OWSState):
     def trained_layers(self) -> frozenset[int]:
         """See `Method.trained_layers`."""
         names = self.active.trained_names
-        return frozenset(
-            index
-            for index, block in enumerate(self.layers.layers)
-            if names & {*(matrix.name for matrix in block.matrices), *(vector.name for vector in block.vectors)}
-        )
+        trained = [i for i, block in enumerate(self.layers.layers) if names & block.names]
+        return frozenset(self.draws.layers_of(trained))
 
     def set_accumulation_steps(self, steps: int) -> None:
         """From the coming step on, ``backward`` is called this often a step, the same on all ranks. A step that was
@@ -266,7 +267,7 @@ class OWS(OWSState):
         """Of each layer whose projectors the step in hand finds, from `reduce` to `step`: (2,), float64, on the device,
         this rank's part of ||G Q||^2 and ||G||^2, summed over its matrices. Empty under ``refresh="sketch"``.
         """
-        return self.refresh.energy()
+        return self.draws.sums(self.refresh.energy())
 
     @torch.no_grad()
     def update_norm(self, all_layers: bool = False) -> dict[int, Tensor]:
@@ -275,7 +276,7 @@ class OWS(OWSState):
         By layer ||C||, a scalar on the device, the same on all ranks: the Frobenius norm of its matrices' change
         C Q^T together, weight decay aside, since Q has orthonormal columns. Does not wait for the device.
         """
-        return self.active.update_norm(all_layers)
+        return self.draws.norms(self.active.update_norm(all_layers))
 
     # ------------------------------------------------------------------ phases 2 and 3
 
@@ -309,15 +310,15 @@ class OWS(OWSState):
         active.take(projectors)
         changed, plan = self.steps % self.config.period == 0, self.plan
         if changed:
-            if self._norms is not None and isinstance(self._sampler, AdaptiveSampler):
-                self._sampler.observe(self._norms.take(self.layer_set))
-            self.layer_set = self._draw() if self.next_set is None else self.next_set
+            if self._norms is not None and isinstance(self.draws.sampler, AdaptiveSampler):
+                self.draws.sampler.observe(self._norms.take(self.block_set))
+            self.block_set = self._draw() if self.next_set is None else self.next_set
             self.next_set = self._draw()
-            plan = active.plan_of(self.layer_set)
+            plan = active.plan_of(self.block_set)
         due = active.due(plan)
         passes = self.refresh.plans(plan, due)
         if changed or any(one.parts for one in passes):
-            described = {"layers": list(self.layer_set), "plan": plan.describe()}
+            described = {"layers": list(self.block_set), "plan": plan.describe()}
             described |= {f"refresh {number}": one.describe() for number, one in enumerate(passes)}
             self.comm.assert_consistent(f"the layers and the plan of step {self.steps + 1}", described)
         active.change(plan)
@@ -329,7 +330,9 @@ class OWS(OWSState):
 
     def _draw(self) -> LayerSet:
         """Rank 0's draw on all ranks. Collective."""
-        return tuple(self.comm.broadcast_object(self._sampler.draw() if self.comm.rank == 0 else None, "layer_set"))
+        return tuple(
+            self.comm.broadcast_object(self.draws.sampler.draw() if self.comm.rank == 0 else None, "layer_set")
+        )
 
     def _read_ahead(self) -> None:
         """Begin to read what the next set will need, beside the steps until then."""

@@ -73,7 +73,10 @@ class Reference:
     moments_on_refresh: str = "align"
     always_on: str = "full"
     seed: int = 0
-    adapts: dict[str, float] | None = None  # decay and floor of `AdaptiveSampler`, which then takes the ratios' place
+    adaptive: bool = False
+    importance_decay: float = 0.5
+    importance_floor: float = 0.2
+    block: str = "layer"
 
     step_number: int = 0
     layer_set: LayerSet = ()
@@ -84,13 +87,20 @@ class Reference:
 
     def __post_init__(self) -> None:
         self.parts = find_layers(self.model).with_routers(self.router == "train").at_rank(self.rank, self.expert_rank)
+        ratios, count = self.ratios, len(self.parts.layers)
+        sizes = [1.0] * count
+        if self.block == "module":
+            self.parts, layer_of = self.parts.by_module()
+            ratios = [ratios[layer] for layer in layer_of]
+            sizes = [block.numel for block in self.parts.layers]
+            sizes = [count * size / sum(sizes) for size in sizes]
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
-        if self.adapts is None:
-            self.sampler = Sampler(probabilities(self.ratios, self.gamma), self.scheme, self.seed)
-        else:
-            self.sampler = AdaptiveSampler(len(self.ratios), self.gamma, self.scheme, self.seed, **self.adapts)
+        self.sampler = Sampler(probabilities(ratios, self.gamma, sizes=sizes), self.scheme, self.seed)
+        if self.adaptive:
+            numbers = {"decay": self.importance_decay, "floor": self.importance_floor}
+            self.sampler = AdaptiveSampler(sizes, self.gamma, self.scheme, self.seed, **numbers)
         self.next_set = self.sampler.draw()
 
     def step(self, losses: Iterable[Callable[[], Tensor]]) -> None:
@@ -148,7 +158,7 @@ class Reference:
             projected = self.project(name, gradient, seen[name]) if low_rank else gradient
             if projected is not None:
                 gradients[name] = projected
-        if self.adapts is not None:
+        if self.adaptive:
             self.observe(gradients)
         squares = [gradient.square().sum() for gradient in gradients.values()]
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())

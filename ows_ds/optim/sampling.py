@@ -12,7 +12,7 @@ from ows_ds.errors import UserError
 from ows_ds.importance.probabilities import probabilities
 
 LayerSet = tuple[int, ...]
-"""Indices of the sampled layers, ascending, 0 = nearest the input."""
+"""Indices of the sampled layers, or of the blocks that stand for them, ascending, 0 = nearest the input."""
 
 
 class Sampler:
@@ -61,14 +61,16 @@ class AdaptiveSampler(Sampler):
     periods in which the layer trained of its gradients' norm, which MISA (arXiv 2511.00056) and GRASS (arXiv
     2604.07808) sample by in their ways; of a layer that has not trained yet, the mean over those that have.
 
-    decay: weight of the mean so far when a layer has trained again. Means are rounded to 6 digits before they make
-    probabilities, so that the order of sums over ranks does not show in the draws.
+    sizes: see `probabilities`. decay: weight of the mean so far when a layer has trained again. Means are rounded to 6
+    digits before they make probabilities, so that the order of sums over ranks does not show in the draws.
     """
 
-    def __init__(self, n_layers: int, gamma: float, scheme: str, seed: int, *, decay: float, floor: float) -> None:
-        super().__init__(probabilities([1.0] * n_layers, gamma), scheme, seed)
-        self.gamma, self.decay, self.floor = gamma, decay, floor
-        self.means: list[float | None] = [None] * n_layers
+    def __init__(
+        self, sizes: Sequence[float], gamma: float, scheme: str, seed: int, *, decay: float, floor: float
+    ) -> None:
+        super().__init__(probabilities([1.0] * len(sizes), gamma, sizes=sizes), scheme, seed)
+        self.sizes, self.gamma, self.decay, self.floor = sizes, gamma, decay, floor
+        self.means: list[float | None] = [None] * len(sizes)
 
     def observe(self, norms: Mapping[int, float]) -> None:
         """Take in a period: by layer that trained in it, the root mean square of its steps' gradient norms."""
@@ -84,7 +86,8 @@ class AdaptiveSampler(Sampler):
         usual = sum(known) / len(known)
         weights = [usual if mean is None else float(f"{mean:.5e}") for mean in self.means]
         even = self.floor * sum(weights) / len(weights)
-        self.probabilities = probabilities([(1 - self.floor) * weight + even for weight in weights], self.gamma)
+        mixed = [(1 - self.floor) * weight + even for weight in weights]
+        self.probabilities = probabilities(mixed, self.gamma, sizes=self.sizes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"stream": super().state_dict(), "means": list(self.means)}

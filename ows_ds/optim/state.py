@@ -38,10 +38,10 @@ class OWSState(Method):
             "skipped": self.skipped,
             "rank": self.config.rank,
             "expert_rank": self.config.expert_rank,
-            "layer_set": list(self.layer_set),
+            "layer_set": list(self.block_set),
             "next_set": None if self.next_set is None else list(self.next_set),
-            "probabilities": self._given,
-            "sampler": self._sampler.state_dict(),
+            "probabilities": self.draws.given,
+            "sampler": self.draws.sampler.state_dict(),
             "gradient_norms": None if self._norms is None else self._norms.state_dict(),
             "clocks": dict(active.clocks),
             "decays": decays,
@@ -59,7 +59,7 @@ class OWSState(Method):
         for key in ("rank", "expert_rank"):
             if values.get(key) != (given := getattr(self.config, key)):
                 raise UserError(f"optim.{key}", given, f"expected {values.get(key)}, the rank of the checkpoint")
-        if values["probabilities"] != self._given:
+        if values["probabilities"] != self.draws.given:
             expected = "expected those of the checkpoint: resume with its scores and gamma"
             raise UserError("sampling", "other probabilities", expected)
         active, r = self.active, self.active.r
@@ -67,8 +67,8 @@ class OWSState(Method):
         self._drop()
         self.steps, self.skipped = values["steps"], values["skipped"]
         active.steps = self.steps
-        self.layer_set, active.trained_names = tuple(values["layer_set"]), set(values["trained_names"])
-        self._sampler.load_state_dict(values["sampler"])
+        self.block_set, active.trained_names = tuple(values["layer_set"]), set(values["trained_names"])
+        self.draws.sampler.load_state_dict(values["sampler"])
         if self._norms is not None:
             self._norms.load_state_dict(values["gradient_norms"])
         ahead = values.get("next_set")
@@ -76,7 +76,7 @@ class OWSState(Method):
         self.param_groups[0]["lr"] = values["lr"]
         load_weights(self.weights, active.parameters, values["trained_names"], read)
 
-        plan = active.plan_of(self.layer_set)
+        plan = active.plan_of(self.block_set)
         active.restore(plan, dict(values["clocks"]))
         active.buffer.load(read)
         active.buffer.set_steps({(block, kind): count for block, kind, count in values["adam_steps"]})

@@ -216,9 +216,10 @@ def _draws(method: Method, recipe: Recipe, total: int) -> str | None:
     if not isinstance(method, OWS) or recipe.method.name not in ("ows", "lisa", "lisa-d"):
         return None
     count = -(-total // recipe.sampling.period)  # type: ignore[operator]
-    reached = sum(1 - (1 - p) ** count for p in method.probabilities)
-    draws = f"{count} draws of layers" if count > 1 else "1 draw of layers"
-    return f"{total} steps, {draws}: about {reached:.0f} of {len(method.probabilities)} layers will train"
+    drawn = method.draws.probabilities
+    reached, what = sum(1 - (1 - p) ** count for p in drawn), f"{recipe.sampling.block}s"
+    draws = f"{count} draws of {what}" if count > 1 else f"1 draw of {what}"
+    return f"{total} steps, {draws}: about {reached:.0f} of {len(drawn)} {what} will train"
 
 
 def _scheduler(recipe: Recipe, method: Method, total: int) -> Any:

@@ -7,27 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-from ows_ds.config import OWSConfig
 from ows_ds.errors import UserError
 from ows_ds.optim.ows import OWS
-from ows_ds.optim.sampling import AdaptiveSampler
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import home, one_step
 
 LAYERS, PLANTED = 8, (2, 5)
-SETTINGS: dict[str, Any] = {"gamma": 2, "rank": 4, "period": 2, "lr": 5e-3, "seed": 1, "always_on": "none"}
+SETTINGS: dict[str, Any] = {
+    "gamma": 2, "rank": 4, "period": 2, "lr": 5e-3, "seed": 1, "always_on": "none", "adaptive": True
+}  # fmt: skip
 
 
-def build(sharding: str, world_size: int) -> OWS:
+def build(sharding: str, world_size: int, **more: Any) -> OWS:
     """A model in which hardly anything comes out of the layers that are not planted."""
     model: Any = tiny("llama", False, torch.float64, num_hidden_layers=LAYERS)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
             for matrix in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
                 matrix.weight.mul_(1.0 if index in PLANTED else 1e-3)
-    sampler = AdaptiveSampler(LAYERS, SETTINGS["gamma"], "bernoulli", SETTINGS["seed"], decay=0.5, floor=0.2)
-    return OWS(home(model, sharding, world_size), [1.0] * LAYERS, OWSConfig(**SETTINGS), sampler=sampler)
+    return OWS(home(model, sharding, world_size), None, **{**SETTINGS, **more})
 
 
 def test_layers_that_lower_the_loss_are_drawn_more_often() -> None:
@@ -52,7 +51,7 @@ def resumed(rank: int, world_size: int, sharding: str, state: dict[str, Any] | N
     taken, seen = ows.state_dict(), []
     for _ in range(8):
         one_step(ows, rank, world_size)
-        seen.append((ows.layer_set, ows.probabilities))
+        seen.append((ows.block_set, ows.probabilities))
     return taken, seen
 
 
@@ -65,8 +64,20 @@ def test_a_resumed_run_draws_the_same_on_any_number_of_ranks(pools: Pools) -> No
             assert again == seen
 
 
+def test_modules_adapt_on_their_own() -> None:
+    """Of a layer that can lower the loss its matrices are drawn more often; the expected number of weights stays."""
+    ows = build("replicated", 1, block="module")
+    assert len(ows.draws.probabilities) == 7 * LAYERS
+    for _ in range(20 * SETTINGS["period"]):
+        one_step(ows, 0, 1)
+    others = [p for layer, p in enumerate(ows.probabilities) if layer not in PLANTED]
+    assert min(ows.probabilities[layer] for layer in PLANTED) >= 2 * max(others)
+    sizes = [block.numel for block in ows.layers.layers]
+    expected = sum(p * size for p, size in zip(ows.draws.probabilities, sizes, strict=True))
+    assert expected == pytest.approx(SETTINGS["gamma"] / LAYERS * sum(sizes))
+
+
 def test_without_subspaces_there_is_nothing_to_adapt_by() -> None:
-    sampler = AdaptiveSampler(3, 1, "bernoulli", 0, decay=0.5, floor=0.2)
-    with pytest.raises(UserError, match="expected a low rank") as caught:
-        OWS(tiny("llama", False, torch.float32), [1.0] * 3, OWSConfig(rank=None, gamma=1), sampler=sampler)
-    assert caught.value.key == "optim.rank"
+    with pytest.raises(UserError, match="expected a rank under adaptive") as caught:
+        OWS(tiny("llama", False, torch.float32), None, rank=None, gamma=1, adaptive=True)
+    assert caught.value.key == "rank"

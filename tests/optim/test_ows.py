@@ -54,8 +54,9 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     ),
     "adaptive clip decay": (
         "llama", False,
-        {"adapts": {"decay": 0.5, "floor": 0.1}, "period": 2, "max_grad_norm": 0.5, "weight_decay": 0.1},
+        {"adaptive": True, "importance_floor": 0.1, "period": 2, "max_grad_norm": 0.5, "weight_decay": 0.1},
     ),
+    "modules": ("llama with biases", True, {"block": "module", "always_on": "low_rank", "moments_on_refresh": "reset"}),
     "conv1d sketch reset": (
         "gpt2", False, {"refresh": "sketch", "projector": "randomized", "moments_on_refresh": "reset", "period": 2},
     ),
@@ -89,8 +90,7 @@ def test_equals_reference(pools: Pools, world_size: int, sharding: str, case: st
     family, tied, more = CASES[case]
     accumulation = 1 if world_size == 3 else 2
     settings = {**BASE, **BIASED, **more, "accumulation": accumulation}
-    rest = (False, "same", settings.pop("adapts", None))
-    results = pools(world_size).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings, *rest)
+    results = pools(world_size).run(run_ows, sharding, family, tied, torch.float64, STEPS, settings)
     expected, sets = reference(case, accumulation)
     assert len(set(sets)) > 1
     for result in results:

@@ -94,6 +94,18 @@ def test_expected_number_is_gamma_and_order_is_kept(case: tuple[list[float], flo
     assert all(each * free[0][1] == pytest.approx(free[0][0] * ratio, rel=1e-12) for each, ratio in free)
 
 
+def test_parts_of_layers_count_by_their_size() -> None:
+    """2 of 4 layers, one of them in three parts: as many weights are drawn; a part counts for less than a layer."""
+    sizes = [0.25, 0.5, 0.25, 1, 1, 1]
+    p = probabilities([2, 2, 2, 1, 1, 0], 2, sizes=sizes)
+    assert p == pytest.approx([1, 1, 1, 0.5, 0.5, 0])
+    p = probabilities([1, 2, 1, 1, 1, 1], 1, sizes=sizes)
+    assert math.fsum(each * size for each, size in zip(p, sizes, strict=True)) == pytest.approx(1)
+    assert p[1] == pytest.approx(2 * p[3])
+    with pytest.raises(UserError, match="at most 3, the number of layers with an importance above 0"):
+        probabilities([2, 2, 2, 1, 1, 0], 3.5, sizes=sizes)
+
+
 def test_llama2_is_clipped_at_12_and_not_at_5() -> None:
     assert max(probabilities(LLAMA2, 5)) == pytest.approx(5 * 0.295 / 2.185)
     assert [l for l, p in enumerate(probabilities(LLAMA2, 12)) if p == 1] == [0, 1]  # noqa: E741
@@ -214,8 +226,8 @@ def test_a_set_may_be_empty() -> None:
 # ---- draws that adapt
 
 
-def adaptive(n_layers: int, gamma: float, scheme: str, seed: int = 0, **numbers: float) -> AdaptiveSampler:
-    return AdaptiveSampler(n_layers, gamma, scheme, seed, **{"decay": 0.5, "floor": 0.2, **numbers})
+def adaptive(n_layers: int, gamma: float, scheme: str, seed: int = 0) -> AdaptiveSampler:
+    return AdaptiveSampler([1.0] * n_layers, gamma, scheme, seed, decay=0.5, floor=0.2)
 
 
 def test_probabilities_follow_the_gradients_above_a_floor() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import join
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
@@ -20,7 +19,6 @@ from ows_ds.model.loading import Unsharded
 from ows_ds.model.pretrained import formats, let_freeze
 from ows_ds.optim.hooks import hook_frozen
 from ows_ds.optim.ows import OWS
-from ows_ds.optim.sampling import AdaptiveSampler
 from tests.support.families import tiny
 
 SEQUENCES, LENGTH, VOCABULARY = 24, 9, 64
@@ -114,22 +112,18 @@ def run_ows(
     settings: dict[str, Any],
     checkpointing: bool = False,
     frozen: str = "same",
-    adapts: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Train a tiny model with OWS; weights after merging, layer sets, skipped steps. adapts: of `AdaptiveSampler`."""
+    """Train a tiny model with OWS; weights after merging, layer sets, skipped steps."""
     model: Any = tiny(family, tied, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
         model.train()
     weights = home(model, sharding, world_size, frozen)
-    sampler = adapts and AdaptiveSampler(
-        len(RATIOS), settings["gamma"], settings.get("scheme", "bernoulli"), settings["seed"], **adapts
-    )
-    ows = OWS(weights, RATIOS, OWSConfig(**settings), sampler=sampler or None)
+    ows = OWS(weights, RATIOS, **settings)
     sets = []
     for _ in range(steps):
-        sets.append(ows.layer_set)
+        sets.append(ows.block_set)
         one_step(ows, rank, world_size)
     ows.merge()
     result = {"weights": whole_weights(weights), "sets": sets, "skipped": ows.skipped, "sent": dict(ows.comm.sent)}
