@@ -20,6 +20,7 @@ from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated
 from ows_ds.errors import UserError
 from ows_ds.model.fingerprint import fingerprint
+from ows_ds.runs import records as run_records
 from ows_ds.train import log
 from ows_ds.train.export import export
 from ows_ds.train.trainer import train
@@ -168,6 +169,22 @@ def test_another_world_and_sharding_resume_the_same_run(
     assert [r.get("sampled_layers") for r in moved] == [r.get("sampled_layers") for r in stayed]
     for a, b in zip(moved[1:], stayed[1:], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)  # bfloat16 forward passes in another order
+
+
+def test_draws_of_modules_that_adapt_resume_to_the_bit(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    sampling = {"importance": "gradient", "block": "module", "period": 2}
+    for name, stops in (("whole", [None]), ("parts", [5, None])):
+        for stop in stops:
+            made = recipe(inputs, tmp_path / name, sampling, **ZERO3, resume="auto")
+            shown = pools(2).run(run, made, stop)[0]
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+    records, digests = contents(tmp_path / "whole")
+    assert [record["step"] for record in records if "probabilities" in record] == [1, 3, 5, 7, 9]
+    found = run_records.read(tmp_path / "whole").probabilities
+    assert found == records[-1]["probabilities"] != records[1]["probabilities"]
+    assert sum(found or ()) == pytest.approx(1.5)  # gamma: layers of one size
+    assert not any("scores" in name for name in digests)
+    assert any("of 21 modules will train" in line for line in shown)
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
