@@ -39,8 +39,9 @@ def prompt(row: Row, tokenizer: Any, data: Data, key: str) -> list[int]:
 
 
 def final_answer(text: str) -> str:
-    """What follows the last ``####``, or all of the text where there is none, stripped."""
-    return text.rpartition("####")[2].strip()
+    """What follows the last ``####`` on its line, or all of the text where there is none, stripped."""
+    _, mark, rest = text.rpartition("####")
+    return rest.partition("\n")[0].strip() if mark else rest.strip()
 
 
 def check_row(row: Row, where: str) -> None:

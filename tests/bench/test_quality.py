@@ -155,7 +155,14 @@ def test_p_values_of_many_tests_are_corrected() -> None:
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("2+2 = 4\n#### 4 ", "4"), ("#### 3\n#### 5", "5"), (" 12\n", "12"), ("", ""), ("a ####", "")],
+    [
+        ("2+2 = 4\n#### 4 ", "4"),
+        ("#### 3\n#### 5", "5"),
+        ("#### 8\nThe answer is: 8", "8"),
+        (" 12\n", "12"),
+        ("", ""),
+        ("a ####", ""),
+    ],
 )
 def test_final_answer(text: str, answer: str) -> None:
     assert answers.final_answer(text) == answer
