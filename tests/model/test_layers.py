@@ -11,7 +11,7 @@ from torch import nn
 
 from ows_ds.errors import UserError
 from ows_ds.model.layers import Matrix, ModelLayers, Vector, find_layers
-from tests.support.families import FAMILIES, tiny
+from tests.support.families import FAMILIES, MIXED, tiny
 
 # hidden 32, inner 48, 4 heads of 8 of which 2 are key and value heads, 64 tokens
 LLAMA = [
@@ -86,6 +86,21 @@ def test_families(family: str, tied: bool) -> None:
     if family == "gpt2":
         expected.append(Matrix("transformer.wpe.weight", (64, 32), ("transformer.wpe",)))
     assert list(layers.embeddings) == expected
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXED])
+def test_modules_share_what_a_layer_has(family: str) -> None:
+    """Each weight of a layer is in exactly one block of its modules, with one matrix where the layer has any."""
+    layers = find_layers(tiny(family)).with_routers(True)
+    modules, owners = layers.by_module()
+    assert len(owners) == len(modules.layers)
+    for index, layer in enumerate(layers.layers):
+        own = [block for block, owner in zip(modules.layers, owners, strict=True) if owner == index]
+        parts = [part.name for block in own for part in (*block.matrices, *block.vectors)]
+        assert sorted(parts) == sorted(layer.names)
+        assert [len(block.matrices) for block in own] == [1] * len(layer.matrices)
+    assert len({block.name for block in modules.layers}) == len(owners)
+    assert (modules.embeddings, modules.final) == (layers.embeddings, layers.final)
 
 
 def test_sides_of_a_matrix() -> None:
