@@ -110,7 +110,7 @@ class Log(Settings):
     progress: MayChange[Literal["auto", "rich", "plain", "none"]] = "auto"
     """On the terminal: a live bar (rich), a line every few steps (plain), nothing but warnings (none), or auto."""
     samples: MayChange[list[str]] = Field([])
-    """Messages that the model answers at every evaluation, on the terminal and in metrics.jsonl; [] for none."""
+    """Messages that the model answers at every evaluation: on the terminal, in metrics.jsonl, trackers and report."""
     sample_tokens: MayChange[Count] = 64
     """Tokens of such an answer, at most."""
 

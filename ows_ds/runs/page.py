@@ -35,10 +35,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table with a run in each column. head: empty for the first column, then the runs' names."""
+    """A table with a run in each column. head: empty for the first column, then the runs' names.
+
+    texts: cells are what people wrote, in columns of another kind.
+    """
 
     head: list[str]
     rows: list[Row]
+    texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def page(runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ows_ds.runs", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    parts = (_training, _evaluation, _layers, _costs, _traffic, _faults, _settings)
+    parts = (_training, _evaluation, _samples, _layers, _costs, _traffic, _faults, _settings)
     sections = [part(runs) for part in parts]
     names = ", ".join(run.name for run in runs)
     return environment.get_template("page.html").render(
@@ -177,6 +181,22 @@ def _score(score: Score, before: Score | None) -> str:
     values = [number(one.value, 4, fixed=True) for one in ([] if before is None else [before]) + [score]]
     error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
     return f"{' to '.join(values)}{error}" + ("" if score.samples is None else f" (n = {score.samples:,})")
+
+
+def _samples(runs: Sequence[Run]) -> Section | None:
+    """The first answers beside the last ones."""
+    columns: list[tuple[Run, int]] = []
+    for run in runs:
+        steps = sorted({step for answers in run.samples.values() for step in answers})
+        columns += [(run, step) for step in dict.fromkeys(steps[:1] + steps[-1:])]
+    if not columns:
+        return None
+    when = [f"{run.name}, " * (len(runs) > 1) + (f"after step {step:,}" if step else "before") for run, step in columns]
+    rows = [
+        Row(message, [run.samples.get(message, {}).get(step, "") for run, step in columns])
+        for message in dict.fromkeys(message for run in runs for message in run.samples)
+    ]
+    return Section("Answers", "To the messages of log.samples.", table=Grid(["message", *when], rows, texts=True))
 
 
 def _layers(runs: Sequence[Run]) -> Section | None:

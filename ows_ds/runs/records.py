@@ -187,6 +187,17 @@ class Run:
             return None
 
     @cached_property
+    def samples(self) -> dict[str, dict[int, str]]:
+        """Answers to the messages of ``log.samples``, by message and by the step after which they were given."""
+        found: dict[str, dict[int, str]] = {}
+        for record in self.records:
+            some = record.get("samples")
+            for pair in some if isinstance(some, list) else ():
+                if isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair):
+                    found.setdefault(pair[0], {})[record["step"]] = pair[1]
+        return found
+
+    @cached_property
     def evaluations(self) -> tuple[list[Result], list[str]]:
         """Results of `ows-ds eval`, oldest first, and the names of files that are none."""
         return results.of_run(self.folder)

@@ -1,11 +1,11 @@
-"""Trackers of accelerate (TensorBoard and others): numbers, the recipe, pictures. Failures never stop a run."""
+"""Trackers of accelerate (TensorBoard and others): numbers, the recipe, pictures, answers. Failures never stop a run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ class Trackers:
             raise UserError("log.trackers", log.trackers, right) from error
         self.active: list[Any] = list(accelerator.trackers)
         self._report = report
-        self._without_images: set[str] = set()  # names of those that failed at one
+        self._without: set[tuple[str, str]] = set()  # (tracker, what it failed at beside numbers)
 
     def describe(self, recipe: Recipe, run_dir: Path, step: int) -> None:
         """The recipe's keys and values, and the picture of the scores in ``run_dir``."""
@@ -85,8 +85,7 @@ class Trackers:
 
         def one(tracker: Any) -> None:
             if tracker.name == "tensorboard":  # its hyperparameters would be another run in the list of runs
-                rows = "".join(f"| {key} | {value} |\n" for key, value in flat.items())
-                tracker.log({"recipe": f"| key | value |\n|---|---|\n{rows}"}, step=step)
+                tracker.log({"recipe": _markdown(["key", "value"], flat.items())}, step=step)
             else:
                 tracker.store_init_configuration(flat)
 
@@ -95,20 +94,32 @@ class Trackers:
             self.show("scores", _pixels(run_dir / "scores.png"), step)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """The numbers of a record of metrics.jsonl."""
+        """The numbers of a record of metrics.jsonl, and its samples for the trackers that take text."""
         self._each(lambda tracker: tracker.log(_scalars(record), step=step))
+        columns, rows = ["message", "answer"], record.get("samples")
+        for tracker in self.active if rows else ():
+            if tracker.name == "tensorboard":
+                self._try(tracker, "text", tracker.log, {"samples": _markdown(columns, rows)}, step=step)
+            elif hasattr(tracker, "log_table"):
+                self._try(tracker, "text", tracker.log_table, "samples", columns=columns, data=rows, step=step)
 
     def show(self, name: str, image: numpy.ndarray, step: int) -> None:
         """An image, uint8 (height, width, 3), for the trackers that take images."""
         for tracker in self.active:
-            if tracker.name in self._without_images or not hasattr(tracker, "log_images"):
-                continue
-            shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            try:
-                tracker.log_images({name: image if tracker.name in ONE_IMAGE else image[None]}, step=step, **shape)
-            except Exception as error:  # of a picture: numbers are still logged
-                self._without_images.add(tracker.name)
-                self._report(f"{tracker.name} gets no more images ({error})")
+            if hasattr(tracker, "log_images"):
+                shape = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                images = {name: image if tracker.name in ONE_IMAGE else image[None]}
+                self._try(tracker, "images", tracker.log_images, images, step=step, **shape)
+
+    def _try(self, tracker: Any, what: str, send: Callable[..., None], *given: Any, **more: Any) -> None:
+        """Send what is beside numbers, which are still logged where that fails."""
+        if (tracker.name, what) in self._without:
+            return
+        try:
+            send(*given, **more)
+        except Exception as error:
+            self._without.add((tracker.name, what))
+            self._report(f"{tracker.name} gets no more {what} ({error})")
 
     def close(self) -> None:
         """Flush."""
@@ -121,6 +132,12 @@ class Trackers:
             except Exception as error:  # of a disk, a network, a service: no reason to stop training
                 self.active.remove(tracker)
                 self._report(f"{tracker.name} gets no more records ({error})")
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of a line a row: what is in a cell ends neither it nor the line."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells))
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:

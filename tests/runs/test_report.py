@@ -117,6 +117,25 @@ def test_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report(capsys, str(run))[0] == 0  # an earlier report is written over
 
 
+def test_answers_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    given = {0: [["1+1", "I\nwonder"], ["2+2", HOSTILE]], 2: [["1+1", "3"]], 4: [["1+1", "2"], ["2+2", "4"], ["x"], 1]}
+    lines = [{"step": step, "samples": some} for step, some in given.items()]
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (runs[1] / "metrics.jsonl").write_text(json.dumps({"step": 3, "samples": [["2+2", "5"]]}))
+    assert report(capsys, str(runs[0]))[0] == 0
+    page = Page((runs[0] / "report.html").read_text())
+    assert page.row("message") == ["before", "after step 4"]
+    assert page.row("1+1") == ["I\nwonder", "2"]
+    assert page.row("2+2") == [HOSTILE, "4"]
+    assert report(capsys, *map(str, runs), "--output", str(tmp_path / "all.html"))[0] == 0
+    page = Page((tmp_path / "all.html").read_text())
+    assert page.row("message") == [f"{runs[0]}, before", f"{runs[0]}, after step 4", f"{runs[1]}, after step 3"]
+    assert page.row("1+1") == ["I\nwonder", "2", ""]
+    assert report(capsys, str(runs[2]))[0] == 0
+    assert "log.samples" not in re.sub("<details>.*", "", (runs[2] / "report.html").read_text(), flags=re.DOTALL)
+
+
 def test_numbers_of_layers_that_are_none_are_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     strange = {"update_norm": {"x": 1, "0": "far", "99": 1.0, "9" * 5000: 1, "1": 0.5}, "projector_energy": [1]}

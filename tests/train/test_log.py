@@ -276,6 +276,9 @@ class Lines(GeneralTracker):
     def log_images(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
         self.write("images", step, {name: image.shape for name, image in values.items()}, more)
 
+    def log_table(self, table_name: str, columns: list[str], data: list[list[str]], step: int) -> None:
+        self.write("table", step, table_name, columns, data)
+
     def finish(self) -> None:
         self.write("finish")
 
@@ -307,6 +310,28 @@ def test_any_tracker_of_accelerate_gets_the_same(tmp_path: Path, lines: type[Lin
     assert all(isinstance(value, float | int) for line in got if line[0] == "log" for value in line[2].values())
     assert got[-2] == ["images", 3, {"sampled_layers": [1, 32, 900, 3]}, {}]
     assert (tmp_path / "tensorboard").is_dir()
+
+
+def test_trackers_that_take_text_get_the_samples(
+    tmp_path: Path, lines: type[Lines], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = recipe("plain", ("tensorboard", "dvclive"))
+    with RunLog(tmp_path, 3, 4, True, both, Accelerator(cpu=True)) as log:
+        log.step({**record(0), "samples": [["a|b", "1\n2"]]})
+        monkeypatch.setattr(lines, "log_table", lambda *given, **more: 1 / 0)
+        log.step(record(1, samples=[["a|b", "2"]]))
+        log.step(record(2, samples=[["a|b", "3"]]))
+    got = [json.loads(line) for line in (tmp_path / "ows_ds.lines").read_text().splitlines()]
+    assert [line for line in got if line[0] == "table"] == [
+        ["table", 0, "samples", ["message", "answer"], [["a|b", "1\n2"]]]
+    ]
+    assert [line[1] for line in got if line[0] == "log"] == [0, 1, 2]
+    assert capsys.readouterr().out.count("dvclive gets no more text (division by zero)") == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("samples/text_summary")]
+    assert texts[0] == (0, "| message | answer |\n| --- | --- |\n| a\\|b | 1<br>2 |")
+    assert [step for step, _ in texts] == [0, 1, 2]
 
 
 def test_a_tracker_that_fails_at_images_gets_the_numbers(
