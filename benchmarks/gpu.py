@@ -368,7 +368,7 @@ def frozen(device: str, shape: str, seconds: float) -> Iterator[Row]:
         x = torch.randn(2048, size[1], device=device, dtype=torch.bfloat16)
         row["plain_ms"] = milliseconds(lambda module=module, x=x: module(x))  # type: ignore[misc]
         made = Unsharded(torch.device(device), True).later(
-            module.weight, Format(name, size, torch.bfloat16, products=products and name == "fp8")
+            module.weight, Format(name, size, dtype=torch.bfloat16, products=products and name == "fp8")
         )
         made.use_in(module, "weight")
         weights, own = Replicated(module, Communicator()), [made.real]

@@ -37,9 +37,9 @@ from ows_ds.optim.projection import (
     leading,
     low_rank_gradient,
     orthonormal,
-    sketch_width,
     start_basis,
 )
+from ows_ds.optim.sizes import sketch_width
 from ows_ds.tables import Table
 from ows_ds.train.loss import token_losses
 

@@ -91,7 +91,7 @@ def _replay(one: Forecast, passes: float, reduced: float, algorithm: str | None)
 def simulate(model: Model, recipe: config.Recipe, cluster: Cluster, largest: int, algorithm: str | None) -> Any:
     """{system: {GPUs: {"seconds", "waiting", "tokens_per_second", "sent", "peak", "fits"}}}."""
     found: dict[str, dict[int, dict[str, float]]] = {}
-    planner = Planner(recipe, model, replays=Replays(model.config))
+    planner = Planner(recipe, model, replays=Replays(lambda: model.config))
     for name, (method, home) in SYSTEMS.items():
         found[name] = {}
         for world_size in (size for size in scaling_sizes(cluster, largest) if size >= cluster.gpus):

@@ -201,6 +201,29 @@ def test_importing_does_no_work(module: str) -> None:
     assert min(seconds) < 0.5
 
 
+PLAN = """
+import contextlib, io, json, sys
+from ows_ds.cli.main import main
+with contextlib.redirect_stdout(io.StringIO()):
+    code = main(["plan", "--model.path", "{name}", *"{words}".split()])
+heavy = [name for name in ("torch", "transformers", "deepspeed", "accelerate", "peft", "matplotlib", "scipy", "pandas",
+                           "datasets", "huggingface_hub") if name in sys.modules]
+print(json.dumps([code, heavy, len(sys.modules) < 600]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama2-7b", "--cluster 1x4090"),  # where only 8 bits fit
+        ("llama3-70b", "--cluster 8x8xH100"),
+        ("qwen3-8b", "--cluster 8xA100-80 --methods lisa,full --json"),
+    ],
+)
+def test_a_plan_of_a_model_that_is_known_by_name_loads_no_library(name: str, words: str) -> None:
+    assert fresh(PLAN.format(name=name, words=words)) == [0, [], True]
+
+
 ALL = """
 import importlib, json, sys
 for name in {extras}:

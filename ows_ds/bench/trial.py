@@ -24,10 +24,12 @@ from ows_ds.distributed.launch import start
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3, Zero3AdamW
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.model.blocks import ModelLayers
+from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import DTYPES
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import LayerSet, Sampler
+from ows_ds.optim.sizes import check
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
 from ows_ds.train.loss import token_losses
@@ -146,7 +148,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
     ds_config = None if runtime is None else runtime.ds_config
     model = build_model(setting)
     layers = find_layers(model)
-    methods.check(recipe, layers)
+    check(recipe, layers)
     model = methods.adapt(recipe, model)
     weights: Weights
     if ds_config is None:
@@ -182,7 +184,7 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         on_gpu=setting.device == "cuda",
     )  # fmt: skip
     if ds_config is not None and not setting.inside:
-        replays = Replays(model.config, ds_config["zero_optimization"])
+        replays = Replays(lambda: model.config, ds_config["zero_optimization"])
         spec = replays.complete(spec, functools.partial(methods.adapt, recipe))
     local = [weights.local(p) if sharded else p.data for p in weights.module.parameters()]
     trial = Trial(weights.module, local, step, method, comm, spec=spec)

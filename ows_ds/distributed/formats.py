@@ -19,14 +19,13 @@ from torch.nn.functional import pad
 
 from ows_ds.compat.torch import scaled_product
 from ows_ds.distributed.merging import entries_at_once
+from ows_ds.distributed.packing import BLOCK, Packing
 from ows_ds.errors import UserError
 
 NAMES = ("int8", "fp8", "nf4")
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-BLOCK = 32  # entries of nf4 that share a scale
 SCALES = (0.8, 0.87, 0.94, 1.0, 1.06)  # that are tried, in units of a block's largest number
-SCALE = {"int8": 4, "fp8": 4, "nf4": 2}  # bytes of a scale: float32, bfloat16
 FINE = 1 << 13
 ZERO = 7  # the code of 0 in nf4
 AT_ONCE = 1 << 18  # entries that a CPU scales at once, in whole rows: of mixed formats it makes copies
@@ -40,50 +39,16 @@ def require_bitsandbytes(key: str, value: str) -> None:
         raise UserError(key, value, f"install ows_ds[quantised] ({error})") from error
 
 
-@dataclass(frozen=True)
-class Format:
-    """How one matrix, or a stack of them under one name, is held in few bits.
+@dataclass(frozen=True, kw_only=True)
+class Format(Packing):
+    """A packing, and the numbers that are packed.
 
-    name: of `NAMES`. shape: of a matrix as stored. dtype: of the weights, and of what `dense` gives. inputs_first: the
-    matrix is stored as (C_in, C_out). experts: E of a stack (E, *shape); None: it is one matrix. products: of fp8,
-    those of the device (`Scaled`) in place of products with what `dense` gives.
+    dtype: of the weights, and of what `dense` gives. products: of fp8, those of the device (`Scaled`) in place of
+    products with what `dense` gives.
     """
 
-    name: str
-    shape: tuple[int, int]
     dtype: torch.dtype
-    inputs_first: bool = False
-    experts: int | None = None
     products: bool = False
-
-    @property
-    def full_shape(self) -> tuple[int, ...]:
-        """Of the weights."""
-        return (*self._stack, *self.shape)
-
-    @property
-    def codes_shape(self) -> tuple[int, ...]:
-        """Of the codes."""
-        return (*self._stack, self._blocks * BLOCK // 2) if self.name == "nf4" else self.full_shape
-
-    @property
-    def scales_shape(self) -> tuple[int, ...]:
-        """Of the scales' bytes."""
-        number = self._blocks if self.name == "nf4" else self.shape[self.inputs_first]
-        return (*self._stack, number * SCALE[self.name])
-
-    @property
-    def nbytes(self) -> int:
-        """Of codes and scales."""
-        return math.prod(self.codes_shape) + math.prod(self.scales_shape)
-
-    @property
-    def _stack(self) -> tuple[int, ...]:
-        return () if self.experts is None else (self.experts,)
-
-    @property
-    def _blocks(self) -> int:
-        return math.ceil(math.prod(self.shape) / BLOCK)
 
     def quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (full_shape), any float dtype -> codes (codes_shape) and scales (scales_shape), uint8, on its device.

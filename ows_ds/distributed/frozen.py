@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from ows_ds.compat.torch import set_parameter
 from ows_ds.distributed.formats import Format
+from ows_ds.distributed.packing import SCALES
 
 Fill = Callable[[int, Tensor], None]
 """(start, out): out (1-D) <- that many entries of a flattened tensor, from ``start`` on."""
-
-SCALES = "_scales"  # what follows the name of a weight in its scales' name
 
 
 @dataclass(eq=False)

@@ -26,8 +26,9 @@ from ows_ds.importance.calibrate import Batches, Select, calibrate, require_toke
 from ows_ds.importance.outliers import outlier_scores
 from ows_ds.importance.probabilities import METRIC_OF
 from ows_ds.importance.scores import Scores
+from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.fingerprint import fingerprint
-from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import pretrained
 
 

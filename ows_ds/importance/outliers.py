@@ -34,8 +34,8 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.importance.calibrate import Batches, Select, calibrate, require_tokens
 from ows_ds.importance.experts import watch
 from ows_ds.importance.scores import Scores
+from ows_ds.model.blocks import Matrix, ModelLayers
 from ows_ds.model.fingerprint import fingerprint
-from ows_ds.model.layers import Matrix, ModelLayers
 
 BLOCK = 1 << 20  # entries of a weight whose float64 copy a CPU makes at once: small enough for its cache
 

@@ -15,7 +15,7 @@ from ows_ds.importance.metrics import measure
 from ows_ds.importance.plot import plot, text_chart
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
 from ows_ds.importance.scores import Scores
-from ows_ds.model.layers import ModelLayers
+from ows_ds.model.blocks import ModelLayers
 
 MakeBatches = Callable[[], Batches]
 """Gives this rank's calibration batches, from the beginning each time."""

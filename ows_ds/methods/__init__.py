@@ -7,16 +7,14 @@ from typing import Any
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Weights
 from ows_ds.methods import hift, lora, mezo, sampled
+from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.fingerprint import fingerprint
-from ows_ds.model.layers import ModelLayers
-from ows_ds.optim.active_set import check_fits
 from ows_ds.optim.adamw import BlockAdamW, Group
 from ows_ds.optim.full_rank import Lean
 from ows_ds.optim.method import Method
+from ows_ds.optim.sizes import ADAPTERS, SAMPLED
 
-ADAPTERS = ("lora", "dora")
-
-__all__ = ["ADAPTERS", "Method", "adapt", "base_model", "build", "check", "deepspeed_trains"]
+__all__ = ["ADAPTERS", "Method", "adapt", "base_model", "build", "deepspeed_trains"]
 
 
 def adapt(recipe: Recipe, model: Any) -> Any:
@@ -36,14 +34,6 @@ def deepspeed_trains(recipe: Recipe) -> bool:
     return recipe.method.name in ("full", *ADAPTERS) and recipe.model.dtype != "float64" and not lean
 
 
-def check(recipe: Recipe, layers: ModelLayers) -> None:
-    """Refuse (UserError) what this model is too small for, before it is scored."""
-    name, optim = recipe.method.name, recipe.optim
-    if name in sampled.NAMES:
-        gamma = recipe.sampling.gamma if name in ("ows", "lisa", "lisa-d") else 1
-        check_fits(layers, gamma, optim.rank if name in ("ows", "galore") else None, optim.always_on)
-
-
 def build(recipe: Recipe, weights: Weights, layers: ModelLayers, importance: list[float], accumulation: int) -> Method:
     """The recipe's method over ``weights``. Collective.
 
@@ -51,7 +41,7 @@ def build(recipe: Recipe, weights: Weights, layers: ModelLayers, importance: lis
     accumulation: micro-batches a step.
     """
     name, optim = recipe.method.name, recipe.optim
-    if name in sampled.NAMES:
+    if name in SAMPLED:
         return sampled.build(recipe, weights, importance, accumulation)
     if name == "mezo":
         return mezo.build(recipe, weights, layers)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ows_ds.config import Recipe
 from ows_ds.distributed.weights import Weights
-from ows_ds.model.layers import Matrix, ModelLayers, Vector
+from ows_ds.model.blocks import Matrix, ModelLayers, Vector
 from ows_ds.optim.adamw import Group
 from ows_ds.optim.sampling import LayerSet
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ows_ds.config import Recipe
 from ows_ds.distributed.merging import entries_at_once, stream
 from ows_ds.distributed.weights import ReadShard, Shard, Weights, load_weights, weight_shards
-from ows_ds.model.layers import ModelLayers
+from ows_ds.model.blocks import ModelLayers
 from ows_ds.optim.method import Method
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import Accept, always

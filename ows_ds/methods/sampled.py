@@ -21,8 +21,6 @@ from ows_ds.distributed.weights import Weights
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import Cycle
 
-NAMES = ("ows", "lisa", "lisa-d", "galore", "badam")
-
 
 def build(recipe: Recipe, weights: Weights, importance: list[float], accumulation: int) -> OWS:
     """The recipe's method. importance: what layers are sampled in proportion to. Collective."""

@@ -25,7 +25,8 @@ from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import InShards, Zero3, Zero3AdamW
 from ows_ds.errors import UserError, first_line, one_line
 from ows_ds.files import read_text
-from ows_ds.model.layers import ModelLayers, find_layers
+from ows_ds.model.blocks import ModelLayers
+from ows_ds.model.layers import find_layers
 from ows_ds.model.loading import Make, Source, Unsharded
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def formats(layers: ModelLayers, name: str, dtype: torch.dtype, products: bool =
     if name == "nf4":
         require_bitsandbytes("model.frozen", name)
     matrices = (matrix for block in layers.layers for matrix in block.matrices) if name != "same" else ()
-    return {m.name: Format(name, m.shape, dtype, m.inputs_first, m.experts, products) for m in matrices}
+    return {m.name: Format(name, m.shape, m.inputs_first, m.experts, dtype=dtype, products=products) for m in matrices}
 
 
 def _formats(recipe: Recipe, layers: ModelLayers, device: torch.device) -> dict[str, Format]:

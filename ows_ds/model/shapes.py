@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ows_ds.errors import UserError, first_line, one_line
 
 if TYPE_CHECKING:
-    from ows_ds.model.layers import ModelLayers
+    from ows_ds.model.blocks import ModelLayers
+    from ows_ds.model.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,20 @@ SHAPES = {
 class Model:
     """What is known of a model without its weights.
 
-    name: for people. layers: its parts. config: transformers' configuration. whole_logits: it changes its head's
-    output, so that the loss takes all logits at once (`ows_ds.train.loss`).
+    name: for people. layers: its parts. whole_logits: it changes its head's output, so that the loss takes all logits
+    at once (`ows_ds.train.loss`). outline: of a plain one that is known by name.
     """
 
     name: str
     layers: ModelLayers
-    config: Any
     whole_logits: bool = False
+    given: Any = None  # transformers' configuration; None: the outline's
+    outline: Outline | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """Transformers' configuration."""
+        return self.given if self.outline is None else _for_model(self.outline.shape)
 
 
 def configuration(shape: Shape) -> dict[str, Any]:
@@ -128,11 +136,13 @@ def read_model(path: str, revision: str | None = None, trust_remote_code: bool =
     Raises UserError (``model.path``) for a configuration that transformers does not know, and for what `find_layers`
     refuses.
     """
+    if (found := named(path)) is not None:
+        return Model(path, found.layers, outline=found)
     import transformers as tf
 
     try:
         if path in SHAPES and not Path(path).exists():
-            config = tf.AutoConfig.for_model(**configuration(SHAPES[path]))
+            config = _for_model(SHAPES[path])
         else:
             config = tf.AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         return model_of(config, one_line(Path(path).name))
@@ -143,12 +153,25 @@ def read_model(path: str, revision: str | None = None, trust_remote_code: bool =
         raise UserError("model.path", path, right) from error
 
 
+def named(path: str) -> Outline | None:
+    """Of a model that ``model.path`` names, where an outline of it is known: such a one needs no transformers."""
+    from ows_ds.model.outline import outline
+
+    return outline(SHAPES[path]) if path in SHAPES and not Path(path).exists() else None
+
+
+def _for_model(shape: Shape) -> Any:
+    import transformers as tf
+
+    return tf.AutoConfig.for_model(**configuration(shape))
+
+
 def model_of(config: Any, name: str = "") -> Model:
     """The same, of a configuration of transformers."""
     from ows_ds.model.layers import find_layers
 
     capped = any(getattr(config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
-    return Model(name or type(config).__name__, find_layers(without_weights(config)), config, capped)
+    return Model(name or type(config).__name__, find_layers(without_weights(config)), capped, config)
 
 
 def without_weights(config: Any) -> Any:

@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ows_ds.config import OWSConfig
 from ows_ds.distributed.weights import Weights
-from ows_ds.errors import UserError
-from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
+from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank, Lean
 from ows_ds.optim.hooks import Hook, hook_of
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
@@ -353,15 +352,3 @@ class ActiveSet:
             attached = self.coordinates(matrix.name)
             if attached is not None:  # not yet, where only sketches of the matrix are taken
                 attached.decay *= decay
-
-
-def check_fits(layers: ModelLayers, gamma: float, rank: int | None, always_on: str) -> None:
-    """Refuse (UserError) what this model is too small for, before anything costly is done with it."""
-    if gamma > len(layers.layers):
-        raise UserError("sampling.gamma", gamma, f"expected at most {len(layers.layers)}, the number of layers")
-    low_rank = [m for block in layers.at_rank(rank).layers for m in block.matrices if m.experts is None]
-    low_rank += layers.embeddings if always_on == "low_rank" else ()
-    for matrix in low_rank if rank is not None else ():
-        if rank is not None and rank > matrix.short:
-            expected = f"expected at most {matrix.short}, the smaller side of {matrix.name} {matrix.shape}"
-            raise UserError("optim.rank", rank, expected)

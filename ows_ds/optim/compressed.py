@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ows_ds.compat.torch import to_device
 from ows_ds.optim.projection import (
-    OVERSAMPLING,
     Range,
     is_tall,
     iterated,
@@ -27,6 +26,7 @@ from ows_ds.optim.projection import (
     start_basis,
     wide,
 )
+from ows_ds.optim.sizes import OVERSAMPLING, kept_directions
 
 
 @dataclass
@@ -40,11 +40,6 @@ class Compressed:
         """As `projection.find_range` gives it of a gradient; ``left`` is the sum times its basis."""
         squares = self.left.double().mT @ self.left.double()
         return Range(r, self.right, squares, torch.linalg.vector_norm(self.left, dim=(-2, -1)))
-
-
-def kept_directions(r: int, short: int) -> int:
-    """k, for a projector of r directions."""
-    return min(max(2 * r, r + OVERSAMPLING), short)
 
 
 def add(

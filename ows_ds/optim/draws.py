@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ows_ds.config import OWSConfig
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import ModelLayers
+from ows_ds.model.blocks import ModelLayers
 from ows_ds.optim.sampling import AdaptiveSampler, Cycle, LayerSet, Sampler
 
 

@@ -27,7 +27,8 @@ from ows_ds.distributed.formats import require_bitsandbytes
 from ows_ds.distributed.merging import draw_bits, round_stochastically
 from ows_ds.distributed.weights import ReadShard, Shard, Weights
 from ows_ds.optim.layout import pack
-from ows_ds.optim.moments import BLOCK, Moment8, moment_map
+from ows_ds.optim.moments import Moment8, moment_map
+from ows_ds.optim.sizes import MOMENT_BLOCK
 from ows_ds.optim.update import STATE, AdamWSettings
 
 BUCKET = 1 << 23  # entries of a bucket of gradients; a larger weight has one to itself
@@ -325,7 +326,7 @@ def state_shards(weights: Weights, parameters: Mapping[str, nn.Parameter], state
 
 def _blocks(numel: int, ranks: int) -> int:
     """Blocks of a rank's interval, at most."""
-    return math.ceil(math.ceil(numel / ranks) / BLOCK)
+    return math.ceil(math.ceil(numel / ranks) / MOMENT_BLOCK)
 
 
 def load_states(
@@ -366,10 +367,10 @@ def _load_moment(
         size, blocks = math.ceil(numel / kept["ranks"]), _blocks(numel, kept["ranks"])
         scales = read(f"{key}/scales", 0, blocks * kept["ranks"])
         entries = torch.arange(*own)
-        places = entries // size * blocks + entries % size // BLOCK
+        places = entries // size * blocks + entries % size // MOMENT_BLOCK
         if isinstance(moment, Moment8) and kept["ranks"] == weights.comm.world_size:
             moment.codes.copy_(values)
-            moment.scales.copy_(scales[places[::BLOCK]])
+            moment.scales.copy_(scales[places[::MOMENT_BLOCK]])
             return
         signed = key.endswith("exp_avg")
         values = moment_map(signed, torch.device("cpu"))[values.cpu().long()] * scales.cpu()[places]

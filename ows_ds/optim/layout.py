@@ -15,12 +15,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from ows_ds.model.blocks import Block, Matrix
+from ows_ds.optim.sizes import sketch_width
 
-from ows_ds.model.layers import Block, Matrix
-from ows_ds.optim.projection import sketch_width
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Rows = tuple[int, int]
 

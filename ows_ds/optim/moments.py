@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from ows_ds.optim.sizes import MOMENT_BLOCK
 
 
 @functools.cache
@@ -33,7 +33,9 @@ class Moment8:
     def zeros(cls, n: int, signed: bool, device: torch.device) -> Moment8:
         """Of a weight that begins to train."""
         made = cls(
-            torch.empty(n, dtype=torch.uint8, device=device), torch.empty(math.ceil(n / BLOCK), device=device), signed
+            torch.empty(n, dtype=torch.uint8, device=device),
+            torch.empty(math.ceil(n / MOMENT_BLOCK), device=device),
+            signed,
         )
         made.write(slice(0, n), torch.zeros(n, device=device))
         return made
@@ -50,7 +52,7 @@ class Moment8:
         if not len(codes):
             return codes.float()
         code, scales = moment_map(self.signed, codes.device), self.scales[self._blocks(entries)]
-        found: Tensor = dequantize_blockwise(codes, absmax=scales, code=code, blocksize=BLOCK)
+        found: Tensor = dequantize_blockwise(codes, absmax=scales, code=code, blocksize=MOMENT_BLOCK)
         return found
 
     def write(self, entries: slice, values: Tensor) -> None:
@@ -59,9 +61,9 @@ class Moment8:
 
         if len(values):
             code = moment_map(self.signed, values.device)
-            codes, state = quantize_blockwise(values.float(), code=code, blocksize=BLOCK)
+            codes, state = quantize_blockwise(values.float(), code=code, blocksize=MOMENT_BLOCK)
             self.codes[entries] = codes
             self.scales[self._blocks(entries)] = state.absmax
 
     def _blocks(self, entries: slice) -> slice:
-        return slice(entries.start // BLOCK, math.ceil(min(entries.stop, len(self.codes)) / BLOCK))
+        return slice(entries.start // MOMENT_BLOCK, math.ceil(min(entries.stop, len(self.codes)) / MOMENT_BLOCK))

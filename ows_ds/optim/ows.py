@@ -32,13 +32,15 @@ from ows_ds.distributed.adopt import as_weights
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.importance.scores import Scores, ratios_of
-from ows_ds.model.layers import ModelLayers, find_layers
-from ows_ds.optim.active_set import ActiveSet, check_fits
+from ows_ds.model.blocks import ModelLayers
+from ows_ds.model.layers import find_layers
+from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.draws import Draws
 from ows_ds.optim.gradient_norms import GradientNorms
 from ows_ds.optim.layout import Plan
 from ows_ds.optim.refresh import FullGradients, Refresh
 from ows_ds.optim.sampling import AdaptiveSampler, Cycle, LayerSet, Sampler
+from ows_ds.optim.sizes import check_fits
 from ows_ds.optim.sketch import Sketches
 from ows_ds.optim.state import OWSState
 from ows_ds.optim.update import Accept, AdamWSettings, always, clip_factor

@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 
 from ows_ds.compat.torch import to_device
+from ows_ds.optim.sizes import IN_FLOAT32, OVERSAMPLING, ROUNDS
 
 Name = TypeVar("Name", bound=Hashable)
 
-OVERSAMPLING = 8
-BLOCK = 1 << 22  # entries of a gradient that are in float32 at once where it is not
-ROUNDS = 3  # of the range finder: products with G and with G^T
 ROUNDS_FROM_PREVIOUS = 2
 CHOLESKY_ROUNDS = 3  # after which columns are orthonormal, however dependent they were
 SHIFT = 1e-14  # of a Gram matrix's diagonal, as a share of its trace: its factor exists in float64
@@ -49,10 +47,10 @@ def product(matrix: Tensor, factor: Tensor) -> Tensor:
     if matrix.dtype == factor.dtype:
         return matrix @ factor
     if matrix.dim() > 2:
-        at_once = max(1, BLOCK // (matrix.shape[-2] * matrix.shape[-1]))
+        at_once = max(1, IN_FLOAT32 // (matrix.shape[-2] * matrix.shape[-1]))
         pairs = zip(matrix.split(at_once), factor.split(at_once), strict=True)
         return torch.cat([some.to(factor.dtype) @ one for some, one in pairs])
-    rows = max(1, BLOCK // matrix.shape[1])
+    rows = max(1, IN_FLOAT32 // matrix.shape[1])
     return torch.cat([some.to(factor.dtype) @ factor for some in matrix.split(rows)])
 
 
@@ -313,11 +311,6 @@ def find_projector(
 
 def _chosen(found: Range, start: Tensor, align: bool, dtype: torch.dtype) -> Tensor:
     return choose({"": found}, {"": start} if align else {}, lambda _: start)[""].projector(found, dtype)
-
-
-def sketch_width(r: int, short: int) -> int:
-    """Columns of a sketch: more than twice the rank, for two products make one round, and there is no other."""
-    return min(2 * r + OVERSAMPLING, short)
 
 
 def rotation(old: Tensor, new: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds.importance.probabilities import probabilities
-from ows_ds.model.layers import Block, Matrix, find_layers
+from ows_ds.model.blocks import Block, Matrix
+from ows_ds.model.layers import find_layers
 from ows_ds.optim.projection import (
     find_projector,
     leading,
@@ -28,10 +29,10 @@ from ows_ds.optim.projection import (
     orthonormal,
     rotation,
     seeds,
-    sketch_width,
     start_basis,
 )
 from ows_ds.optim.sampling import AdaptiveSampler, LayerSet, Sampler
+from ows_ds.optim.sizes import sketch_width
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor
 from ows_ds.compat.torch import to_device
 from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.model.layers import Block
+from ows_ds.model.blocks import Block
 from ows_ds.optim import compressed
 from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.compressed import Compressed

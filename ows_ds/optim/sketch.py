@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ows_ds.config import OWSConfig
 from ows_ds.distributed.communicator import Communicator
-from ows_ds.model.layers import Block, Matrix
+from ows_ds.model.blocks import Block, Matrix
 from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.layout import Plan, RefreshPart, RefreshPlan, plan_refresh
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
-from ows_ds.optim.projection import Choice, Range, orthonormal, range_of, sketch_width
+from ows_ds.optim.projection import Choice, Range, orthonormal, range_of
 from ows_ds.optim.refresh import Refresh, gather, rows_of
+from ows_ds.optim.sizes import sketch_width
 
 Choose = Callable[[Mapping[RefreshPart, Range]], dict[RefreshPart, Choice]]
 """See `ows_ds.optim.projection.choose`."""

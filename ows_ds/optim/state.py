@@ -11,7 +11,7 @@ from ows_ds.distributed.weights import ReadShard, Shard, interval, load_weights,
 from ows_ds.errors import UserError
 from ows_ds.optim.full_rank import adam_steps, load_states, state_shards
 from ows_ds.optim.method import Method
-from ows_ds.optim.projection import sketch_width
+from ows_ds.optim.sizes import sketch_width
 
 if TYPE_CHECKING:
     from ows_ds.optim.ows import OWS

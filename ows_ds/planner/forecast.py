@@ -9,23 +9,26 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ows_ds import config, methods
+from ows_ds import config
 from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
+from ows_ds.model.outline import Outline
 from ows_ds.model.shapes import Model, without_weights
 from ows_ds.optim.sampling import LayerSet
+from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, SAMPLED
 from ows_ds.planner.choices import Choice
 from ows_ds.planner.cluster import Cluster
-from ows_ds.planner.gathering import Gathered, Limits, Trace, record, replay
+from ows_ds.planner.gathering import Gathered, Limits, Trace, replay
 from ows_ds.planner.memory import Memory, memory
+from ows_ds.planner.passes import passes
 from ows_ds.planner.roofline import Times, times, work
-from ows_ds.planner.step import ADAPTERS, LOW_RANK, SAMPLED, StepSpec
+from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import Messages, messages
 
 logger = logging.getLogger(__name__)
@@ -112,9 +115,12 @@ class Forecast:
 class Replays:
     """What ZeRO-3 gathers in each step, found by replaying DeepSpeed's bookkeeping once for each kind of pass."""
 
-    def __init__(self, config: Any, settings: Mapping[str, Any] | None = None) -> None:
-        """config: transformers'. settings: a DeepSpeed file's ``zero_optimization``."""
-        self.config, given = config, settings or {}
+    def __init__(
+        self, config: Callable[[], Any], settings: Mapping[str, Any] | None = None, outline: Outline | None = None
+    ) -> None:
+        """config: gives transformers'; asked for where ``outline`` does not say enough. settings: a DeepSpeed file's
+        ``zero_optimization``."""
+        self.config, self.outline, given = config, outline, settings or {}
         names = {"bucket": "prefetch_bucket_size", "live": "max_live_parameters", "reuse": "max_reuse_distance"}
         found = {key: given.get(f"stage3_{name}", "auto") for key, name in names.items()}
         self.limits = Limits(**{key: int(float(value)) for key, value in found.items() if value != "auto"})
@@ -142,17 +148,13 @@ class Replays:
             outside = frozenset(part.name for part in spec.outside) & (trained | low_rank)
             kind = (adapter, min(spec.sampled, default=None), outside, spec.checkpointing)
             if kind not in self._traces:
-                model = without_weights(self.config)
-                model = adapt(model) if adapter else model
-                if spec.checkpointing:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                    model.disable_input_require_grads()
-                names = [name for name, p in model.named_parameters() if p.requires_grad] if adapter else trained
-                try:
-                    self._traces[kind] = record(model, names, low_rank)
-                except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
-                    logger.debug("only bounds are known of what ZeRO-3 gathers: %s", first_line(error))
-                    self._traces[kind] = None
+                if self.outline is not None and not adapter:
+                    lowest = min(spec.sampled, default=None)
+                    self._traces[kind] = passes(self.outline, lowest, bool(outside), spec.checkpointing)
+                else:
+                    self._traces[kind] = self._recorded(
+                        spec.checkpointing, adapt if adapter else None, trained, low_rank
+                    )
             trace = self._traces[kind]
             if trace is None:
                 return spec
@@ -160,6 +162,24 @@ class Replays:
             trace = replace(trace, frozen=frozenset(frozen)).in_few_bits(spec.formats, spec.itemsize)
             self._known[key] = replay(trace, self.limits)
         return replace(spec, gathered=self._known[key])
+
+    def _recorded(
+        self, checkpointing: bool, adapt: Callable[[Any], Any] | None, trained: Iterable[str], low_rank: Iterable[str]
+    ) -> Trace | None:
+        """A pass of the model without numbers; None where its code looks at them."""
+        from ows_ds.planner.recording import record
+
+        model = without_weights(self.config())
+        model = adapt(model) if adapt else model
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()
+        names = [name for name, p in model.named_parameters() if p.requires_grad] if adapt else trained
+        try:
+            return record(model, names, low_rank)
+        except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+            logger.debug("only bounds are known of what ZeRO-3 gathers: %s", first_line(error))
+            return None
 
 
 class Planner:
@@ -240,7 +260,7 @@ class Planner:
             moments=recipe.optim.moments,
             master=recipe.optim.master,
         )
-        return spec if self.replays is None else self.replays.complete(spec, functools.partial(methods.adapt, recipe))
+        return spec if self.replays is None else self.replays.complete(spec, functools.partial(_adapted, recipe))
 
     def forecast(self, cluster: Cluster, choice: Choice) -> Forecast:
         """What a step needs under ``choice``, whatever the recipe says of that."""
@@ -274,6 +294,12 @@ class Planner:
         """The most bytes that a GPU needs for such a step, or for a plain one. deviations: as of `layer_set`."""
         spec = self.step(choice, self.layer_set(deviations))
         return max(memory(spec, refresh).peak for refresh in {False, bool(self.refreshes)})
+
+
+def _adapted(recipe: Recipe, model: Any) -> Any:
+    from ows_ds import methods  # and with them torch
+
+    return methods.adapt(recipe, model)
 
 
 def likely_set(probabilities: Sequence[float], deviations: float = 0.0) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
     model on the meta device --forward, backward--> uses of its modules --replay--> entries gathered at every use
 
-`record` runs a model without numbers under hooks that stand where DeepSpeed's do. `replay` then decides, use by use, as
+`ows_ds.planner.recording` runs a model without numbers, under hooks that stand where DeepSpeed's do; of the plainest
+families `ows_ds.planner.passes` knows the uses without that. `replay` then decides, use by use, as
 ``PartitionedParameterCoordinator`` of DeepSpeed 0.19.8 does once it has seen a pass: a module's weights are gathered in
 one message, up to a bucket of later ones is fetched ahead, and a weight goes after its module unless it is used again
 within the reuse distance. A message of several weights is copied out of its buffer, which stays until the last of them
@@ -14,17 +15,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-
-from ows_ds.distributed.formats import Format
-from ows_ds.distributed.frozen import SCALES
+from ows_ds.distributed.packing import SCALES, Packing
 
 Message = tuple[str, ...]  # names of its weights
 
@@ -65,7 +59,7 @@ class Trace:
         """Bytes of all these weights together."""
         return sum(self.numel[name] * (1 if name in self.in_bytes else self.itemsize) for name in names)
 
-    def in_few_bits(self, formats: Mapping[str, Format], itemsize: int) -> Trace:
+    def in_few_bits(self, formats: Mapping[str, Packing], itemsize: int) -> Trace:
         """The same where the weights of ``formats`` are codes and scales. itemsize: bytes of an entry of the others."""
         numel: dict[str, int] = {}
         for name, entries in self.numel.items():
@@ -79,84 +73,6 @@ class Trace:
         frozen = frozenset(one for name in self.frozen for one in both[name])
         in_bytes = frozenset(one for name in formats for one in both[name])
         return replace(self, weights=weights, numel=numel, frozen=frozen, itemsize=itemsize, in_bytes=in_bytes)
-
-
-class _Note(torch.autograd.Function):
-    """The identity, which calls back when a gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, note: Callable[[], None]) -> Tensor:
-        ctx.note = note
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.note()
-        return (*grads, None)
-
-
-def _noted(tree: Any, note: Callable[[], None]) -> Any:
-    """``tree``; ``note`` is called whenever a gradient passes one of its tensors."""
-    return tree_map(lambda one: _Note.apply(one, note) if isinstance(one, Tensor) and one.requires_grad else one, tree)
-
-
-def record(model: nn.Module, trained: Iterable[str], low_rank: Iterable[str] = (), tokens: int = 8) -> Trace:
-    """One pass of a model on the meta device, forward and, where anything trains, backward. Changes ``requires_grad``.
-
-    trained: names of the weights that train, in the model without adapters or in it. low_rank: of those that train by
-    their coordinates.
-    """
-    uses, backward, handles = [Use("reset")], False, list[Any]()
-    names = {id(p): _plain(name) for name, p in model.named_parameters()}
-    wanted = {_plain(name) for name in trained}
-    differentiated = wanted.union(low_rank)
-    for parameter in model.parameters():
-        parameter.requires_grad_(names[id(parameter)] in differentiated)
-
-    def watch(name: str, module: nn.Module) -> None:
-        left = 0  # gradients of inputs that have not come
-
-        def passed() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                uses.append(Use("release", name, False))
-
-        def entered(_: nn.Module, inputs: Any) -> Any:
-            nonlocal left
-            uses.append(Use("fetch", name, True, backward))
-            left = sum(isinstance(one, Tensor) and one.requires_grad for one in tree_leaves(inputs))
-            return _noted(inputs, passed)
-
-        def exited(_: nn.Module, inputs: Any, output: Any) -> Any:
-            uses.append(Use("release", name, True, backward))
-            return _noted(output, lambda: uses.append(Use("fetch", name, False)))
-
-        handles.extend((module.register_forward_pre_hook(entered), module.register_forward_hook(exited)))
-
-    weights = {}
-    for full_name, module in model.named_modules():
-        name = _plain(full_name)
-        weights[name] = tuple(names[id(p)] for p in module.parameters(recurse=False))
-        watch(name, module)
-    if any(p.dim() == 3 for p in model.parameters()):
-        with suppress(ValueError, AttributeError):  # the only one that looks at no numbers
-            cast(Any, model).set_experts_implementation("batched_mm")
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    mask = torch.zeros(1, 1, tokens, tokens, device="meta")  # taken as it is: of a smaller one the values are looked at
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    if logits.requires_grad:
-        backward = True
-        logits.sum().backward()
-    for handle in handles:
-        handle.remove()
-    numel = {names[id(p)]: p.numel() for p in model.parameters()}
-    return Trace((*uses, Use("leftovers")), weights, numel, frozenset(numel) - wanted)
-
-
-def _plain(name: str) -> str:
-    """A name as in the model without adapters."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)

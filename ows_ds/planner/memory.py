@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ows_ds.model.layers import Block, Matrix, Vector
-from ows_ds.optim.compressed import kept_directions
+from ows_ds.model.blocks import Block, Matrix, Vector
 from ows_ds.optim.layout import CHUNK, RefreshPart, group_in_order, pack
-from ows_ds.optim.projection import BLOCK, OVERSAMPLING
+from ows_ds.optim.sizes import IN_FLOAT32, OVERSAMPLING, kept_directions
 from ows_ds.planner.step import (
     ADAPTERS,
     StepSpec,
@@ -296,7 +295,7 @@ def _finder(spec: StepSpec, matrix: Matrix) -> int:
     compresses = spec.refresh == "compressed" and spec.refresh_passes > 1
     width = 4 * (kept_directions(r, matrix.short) if compresses else min(r + OVERSAMPLING, matrix.short)) * run
     long, short = matrix.long * width, matrix.short * width
-    copy = 4 * min(BLOCK, numel(matrix)) if spec.itemsize != 4 else 0
+    copy = 4 * min(IN_FLOAT32, numel(matrix)) if spec.itemsize != 4 else 0
     return max(6 * long + short, copy + long + 2 * short)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from ows_ds import config
 from ows_ds.config import Recipe
-from ows_ds.distributed.launch import suppress_warnings
 from ows_ds.errors import UserError
 from ows_ds.files import atomic_write, can_be_made
+from ows_ds.model.shapes import named
+from ows_ds.optim.sizes import ADAPTERS
 from ows_ds.planner.choices import HOMES
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.forecast import Forecast
@@ -30,7 +31,10 @@ def plan(
     output: folder for a recipe with the cheapest or the fastest choice that fits (choose), its DeepSpeed file, the
     numbers and a plot; nothing in it is written over. Raises UserError for whatever the user can put right.
     """
-    suppress_warnings()
+    if named(recipe.model.path) is None or {recipe.method.name, *others} & {*ADAPTERS}:
+        from ows_ds.distributed.launch import suppress_warnings  # of transformers, which is needed
+
+        suppress_warnings()
     with thinking(f"planning {recipe.model.path}"):
         report = Report(recipe, cluster, others)
         if output is not None:

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ows_ds import config, methods
+from ows_ds import config
 from ows_ds.config import Recipe
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, check_config, read_config
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
-from ows_ds.importance.scores import Scores
 from ows_ds.model.shapes import read_model
+from ows_ds.optim.sizes import check
 from ows_ds.planner.choices import HOMES, Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.fit import Fitted, by_speed, fit
@@ -29,10 +29,10 @@ class Report:
     def __init__(self, recipe: Recipe, cluster: Cluster, others: Sequence[str]) -> None:
         """Raises UserError for what training would refuse."""
         model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
-        methods.check(recipe, model.layers)
+        check(recipe, model.layers)
         self.cluster, self.others = cluster, others
         self.settings = _ds_config(recipe)
-        replays = Replays(model.config, self.settings["zero_optimization"])
+        replays = Replays(lambda: model.config, self.settings["zero_optimization"], model.outline)
         asked = Planner(recipe, model, _ratios(recipe, len(model.layers.layers)), replays)
         self.homes = list(HOMES)[: 1 if cluster.world_size == 1 else 2 if cluster.nodes == 1 else 3]
         self.fitted = self._fit(asked)
@@ -184,6 +184,8 @@ def _ratios(recipe: Recipe, n_layers: int) -> tuple[float, ...] | None:
     path = Path(recipe.sampling.scores or Path(recipe.train.output_dir) / "scores.json")
     if metric is None or (recipe.sampling.scores is None and not os.path.isfile(path)):
         return None
+    from ows_ds.importance.scores import Scores  # and with it torch
+
     scores = Scores.read(path)
     scores.check(scores.model, n_layers)
     return scores.layers if scores.metric == metric else None

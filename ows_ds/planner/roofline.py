@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ows_ds.model.layers import Block
-from ows_ds.optim.projection import OVERSAMPLING, ROUNDS, sketch_width
+from ows_ds.model.blocks import Block
+from ows_ds.optim.sizes import OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
 from ows_ds.planner.memory import state
 from ows_ds.planner.step import StepSpec, activations, entries_of, numel, split

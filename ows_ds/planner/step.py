@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
-
-from ows_ds.distributed.formats import Format
-from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector
+from ows_ds.distributed.packing import Packing
+from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, make_plan, plan_refresh
-from ows_ds.optim.moments import BLOCK
+from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, MOMENT_BLOCK, SAMPLED
 from ows_ds.planner.gathering import Gathered
-
-LOW_RANK = ("ows", "galore")
-SAMPLED = (*LOW_RANK, "lisa", "lisa-d", "badam")
-ADAPTERS = ("lora", "dora")
 
 Part = Matrix | Vector
 
@@ -99,7 +93,7 @@ class StepSpec:
         return [numel(part) for part in self.parts]
 
     @cached_property
-    def formats(self) -> dict[str, Format]:
+    def formats(self) -> dict[str, Packing]:
         """Of the matrices that are in few bits, by name."""
         if self.frozen == "same":
             return {}
@@ -107,10 +101,9 @@ class StepSpec:
         for block in self.plan.blocks:
             trained.update(m.name for m in block.matrices)
             trained.update(v.name for v in block.vectors)
-        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.itemsize]
         matrices = [matrix for block in self.layers.layers for matrix in block.matrices]
         frozen = (matrix for matrix in matrices if matrix.name not in trained)
-        return {m.name: Format(self.frozen, m.shape, dtype, m.inputs_first, m.experts) for m in frozen}
+        return {m.name: Packing(self.frozen, m.shape, m.inputs_first, m.experts) for m in frozen}
 
     def stored(self, part: Part) -> tuple[tuple[int, int], ...]:
         """(entries, bytes of an entry) of each parameter that a weight is stored as."""
@@ -212,7 +205,7 @@ class StepSpec:
     @property
     def moments_of_entry(self) -> float:
         """Bytes of both moments of an entry that trains at full rank."""
-        return 2 * (1 + 4 / BLOCK) if self.moments == "int8" else 2 * self.wide
+        return 2 * (1 + 4 / MOMENT_BLOCK) if self.moments == "int8" else 2 * self.wide
 
     @property
     def master_of_entry(self) -> int:

@@ -28,7 +28,7 @@ from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
 from ows_ds.model import generation
-from ows_ds.model.layers import ModelLayers
+from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
 from ows_ds.optim.hooks import hook_frozen
 from ows_ds.train import preference

@@ -1,4 +1,4 @@
-"""Trackers of accelerate (TensorBoard and others): numbers, the recipe, pictures, answers. Failures never stop a run."""
+"""Trackers of accelerate (TensorBoard and others): numbers, recipe, pictures, answers. Failures never stop a run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Trackers:
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """The numbers of a record of metrics.jsonl, and its samples for the trackers that take text."""
         self._each(lambda tracker: tracker.log(_scalars(record), step=step))
-        columns, rows = ["message", "answer"], record.get("samples")
+        columns, rows = ["message", "answer"], record.get("samples") or []
         for tracker in self.active if rows else ():
             if tracker.name == "tensorboard":
                 self._try(tracker, "text", tracker.log, {"samples": _markdown(columns, rows)}, step=step)

@@ -27,6 +27,7 @@ from ows_ds.model.fingerprint import replica
 from ows_ds.model.loading import processor_files
 from ows_ds.model.pretrained import use_cache
 from ows_ds.optim.ows import OWS
+from ows_ds.optim.sizes import check
 from ows_ds.planner.step import entries, parts_of
 from ows_ds.runs import card
 from ows_ds.train import resume, run_lock
@@ -84,7 +85,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
         everything &= recipe.loss.name not in REFERENCE  # which ask the model that the run began with
         context.model = resume.base_model(opened, context.weights, context.model, recipe.model.path, everything)
     assert context.steps is not None
-    methods.check(recipe, context.layers)
+    check(recipe, context.layers)
     total = recipe.train.steps or max(1, round(recipe.train.epochs * context.steps.steps_per_epoch))
     if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
         right = f"expected at most the number of steps, {total}"

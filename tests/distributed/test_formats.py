@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ows_ds.distributed.formats import BLOCK, LARGEST, NAMES, STORED, Format, Scaled
+from ows_ds.distributed.formats import LARGEST, NAMES, STORED, Format, Scaled
+from ows_ds.distributed.packing import BLOCK
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 ERRORS = {"int8": 0.012, "fp8": 0.04, "nf4": 0.09}  # relative, of normal numbers
@@ -21,7 +22,7 @@ def weight(format: Format) -> torch.Tensor:
 def test_what_comes_back(name: str, dtype: torch.dtype, stack: tuple[int | None, bool]) -> None:
     """Near to what went in, of its dtype; the same codes again; each expert by itself."""
     experts, inputs_first = stack
-    format = Format(name, (40, 27), dtype, inputs_first, experts)
+    format = Format(name, (40, 27), inputs_first, experts, dtype=dtype)
     full = weight(format)
     codes, scales = format.quantise(full)
     assert codes.shape == format.codes_shape
@@ -34,14 +35,14 @@ def test_what_comes_back(name: str, dtype: torch.dtype, stack: tuple[int | None,
     again = format.quantise(found)
     assert torch.equal(again[0], codes)
     for expert in range(experts or 0):
-        alone = Format(name, (40, 27), dtype, inputs_first)
+        alone = Format(name, (40, 27), inputs_first, dtype=dtype)
         assert torch.equal(format.dense(codes, scales, expert), alone.dense(*alone.quantise(full[expert])))
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("inputs_first", [False, True])
 def test_scales_are_of_output_channels(name: str, inputs_first: bool) -> None:
-    format = Format(name, (6, 8), torch.float64, inputs_first)
+    format = Format(name, (6, 8), inputs_first, dtype=torch.float64)
     full = weight(format)
     codes, scales = format.quantise(full)
     of_outputs = full if not inputs_first else full.T
@@ -56,7 +57,7 @@ def test_scales_are_of_output_channels(name: str, inputs_first: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_products_in_fp8(inputs_first: bool, dtype: torch.dtype) -> None:
     """Forward and backward: near to those with what the codes stand for; of zeros zeros, of no tokens none."""
-    format = Format("fp8", (48, 32), dtype, inputs_first, products=True)
+    format = Format("fp8", (48, 32), inputs_first, dtype=dtype, products=True)
     codes, scales = format.quantise(weight(format) * torch.arange(1, 49)[:, None].to(dtype))
     factor, dense = format.factor(codes, scales, dtype), format.dense(codes, scales)
     assert isinstance(factor, Scaled)
@@ -67,13 +68,13 @@ def test_products_in_fp8(inputs_first: bool, dtype: torch.dtype) -> None:
         assert (y - x @ plain).float().norm() < 0.05 * (x @ plain).float().norm()
         assert not one.product(torch.zeros_like(x)).any()
         assert one.product(x[:0]).shape == (0, plain.shape[1])
-    odd = Format("fp8", (40, 24), dtype, inputs_first, products=True)
+    odd = Format("fp8", (40, 24), inputs_first, dtype=dtype, products=True)
     assert isinstance(odd.factor(*odd.quantise(weight(odd)), dtype), torch.Tensor)  # sides the products do not take
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zeros_and_the_largest_stay(name: str) -> None:
-    format = Format(name, (4, BLOCK), torch.float32)
+    format = Format(name, (4, BLOCK), dtype=torch.float32)
     full = torch.zeros(4, BLOCK)
     full[1, 3], full[2, 5] = 7.0, -0.25
     assert torch.allclose(format.dense(*format.quantise(full)), full, rtol=1e-6)
@@ -81,5 +82,5 @@ def test_zeros_and_the_largest_stay(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "share"), [("int8", 0.51), ("fp8", 0.51), ("nf4", 0.29)])
 def test_bytes(name: str, share: float) -> None:
-    format = Format(name, (512, 384), torch.bfloat16)
+    format = Format(name, (512, 384), dtype=torch.bfloat16)
     assert format.nbytes < share * 2 * 512 * 384

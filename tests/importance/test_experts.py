@@ -18,7 +18,8 @@ from ows_ds.importance.experts import ExpertInputs
 from ows_ds.importance.metrics import hill, measure
 from ows_ds.importance.outliers import input_squares, outlier_scores
 from ows_ds.importance.scores import Scores
-from ows_ds.model.layers import Matrix, ModelLayers, find_layers
+from ows_ds.model.blocks import Matrix, ModelLayers
+from ows_ds.model.layers import find_layers
 from ows_ds.model.pretrained import formats
 from tests.importance.test_metrics_ranks import batches
 from tests.importance.test_scores import LENGTHS, padded, sequences

@@ -15,7 +15,8 @@ from ows_ds.errors import UserError
 from ows_ds.importance import metrics
 from ows_ds.importance.metrics import hill, magnitude_and_influence, measure, tail_exponents
 from ows_ds.importance.scores import Scores
-from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
+from ows_ds.model.blocks import Block, Matrix, ModelLayers
+from ows_ds.model.layers import find_layers
 from ows_ds.optim.ows import OWS
 from tests.importance.test_scores import LENGTHS, padded, sequences
 from tests.support.families import FAMILIES, tiny

@@ -21,7 +21,8 @@ from ows_ds.importance import outliers
 from ows_ds.importance.metrics import measure
 from ows_ds.importance.outliers import blocks, outlier_scores
 from ows_ds.importance.scores import Scores
-from ows_ds.model.layers import Block, Matrix, ModelLayers, find_layers
+from ows_ds.model.blocks import Block, Matrix, ModelLayers
+from ows_ds.model.layers import find_layers
 from tests.support.families import FAMILIES, tiny
 
 LENGTHS = [9, 4, 12, 1, 7]

@@ -10,7 +10,8 @@ import transformers as tf
 from torch import nn
 
 from ows_ds.errors import UserError
-from ows_ds.model.layers import Matrix, ModelLayers, Vector, find_layers
+from ows_ds.model.blocks import Matrix, ModelLayers, Vector
+from ows_ds.model.layers import find_layers
 from tests.support.families import FAMILIES, MIXED, tiny
 
 # hidden 32, inner 48, 4 heads of 8 of which 2 are key and value heads, 64 tokens

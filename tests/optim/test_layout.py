@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ows_ds.model.layers import Block, Matrix, Vector
+from ows_ds.model.blocks import Block, Matrix, Vector
 from ows_ds.optim.layout import lay_out, make_plan, pack, plan_refresh
 
 

@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ows_ds.model.layers import Matrix, find_layers
+from ows_ds.model.blocks import Matrix
+from ows_ds.model.layers import find_layers
 from ows_ds.optim.hooks import LowRankHook
 from ows_ds.optim.low_rank import Coordinates, FrozenLinear, make_coordinates
 from ows_ds.optim.products import EVERY

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.weights import Replicated, load_weights, weight_shards
 from ows_ds.optim.full_rank import FullRank, Lean, adam_steps, load_states, state_shards
-from ows_ds.optim.moments import BLOCK, Moment8
+from ows_ds.optim.moments import Moment8
 from ows_ds.optim.ows import OWS
+from ows_ds.optim.sizes import MOMENT_BLOCK
 from ows_ds.optim.update import AdamWSettings
 from tests.support.families import tiny
 from tests.support.pool import Pools
@@ -24,16 +25,16 @@ LEAN = Lean("int8", False)
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_moments_come_back(signed: bool) -> None:
-    values = torch.randn(3 * BLOCK + 7, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(3 * MOMENT_BLOCK + 7, generator=torch.Generator().manual_seed(0))
     values = values if signed else values.square()
     moment = Moment8.zeros(len(values), signed, torch.device("cpu"))
     assert not moment.read(slice(0, len(values))).any()
     moment.write(slice(0, len(values)), values)
     found = moment.read(slice(0, len(values)))
     assert (found - values).norm() < 0.02 * values.norm()
-    moment.write(slice(2 * BLOCK, len(values)), torch.zeros(BLOCK + 7))
-    assert torch.equal(moment.read(slice(0, 2 * BLOCK)), found[: 2 * BLOCK])
-    assert not moment.read(slice(2 * BLOCK, len(values))).any()
+    moment.write(slice(2 * MOMENT_BLOCK, len(values)), torch.zeros(MOMENT_BLOCK + 7))
+    assert torch.equal(moment.read(slice(0, 2 * MOMENT_BLOCK)), found[: 2 * MOMENT_BLOCK])
+    assert not moment.read(slice(2 * MOMENT_BLOCK, len(values))).any()
 
 
 def model(dtype: torch.dtype) -> nn.Module:

@@ -14,9 +14,9 @@ from ows_ds.optim.projection import (
     low_rank_gradient,
     orthonormal,
     rotation,
-    sketch_width,
     start_basis,
 )
+from ows_ds.optim.sizes import sketch_width
 
 SHAPES = [(40, 24), (24, 40), (30, 30)]
 RANK = 6

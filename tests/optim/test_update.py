@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import Replicated
-from ows_ds.model.layers import Block, Matrix, Vector
+from ows_ds.model.blocks import Block, Matrix, Vector
 from ows_ds.optim.full_rank import FullRank, adam_steps
 from ows_ds.optim.layout import Plan, make_plan
 from ows_ds.optim.update import AdamWSettings, CoordinateBuffer

@@ -17,8 +17,9 @@ from ows_ds.planner.choices import Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import read_cluster
 from ows_ds.planner.fit import require
 from ows_ds.planner.forecast import DEVIATIONS, Forecast, Planner, Replays, ranked
-from ows_ds.planner.gathering import Limits, record, replay
+from ows_ds.planner.gathering import Limits, replay
 from ows_ds.planner.memory import memory
+from ows_ds.planner.recording import record
 from ows_ds.planner.step import StepSpec, entries, numel, parts_of
 from ows_ds.planner.traffic import gathers
 from tests.support.families import FAMILIES, tiny
@@ -32,7 +33,7 @@ def recipe(path: str = "llama2-7b", **sections: Any) -> Recipe:
     return config.from_dict(tree)
 
 
-replays = functools.cache(lambda path: Replays(read(path).config))
+replays = functools.cache(lambda path: Replays(lambda: read(path).config))
 
 
 def planner(recipe_: Recipe, path: str = "llama2-7b", **more: Any) -> Planner:
@@ -130,7 +131,7 @@ def test_every_family_can_be_replayed(family: str) -> None:
     from ows_ds.model.layers import find_layers
 
     spec = StepSpec(find_layers(model), layer_set=(1,), rank=5, world_size=2, sharded=True, always_on="none")
-    whole = Replays(model.config).complete(spec, lambda plain: plain)
+    whole = Replays(lambda: model.config).complete(spec, lambda plain: plain)
     least, most = gathers(spec)
     assert whole.gathered is not None
     assert least <= whole.gathered.shares(2, 1) <= most

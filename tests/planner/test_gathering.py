@@ -56,7 +56,7 @@ def courses(
     ows = OWS(weights, RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches)
     spec = StepSpec(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
                     checkpointing=checkpointing, world_size=world_size, sharded=True, frozen=frozen)  # fmt: skip
-    spec = Replays(model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
+    spec = Replays(lambda: model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
     assert spec.gathered is not None
     coordinator, course = weights._gathers._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
     fetch, parameters = coordinator.fetch_sub_module, list(weights.module.parameters())

@@ -17,7 +17,8 @@ from ows_ds import config, methods
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.frozen import resting
 from ows_ds.distributed.weights import Replicated
-from ows_ds.model.layers import Block, Matrix, ModelLayers, Vector, find_layers
+from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
+from ows_ds.model.layers import find_layers
 from ows_ds.model.loading import Unsharded
 from ows_ds.model.pretrained import formats, let_freeze
 from ows_ds.optim.hooks import hook_frozen

@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def one(model: Any, method: str, home: str, cluster: Cluster, world_size: int = 16) -> Any:
     asked = recipe(data={"max_length": 16}, optim={"rank": 4}, sampling={"gamma": 1}, train={"global_batch_size": 4})
-    planner = Planner(asked, model, replays=Replays(model.config)).under(method)
+    planner = Planner(asked, model, replays=Replays(lambda: model.config)).under(method)
     return planner.scaled(cluster, world_size, home)
 
 
