@@ -27,6 +27,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import yaml
 
@@ -34,17 +35,19 @@ from ows_ds import config, files, methods, tables
 from ows_ds.bench import answers, report, study
 from ows_ds.bench.study import Run, Study
 from ows_ds.config import Data, Recipe, accumulation, changed, sources
+from ows_ds.config.loss import REFERENCE
 from ows_ds.data.rows import load_rows
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime, start
 from ows_ds.errors import UserError
 from ows_ds.files import write_text
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
+from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.pretrained import free_memory, load_model, load_tokenizer
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.forecast import Planner
-from ows_ds.train import trainer
-from ows_ds.train.context import mean_loss
+from ows_ds.train import preference, trainer
+from ows_ds.train.context import RunContext, evaluate, to_measure
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +166,20 @@ class _Work:
     def __init__(self, plan: Study, output: Path, runtime: Runtime, command: str) -> None:
         self.plan, self.output, self.runtime, self.command = plan, output, runtime, command
         self.comm, self.main = runtime.comm, runtime.comm.rank == 0
+        self._known: numpy.ndarray | None = None
 
     def _results(self) -> dict[Run, dict[str, Any]]:
         """What `_measure_run` has recorded of every complete run."""
         files = {run: self.output / run.folder / "result.json" for run in study.all_runs(self.plan)}
         return {run: json.loads(file.read_text()) for run, file in files.items() if file.exists()}
 
+    def _recipes(self) -> list[Recipe]:
+        """Of the runs that choose the learning rates."""
+        return [study.recipe_of(self.plan, run, self.output) for run in study.grid(self.plan)]
+
     def begin(self, kept: Mapping[str, Any] | None = None) -> None:
         """Take ``output`` for this study, with the numbers ``kept`` of one; measure the model before training."""
-        recipes = [study.recipe_of(self.plan, run, self.output) for run in study.grid(self.plan)]
+        recipes = self._recipes()
         for recipe in recipes:
             accumulation(recipe, self.comm.world_size)
         with fail_together(self.comm):
@@ -277,20 +285,36 @@ class _Work:
         planner = Planner(recipe, read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code))
         return planner.peak(planner.choice(self.comm.world_size))
 
-    def _measure(self, recipe: Recipe) -> dict[str, Any]:
-        """Loss and answers of ``model.path`` on test."""
-        accuracy, data = self.plan.accuracy, self.plan.test_data(recipe.data)
+    def _context(self, recipe: Recipe) -> RunContext:
+        """``model.path``, with its real weights, and the rows of test."""
+        data = self.plan.test_data(recipe.data)
         real = {"train.gradient_checkpointing": False, "model.frozen": "same"}
         recipe = changed(recipe.model_copy(update={"data": data}), real)
-        weights, layers = load_model(recipe, self.runtime)
-        tokenizer = load_tokenizer(recipe)
-        loss = mean_loss(recipe, self.runtime, weights, layers, tokenizer, self.plan.test, "test")
+        model, tokenizer = load_model(recipe, self.runtime), load_tokenizer(recipe)
+        return to_measure(recipe, self.runtime, *model, tokenizer, self.plan.test, "test")
+
+    def _reference(self) -> numpy.ndarray | None:
+        """What the model before training says of the rows of test, for a loss that compares with it."""
+        if self._known is None and (recipe := self._recipes()[0]).loss.name in REFERENCE:
+            before = self._context(recipe)
+            self._known = preference.reference(before, before.held_out, fingerprint(before.weights))
+            del before
+            free_memory()
+        return self._known
+
+    def _measure(self, recipe: Recipe) -> dict[str, Any]:
+        """Loss and answers of ``model.path`` on test."""
+        accuracy, reference = self.plan.accuracy, self._reference()
+        context = self._context(recipe)
+        context.held_out.reference = reference
+        data, weights, tokenizer = context.recipe.data, context.weights, context.tokenizer
+        loss = evaluate(context)["eval_loss"]
         found: dict[str, Any] = {"loss": loss if math.isfinite(loss) else None, "right": None, "rows": None}
         if accuracy is not None:
             rows = load_rows(self.plan.test, data.format, "test", data.eval_subset, data.eval_split, data.on_bad_row)
             rows = rows[: accuracy.rows]
             found |= {"rows": len(rows), "right": answers.count_right(weights, tokenizer, rows, data, accuracy)}
-        del weights, layers
+        del weights, context
         free_memory()
         return found
 

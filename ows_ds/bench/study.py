@@ -22,7 +22,7 @@ from ows_ds.errors import UserError, raise_all
 
 # What all variants share, or the study itself sets.
 FIXED = (
-    *(key for key in config.recipe_keys() if key.startswith("data.")),
+    *(key for key in config.recipe_keys() if key.startswith(("data.", "loss."))),
     "model.path", "model.revision", "train.steps", "train.epochs", "train.global_batch_size", "train.seed",
     "sampling.seed", "train.output_dir", "train.resume", "train.save_total_limit",
 )  # fmt: skip
@@ -180,6 +180,9 @@ def from_dict(tree: Mapping[str, Any]) -> Study:
     tree, recipe = _base(file.recipe)
     given = (tree.get("optim") or {}).get("lr", "auto")
     lrs = tuple(sorted(file.lrs)) if file.lrs else () if given == "auto" else (float(recipe.optim.lr),)
+    if recipe.loss.rows and file.accuracy is not None:
+        right = f"leave it out under loss.name {recipe.loss.name}: its rows compare answers, and have no right one"
+        raise UserError("accuracy", file.accuracy.model_dump(), right)
     variants, wrong = {}, []
     for name, settings in file.variants.items():
         try:
@@ -195,8 +198,6 @@ def _base(given: str | dict[str, Any]) -> tuple[dict[str, Any], Recipe]:
     """The base recipe: of a file, or as it stands in the study; as a tree, and read."""
     tree = _plain("recipe", files.read_yaml(given, "recipe") if isinstance(given, str) else given)
     recipe = config.from_dict(_merged(tree, {"train.output_dir": "."}))
-    if recipe.loss.rows:
-        raise UserError("recipe: loss.name", recipe.loss.name, "expected sft: a study measures losses of examples")
     if recipe.sampling.seed is not None:
         raise UserError("recipe: sampling.seed", recipe.sampling.seed, "leave it out: the study's seeds set it")
     return tree, recipe

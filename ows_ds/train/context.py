@@ -271,22 +271,17 @@ def evaluate(context: RunContext) -> dict[str, float]:
     return found | {"eval_reward_accuracy": rights / counted} if compares else found
 
 
-def mean_loss(
+def to_measure(
     recipe: Recipe, runtime: Runtime, weights: Weights, layers: ModelLayers, tokenizer: Any, path: str, key: str
-) -> float:
-    """Mean cross entropy of the trained tokens of the rows in ``path`` under ``weights``. Collective.
+) -> RunContext:
+    """For `evaluate` of the rows in ``path`` under ``weights``, given as data.eval is. Collective.
 
     Raises UserError naming ``key`` for rows that cannot be read or encoded.
     """
     data = recipe.data
+    source = Source(path=path, subset=data.eval_subset, split=data.eval_split, format=data.format)
     with fail_together(runtime.comm):
-        rows = _encode(
-            recipe,
-            tokenizer,
-            [Source(path=path, subset=data.eval_subset, split=data.eval_split, format=data.format)],
-            key,
-            runtime,
-        )
+        rows = _encode(recipe, tokenizer, [source], key, runtime)
     context = RunContext(recipe, runtime, weights, layers, tokenizer, Sequences([]), rows)
     _check_rows(context)
-    return evaluate(context)["eval_loss"]
+    return context

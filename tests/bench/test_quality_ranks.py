@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,6 +19,7 @@ from ows_ds.errors import UserError
 from ows_ds.train import log
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
+from tests.train.test_preference import PAIRS
 
 pytest.importorskip("scipy")
 pytest.importorskip("reasoning_gym")
@@ -212,6 +214,35 @@ def test_rows_are_checked_before_anything_is_written(
     for answer in pools(2).run(run, plan, tmp_path / "out"):
         assert right in answer
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_losses_that_compare_answers(pools: Pools, inputs: Path, tmp_path: Path, name: str) -> None:
+    """The loss on test is that of an evaluation of the same rows; resumed, it is compared with the same reference."""
+    rows = {"eval": PAIRS, "test": [{**row, "again": True} for row in PAIRS]}
+    rows["train"] = [{**row, "prompt": f"{i} {row['prompt']}"} for i, row in enumerate(PAIRS * 2)]
+    for key, some in rows.items():
+        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    tree = config.to_dict(recipe(inputs, tmp_path, steps=2, save_steps=None, micro_batch_size=2, global_batch_size=4))
+    files_of = {key: str(tmp_path / f"{key}.jsonl") for key in ("train", "eval")}
+    tree["data"] |= {**files_of, "format": "auto", "cache": str(tmp_path / "cache")}
+    tree |= {"loss": {"name": name}, "log": {"trackers": []}}
+    tree["model"]["dtype"] = "float32"
+    tree["optim"]["lr"] = 1e-2
+    given = {"recipe": tree, "test": str(tmp_path / "test.jsonl"), "variants": {"ows": {}}, "seeds": [0]}
+    for seeds in ([0], [0, 1]):
+        plan = study.from_dict({**given, "seeds": seeds, "baseline": None})
+        result = pools(2).run(run, plan, tmp_path / "out")[0]
+        shutil.rmtree(tmp_path / "cache")
+    if name == "dpo":
+        assert result["before"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for seed, loss in enumerate(result["variants"]["ows"]["loss"]["values"]):
+        [folder] = (tmp_path / "out" / "runs").glob(f"ows/*-seed-{seed}")
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert loss == pytest.approx(last["eval_loss"], rel=1e-5)
+        assert loss != pytest.approx(result["before"]["loss"], rel=1e-3)
+    with pytest.raises(UserError, match=f"^accuracy: .* leave it out under loss.name {name}"):
+        study.from_dict({**given, "accuracy": {}})
 
 
 def test_a_mistake_that_only_the_model_shows_names_the_variant(pools: Pools, inputs: Path, tmp_path: Path) -> None:
