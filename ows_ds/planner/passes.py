@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ows_ds.compat.checkpointing import enters_layer_again
 from ows_ds.model.outline import EMBEDDING, FINAL, HEAD, STACK, Outline
 from ows_ds.planner.gathering import Trace, Use
 
@@ -42,13 +43,13 @@ def _layer(outline: Outline, index: int, passing: bool, checkpointing: bool) -> 
     unseen = {f"{layer}.self_attn", *(() if passing else (layer, first))}
     *_, end = (place for place, (name, entered) in enumerate(forward) if entered and name in outline.modules
                and outline.modules[name])  # fmt: skip
-    again = checkpointing
+    again, start = checkpointing, 0 if enters_layer_again() else 1
     for use in _backward(forward):
         if use.kind == "release" and use.module in unseen:
             continue
         yield use
         if again and use.module == forward[end][0]:  # its tensors are wanted: the layer runs again, as far as here
-            yield from (_use(name, entered, True) for name, entered in forward[1 : end + 1])
+            yield from (_use(name, entered, True) for name, entered in forward[start : end + 1])
             again = False
 
 
