@@ -126,8 +126,9 @@ class OptimCore(Settings):
     """The weights that choose experts: frozen, or trained with their layer."""
     update_proj_gap: Count = 200
     """Active steps of a layer between two projectors (T_p)."""
-    scale: Positive = 1.0
-    """Factor on the projected update."""
+    scale: Annotated[Positive | Literal["auto"], Expected("a number above 0, or auto")] = 1.0
+    """Factor on the projected update of a matrix; auto: sqrt(shorter side / rank), with which a step is about as long
+    as one at full rank, so that a learning rate serves any rank."""
     projector: Literal["randomized", "svd"] = "randomized"
     """How the top singular vectors are found: randomized range finder, or exact svd."""
     refresh: Annotated[Literal["full", "compressed", "sketch"], Planned()] = "full"
@@ -207,8 +208,10 @@ class OWSConfig(SamplingCore, OptimCore):
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, tree: Any) -> Any:
-        """Nothing is planned here: ``auto`` is the default."""
-        return {k: v for k, v in tree.items() if v != "auto"} if isinstance(tree, Mapping) else tree
+        """Nothing is planned here: ``auto`` is the default of what may be planned, and of the learning rate."""
+        if not isinstance(tree, Mapping):
+            return tree
+        return {k: v for k, v in tree.items() if v != "auto" or k == "scale"}  # which has an auto of its own
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()

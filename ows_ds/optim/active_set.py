@@ -74,7 +74,8 @@ class ActiveSet:
         self.steps = 0  # optimizer steps so far, which stochastic rounding depends on
         self._vector_hooks: dict[str, RemovableHandle] = {}
         nothing = make_plan((), self.r, weights.comm.world_size)
-        self.buffer = CoordinateBuffer(nothing, weights.comm, self.dtype, self.weight_dtype, weights.device)
+        kind = (self.dtype, self.weight_dtype, weights.device, config.scale)
+        self.buffer = CoordinateBuffer(nothing, weights.comm, *kind)
         self.full = FullRank(weights, self.dtype, Lean(config.moments, config.master == "float32", config.seed))
         if config.always_on == "full":
             self._enter_full_rank(self.layers.embeddings)

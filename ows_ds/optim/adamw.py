@@ -115,7 +115,7 @@ class BlockAdamW(Method):
         """AdamW's step with the gradients that the backward passes have brought; the next group enters. Collective."""
         group = self.param_groups[0]
         self._round_lr = self.lr
-        settings = AdamWSettings(self._round_lr, group["betas"], group["eps"], group["weight_decay"], 1.0)
+        settings = AdamWSettings(self._round_lr, group["betas"], group["eps"], group["weight_decay"])
         if isinstance(self.weights, Zero3AdamW):
             self.grad_norm = self.weights.step(settings.full_rank(), settings.vectors())
             taken = self._accept(self.grad_norm)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,9 +24,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rows = tuple[int, int]
+Scale = float | Literal["auto"]
+"""Factor on projected updates (``optim.scale``); auto: see `scale_of`."""
 
 COLUMNS = 128  # of a block's coordinates where they hold vectors only
 CHUNK = 1 << 24  # entries that are handled at once: logits (see `ows_ds.train.loss`), weights that Adam steps on
+
+
+def scale_of(matrix: Matrix, r: int, scale: Scale) -> float:
+    """The factor on a matrix's projected update, in a block of low rank r; of a stack, on each of its matrices.
+
+    auto: sqrt(short / low rank). A step of Adam moves every entry by about lr, so that one inside a subspace has
+    sqrt(low rank / short) of the Frobenius norm of a full one.
+    """
+    return math.sqrt(matrix.short / matrix.low_rank(r)) if scale == "auto" else scale
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a layout whose steps AdamW takes alike. kind: "matrices" or "vectors"; scale: see `scale_of`."""
+
+    kind: str
+    scale: float
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -34,8 +54,8 @@ class Layout:
     """Where the coordinates of one block lie. Build it with `lay_out`.
 
     r: the low rank, the number of columns. slots: name -> rows of each matrix's coordinates and vector's entries.
-    shapes: name -> of what is in these rows. segments: rows of each kind, "matrices" and "vectors", in this order; Adam
-    treats one as one tensor (they share their number of steps). rows: padded to a multiple of ``world_size``.
+    shapes: name -> of what is in these rows. segments: rows of each kind, "matrices" and "vectors", in this order: they
+    share the number of Adam's steps. rows: padded to a multiple of ``world_size``.
     """
 
     block: Block
@@ -59,6 +79,17 @@ class Layout:
     def part(self, rank: int) -> Rows:
         """Rows of ``rank``."""
         return rank * self.stride, (rank + 1) * self.stride
+
+    def runs(self, scale: Scale) -> tuple[Run, ...]:
+        """All rows but the padding, in order: runs of neighbours of one kind and one factor."""
+        scales = {matrix.name: scale_of(matrix, self.r, scale) for matrix in self.block.matrices}
+        found: list[Run] = []
+        for name, rows in self.slots.items():
+            run = Run("matrices" if name in scales else "vectors", scales.get(name, 1.0), rows)
+            if found and (found[-1].kind, found[-1].scale) == (run.kind, run.scale):
+                run = replace(run, rows=(found.pop().rows[0], rows[1]))
+            found.append(run)
+        return tuple(found)
 
     def local(self, rows: Rows, rank: int) -> slice | None:
         """Which of ``rank``'s rows, counted from its first, are among ``rows``; None if none are."""

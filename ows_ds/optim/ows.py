@@ -95,7 +95,7 @@ class OWS(OWSState):
         self.layers: ModelLayers = self.draws.layers
         self.active = ActiveSet(self.weights, self.layers, config)
         self._norms = GradientNorms(self.active) if config.adaptive else None
-        defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "scale")}
+        defaults = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay")}
         super().__init__([{"params": list(self.weights.parameters().values())}], defaults)
         self.refresh: Refresh = (Sketches if config.refresh == "sketch" else FullGradients)(self.active, config)
         self.steps = self.skipped = self._micro = 0
@@ -287,7 +287,7 @@ class OWS(OWSState):
         grads, norm, group = self._reduced, self.grad_norm, self.param_groups[0]
         assert grads is not None
         assert norm is not None
-        settings = AdamWSettings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay", "scale")))
+        settings = AdamWSettings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
         clip = clip_factor(norm, self.config.max_grad_norm)
         if self._norms is not None and self._squares is not None:
             self._norms.add(self._squares[1:])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.model.blocks import Block, Matrix
 from ows_ds.model.layers import find_layers
+from ows_ds.optim.layout import Scale, scale_of
 from ows_ds.optim.projection import (
     find_projector,
     leading,
@@ -62,7 +63,7 @@ class Reference:
     expert_rank: int | None = None
     router: str = "freeze"
     update_proj_gap: int = 200
-    scale: float = 1.0
+    scale: Scale = 1.0
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -171,10 +172,11 @@ class Reference:
             if name in self.matrices:
                 weight.mul_(1 - self.lr * self.weight_decay)
             if low_rank:
-                q = self.state[name].projector
+                q, matrix = self.state[name].projector, self.matrices[name]
                 assert q is not None
-                full = direction @ q.mT if self.matrices[name].tall else q @ direction.mT
-                weight.sub_(full, alpha=self.lr * self.scale)
+                assert self.rank is not None
+                full = direction @ q.mT if matrix.tall else q @ direction.mT
+                weight.sub_(full, alpha=self.lr * scale_of(matrix, self.rank, self.scale))
             else:
                 weight.sub_(direction, alpha=self.lr)
 

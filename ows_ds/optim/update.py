@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ows_ds.compat.torch import zero_all
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import ReadShard, Shard
-from ows_ds.optim.layout import Layout, Plan, group_in_order
+from ows_ds.optim.layout import Layout, Plan, Run, Scale, group_in_order
 
 STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
 
@@ -43,18 +43,17 @@ def clip_factor(norm: Tensor, largest: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """AdamW's numbers in one step; lr is the scheduled learning rate, scale multiplies low-rank updates only."""
+    """AdamW's numbers in one step; lr is the scheduled learning rate."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    scale: float
 
-    def matrices(self) -> dict[str, Any]:
+    def matrices(self, scale: float) -> dict[str, Any]:
         """For coordinates: lr * scale on the update; the decay is lr * weight_decay, as for whole weights."""
-        decay = self.weight_decay / self.scale if self.scale else 0.0
-        return {"lr": self.lr * self.scale, "betas": self.betas, "eps": self.eps, "weight_decay": decay}
+        decay = self.weight_decay / scale
+        return {"lr": self.lr * scale, "betas": self.betas, "eps": self.eps, "weight_decay": decay}
 
     def vectors(self) -> dict[str, Any]:
         """For biases and norms: not decayed, as usual."""
@@ -71,11 +70,18 @@ class BlockBuffer:
     values: (rows, r), of the weights' dtype, the same on every rank. grads: (rows, r), float32 (float64 where the
     weights are float64): this rank's sums. Of this rank's rows only, (stride, r), of the gradients' dtype:
     master, what AdamW works on; reduced_grads, the gradients' sums over ranks; exp_avg, exp_avg_sq. Master lies in
-    ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one.
+    ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one. parameters: masters of
+    each run of rows (`Layout.runs`) that has some here.
     """
 
     def __init__(
-        self, layout: Layout, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+        self,
+        layout: Layout,
+        comm: Communicator,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        scale: Scale,
     ) -> None:
         self.layout, self.comm = layout, comm
         self.values = torch.zeros(layout.rows, layout.r, dtype=weight_dtype, device=device)
@@ -84,18 +90,18 @@ class BlockBuffer:
         self.master = own if weight_dtype == dtype else own.to(dtype)
         self.reduced_grads = self.grads if comm.world_size == 1 else torch.zeros_like(self.master)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        # AdamW counts on the CPU
-        self.steps = {kind: torch.zeros((), dtype=torch.float32) for kind in layout.segments}
-        local = {kind: layout.local(rows, comm.rank) for kind, rows in layout.segments.items()}
-        self._local = {kind: rows for kind, rows in local.items() if rows is not None}
-        self.parameters = {kind: nn.Parameter(self.master[rows]) for kind, rows in self._local.items()}
+        # AdamW counts on the CPU, each parameter for itself; a kind's counts are the same
+        self.steps = {run: torch.zeros((), dtype=torch.float32) for run in layout.runs(scale)}
+        local = {run: layout.local(run.rows, comm.rank) for run in self.steps}
+        self._local = {run: rows for run, rows in local.items() if rows is not None}
+        self.parameters = {run: nn.Parameter(self.master[rows]) for run, rows in self._local.items()}
         self.awaited: set[str] = set()
         self._pending: Pending | None = None
 
-    def state(self, kind: str) -> dict[str, Tensor]:
+    def state(self, run: Run) -> dict[str, Tensor]:
         """AdamW's state of `parameters`'s entry, in the memory of this object's tensors."""
-        rows = self._local[kind]
-        return {"step": self.steps[kind], "exp_avg": self.exp_avg[rows], "exp_avg_sq": self.exp_avg_sq[rows]}
+        rows = self._local[run]
+        return {"step": self.steps[run], "exp_avg": self.exp_avg[rows], "exp_avg_sq": self.exp_avg_sq[rows]}
 
     @property
     def reducing(self) -> bool:
@@ -111,8 +117,8 @@ class BlockBuffer:
         assert self._pending is not None
         self._pending.wait()
         self._pending = None
-        for kind, parameter in self.parameters.items():
-            parameter.grad = self.reduced_grads[self._local[kind]]
+        for run, parameter in self.parameters.items():
+            parameter.grad = self.reduced_grads[self._local[run]]
         return self.reduced_grads
 
     def start_publish(self) -> Pending:
@@ -151,11 +157,18 @@ class CoordinateBuffer:
     """The coordinates of all blocks of a plan, which may change between steps, and one AdamW over them."""
 
     def __init__(
-        self, plan: Plan, comm: Communicator, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+        self,
+        plan: Plan,
+        comm: Communicator,
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        scale: Scale = 1.0,
     ) -> None:
-        """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass."""
+        """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass. scale: on
+        updates of matrices."""
         self.comm = comm
-        self._kind = (dtype, weight_dtype, device)
+        self._kind = (dtype, weight_dtype, device, scale)
         self.blocks: dict[str, BlockBuffer] = {}
         self._queue: list[BlockBuffer] = []  # awaited, in the order of their reductions
         self._order: list[BlockBuffer] = []  # of all reductions of a step
@@ -174,15 +187,18 @@ class CoordinateBuffer:
         self._queue, self._order = [], list(self.blocks.values())
         self._block_of = {name: block for block in self.blocks.values() for name in block.layout.slots}
         groups: list[dict[str, Any]] = []
-        for kind in ("matrices", "vectors"):
-            parameters = iter([block.parameters[kind] for block in self.blocks.values() if kind in block.parameters])
-            sizes = [block.parameters[kind].numel() for block in self.blocks.values() if kind in block.parameters]
+        alike: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for run, parameter in ((run, p) for block in self.blocks.values() for run, p in block.parameters.items()):
+            alike.setdefault((run.kind, run.scale), []).append(parameter)
+        for (kind, scale), some in alike.items():
+            parameters = iter(some)
             # AdamW's temporaries are as large as what it works on at once, a group
-            groups += [{"params": list(islice(parameters, len(some))), "kind": kind} for some in group_in_order(sizes)]
+            for sizes in group_in_order([parameter.numel() for parameter in some]):
+                groups.append({"params": list(islice(parameters, len(sizes))), "kind": kind, "scale": scale})
         self._adamw: torch.optim.AdamW | None = None
         if groups:
             self._adamw = torch.optim.AdamW(groups)
-            states = ((p, block.state(kind)) for block in self.blocks.values() for kind, p in block.parameters.items())
+            states = ((p, block.state(run)) for block in self.blocks.values() for run, p in block.parameters.items())
             self._adamw.state.update(states)
 
     def block(self, name: str) -> BlockBuffer:
@@ -234,12 +250,13 @@ class CoordinateBuffer:
         """One AdamW step on this rank's rows with what `reduce` gave, then all rows on every rank. Collective."""
         if self._adamw is not None:
             for group in self._adamw.param_groups:
-                group.update(settings.matrices() if group["kind"] == "matrices" else settings.vectors())
+                matrices = group["kind"] == "matrices"
+                group.update(settings.matrices(group["scale"]) if matrices else settings.vectors())
             self._adamw.step()
             self._adamw.zero_grad()
         for block in self.blocks.values():
-            for kind in block.steps.keys() - block.parameters.keys():
-                block.steps[kind] += 1
+            for run in block.steps.keys() - block.parameters.keys():
+                block.steps[run] += 1
         self.publish()
 
     def publish(self) -> None:
@@ -257,12 +274,14 @@ class CoordinateBuffer:
     @property
     def steps(self) -> dict[tuple[str, str], float]:
         """Adam's step counts, by block and kind."""
-        return {(n, kind): float(count) for n, block in self.blocks.items() for kind, count in block.steps.items()}
+        return {(n, run.kind): float(count) for n, block in self.blocks.items() for run, count in block.steps.items()}
 
     def set_steps(self, steps: Mapping[tuple[str, str], float]) -> None:
         """Set Adam's step counts of the named ones."""
         for (name, kind), count in steps.items():
-            self.blocks[name].steps[kind].fill_(count)
+            for run, steps_of in self.blocks[name].steps.items():
+                if run.kind == kind:
+                    steps_of.fill_(count)
 
     def shards(self) -> Iterator[Shard]:
         """This rank's rows of what a checkpoint holds, padding left out."""

@@ -259,6 +259,7 @@ class Planner:
             frozen=recipe.model.frozen,
             moments=recipe.optim.moments,
             master=recipe.optim.master,
+            scale=recipe.optim.scale,
         )
         return spec if self.replays is None else self.replays.complete(spec, functools.partial(_adapted, recipe))
 

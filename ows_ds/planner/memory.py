@@ -8,7 +8,7 @@ other layers are read in the same way by the shapes of their matrices.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -326,11 +326,13 @@ def _update(spec: StepSpec) -> int:
     """Bytes of the roots of the second moments, of all that Adam works on at once or of one tensor after the other; and
     of the float32 gradients of weights that train at full rank.
     """
-    found = [0]
-    for kind in ("matrices", "vectors"):
-        local = [layout.local(layout.segments.get(kind, (0, 0)), 0) for layout in spec.plan.layouts]
-        sizes = [(rows.stop - rows.start) * spec.plan.r for rows in local if rows is not None]
-        found += [_roots(spec, some) for some in group_in_order(sizes)]
+    found, alike = [0], defaultdict[tuple[str, float], list[int]](list)
+    for layout in spec.plan.layouts:
+        for one in layout.runs(spec.scale):
+            if (rows := layout.local(one.rows, 0)) is not None:
+                alike[one.kind, one.scale].append((rows.stop - rows.start) * spec.plan.r)
+    for own in alike.values():
+        found += [_roots(spec, some) for some in group_in_order(own)]
     shares = {name: spec.share(size) for name, size in spec.full_rank.items()}
     parts = [*spec.layers.final, *(part for block in spec.layers.layers for part in block.vectors)]
     vectors = {part.name for part in parts if isinstance(part, Vector)}

@@ -14,7 +14,7 @@ from typing import Literal
 
 from ows_ds.distributed.packing import Packing
 from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
-from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, make_plan, plan_refresh
+from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, Scale, make_plan, plan_refresh
 from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, MOMENT_BLOCK, SAMPLED
 from ows_ds.planner.gathering import Gathered
 
@@ -51,6 +51,7 @@ class StepSpec:
     frozen: str = "same"  # format of frozen matrices of layers
     moments: str = "float32"  # of weights that train at full rank
     master: str = "float32"
+    scale: Scale = 1.0
 
     @property
     def wide(self) -> int:

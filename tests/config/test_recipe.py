@@ -94,6 +94,8 @@ def test_the_optimizer_has_the_recipes_settings() -> None:
             assert key is not None
             assert (field.default, field.description) == (keys[key].default, keys[key].description)
     assert OWSConfig(rank=None, betas=(0.8, 0.9)).rank is None
+    automatic = OWSConfig(**dict.fromkeys(("scale", "refresh", "lr"), "auto"))
+    assert (automatic.scale, automatic.refresh, automatic.lr) == ("auto", "full", 3e-4)
     with pytest.raises(UserError) as caught:
         config.parse(OWSConfig, {"rank": None, "always_on": "low_rank", "gamma": 1.5, "scheme": "fixed", "lr": "x"})
     assert [error.key for error in caught.value.errors] == ["lr", "gamma", "always_on"]
@@ -187,6 +189,8 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("optim.rank", 2**31, "expected a number of at most 2.14748e+09"),
         ("optim.lr", True, "expected a number"),
         ("optim.lr", [1], "expected a number"),
+        ("optim.scale", "fast", "expected a number above 0, or auto"),
+        ("optim.scale", 0, "expected a number above 0, or auto"),
         ("optim.lr", 10**400, "expected a number"),
         ("optim.lr", -1, "expected a number of at least 0, or auto"),
         ("optim.lr", float("inf"), "expected a finite number"),

@@ -7,13 +7,14 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ows_ds.model.blocks import Block, Matrix, Vector
-from ows_ds.optim.layout import lay_out, make_plan, pack, plan_refresh
+from ows_ds.optim.layout import Run, lay_out, make_plan, pack, plan_refresh
 
 
 def matrix(name: str, rows: int, columns: int) -> Matrix:
@@ -58,6 +59,20 @@ def test_layout_by_hand(
     assert [layout.part(index) for index in range(world_size)] == parts
     found = [tuple(layout.local(segment, index) for segment in layout.segments.values()) for index in range(world_size)]
     assert found == local
+
+
+def test_runs_by_hand() -> None:
+    """Neighbours with one factor are one run; experts' matrices have their own rank; vectors are not scaled."""
+    stack = replace(matrix("experts", 4, 8), experts=3, rank=1)
+    block = Block("b", (matrix("q", 8, 6), matrix("k", 2, 8), matrix("v", 2, 8), stack), (Vector("norm", 2),))
+    layout = lay_out(block, r=2, world_size=1)
+    assert layout.runs("auto") == (
+        Run("matrices", math.sqrt(3), (0, 8)),
+        Run("matrices", 1.0, (8, 24)),
+        Run("matrices", 2.0, (24, 36)),
+        Run("vectors", 1.0, (36, 37)),
+    )
+    assert layout.runs(0.25) == (Run("matrices", 0.25, (0, 36)), Run("vectors", 1.0, (36, 37)))
 
 
 def test_plan_by_hand() -> None:

@@ -19,7 +19,7 @@ from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, home, one_step, whole_weights
 
-SETTINGS = AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1, 1.0)
+SETTINGS = AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1)
 LEAN = Lean("int8", False)
 
 

@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "plain": ("llama", False, {}),
-    "tied low-rank decay": ("llama with biases", True, {"always_on": "low_rank", "weight_decay": 0.1}),
+    "tied low-rank decay": ("llama with biases", True, {"always_on": "low_rank", "weight_decay": 0.1, "scale": "auto"}),
     "none clip rotate": (
         "qwen2", False, {"always_on": "none", "max_grad_norm": 0.5, "moments_on_refresh": "rotate", "eps": 1e-6},
     ),
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "sketch": (
         "llama with biases", True,
         {"refresh": "sketch", "projector": "randomized", "always_on": "low_rank", "weight_decay": 0.1,
-         "max_grad_norm": 0.5, "moments_on_refresh": "rotate"},
+         "max_grad_norm": 0.5, "moments_on_refresh": "rotate", "scale": "auto"},
     ),
     "adaptive clip decay": (
         "llama", False,

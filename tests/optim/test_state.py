@@ -22,6 +22,7 @@ SETTINGS = {"gamma": 1.5, "rank": 5, "period": 4, "update_proj_gap": 3, "lr": 1e
 VARIANTS: dict[str, dict[str, Any]] = {
     "ows": {},
     "sketch": {"refresh": "sketch", "always_on": "low_rank"},
+    "auto": {"scale": "auto"},
     "lisa": {"rank": None},
 }
 BEFORE, AFTER = 7, 4  # steps; the first 7 end inside a period, between two refreshes
@@ -91,8 +92,10 @@ def test_training_continues_to_the_bit(pools: Pools, tmp_path: Path, kind: str, 
         assert all(torch.equal(end[name], resumed[name]) for name in end)
 
 
-def across_worlds(rank: int, world_size: int, state: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    method = build("ows", "zero3" if state else "replicated", world_size)
+def across_worlds(
+    rank: int, world_size: int, kind: str, state: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    method = build(kind, "zero3" if state else "replicated", world_size)
     if state is None:
         train(method, BEFORE, rank, world_size)
     else:
@@ -102,11 +105,12 @@ def across_worlds(rank: int, world_size: int, state: dict[str, Any] | None) -> t
     return state, whole_weights(method.weights)
 
 
-def test_another_world_and_sharding(pools: Pools) -> None:
+@pytest.mark.parametrize("kind", ["ows", "auto"])
+def test_another_world_and_sharding(pools: Pools, kind: str) -> None:
     """Three ranks' state, which does not divide evenly, is that of two in shards."""
-    states, ends = zip(*pools(3).run(across_worlds, None), strict=True)
+    states, ends = zip(*pools(3).run(across_worlds, kind, None), strict=True)
     assert states[0] == states[1] == states[2]
-    for state, end in pools(2).run(across_worlds, states[0]):
+    for state, end in pools(2).run(across_worlds, kind, states[0]):
         assert state == states[0]
         assert all(torch.equal(end[name], ends[0][name]) for name in end)
 

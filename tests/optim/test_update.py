@@ -16,11 +16,12 @@ from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import Replicated
 from ows_ds.model.blocks import Block, Matrix, Vector
 from ows_ds.optim.full_rank import FullRank, adam_steps
-from ows_ds.optim.layout import Plan, make_plan
+from ows_ds.optim.layout import Plan, Scale, make_plan, scale_of
 from ows_ds.optim.update import AdamWSettings, CoordinateBuffer
 
 RANK = 3
-SETTINGS = AdamWSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, scale=0.25)
+SCALE = 0.25
+SETTINGS = AdamWSettings(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
 
 
 def block(name: str, *shapes: tuple[int, int], vectors: tuple[int, ...] = ()) -> Block:
@@ -40,9 +41,9 @@ UNITS = {
 
 
 def buffer_of(
-    *names: str, dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None
+    *names: str, dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None, scale: Scale = SCALE
 ) -> CoordinateBuffer:
-    return CoordinateBuffer(plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"))
+    return CoordinateBuffer(plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"), scale)
 
 
 def plan_of(*names: str) -> Plan:
@@ -61,7 +62,8 @@ def fill_gradients(buffer: CoordinateBuffer, seed: int) -> None:
 class Separate:
     """What `CoordinateBuffer` must come out as: one AdamW for each slot, thrown away when its unit leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: Scale = SCALE) -> None:
+        self.scale = scale
         self.values: dict[str, nn.Parameter] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}
 
@@ -75,13 +77,14 @@ class Separate:
 
     def update(self, buffer: CoordinateBuffer, settings: AdamWSettings) -> None:
         for name, value in self.values.items():
-            matrix = name in buffer.plan.matrices
+            matrix = buffer.plan.matrices.get(name)
+            scale = 1.0 if matrix is None else scale_of(matrix, RANK, self.scale)
             value.grad = buffer.grad(name).clone()
             self.optimizers[name].param_groups[0].update(
-                lr=settings.lr * settings.scale if matrix else settings.lr,
+                lr=settings.lr * scale,
                 betas=settings.betas,
                 eps=settings.eps,
-                weight_decay=settings.weight_decay / settings.scale if matrix else 0.0,
+                weight_decay=settings.weight_decay / scale if matrix else 0.0,
             )
             self.optimizers[name].step()
 
@@ -150,13 +153,13 @@ def test_bfloat16_weights_under_float32_masters() -> None:
 
 def test_first_step_by_hand() -> None:
     """Adam's first step is -lr * sign(gradient) where eps is nothing; matrices times scale, and decayed."""
-    buffer = buffer_of("b", "always")
+    buffer = buffer_of("b", "always", scale=0.5)
     for block in buffer.blocks.values():
         block.values.fill_(1.0)
         block.grads.fill_(2.0)
     buffer.blocks["b"].grads[1] = -0.5
     buffer.reduce()
-    buffer.update(AdamWSettings(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2, scale=0.5))
+    buffer.update(AdamWSettings(lr=0.1, betas=(0.9, 0.99), eps=0.0, weight_decay=0.2))
     decayed = 1 - 0.1 * 0.2
     expected = torch.full_like(buffer.blocks["b"].values, 1 - 0.1)
     expected[:4] = decayed - 0.1 * 0.5
@@ -166,24 +169,34 @@ def test_first_step_by_hand() -> None:
     torch.testing.assert_close(always, torch.full_like(always, 1 - 0.1), rtol=1e-15, atol=1e-15)
 
 
+def test_an_automatic_scale_makes_steps_as_long_as_at_full_rank() -> None:
+    """Adam's first step of a whole matrix has lr in every entry, and so lr * sqrt(long * short) as its norm."""
+    buffer = buffer_of("a", "c", scale="auto")
+    fill_gradients(buffer, 3)
+    buffer.reduce()
+    buffer.update(replace(SETTINGS, eps=0.0))
+    for name, matrix in buffer.plan.matrices.items():
+        expected = SETTINGS.lr * math.sqrt(matrix.long * matrix.short)
+        assert float(buffer.value(name).norm()) == pytest.approx(expected, rel=1e-12)
+
+
 def test_hyper_by_hand() -> None:
-    settings = AdamWSettings(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, scale=0.25)
+    settings = AdamWSettings(lr=0.4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     common = {"betas": (0.9, 0.99), "eps": 1e-8}
-    assert settings.matrices() == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
+    assert settings.matrices(0.25) == {"lr": 0.1, "weight_decay": 0.4, **common}  # lr * decay is 0.04 for both
     assert settings.full_rank() == {"lr": 0.4, "weight_decay": 0.1, **common}
     assert settings.vectors() == {"lr": 0.4, "weight_decay": 0.0, **common}
-    assert replace(settings, scale=0.0).matrices() == {"lr": 0.0, "weight_decay": 0.0, **common}
 
 
-@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0])
-def test_decay_does_not_depend_on_the_scale(scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.25, 1.0, 4.0, "auto"])
+def test_decay_does_not_depend_on_the_scale(scale: Scale) -> None:
     """Without a gradient only the decay acts: lr * weight_decay on coordinates, nothing on vectors."""
-    buffer = buffer_of("a")
+    buffer = buffer_of("a", scale=scale)
     block = buffer.blocks["a"]
     block.values.fill_(1.0)
     for _ in range(3):
         buffer.reduce()
-        buffer.update(replace(SETTINGS, scale=scale))
+        buffer.update(SETTINGS)
     rows = block.layout.segments["matrices"][1]
     expected = torch.tensor((1 - 0.01 * 0.1) ** 3, dtype=torch.float64)
     torch.testing.assert_close(block.values[:rows], expected.expand(rows, RANK), rtol=1e-15, atol=0)
@@ -214,17 +227,18 @@ def test_set_steps() -> None:
     assert torch.equal(buffer.value("b.v0"), separate.values["b.v0"].data)
     # step 8 of moments that begin now: N = (1 - b1) / (1 - b1^8) / sqrt((1 - b2) / (1 - b2^8)) * sign, eps aside
     size = (1 - 0.8) / (1 - 0.8**8) / math.sqrt((1 - 0.95) / (1 - 0.95**8))
-    expected = -SETTINGS.lr * SETTINGS.scale * size * grads.sign()
+    expected = -SETTINGS.lr * SCALE * size * grads.sign()
     torch.testing.assert_close(buffer.value("b.m0"), expected, rtol=1e-3, atol=0)
 
 
 # ---- from one plan to the next
 
 
-def test_blocks_that_stay_continue_and_others_start_again() -> None:
+@pytest.mark.parametrize("scale", [SCALE, "auto"])
+def test_blocks_that_stay_continue_and_others_start_again(scale: Scale) -> None:
     """Units leave, return and stay; all as if each slot had an AdamW of its own. What stays does not move."""
-    separate = Separate()
-    buffer = buffer_of()
+    separate = Separate(scale)
+    buffer = buffer_of(scale=scale)
     seed = 0
     for names in (("a", "b", "always"), ("b", "c", "always"), ("a", "b", "c", "always"), ("always",), ("a", "always")):
         old, steps = dict(buffer.blocks), buffer.steps
@@ -415,7 +429,7 @@ def test_full_rank_adds_up_in_float32() -> None:
     module.weight.fill_(1.0)
     full = FullRank(Replicated(module, Communicator()), torch.float32)
     full.enter({"weight": module.weight})
-    settings = AdamWSettings(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, scale=1.0)
+    settings = AdamWSettings(lr=1e-3, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
     x = torch.ones(1, 2, dtype=torch.bfloat16)
     for _ in range(8):
         module(x).sum().backward()
