@@ -28,6 +28,13 @@ Betas = Annotated[
 ]
 
 
+GapRange = Annotated[
+    tuple[Count, Count],
+    Field(strict=False),  # a list as well
+    Expected("a list of 2 integers, the first at least 2 and at most the second, such as [50, 1000]"),
+]
+
+
 class Method(Settings):
     """How the model is trained."""
 
@@ -124,11 +131,24 @@ class OptimCore(Settings):
     bfloat16 up or down at random, so that it is exact on average; auto: float32 where it fits."""
     router: Literal["freeze", "train"] = "freeze"
     """The weights that choose experts: frozen, or trained with their layer."""
-    update_proj_gap: Count = 200
-    """Active steps of a layer between two projectors (T_p)."""
+    update_proj_gap: Annotated[Count | Literal["auto"], Expected("an integer of at least 1, or auto")] = 200
+    """Active steps of a layer between two projectors (T_p); auto: a new one when the layer's gradients inside the
+    subspace have fallen below optim.kept_energy of what they were in the first steps of the old one."""
+    proj_gap_range: GapRange = (50, 1000)
+    """Least and most such steps under update_proj_gap auto."""
+    kept_energy: Share = 0.5
+    """Share of the squares of these gradients below which there is a new projector under update_proj_gap auto."""
     scale: Annotated[Positive | Literal["auto"], Expected("a number above 0, or auto")] = 1.0
     """Factor on the projected update of a matrix; auto: sqrt(shorter side / rank), with which a step is about as long
     as one at full rank, so that a learning rate serves any rank."""
+    rule: Literal["adamw", "muon"] = "adamw"
+    """Rule of the steps inside a subspace: adamw, or muon, orthonormalised momentum by Newton-Schulz (Jordan et al.
+    2024), with one moment in place of two. Biases, norms and what trains at full rank keep adamw."""
+    momentum: Share = 0.95
+    """Decay per step of muon's momentum."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Factor on muon's learning rate of coordinates (n, r): match_rms_adamw, 0.2 sqrt(n), so that a step is about as
+    long as one of adamw; original, sqrt(n / r)."""
     projector: Literal["randomized", "svd"] = "randomized"
     """How the top singular vectors are found: randomized range finder, or exact svd."""
     refresh: Annotated[Literal["full", "compressed", "sketch"], Planned()] = "full"
@@ -152,6 +172,9 @@ class OptimCore(Settings):
         yield from super().contradictions()
         if self.rank is not None and self.expert_rank is not None and self.rank % self.expert_rank:
             yield Wrong("expert_rank", f"expected a divisor of optim.rank, {self.rank}", ("rank",))
+        least, most = self.proj_gap_range
+        if not 2 <= least <= most:
+            yield Wrong("proj_gap_range", "expected [least, most], the least of them at least 2")
         if self.refresh == "compressed" and self.projector == "svd":
             yield Wrong("projector", "expected randomized under optim.refresh compressed", ("refresh",))
         if self.refresh == "sketch":  # one over each of two whole steps
@@ -211,7 +234,8 @@ class OWSConfig(SamplingCore, OptimCore):
         """Nothing is planned here: ``auto`` is the default of what may be planned, and of the learning rate."""
         if not isinstance(tree, Mapping):
             return tree
-        return {k: v for k, v in tree.items() if v != "auto" or k == "scale"}  # which has an auto of its own
+        own = ("scale", "update_proj_gap")  # they have an auto of their own
+        return {k: v for k, v in tree.items() if v != "auto" or k in own}
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()
@@ -220,3 +244,5 @@ class OWSConfig(SamplingCore, OptimCore):
             yield Wrong("rank", right, ("adaptive",))
         if self.rank is None and self.always_on == "low_rank":
             yield Wrong("always_on", "expected full or none where the layers train at full rank", ("rank",))
+        if self.rank is None and self.rule == "muon":
+            yield Wrong("rule", "expected adamw where the layers train at full rank", ("rank",))

@@ -166,6 +166,9 @@ class Recipe(Settings):
         if self.method.name in ("lisa", "lisa-d", "badam") and optim.always_on == "low_rank":
             right = f"expected full or none under {self.method.name}, which trains at full rank"
             yield Wrong("optim.always_on", right, ("method.name",))
+        if self.method.name not in ("ows", "galore") and optim.rule == "muon":
+            right = f"expected adamw under {self.method.name}, which trains no matrix in a subspace of its gradients"
+            yield Wrong("optim.rule", right, ("method.name",))
         if self.model.frozen != "same" and self.method.name in ("full", "mezo", "dora"):
             why = {
                 "full": "full trains all weights all the time: none is frozen",

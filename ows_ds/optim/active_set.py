@@ -8,7 +8,7 @@ leave     merged; projectors, coordinates and moments are freed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,11 @@ from ows_ds.config import OWSConfig
 from ows_ds.distributed.weights import Weights
 from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
 from ows_ds.optim.full_rank import FullRank, Lean
+from ows_ds.optim.gap import Gap
 from ows_ds.optim.hooks import Hook, hook_of
 from ows_ds.optim.layout import COLUMNS, Plan, make_plan
 from ows_ds.optim.low_rank import Coordinates, make_coordinates
+from ows_ds.optim.muon import Rule
 from ows_ds.optim.projection import rotation
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.update import CoordinateBuffer
@@ -49,6 +51,8 @@ class ActiveSet:
         self.weights, self.layers, self.config = weights, layers, config
         module = weights.module
         self.low_rank = config.rank is not None
+        auto = config.update_proj_gap == "auto"
+        self.gap = Gap(*config.proj_gap_range, config.kept_energy) if auto else None
         self.update_proj_gap = config.update_proj_gap
         self.r = COLUMNS if config.rank is None else config.rank
         self.parameters = weights.parameters()
@@ -74,8 +78,8 @@ class ActiveSet:
         self.steps = 0  # optimizer steps so far, which stochastic rounding depends on
         self._vector_hooks: dict[str, RemovableHandle] = {}
         nothing = make_plan((), self.r, weights.comm.world_size)
-        kind = (self.dtype, self.weight_dtype, weights.device, config.scale)
-        self.buffer = CoordinateBuffer(nothing, weights.comm, *kind)
+        rule = Rule(config.rule, config.scale, config.momentum, config.adjust_lr)
+        self.buffer = CoordinateBuffer(nothing, weights.comm, self.dtype, self.weight_dtype, weights.device, rule)
         self.full = FullRank(weights, self.dtype, Lean(config.moments, config.master == "float32", config.seed))
         if config.always_on == "full":
             self._enter_full_rank(self.layers.embeddings)
@@ -98,8 +102,27 @@ class ActiveSet:
 
     def due(self, plan: Plan) -> list[Block]:
         """The blocks for whose matrices new projectors, or the first ones, are to be found from the coming step on."""
-        gap = self.update_proj_gap
-        return [block for block in plan.blocks if block.matrices and self.clocks.get(block.name, 0) % gap == 0]
+        return [block for block in plan.blocks if block.matrices and self._is_due(block.name)]
+
+    def _is_due(self, name: str) -> bool:
+        clock = self.clocks.get(name, 0)
+        if self.gap is not None:
+            return self.gap.due(name, clock)
+        assert self.update_proj_gap != "auto"
+        return clock % self.update_proj_gap == 0
+
+    def decide(self, plan: Plan) -> None:
+        """Which blocks that stay in ``plan`` are due under ``update_proj_gap: auto``: see `Gap.decide`. Collective."""
+        if self.gap is not None:
+            clocks = {b.name: self.clocks[b.name] for b in plan.blocks if b.matrices and b.name in self.clocks}
+            self.gap.decide(clocks, self.weights.comm)
+
+    def note(self, energies: Mapping[str, Tensor], found: Collection[str]) -> None:
+        """All ranks' sums of `CoordinateBuffer.energies` in a step. found: matrices whose projectors it has found."""
+        if self.gap is not None:
+            own = {self.buffer.block(name).layout.block.name for name in found}
+            for name in energies.keys() - own:
+                self.gap.add(name, energies[name])
 
     def change(self, plan: Plan) -> None:
         """From the old set to ``plan``: merge and free what leaves, carry over what stays, start what enters.
@@ -196,6 +219,8 @@ class ActiveSet:
             self.projectors.pop(matrix.name, None)
             self.detach(matrix.name)
         del self.clocks[block.name]
+        if self.gap is not None:
+            self.gap.drop(block.name)
         self.full.leave(matrix.name for matrix in self._full_rank_matrices(block))
 
     # ------------------------------------------------------------------ attach and merge
@@ -236,6 +261,8 @@ class ActiveSet:
                 self._carry_moments(name, old, projector)
             self.projectors[name] = projector
             self.attach(name, projector)
+        if self.gap is not None:
+            self.gap.taken({self.buffer.block(name).layout.block.name for name in projectors})
         self.buffer.set_steps({(block, "matrices"): 0.0 for block in restart})
 
     def _carry_moments(self, name: str, old: Tensor, new: Tensor) -> None:
@@ -248,19 +275,20 @@ class ActiveSet:
         rows = block.local_rows(name)
         if rows is None or moments in ("align", "keep"):
             return
-        mean, square = block.exp_avg[rows], block.exp_avg_sq[rows]
+        # under muon there is one moment alone
+        both = [block.exp_avg[rows], *([block.squares(rows)] if self.config.rule == "adamw" else [])]
         if moments == "reset":
-            mean.zero_()
-            square.zero_()
+            for moment in both:
+                moment.zero_()
             return
         turn = rotation(old, new).to(self.dtype)
         *_, long, r = block.layout.shapes[name]  # r divides a row, so that none of a stack's is cut
         first = (block.layout.part(self.weights.comm.rank)[0] + rows.start - block.layout.slots[name][0]) * self.r // r
-        mean, square = mean.view(-1, r), square.view(-1, r)
-        for expert, one in enumerate(turn.view(-1, r, r)):
-            own = slice(max(expert * long - first, 0), max((expert + 1) * long - first, 0))
-            mean[own] = mean[own] @ one
-            square[own] = square[own] @ one.square()
+        for moment, matrices in zip(both, (turn, turn.square()), strict=False):
+            stacked = moment.view(-1, r)
+            for expert, one in enumerate(matrices.view(-1, r, r)):
+                own = slice(max(expert * long - first, 0), max((expert + 1) * long - first, 0))
+                stacked[own] = stacked[own] @ one
 
     def merge(self, block: Block) -> None:
         """W <- decay * W + L R^T for the block's matrices, on this rank's part of W; coordinates become zero.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ows_ds.compat.torch import squared_norms
 from ows_ds.optim.active_set import ActiveSet
 from ows_ds.optim.sampling import LayerSet
 
@@ -28,24 +28,11 @@ class GradientNorms:
         self._sums = torch.zeros(len(layers), dtype=torch.float64, device=active.weights.device)
         self._steps = 0
 
-    def squares(self) -> Tensor:
-        """(n_layers,) in the gradients' dtype: sums of squares of this rank's rows, after the buffer's ``reduce``."""
-        found = torch.zeros(len(self._sums), dtype=self._active.dtype, device=self._sums.device)
-        blocks = [(self._active.layer_of.get(name), block) for name, block in self._active.buffer.blocks.items()]
-        mine = {
-            layer: parameter.grad
-            for layer, block in blocks
-            if layer is not None
-            and (parameter := block.parameters.get("matrices")) is not None
-            and parameter.grad is not None
-        }
-        for layer, square in zip(mine, squared_norms(list(mine.values())), strict=True):
-            found[layer] = square
-        return found
-
-    def add(self, squares: Tensor) -> None:
-        """Count a step that was taken, with all ranks' `squares`."""
-        self._sums += squares
+    def add(self, squares: Mapping[str, Tensor]) -> None:
+        """Count a step that was taken, with all ranks' sums of `CoordinateBuffer.energies`, by block."""
+        for name, square in squares.items():
+            if name in self._active.layer_of:
+                self._sums[self._active.layer_of[name]] += square
         self._steps += 1
 
     def take(self, layer_set: LayerSet) -> dict[int, float]:

@@ -40,6 +40,11 @@ def scale_of(matrix: Matrix, r: int, scale: Scale) -> float:
     return math.sqrt(matrix.short / matrix.low_rank(r)) if scale == "auto" else scale
 
 
+def gram_entries(matrices: Sequence[Matrix], r: int) -> int:
+    """Entries of the r x r products that ``optim.rule: muon`` sums over ranks."""
+    return sum(matrix.count * matrix.low_rank(r) ** 2 for matrix in matrices)
+
+
 @dataclass(frozen=True)
 class Run:
     """Rows of a layout whose steps AdamW takes alike. kind: "matrices" or "vectors"; scale: see `scale_of`."""
@@ -90,6 +95,10 @@ class Layout:
                 run = replace(run, rows=(found.pop().rows[0], rows[1]))
             found.append(run)
         return tuple(found)
+
+    def second_moments(self, rule: str) -> Rows:
+        """Rows with a second moment, under ``optim.rule``: those that AdamW trains."""
+        return (0, self.rows) if rule == "adamw" else self.segments.get("vectors", (0, 0))
 
     def local(self, rows: Rows, rank: int) -> slice | None:
         """Which of ``rank``'s rows, counted from its first, are among ``rows``; None if none are."""

@@ -103,7 +103,7 @@ class OWS(OWSState):
         self.next_set: LayerSet | None = None  # drawn a period ahead, so that its weights can be read beside the steps
         self.grad_norm: Tensor | None = None
         self._reduced: list[Tensor] | None = None
-        self._squares: Tensor | None = None  # of all gradients; under an adaptive sampler then of each layer's
+        self._energies: dict[str, Tensor] = {}
         self._prepare()
 
     @property
@@ -181,11 +181,10 @@ class OWS(OWSState):
         self._reduced = grads = self.active.buffer.reduce()
         # `not_finite` adds nothing but what is not finite, of which no basis must be made
         squares = [*squared_norms(grads), *self.refresh.not_finite(), *self.active.full.squares()]
-        parts = torch.stack(squares).sum()[None]
-        if self._norms is not None:
-            parts = torch.cat([parts, self._norms.squares()])
-        self._squares = self.comm.all_reduce(parts, "grad_norm")
-        self.grad_norm = norm = self._squares[0].sqrt()
+        energies = {} if self.active.gap is None and self._norms is None else self.active.buffer.energies(grads)
+        sums = self.comm.all_reduce(torch.stack([torch.stack(squares).sum(), *energies.values()]), "grad_norm")
+        self._energies = dict(zip(energies, sums[1:], strict=True))
+        self.grad_norm = norm = sums[0].sqrt()
         return norm
 
     @torch.no_grad()
@@ -283,14 +282,16 @@ class OWS(OWSState):
     # ------------------------------------------------------------------ phases 2 and 3
 
     def _update(self) -> None:
-        self.active.take(self.refresh.take())
+        projectors = self.refresh.take()
+        self.active.take(projectors)
+        self.active.note(self._energies, projectors)
         grads, norm, group = self._reduced, self.grad_norm, self.param_groups[0]
         assert grads is not None
         assert norm is not None
         settings = AdamWSettings(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
         clip = clip_factor(norm, self.config.max_grad_norm)
-        if self._norms is not None and self._squares is not None:
-            self._norms.add(self._squares[1:])
+        if self._norms is not None:
+            self._norms.add(self._energies)
         scale_all(grads, clip)
         self.active.buffer.update(settings)
         self.active.full.update(settings, clip)
@@ -317,6 +318,7 @@ class OWS(OWSState):
             self.block_set = self._draw() if self.next_set is None else self.next_set
             self.next_set = self._draw()
             plan = active.plan_of(self.block_set)
+        active.decide(plan)
         due = active.due(plan)
         passes = self.refresh.plans(plan, due)
         if changed or any(one.parts for one in passes):

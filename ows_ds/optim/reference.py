@@ -6,7 +6,7 @@ What `ows_ds.optim.ows.OWS` does with shards, coordinates and messages must come
                        loses its moments
     every step         G <- full gradient of each matrix of the drawn layers
                        every T_p steps of a layer's activity: Q <- projector of G
-                       R <- G inside Q's subspace;  N <- Adam's normalised step on R
+                       R <- G inside Q's subspace;  N <- Adam's normalised step on R, or Muon's
                        W <- (1 - lr * decay) * W - lr * scale * (N back in the full space)
 """
 
@@ -15,14 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ows_ds.distributed.communicator import Communicator
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.model.blocks import Block, Matrix
 from ows_ds.model.layers import find_layers
+from ows_ds.optim.gap import Gap
 from ows_ds.optim.layout import Scale, scale_of
+from ows_ds.optim.muon import COEFFICIENTS, EPS, adjustment
 from ows_ds.optim.projection import (
     find_projector,
     leading,
@@ -33,7 +37,7 @@ from ows_ds.optim.projection import (
     start_basis,
 )
 from ows_ds.optim.sampling import AdaptiveSampler, LayerSet, Sampler
-from ows_ds.optim.sizes import sketch_width
+from ows_ds.optim.sizes import MUON_ITERATIONS, sketch_width
 
 
 @dataclass
@@ -62,8 +66,13 @@ class Reference:
     rank: int | None = 128
     expert_rank: int | None = None
     router: str = "freeze"
-    update_proj_gap: int = 200
+    update_proj_gap: int | Literal["auto"] = 200
+    proj_gap_range: tuple[int, int] = (50, 1000)
+    kept_energy: float = 0.5
     scale: Scale = 1.0
+    rule: str = "adamw"
+    momentum: float = 0.95
+    adjust_lr: str = "match_rms_adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -85,6 +94,7 @@ class Reference:
     next_set: LayerSet = ()
     squares: dict[int, list[float]] = field(default_factory=dict)  # of a coordinate's gradient, by layer and step
     blocks: list[Block] = field(default_factory=list)
+    new: set[str] = field(default_factory=set)  # matrices that this step's own gradients gave a projector
     state: dict[str, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,6 +109,8 @@ class Reference:
         blocks = (*self.parts.layers, Block("always", self.parts.embeddings, ()))
         self.matrices = {matrix.name: matrix for block in blocks for matrix in block.matrices}
         self.parameters = dict(self.model.named_parameters())
+        self.gap = Gap(*self.proj_gap_range, self.kept_energy)
+        self.block_of = {matrix.name: block.name for block in blocks for matrix in block.matrices}
         self.sampler = Sampler(probabilities(ratios, self.gamma, sizes=sizes), self.scheme, self.seed)
         if self.adaptive:
             numbers = {"decay": self.importance_decay, "floor": self.importance_floor}
@@ -140,6 +152,8 @@ class Reference:
         self.blocks = [*(self.parts.layers[i] for i in self.layer_set), always]
         names = self.trained()
         self.state = {name: state for name, state in self.state.items() if name in names}
+        for name in set(self.block_of.values()) - {block.name for block in self.blocks}:
+            self.gap.drop(name)
 
     def trained(self) -> dict[str, bool]:
         """Names of all weights that train now, and whether in a subspace."""
@@ -153,7 +167,8 @@ class Reference:
 
     def update(self, names: dict[str, bool], seen: dict[str, Tensor]) -> None:
         """Project, clip, and take Adam's step on every trained weight."""
-        gradients = {}
+        gradients: dict[str, Tensor] = {}
+        self.new = set()
         for name, low_rank in names.items():
             gradient = self.parameters[name].grad
             assert gradient is not None
@@ -162,13 +177,14 @@ class Reference:
                 gradients[name] = projected
         if self.adaptive:
             self.observe(gradients)
+        self.look([name for name, low_rank in names.items() if low_rank], gradients)
         squares = [gradient.square().sum() for gradient in gradients.values()]
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         clip = 1.0 if self.max_grad_norm is None else float((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
         for name, gradient in gradients.items():
             weight, low_rank = self.parameters[name], names[name]
-            direction = self.adam(name, gradient * clip)
+            direction = (self.muon if low_rank and self.rule == "muon" else self.adam)(name, gradient * clip)
             if name in self.matrices:
                 weight.mul_(1 - self.lr * self.weight_decay)
             if low_rank:
@@ -201,15 +217,36 @@ class Reference:
             if state.coming is not None:
                 self.turn(state, state.coming)
                 state.coming = None
+                self.gap.taken([self.block_of[name]])
             self.sketch(matrix, state, gradient if matrix.tall else gradient.mT, seed)
-        elif state.age % self.update_proj_gap == 0:
+        elif self.due(name, state):
             start = self.start(matrix, state)
             new = find_projector(
                 seen, matrix.low_rank(self.rank), self.projector, seed, state.projector, start, self.aligned
             )
             self.turn(state, new.to(gradient.dtype))
+            self.new.add(name)
         state.age += 1
         return None if state.projector is None else low_rank_gradient(gradient, state.projector)
+
+    def due(self, name: str, state: State) -> bool:
+        """Whether a new projector is."""
+        if self.update_proj_gap == "auto":
+            return self.gap.due(self.block_of[name], state.age)
+        return state.age % self.update_proj_gap == 0
+
+    def look(self, names: list[str], gradients: dict[str, Tensor]) -> None:
+        """Decide, by the step's gradients of the matrices ``names`` inside their subspaces, where new projectors are
+        due from the next step on (``update_proj_gap: auto``)."""
+        squares: dict[str, list[Tensor]] = {self.block_of[name]: [] for name in names}
+        for name in names:
+            squares[self.block_of[name]] += [gradients[name].square().sum()] if name in gradients else []
+        new = {self.block_of[name] for name in self.new}
+        self.gap.taken(new)
+        for block, some in squares.items():
+            if some and block not in new:
+                self.gap.add(block, torch.stack(some).sum())
+        self.gap.decide({self.block_of[name]: self.state[name].age for name in names}, Communicator())
 
     def turn(self, state: State, new: Tensor) -> None:
         """Continue in the subspace of the projector ``new``."""
@@ -243,7 +280,7 @@ class Reference:
         """
         assert self.rank is not None
         r = matrix.low_rank(self.rank)
-        if state.age % self.update_proj_gap == 0:
+        if self.due(matrix.name, state):
             start = start_basis(matrix.short, sketch_width(r, matrix.short), seed, state.projector).to(tall.dtype)
             state.basis = orthonormal(tall @ start)[0].to(tall.dtype)
         elif state.basis is not None:
@@ -261,3 +298,14 @@ class Reference:
         mean = state.mean / (1 - beta1**state.steps)
         square = state.square / (1 - beta2**state.steps)
         return mean / (square.sqrt() + self.eps)
+
+    def muon(self, name: str, gradient: Tensor) -> Tensor:
+        """Momentum after Nesterov, made orthonormal by Newton-Schulz, times the adjustment of its learning rate."""
+        state, (a, b, c) = self.state[name], COEFFICIENTS
+        state.mean = self.momentum * state.mean + (1 - self.momentum) * gradient
+        x = (1 - self.momentum) * gradient + self.momentum * state.mean
+        x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
+        for _ in range(MUON_ITERATIONS):
+            gram = x.mT @ x
+            x = a * x + b * x @ gram + c * x @ gram @ gram
+        return x * adjustment(x.shape[-2], x.shape[-1], self.adjust_lr)

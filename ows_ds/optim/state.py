@@ -38,12 +38,14 @@ class OWSState(Method):
             "skipped": self.skipped,
             "rank": self.config.rank,
             "expert_rank": self.config.expert_rank,
+            "rule": self.config.rule,
             "layer_set": list(self.block_set),
             "next_set": None if self.next_set is None else list(self.next_set),
             "probabilities": self.draws.given,
             "sampler": self.draws.sampler.state_dict(),
             "gradient_norms": None if self._norms is None else self._norms.state_dict(),
             "clocks": dict(active.clocks),
+            "gap": None if active.gap is None else active.gap.state_dict(),
             "decays": decays,
             "projectors": sorted(active.projectors),
             "sketch_bases": sorted(self.refresh.second_bases()),
@@ -59,6 +61,11 @@ class OWSState(Method):
         for key in ("rank", "expert_rank"):
             if values.get(key) != (given := getattr(self.config, key)):
                 raise UserError(f"optim.{key}", given, f"expected {values.get(key)}, the rank of the checkpoint")
+        if (rule := values.get("rule", "adamw")) != self.config.rule:
+            raise UserError("optim.rule", self.config.rule, f"expected {rule}, the rule of the checkpoint")
+        if (values.get("gap") is None) != (self.active.gap is None):
+            right = f"expected {'a number' if values.get('gap') is None else 'auto'}, as in the checkpoint"
+            raise UserError("optim.update_proj_gap", self.config.update_proj_gap, right)
         if values["probabilities"] != self.draws.given:
             expected = "expected those of the checkpoint: resume with its scores and gamma"
             raise UserError("sampling", "other probabilities", expected)
@@ -78,6 +85,8 @@ class OWSState(Method):
 
         plan = active.plan_of(self.block_set)
         active.restore(plan, dict(values["clocks"]))
+        if active.gap is not None:
+            active.gap.load_state_dict(values["gap"], self.device)
         active.buffer.load(read)
         active.buffer.set_steps({(block, kind): count for block, kind, count in values["adam_steps"]})
         kept = values.get("full_rank_kept")

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ows_ds.compat.torch import zero_all
 from ows_ds.distributed.communicator import Communicator, Pending
 from ows_ds.distributed.weights import ReadShard, Shard
-from ows_ds.optim.layout import Layout, Plan, Run, Scale, group_in_order
+from ows_ds.optim import muon
+from ows_ds.optim.layout import Layout, Plan, Run, group_in_order
+from ows_ds.optim.muon import Rule
 
 STATE = ("master", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of whatever AdamW trains, as tensors
 
@@ -71,7 +73,8 @@ class BlockBuffer:
     weights are float64): this rank's sums. Of this rank's rows only, (stride, r), of the gradients' dtype:
     master, what AdamW works on; reduced_grads, the gradients' sums over ranks; exp_avg, exp_avg_sq. Master lies in
     ``values`` where the dtypes are the same, and reduced_grads in ``grads`` in a world of one. parameters: masters of
-    each run of rows (`Layout.runs`) that has some here.
+    each run of rows (`Layout.runs`) that AdamW trains and that has some here. Under the rule muon exp_avg is the
+    matrices' momentum, and exp_avg_sq has the vectors' rows alone (`Layout.second_moments`).
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class BlockBuffer:
         dtype: torch.dtype,
         weight_dtype: torch.dtype,
         device: torch.device,
-        scale: Scale,
+        rule: Rule,
     ) -> None:
         self.layout, self.comm = layout, comm
         self.values = torch.zeros(layout.rows, layout.r, dtype=weight_dtype, device=device)
@@ -89,10 +92,14 @@ class BlockBuffer:
         own = self.values[slice(*layout.part(comm.rank))]
         self.master = own if weight_dtype == dtype else own.to(dtype)
         self.reduced_grads = self.grads if comm.world_size == 1 else torch.zeros_like(self.master)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.second_moments = layout.second_moments(rule.name)
+        squares = layout.local(self.second_moments, comm.rank) or slice(0, 0)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master[squares])
+        self._squares_from = squares.start
         # AdamW counts on the CPU, each parameter for itself; a kind's counts are the same
-        self.steps = {run: torch.zeros((), dtype=torch.float32) for run in layout.runs(scale)}
-        local = {run: layout.local(run.rows, comm.rank) for run in self.steps}
+        self.steps = {run: torch.zeros((), dtype=torch.float32) for run in layout.runs(rule.scale)}
+        trained = (run for run in self.steps if rule.name == "adamw" or run.kind == "vectors")
+        local = {run: layout.local(run.rows, comm.rank) for run in trained}
         self._local = {run: rows for run, rows in local.items() if rows is not None}
         self.parameters = {run: nn.Parameter(self.master[rows]) for run, rows in self._local.items()}
         self.awaited: set[str] = set()
@@ -101,7 +108,11 @@ class BlockBuffer:
     def state(self, run: Run) -> dict[str, Tensor]:
         """AdamW's state of `parameters`'s entry, in the memory of this object's tensors."""
         rows = self._local[run]
-        return {"step": self.steps[run], "exp_avg": self.exp_avg[rows], "exp_avg_sq": self.exp_avg_sq[rows]}
+        return {"step": self.steps[run], "exp_avg": self.exp_avg[rows], "exp_avg_sq": self.squares(rows)}
+
+    def squares(self, rows: slice) -> Tensor:
+        """Second moments of some of this rank's rows, all of which have them."""
+        return self.exp_avg_sq[rows.start - self._squares_from : rows.stop - self._squares_from]
 
     @property
     def reducing(self) -> bool:
@@ -163,12 +174,13 @@ class CoordinateBuffer:
         dtype: torch.dtype,
         weight_dtype: torch.dtype,
         device: torch.device,
-        scale: Scale = 1.0,
+        rule: Rule | None = None,
     ) -> None:
-        """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass. scale: on
-        updates of matrices."""
+        """dtype: of gradients, masters and moments. weight_dtype: of the coordinates in the forward pass. rule: of the
+        matrices' steps."""
         self.comm = comm
-        self._kind = (dtype, weight_dtype, device, scale)
+        self.rule = rule or Rule()
+        self._kind = (dtype, weight_dtype, device, self.rule)
         self.blocks: dict[str, BlockBuffer] = {}
         self._queue: list[BlockBuffer] = []  # awaited, in the order of their reductions
         self._order: list[BlockBuffer] = []  # of all reductions of a step
@@ -246,14 +258,25 @@ class CoordinateBuffer:
                 block.start_reduce()
         return [block.reduce() for block in self.blocks.values()]
 
+    def energies(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By block with matrices, the sum of squares of the matrices' rows, (), of what `reduce` gave."""
+        found = {}
+        for (name, block), gradient in zip(self.blocks.items(), grads, strict=True):
+            if block.layout.block.matrices:
+                rows = block.layout.local(block.layout.segments["matrices"], self.comm.rank) or slice(0, 0)
+                found[name] = torch.linalg.vector_norm(gradient[rows]).square()
+        return found
+
     def update(self, settings: AdamWSettings) -> None:
-        """One AdamW step on this rank's rows with what `reduce` gave, then all rows on every rank. Collective."""
+        """One step on this rank's rows with what `reduce` gave, then all rows on every rank. Collective."""
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 matrices = group["kind"] == "matrices"
                 group.update(settings.matrices(group["scale"]) if matrices else settings.vectors())
             self._adamw.step()
             self._adamw.zero_grad()
+        if self.rule.name == "muon":
+            muon.step(self.blocks, self.comm, settings.lr, settings.weight_decay, self.rule)
         for block in self.blocks.values():
             for run in block.steps.keys() - block.parameters.keys():
                 block.steps[run] += 1
@@ -286,18 +309,26 @@ class CoordinateBuffer:
     def shards(self) -> Iterator[Shard]:
         """This rank's rows of what a checkpoint holds, padding left out."""
         for name, block in self.blocks.items():
-            layout = block.layout
-            first = layout.part(self.comm.rank)[0] * layout.r
             for kind in STATE:
-                run = getattr(block, kind).reshape(-1)[: max(0, layout.used * layout.r - first)]
-                yield Shard(f"{kind}/{name}", (layout.used, layout.r), first, run)
+                rows, first, last = self._stored(block, kind)
+                if rows:
+                    run = getattr(block, kind).reshape(-1)[: last - first]
+                    yield Shard(f"{kind}/{name}", (rows, block.layout.r), first, run)
+
+    def _stored(self, block: BlockBuffer, kind: str) -> tuple[int, int, int]:
+        """Rows that a checkpoint holds of a block's state, and this rank's entries among them: first and last + 1."""
+        layout = block.layout
+        start, stop = block.second_moments if kind == "exp_avg_sq" else (0, layout.rows)
+        stop = min(stop, layout.used)
+        first, last = (min(max(row, start), stop) for row in layout.part(self.comm.rank))
+        return stop - start, (first - start) * layout.r, (last - start) * layout.r
 
     def load(self, read: ReadShard) -> None:
         """Set everything but step counts to what `shards` gave. Collective."""
         for name, block in self.blocks.items():
-            layout = block.layout
-            first, last = (min(row, layout.used) * layout.r for row in layout.part(self.comm.rank))
             for kind in STATE:
-                tensor = getattr(block, kind)
-                tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)
+                rows, first, last = self._stored(block, kind)
+                if rows:
+                    tensor = getattr(block, kind)
+                    tensor.view(-1)[: last - first] = read(f"{kind}/{name}", first, last).to(tensor)
         self.publish()

@@ -223,7 +223,8 @@ class Planner:
         drawn = self.probabilities or [1.0]
         period = config.period(self.recipe, self.recipe.train.steps)
         entering = sum(p * (1 - p) for p in drawn) / sum(drawn) / period
-        return entering + 1 / self.recipe.optim.update_proj_gap
+        optim = self.recipe.optim  # auto: at most
+        return entering + 1 / (optim.proj_gap_range[0] if optim.update_proj_gap == "auto" else optim.update_proj_gap)
 
     def choice(self, world_size: int, home: str | None = None) -> Choice:
         """What the recipe says; home: in place of ``train.sharding``."""
@@ -260,6 +261,9 @@ class Planner:
             moments=recipe.optim.moments,
             master=recipe.optim.master,
             scale=recipe.optim.scale,
+            rule=recipe.optim.rule,
+            watched=recipe.optim.update_proj_gap == "auto"
+            or (recipe.method.name == "ows" and recipe.sampling.importance == "gradient"),
         )
         return spec if self.replays is None else self.replays.complete(spec, functools.partial(_adapted, recipe))
 
@@ -283,7 +287,8 @@ class Planner:
     def under(self, method: str) -> Planner:
         """The same under another method."""
         only_full = method in SAMPLED and method not in LOW_RANK and self.recipe.optim.always_on == "low_rank"
-        return self.changed(method={"name": method}, optim={"always_on": "full"} if only_full else {})
+        optim = {"always_on": "full"} if only_full else {}
+        return self.changed(method={"name": method}, optim=optim | ({} if method in LOW_RANK else {"rule": "adamw"}))
 
     # ---- before a run
 

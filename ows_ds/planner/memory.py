@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ows_ds.model.blocks import Block, Matrix, Vector
-from ows_ds.optim.layout import CHUNK, RefreshPart, group_in_order, pack
+from ows_ds.optim.layout import CHUNK, RefreshPart, gram_entries, group_in_order, pack
 from ows_ds.optim.sizes import IN_FLOAT32, OVERSAMPLING, kept_directions
 from ows_ds.planner.step import (
     ADAPTERS,
@@ -45,7 +45,7 @@ def state(spec: StepSpec) -> Parts:
         # this rank's sums lie beside its own gradients; DeepSpeed keeps a shard's gradient in the weights' format, and
         # in float32 for the step
         "gradients": (rows + own * (w > 1)) * e + (mine * (e + b) if spec.deepspeed_trains else 0),
-        "moments": 2 * own * e + math.ceil(mine * spec.moments_of_entry),
+        "moments": (own + spec.second_moments) * e + math.ceil(mine * spec.moments_of_entry),
         "masters": mine * spec.master_of_entry + (own * e if b < e else 0),
         "projectors": _projector_entries(spec) * b,
         **({"buckets": spec.bucket * b} if spec.deepspeed_trains else {}),  # DeepSpeed's, of gradients on their way
@@ -329,10 +329,12 @@ def _update(spec: StepSpec) -> int:
     found, alike = [0], defaultdict[tuple[str, float], list[int]](list)
     for layout in spec.plan.layouts:
         for one in layout.runs(spec.scale):
-            if (rows := layout.local(one.rows, 0)) is not None:
+            if (rows := layout.local(one.rows, 0)) is not None and (spec.rule == "adamw" or one.kind == "vectors"):
                 alike[one.kind, one.scale].append((rows.stop - rows.start) * spec.plan.r)
     for own in alike.values():
         found += [_roots(spec, some) for some in group_in_order(own)]
+    if spec.rule == "muon":
+        found.append(_orthonormal(spec))
     shares = {name: spec.share(size) for name, size in spec.full_rank.items()}
     parts = [*spec.layers.final, *(part for block in spec.layers.layers for part in block.vectors)]
     vectors = {part.name for part in parts if isinstance(part, Vector)}
@@ -344,6 +346,15 @@ def _update(spec: StepSpec) -> int:
         made = (2 * (spec.moments == "int8") + (spec.master == "none")) * sum(sizes) * spec.wide
         found.append(_roots(spec, sizes) + cast + made)
     return max(found)
+
+
+def _orthonormal(spec: StepSpec) -> int:
+    """Bytes of muon's step: of one matrix its rows in float64, or what they come to; U^T U of all, float64, with what
+    is made of them."""
+    grams = 8 * gram_entries(spec.projected, spec.rank)
+    longest = max((m.count * m.long * m.low_rank(spec.rank) for m in spec.projected), default=0)
+    rows = min(longest, max((layout.stride * layout.r for layout in spec.plan.layouts), default=0))
+    return max(grams + 8 * rows * (spec.itemsize < 8), 6 * grams, 2 * grams + spec.wide * rows)
 
 
 def _roots(spec: StepSpec, sizes: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ows_ds.model.blocks import Block
-from ows_ds.optim.sizes import OVERSAMPLING, ROUNDS, sketch_width
+from ows_ds.optim.sizes import MUON_ITERATIONS, OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
 from ows_ds.planner.memory import state
 from ows_ds.planner.step import StepSpec, activations, entries_of, numel, split
@@ -102,6 +102,10 @@ def _update(spec: StepSpec) -> Work:
     if spec.method == "mezo":  # noise added, taken off twice over, and the step
         return Work(0, 4 * 2 * state(spec)["weights"])
     own = sum(layout.stride for layout in spec.plan.layouts) * spec.plan.r + spec.share(*spec.full_rank.values())
+    if spec.rule == "muon":  # U^T U and U T of own rows; four products an iteration, all ranks the same
+        low = sum(layout.stride for layout in spec.plan.layouts) * spec.plan.r
+        cubes = sum(m.count * m.low_rank(spec.rank) ** 3 for m in spec.projected)
+        return Work(4 * low * spec.plan.r + 8 * MUON_ITERATIONS * cubes, own * (8 * spec.wide + spec.itemsize))
     return Work(0, own * (8 * spec.wide + spec.itemsize))
 
 

@@ -52,6 +52,19 @@ class StepSpec:
     moments: str = "float32"  # of weights that train at full rank
     master: str = "float32"
     scale: Scale = 1.0
+    rule: str = "adamw"
+    watched: bool = False  # squares of each block's gradients are summed over ranks
+
+    @property
+    def second_moments(self) -> int:
+        """Entries of the second moments of coordinates, on the rank with most of them."""
+        layouts = [(layout, layout.second_moments(self.rule)) for layout in self.plan.layouts]
+
+        def entries(rank: int) -> int:
+            local = [layout.local(rows, rank) for layout, rows in layouts]
+            return sum(rows.stop - rows.start for rows in local if rows is not None) * self.plan.r
+
+        return max(map(entries, range(self.world_size)))
 
     @property
     def wide(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from ows_ds.optim.layout import gram_entries
 from ows_ds.planner.step import StepSpec, entries_of, parts_of
 
 
@@ -21,7 +23,10 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
     sent = plan.bytes_per_step(e, b)
     sent["full_rank_gradients"] = full_rank * spec.accumulation
     sent["full_rank_weights"] = 0 if spec.sharded else full_rank
-    sent["grad_norm"] = 2 * spec.share(e) * (w - 1)
+    if spec.rule == "muon":
+        sent["grams"] = 2 * math.ceil(8 * gram_entries(spec.projected, spec.rank) / w) * (w - 1)
+    watched = sum("matrices" in layout.segments for layout in plan.layouts) * spec.watched
+    sent["grad_norm"] = 2 * spec.share(e * (1 + watched)) * (w - 1)
     if refresh and spec.low_rank:
         last = spec.refresh_plan()
         sent["projectors"] = last.stride * last.columns * b * (w - 1)
@@ -74,7 +79,9 @@ def messages(spec: StepSpec, refreshes: float) -> dict[str, Messages]:
     counts["full_rank_weights"] = len(spec.full_rank)
     counts["refresh_gradients"] = len(spec.refresh_plan().parts) * spec.refresh_passes
     sent = traffic(spec)
-    found = {op: Messages(size, counts.get(op, 1), 2 if op == "grad_norm" else 1) for op, size in sent.items()}
+    found = {
+        op: Messages(size, counts.get(op, 1), 2 if op in ("grad_norm", "grams") else 1) for op, size in sent.items()
+    }
     for op, size in traffic(spec, True, last).items() if refreshes else ():
         if op not in sent:
             found[op] = Messages(size * refreshes, counts.get(op, 1) * refreshes)

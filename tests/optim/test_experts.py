@@ -106,6 +106,12 @@ def test_an_expert_that_one_rank_misses(pools: Pools, sharding: str) -> None:
         assert distance(weights, reference("mixtral", 2, *ONE_EXPERT.items())) < CLOSE
 
 
+def test_muon_of_stacks(pools: Pools) -> None:
+    """Each expert's momentum is orthonormalised for itself, wherever its rows are."""
+    for weights, _ in pools(2).run(run, "mixtral", "replicated", {}, {"rule": "muon"}):
+        assert distance(weights, reference("mixtral", 2, ("rule", "muon"))) < CLOSE
+
+
 # ------------------------------------------------------------------ gradients of whole stacks
 
 

@@ -17,6 +17,7 @@ from ows_ds.distributed.weights import Replicated
 from ows_ds.model.blocks import Block, Matrix, Vector
 from ows_ds.optim.full_rank import FullRank, adam_steps
 from ows_ds.optim.layout import Plan, Scale, make_plan, scale_of
+from ows_ds.optim.muon import Rule
 from ows_ds.optim.update import AdamWSettings, CoordinateBuffer
 
 RANK = 3
@@ -43,7 +44,9 @@ UNITS = {
 def buffer_of(
     *names: str, dtype: torch.dtype = torch.float64, weight_dtype: torch.dtype | None = None, scale: Scale = SCALE
 ) -> CoordinateBuffer:
-    return CoordinateBuffer(plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"), scale)
+    return CoordinateBuffer(
+        plan_of(*names), Communicator(), dtype, weight_dtype or dtype, torch.device("cpu"), Rule(scale=scale)
+    )
 
 
 def plan_of(*names: str) -> Plan:
