@@ -51,7 +51,7 @@ def adjustment(rows: int, columns: int, adjust_lr: str) -> float:
 
 
 def whitening(grams: Tensor) -> Tensor:
-    """T (..., r, r), float64: what U is multiplied with, of U^T U (..., r, r), float64.
+    """T (n, r, r), float64: what U is multiplied with, of U^T U (n, r, r), float64.
 
     The singular values of U T are near 1 (0.7 to 1.2), where those of U are not below about 2e-3 of its norm.
     """
@@ -59,9 +59,10 @@ def whitening(grams: Tensor) -> Tensor:
     norm = grams.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=EPS)[..., None, None]
     gram, found = grams / norm.square(), torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device) / norm
     for _ in range(MUON_ITERATIONS):
-        factor = c * (gram @ gram) + b * gram
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        found, gram = found @ factor, factor @ gram @ factor
+        found = found @ factor
+        gram = factor @ gram @ factor
     return found
 
 
@@ -134,8 +135,9 @@ def step(blocks: Mapping[str, BlockBuffer], comm: Communicator, lr: float, weigh
         else:
             grams.append(grams_of(one.update, one.first, one.matrix.long, count))
     flat = comm.all_reduce(torch.cat([gram.flatten() for gram in grams]), "grams")
-    summed = [some.view(gram.shape) for some, gram in zip(flat.split([g.numel() for g in grams]), grams, strict=True)]
-    factors = {r: whitening(torch.cat([gram for gram in summed if gram.shape[-1] == r])) for r in _ranks(summed)}
+    grams = [some.view(gram.shape) for some, gram in zip(flat.split([g.numel() for g in grams]), grams, strict=True)]
+    ranks = {gram.shape[-1] for gram in grams}
+    factors = {r: whitening(torch.cat([gram for gram in grams if gram.shape[-1] == r])) for r in ranks}
     for one, gram in zip(parts, grams, strict=True):
         count, r = gram.shape[:2]
         mine, factors[r] = factors[r][:count], factors[r][count:]
@@ -146,7 +148,3 @@ def step(blocks: Mapping[str, BlockBuffer], comm: Communicator, lr: float, weigh
         factor = scale_of(one.matrix, one.block.layout.r, rule.scale) * adjustment(one.matrix.long, r, rule.adjust_lr)
         master = one.block.master[rows].view(-1, r)[: len(update)]
         master.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * factor)
-
-
-def _ranks(grams: Sequence[Tensor]) -> set[int]:
-    return {gram.shape[-1] for gram in grams}

@@ -354,7 +354,7 @@ def _orthonormal(spec: StepSpec) -> int:
     grams = 8 * gram_entries(spec.projected, spec.rank)
     longest = max((m.count * m.long * m.low_rank(spec.rank) for m in spec.projected), default=0)
     rows = min(longest, max((layout.stride * layout.r for layout in spec.plan.layouts), default=0))
-    return max(grams + 8 * rows * (spec.itemsize < 8), 6 * grams, 2 * grams + spec.wide * rows)
+    return max(grams + 8 * rows * (spec.itemsize < 8), 7 * grams, 2 * grams + spec.wide * rows)
 
 
 def _roots(spec: StepSpec, sizes: Sequence[int]) -> int:

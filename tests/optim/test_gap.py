@@ -74,7 +74,7 @@ def test_one_layer_does_not_decide_for_another() -> None:
 def run(
     rank: int, world_size: int, sharding: str, settings: dict[str, Any], state: dict[str, Any] | None, until: int
 ) -> dict[str, Any]:
-    """Train to step ``until``; at the end the state, the weights, and the clocks at which each step's blocks were due."""
+    """Train to step ``until``; at the end the state, the weights, and of each step the clocks of the blocks due."""
     ows = OWS(home(tiny("llama", dtype=torch.float64), sharding, world_size), RATIOS, **{**SETTINGS, **settings})
     if state is not None:
         ows.load_state_dict(state)
@@ -102,7 +102,8 @@ def reference(refresh: str) -> dict[str, Tensor]:
 )
 def test_equals_reference(pools: Pools, world_size: int, sharding: str, refresh: str) -> None:
     for found in pools(world_size).run(run, sharding, {"refresh": refresh}, None, STEPS):
-        assert distance(found["weights"], reference(refresh)) < 1e-9
+        # sketches begin with noise in float32; a projector a step later moves weights far more
+        assert distance(found["weights"], reference(refresh)) < (1e-9 if refresh == "full" else 1e-6)
         clocks = [clock for due in found["due"] for clock in due.values()]
         assert {0} < set(clocks) - {9, 18}  # some by what they keep, not by the longest gap
 

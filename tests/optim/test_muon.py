@@ -13,6 +13,7 @@ from ows_ds.config import OWSConfig, parse
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.errors import UserError
 from ows_ds.model.blocks import Block, Matrix
+from ows_ds.model.layers import find_layers
 from ows_ds.optim import muon
 from ows_ds.optim.layout import make_plan
 from ows_ds.optim.muon import Rule
@@ -22,6 +23,7 @@ from ows_ds.optim.update import AdamWSettings, CoordinateBuffer
 from ows_ds.planner.memory import memory, state
 from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import traffic
+from tests.support.alive import Alive
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import (
@@ -73,9 +75,9 @@ def test_singular_values_of_a_step_are_near_1() -> None:
     """Where those of the momentum are within a factor of 100; zero stays zero."""
     left, right = torch.linalg.qr(random(64, 16))[0], torch.linalg.qr(random(16, 16, seed=1))[0]
     momentum = left @ torch.diag(torch.logspace(0, -2, 16, dtype=torch.float64)) @ right
-    values = torch.linalg.svdvals(momentum @ muon.whitening(momentum.mT @ momentum))
+    values = torch.linalg.svdvals(momentum @ muon.whitening((momentum.mT @ momentum)[None])[0])
     assert 0.65 < float(values.min()) < float(values.max()) < 1.3
-    assert not (torch.zeros(64, 16).double() @ muon.whitening(torch.zeros(16, 16).double())).any()
+    assert not (torch.zeros(1, 64, 16).double() @ muon.whitening(torch.zeros(1, 16, 16).double())).any()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -202,3 +204,17 @@ def test_one_moment_in_place_of_two() -> None:
     entries = sum(layout.segments["matrices"][1] for layout in spec.plan.layouts) * RANK
     assert state(adamw)["moments"] - state(spec)["moments"] == entries * 4
     assert memory(spec).phases["update"]["temporaries"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_planned_temporaries_are_those_of_a_step(dtype: torch.dtype) -> None:
+    layers = find_layers(tiny("llama", hidden_size=128, intermediate_size=512))
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    spec = StepSpec(layers, "ows", (0, 2), 24, "none", itemsize=itemsize, rule="muon", on_gpu=False)
+    buffer = CoordinateBuffer(spec.plan, Communicator(), dtype, dtype, torch.device("cpu"), Rule("muon", "auto"))
+    for block in buffer.blocks.values():
+        block.grads.copy_(random(*block.grads.shape))
+    buffer.reduce()
+    with Alive() as alive:
+        buffer.update(AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1))
+    assert memory(spec).phases["update"]["temporaries"] == pytest.approx(alive.most, rel=0.05)
