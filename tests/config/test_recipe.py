@@ -191,7 +191,7 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("optim.lr", [1], "expected a number"),
         ("optim.scale", "fast", "expected a number above 0, or auto"),
         ("optim.proj_gap_range", [4], "expected a list of 2 integers, the first at least 2"),
-        ("optim.proj_gap_range", [9, 4], "expected [least, most], the least of them at least 2"),
+        ("optim.proj_gap_range", (9, 4), "expected [least, most], the least of them at least 2"),
         ("optim.scale", 0, "expected a number above 0, or auto"),
         ("optim.lr", 10**400, "expected a number"),
         ("optim.lr", -1, "expected a number of at least 0, or auto"),
