@@ -84,8 +84,9 @@ class BlockBuffer:
         self.master = own if weight_dtype == dtype else own.to(dtype)
         self.reduced_grads = self.grads if comm.world_size == 1 else torch.zeros_like(self.master)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        # AdamW counts on the CPU
-        self.steps = {kind: torch.zeros((), dtype=torch.float32) for kind in layout.segments}
+        # AdamW counts on the CPU, its one kernel on the GPU
+        counts = device if device.type == "cuda" else "cpu"
+        self.steps = {kind: torch.zeros((), dtype=torch.float32, device=counts) for kind in layout.segments}
         local = {kind: layout.local(rows, comm.rank) for kind, rows in layout.segments.items()}
         self._local = {kind: rows for kind, rows in local.items() if rows is not None}
         self.parameters = {kind: nn.Parameter(self.master[rows]) for kind, rows in self._local.items()}
@@ -164,7 +165,7 @@ class CoordinateBuffer:
 
     def change(self, plan: Plan) -> None:
         """Blocks that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
-        old = self.blocks
+        old, device = self.blocks, self._kind[-1]
         self.plan = plan
         self.blocks = {
             layout.block.name: old.get(layout.block.name) or BlockBuffer(layout, self.comm, *self._kind)
@@ -181,7 +182,7 @@ class CoordinateBuffer:
             groups += [{"params": list(islice(parameters, len(some))), "kind": kind} for some in group_in_order(sizes)]
         self._adamw: torch.optim.AdamW | None = None
         if groups:
-            self._adamw = torch.optim.AdamW(groups)
+            self._adamw = torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None)  # one kernel
             states = ((p, block.state(kind)) for block in self.blocks.values() for kind, p in block.parameters.items())
             self._adamw.state.update(states)
 

@@ -199,6 +199,8 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("optim.projector", "qr", "expected one of randomized, svd"),
         ("optim.lrr", 3, "there is no such key; is optim.lr meant?"),
         ("train.gradient_checkpointing", "yes", "expected true or false"),
+        ("train.tiled_mlp", "sometimes", "expected true or false, or auto"),
+        ("train.kernels", "triton", "expected one of auto, torch, liger, compile"),
         ("train.epochs", 0, "expected a number above 0"),
         ("train.steps", 0, "expected an integer of at least 1, or null"),
         ("train.resume", "no/such/folder", "expected never, auto, or the folder of a checkpoint"),
@@ -374,3 +376,13 @@ def test_importing_the_recipe_is_cheap() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert isinstance(Recipe, type)
+
+
+def test_inputs_on_the_host_are_those_of_checkpointed_layers() -> None:
+    train = {"output_dir": "none", "activation_offload": True}
+    made = config.from_dict({"model": {"path": "m"}, "train": train})
+    assert made.train.gradient_checkpointing
+    assert "train.gradient_checkpointing" not in made.auto
+    assert config.from_dict(config.to_dict(made)) == made
+    with pytest.raises(UserError, match=r"train\.activation_offload: True is invalid: expected false, or train\.grad"):
+        config.from_dict({"model": {"path": "m"}, "train": {**train, "gradient_checkpointing": False}})
