@@ -253,6 +253,7 @@ LATER = {
         as_json("model/config.json", vocab_size=200)(folder),
         weights(lambda found: found | {"model.embed_tokens.weight": found["model.embed_tokens.weight"][:200].clone()})(
             folder))[1]),
+    "kernels of GPUs": Bad("train.kernels: 'liger'", "--train.kernels liger", says="Liger's kernels run on GPUs"),
     "model: no such kernel": Bad("model.attn_implementation: 'flash'", "--model.attn_implementation flash"),
     "model: too few positions": Bad("data.max_length: 80", "--data.max_length 80", of_gpt2, says="expected at most 64"),
     "model: too few layers": Bad("sampling.gamma: 4.0", "--sampling.gamma 4", says="at most 3, the number of layers"),

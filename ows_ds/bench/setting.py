@@ -26,6 +26,12 @@ RIVALS = {
     "torch-adamw": "all weights, torch's AdamW",
     "deepspeed": "all weights, ZeRO-3 with DeepSpeed around torch's AdamW",
 }
+WAYS: dict[str, dict[str, Any]] = {  # how layers run, after a method of ours and a plus: keys of a recipe's train
+    "compile": {"kernels": "compile"},
+    "liger": {"kernels": "liger"},
+    "tiled": {"tiled_mlp": True},
+    "offload": {"activation_offload": True},
+}
 LIMITS = ("limit", "limit-lean")  # down to the input; down to the lowest sampled layer
 DISTRIBUTED = (*OURS, "deepspeed")
 
@@ -95,7 +101,8 @@ class How(Settings):
     """How it is measured and shown."""
 
     methods: str | None = None
-    """List with commas; null: all that can be measured."""
+    """List with commas; null: all that can be measured. ows+compile, also +liger, +tiled and +offload: the same with
+    layers that run so."""
     sweep: str | None = None
     """gamma or rank with its values, such as gamma=1,2,4,8: one column for each; null: one point."""
     rounds: Count = 5
@@ -189,9 +196,21 @@ def check(how: How) -> None:
 def parse_methods(given: str | None, known: Sequence[str]) -> list[str]:
     """A list with commas -> methods; null: all that are ``known``. Raises UserError naming ``--methods``."""
     names = list(known) if given is None else [word.strip() for word in given.split(",")]
-    if not names or not set(names) <= set(known) or len(set(names)) < len(names):
-        raise UserError("--methods", given, f"expected different ones of {', '.join(known)}, with commas between them")
+    right = f"expected different ones of {', '.join(known)}, with commas between them"
+    if not names or not {name.partition("+")[0] for name in names} <= set(known) or len(set(names)) < len(names):
+        raise UserError("--methods", given, right)
+    for name in names:
+        method, ways = ways_of(name)
+        if ways and (method not in OURS or not set(ways) <= WAYS.keys()):
+            right = f"expected a method of ours ({', '.join(OURS)}) before +, and after it {', '.join(WAYS)}"
+            raise UserError("--methods", name, right)
     return names
+
+
+def ways_of(name: str) -> tuple[str, list[str]]:
+    """``ows+compile+tiled`` -> ("ows", ["compile", "tiled"])."""
+    method, *ways = name.split("+")
+    return method, ways
 
 
 def parse_sweep(given: str | None) -> tuple[str, list[int]] | None:
@@ -218,7 +237,7 @@ def limits(setting: Setting) -> list[str]:
 
 def limit_of(method: str, setting: Setting) -> str:
     """The limit as deep as ``method``: where nothing below the sampled layers trains, it stops at the lowest one."""
-    return limits(setting)[-1 if method == "ows-lean" else 0]
+    return limits(setting)[-1 if ways_of(method)[0] == "ows-lean" else 0]
 
 
 def entries(shape: Shape, layers: int | None = None) -> tuple[int, int]:
@@ -246,6 +265,7 @@ def estimate(setting: Setting, method: str) -> int:
     # beside the weight itself, for every weight that trains: gradient, two moments, and a float32 copy
     state = {"lisa": 16, "badam": 16, "hift": 16, "full": 16, "deepspeed": 16, "lmflow-lisa": 3 * wide}
     state |= {"torch-adamw": 3 * wide, "galore_torch": wide}
+    method = ways_of(method)[0]
     share = (setting.gamma or 1) / setting.n_layers if method in ("lisa", "lmflow-lisa") else 1.0
     trained = int(layers * share) + outside
     activations = setting.tokens * setting.n_layers * (20 * setting.widths.hidden + 5 * setting.widths.intermediate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ows_ds import config, methods
-from ows_ds.bench.setting import ITEMSIZE, Setting
+from ows_ds.bench.setting import ITEMSIZE, WAYS, Setting, ways_of
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import start
@@ -26,12 +26,15 @@ from ows_ds.distributed.zero3 import Zero3, Zero3AdamW
 from ows_ds.importance.probabilities import probabilities
 from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.layers import find_layers
+from ows_ds.model.parts import gathered_at_once
 from ows_ds.model.pretrained import DTYPES
+from ows_ds.model.tiled import names_within
 from ows_ds.optim.ows import OWS
 from ows_ds.optim.sampling import LayerSet, Sampler
 from ows_ds.optim.sizes import check
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
+from ows_ds.train import layer_runs
 from ows_ds.train.loss import token_losses
 
 NEVER = 10**9  # steps: draws and refreshes only where they are asked for
@@ -114,8 +117,9 @@ def sampled(setting: Setting) -> LayerSet:
     return Sampler(probabilities([1.0] * setting.n_layers, int(setting.gamma or 1)), "fixed", SEED).draw()
 
 
-def recipe_of(setting: Setting, name: str, world_size: int) -> Recipe:
-    """The recipe of one of our methods: no draw and no refresh after the first step."""
+def recipe_of(setting: Setting, name: str, world_size: int, ways: Sequence[str] = ()) -> Recipe:
+    """The recipe of one of our methods: no draw and no refresh after the first step. ways: of `WAYS`."""
+    more = {key: value for way in ways for key, value in WAYS[way].items()}
     lean = name in ("ows-lean", "badam")  # badam's definition
     zero3 = setting.sharding == "zero3" or name == "deepspeed"
     method = {"ows-lean": "ows", "deepspeed": "full"}.get(name, name)
@@ -133,15 +137,19 @@ def recipe_of(setting: Setting, name: str, world_size: int) -> Recipe:
             },
             "train": {
                 "output_dir": ".", "global_batch_size": world_size, "seed": SEED,
-                "sharding": "zero3" if zero3 else "replicated",
+                "sharding": "zero3" if zero3 else "replicated", "kernels": "torch",
+                "gradient_checkpointing": setting.gradient_checkpointing or "offload" in ways, **more,
             },
+            "data": {"max_length": setting.tokens},
         }
     )  # fmt: skip
 
 
 def ours(setting: Setting, name: str, world_size: int) -> Trial:
     """One of our methods, or DeepSpeed's own optimizer, over replicated weights or shards. Collective."""
-    recipe = recipe_of(setting, name, world_size)
+    name, ways = ways_of(name)
+    recipe = recipe_of(setting, name, world_size, ways)
+    setting = setting.model_copy(update={"gradient_checkpointing": recipe.train.gradient_checkpointing})
     sharded = recipe.train.sharding == "zero3"
     runtime = start(recipe) if sharded or world_size > 1 else None
     comm = Communicator() if runtime is None else runtime.comm
@@ -149,15 +157,21 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
     model = build_model(setting)
     layers = find_layers(model)
     check(recipe, layers)
-    model = methods.adapt(recipe, model)
+    device = torch.device(setting.device)
+    layer_runs.check(recipe, device)
+    runs = layer_runs.ways_of(recipe, layers, device)
+    at_once = gathered_at_once(layers, runs.kernels == "compile", runs.tile)
+    plain, model = model, methods.adapt(recipe, model)
+    at_once = names_within(model, plain, at_once)
     weights: Weights
     if ds_config is None:
         weights = Replicated(model, comm)
     elif methods.deepspeed_trains(recipe):
-        weights = Zero3AdamW(model, ds_config, comm, recipe.optim.max_grad_norm)
+        weights = Zero3AdamW(model, ds_config, comm, recipe.optim.max_grad_norm, at_once)
     else:
-        weights = Zero3(model, ds_config, comm)
+        weights = Zero3(model, ds_config, comm, at_once)
     method = methods.build(recipe, weights, layers, [1.0] * len(layers.layers), 1)
+    layer_runs.LayerRuns(weights, layers, runs)
     batch = batch_of(setting, comm.rank)
 
     def loss() -> Tensor:
@@ -181,7 +195,8 @@ def ours(setting: Setting, name: str, world_size: int) -> Trial:
         layers, recipe.method.name, tuple(method.layer_set), setting.rank, recipe.optim.always_on, setting.refresh,
         lora_rank=setting.lora_rank, itemsize=ITEMSIZE[setting.dtype], length=setting.tokens,
         checkpointing=setting.gradient_checkpointing, world_size=world_size, sharded=sharded,
-        on_gpu=setting.device == "cuda",
+        on_gpu=setting.device == "cuda", offload=runs.offload, tile=runs.tile, fused=runs.kernels != "torch",
+        compiled=runs.kernels == "compile",
     )  # fmt: skip
     if ds_config is not None and not setting.inside:
         replays = Replays(lambda: model.config, ds_config["zero_optimization"])

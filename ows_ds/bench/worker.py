@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ows_ds.bench.rivals import rival
-from ows_ds.bench.setting import OURS, Setting
+from ows_ds.bench.setting import OURS, Setting, ways_of
 from ows_ds.bench.tracking import Tracker
 from ows_ds.bench.trial import Trial, full_rank_bytes, ours
 from ows_ds.errors import UserError, first_line
@@ -39,7 +39,7 @@ def serve(pipe: Connection, setting: Setting, method: str, rank: int, world_size
     try:
         torch.set_num_threads(setting.threads)
         torch.set_flush_denormal(True)  # random weights under a decaying Adam reach denormals, trained ones hardly
-        trial = (ours if method in OURS else rival)(setting, method, world_size)
+        trial = (ours if ways_of(method)[0] in OURS else rival)(setting, method, world_size)
         first = timed(trial.step)  # finds the first projectors, and makes all that is made once
         pipe.send({"first": first if trial.first_refreshes else None})
         while True:

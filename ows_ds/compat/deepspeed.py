@@ -125,6 +125,14 @@ def hpz_group(config: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------ an engine
 
 
+def gather_at_once(module: nn.Module) -> None:
+    """Let an engine that is made later gather all weights within ``module`` when it is entered, and release them when
+    it is left, in a forward pass and in a backward pass: a leaf, in DeepSpeed's words."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 class Gathers:
     """How an engine gathers, prefetches and releases its weights."""
 

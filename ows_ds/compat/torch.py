@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +168,41 @@ def build_directory(extension: str) -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(extension, False))
+
+
+# ------------------------------------------------------------------ compiled functions
+
+GRAPHS = 64  # of one function, at most: torch's own limit, 8, is for functions that are compiled by mistake
+
+
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """``function`` by torch.compile, for inputs of any length."""
+    found: Callable[..., Any] = torch.compile(function, dynamic=True, backend=backend)
+    return found
+
+
+def outside_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as compiled functions call it: nothing in it is traced, and it has ``__wrapped__``."""
+    found: Callable[..., Any] = torch.compiler.disable(function)
+    return found
+
+
+def recompiles() -> Callable[[], None]:
+    """Let a function have `GRAPHS` graphs, in the whole process, until what is returned is called. ``torch.compile``
+    has an argument for it from 2.13 on, which does not hold for what the function calls."""
+    from torch import _dynamo
+
+    before = _dynamo.config.recompile_limit
+    _dynamo.config.recompile_limit = max(before, GRAPHS)
+
+    def back() -> None:
+        _dynamo.config.recompile_limit = before
+
+    return back
+
+
+def graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 # ------------------------------------------------------------------ packed sequences
 
@@ -148,6 +151,93 @@ def without_sharding() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+# ------------------------------------------------------------------ layers
+
+
+def model_in(model: Any) -> Any:
+    """The model without the adapters around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+CHECKPOINT = "_gradient_checkpointing_func"  # the function that a layer, or a model, computes parts of itself with
+
+
+def checkpointed(layer: nn.Module) -> tuple[str, Callable[..., Any]] | None:
+    """The name of the attribute by which a layer checkpoints itself, and what it is; None where it does not."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = getattr(layer, CHECKPOINT, None)
+    on = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    return (CHECKPOINT, found) if on and found is not None else None
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward pass of a module's class, to be called with the module: of a layer that checkpoints itself, what it
+    checkpoints; of one whose own attribute takes the place of the class', such as Liger's, that one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    own: Any = module.__dict__.get("forward")
+    if isinstance(own, MethodType) and own.__self__ is module:
+        own = own.__func__
+    elif own is not None:
+        return lambda _, *args, **kwargs: own(*args, **kwargs)
+    found: Callable[..., Any] = own or type(module).forward
+    return getattr(found, "__wrapped__", found) if isinstance(module, GradientCheckpointingLayer) else found
+
+
+LIGER = {  # its losses aside: `ows_ds.train.loss` has one that knows of coordinates
+    "rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True, "geglu": True,
+    "cross_entropy": False, "fused_linear_cross_entropy": False,
+}  # fmt: skip
+
+
+def has_liger() -> bool:
+    """Whether Liger's kernels are installed."""
+    from transformers.utils import is_liger_kernel_available
+
+    return bool(is_liger_kernel_available())
+
+
+def use_liger(model: Any) -> tuple[int, Callable[[], None]]:
+    """Let a model's modules use Liger's kernels. Returns how many modules have changed, and what gives them back.
+
+    Liger sets attributes of modules, and functions of the Python module that defines the model. Stacks of experts keep
+    their own code, which knows of coordinates.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    base = model_in(model)
+    owners: list[Any] = [*base.modules(), *{sys.modules[type(one).__module__] for one in base.modules()}]
+    before = [dict(vars(owner)) for owner in owners]
+    apply_liger_kernel(model, LIGER)
+    undo: list[Callable[[], None]] = []
+    changed = 0
+    for owner, old in zip(owners, before, strict=True):
+        names = [name for name in {*vars(owner), *old} if vars(owner).get(name, owner) is not old.get(name, owner)]
+        if not names:
+            continue
+        back = functools.partial(_restore, owner, {name: old[name] for name in names if name in old}, names)
+        if isinstance(owner, nn.Module) and any(p.dim() > 2 for p in owner.parameters(recurse=False)):
+            back()
+            continue
+        undo.append(back)
+        changed += isinstance(owner, nn.Module)
+
+    def undo_all() -> None:
+        for back in undo:
+            back()
+
+    return changed, undo_all
+
+
+def _restore(owner: Any, old: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name in old:
+            vars(owner)[name] = old[name]
+        else:
+            vars(owner).pop(name, None)
 
 
 # ------------------------------------------------------------------ chat templates

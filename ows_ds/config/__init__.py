@@ -17,6 +17,7 @@ from ows_ds.config.reading import (
     sources,
     to_dict,
     to_yaml,
+    tokens_of_pass,
     used,
     value_of,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "sources",
     "to_dict",
     "to_yaml",
+    "tokens_of_pass",
     "unknown_key",
     "used",
     "value_of",

@@ -49,6 +49,11 @@ MEANINGS: dict[str, str] = {
         "train.ds_config": "deepspeed deepspeed_config",
         "train.sharding zero3": "fsdp fsdp_config zero_stage",
         "train.gradient_checkpointing": "activation_checkpointing use_gradient_checkpointing",
+        "train.activation_offload": "activation_offloading offload_activations",
+        "train.tiled_mlp": "use_tiled_mlp",
+        "train.kernels liger": "use_liger_kernel enable_liger_kernel liger_rms_norm liger_glu_activation liger_rope "
+        "liger_swiglu",
+        "train.kernels compile": "torch_compile",
         "train.output_dir": "out_dir save_dir output_path",
         "train.timeout_seconds": "ddp_timeout",
         "log.trackers": "report_to use_wandb use_mlflow wandb_project",

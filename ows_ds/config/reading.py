@@ -53,6 +53,12 @@ def value_of(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
+def tokens_of_pass(recipe: Recipe) -> int:
+    """Tokens of a rank's forward pass in training, at most."""
+    rows = 2 if recipe.loss.rows == "preference" else 1
+    return recipe.train.micro_batch_size * recipe.data.max_length * rows
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts, lists and numbers, every default written out; `from_dict` reverses it."""
     tree = recipe.model_dump(mode="json")

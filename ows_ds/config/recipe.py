@@ -52,6 +52,15 @@ class Train(Settings):
     a step faster."""
     gradient_checkpointing: MayChange[Annotated[bool, Planned()]] = False
     """Compute activations again in the backward pass: less memory, more time. auto: where nothing else fits."""
+    activation_offload: MayChange[bool] = False
+    """Keep the inputs of checkpointed layers in the host's memory until the backward pass: of long rows a layer's alone
+    is on the device. Turns train.gradient_checkpointing on."""
+    tiled_mlp: MayChange[Annotated[bool | Literal["auto"], Expected("true or false, or auto")]] = "auto"
+    """Compute MLPs a run of tokens at a time, as many as a hidden state is wide, and again in the backward pass; auto:
+    where a pass has at least four such runs."""
+    kernels: MayChange[Literal["auto", "torch", "liger", "compile"]] = "auto"
+    """What computes norms, rotary positions and activation functions: torch; liger (Liger's, on a GPU); compile
+    (torch.compile, which takes minutes at the start). auto: liger where it is installed, otherwise torch."""
     seed: Seed = 0
     """Seed of the order of rows, of dropout and of the draws."""
     eval_steps: MayChange[Count | None] = None
@@ -95,6 +104,9 @@ class Train(Settings):
         if self.global_batch_size % self.micro_batch_size:
             right = f"expected a multiple of train.micro_batch_size, {self.micro_batch_size}"
             yield Wrong("global_batch_size", right, ("micro_batch_size",))
+        if self.activation_offload and not self.gradient_checkpointing:
+            right = "expected false, or train.gradient_checkpointing true: what is kept on the host is layers' inputs"
+            yield Wrong("activation_offload", right, ("gradient_checkpointing",))
         if self.sharding == "replicated" and self.ds_config is not None:
             right = "leave it out under train.sharding replicated, or give zero3"
             yield Wrong("ds_config", right, ("sharding",))
@@ -146,6 +158,9 @@ class Recipe(Settings):
         for key in planned_keys():
             section, _, name = key.partition(".")
             if isinstance(made[section], Mapping) and made[section].get(name, "auto") == "auto":
+                if name == "gradient_checkpointing" and made[section].get("activation_offload") is True:
+                    made[section] = {**made[section], name: True}
+                    continue
                 made[section] = {k: v for k, v in made[section].items() if k != name}
                 auto.add(key)
         method, optim = made["method"], made["optim"]

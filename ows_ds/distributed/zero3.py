@@ -107,8 +107,11 @@ class InShards:
         return Frozen(format, real, empty(format.codes_shape), empty(format.scales_shape), resting=False)
 
 
-def _engine(module: nn.Module, config: dict[str, Any], **optimizer: Any) -> Any:
+def _engine(module: nn.Module, config: dict[str, Any], at_once: Iterable[str] = (), **optimizer: Any) -> Any:
     import deepspeed
+
+    for name in at_once:
+        inside.gather_at_once(module.get_submodule(name))
 
     join_deepspeed()
     inside.hpz_group(config)
@@ -125,13 +128,17 @@ class Zero3(Home):
 
     sharded = True
 
-    def __init__(self, module: nn.Module, config: dict[str, Any], comm: Communicator) -> None:
+    def __init__(
+        self, module: nn.Module, config: dict[str, Any], comm: Communicator, at_once: Iterable[str] = ()
+    ) -> None:
         """module: the model, plain or already loaded into shards under ``deepspeed.zero.Init``. Collective.
+
+        at_once: names of modules whose weights are gathered together.
 
         config: a DeepSpeed configuration from `resolve_config`.
         """
         module.requires_grad_(False)
-        self._use(_engine(module, config), comm)
+        self._use(_engine(module, config, at_once), comm)
 
     @classmethod
     def adopt(cls, engine: Any, comm: Communicator) -> Zero3:
@@ -246,7 +253,12 @@ class Zero3AdamW(Zero3):
     """
 
     def __init__(
-        self, module: nn.Module, config: dict[str, Any], comm: Communicator, max_grad_norm: float | None
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        comm: Communicator,
+        max_grad_norm: float | None,
+        at_once: Iterable[str] = (),
     ) -> None:
         """Collective. config: from `resolve_config`, which says how many micro-batches make a step."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -258,7 +270,7 @@ class Zero3AdamW(Zero3):
             [{"params": group, "decayed": len(full_shape(group[0])) > 1} for group in groups if group]
         )
         config = {**config, "gradient_clipping": max_grad_norm or 0.0, "zero_allow_untested_optimizer": True}
-        self._use(_engine(module, config, optimizer=optimizer), comm)
+        self._use(_engine(module, config, at_once, optimizer=optimizer), comm)
         self._micro, self._steps = 0, config["gradient_accumulation_steps"]
         self.states: dict[str, dict[str, Tensor]] = {}
         """Of each weight that trains: master, exp_avg, exp_avg_sq (1-D, this rank's interval), step. Live."""

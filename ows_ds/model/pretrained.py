@@ -16,7 +16,7 @@ from torch import nn
 
 from ows_ds.compat.deepspeed import full_shape
 from ows_ds.compat.transformers import auto_class
-from ows_ds.config import Recipe
+from ows_ds.config import Recipe, tokens_of_pass
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.formats import Format, has_fp8_products, require_bitsandbytes
 from ows_ds.distributed.frozen import frozen_of, named_weights
@@ -28,6 +28,8 @@ from ows_ds.files import read_text
 from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.layers import find_layers
 from ows_ds.model.loading import Make, Source, Unsharded
+from ows_ds.model.parts import gathered_at_once, tile_length
+from ows_ds.model.tiled import names_within
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ def load_model(
     if recipe.optim.router == "freeze":  # what DeepSpeed trains is what requires gradients
         for name in layers.router_names:
             model.get_parameter(name).requires_grad_(False)
+    plain = model
     if adapt is not None:
         keep = None if config is None else HfDeepSpeedConfig(config)  # while this object lives, peft knows of shards
         model = adapt(model)
@@ -66,10 +69,14 @@ def load_model(
     weights: Weights
     if config is None:
         weights = Replicated(model, runtime.comm)
-    elif deepspeed_trains:
-        weights = Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm)
     else:
-        weights = Zero3(model, config, runtime.comm)
+        tile = tile_length(recipe.train.tiled_mlp, tokens_of_pass(recipe), layers.embeddings[-1].shape[1])
+        at_once = gathered_at_once(layers, recipe.train.kernels == "compile", tile)
+        at_once = names_within(model, plain, at_once)
+        if deepspeed_trains:
+            weights = Zero3AdamW(model, config, runtime.comm, recipe.optim.max_grad_norm, at_once)
+        else:
+            weights = Zero3(model, config, runtime.comm, at_once)
     weights.freeze(real)
     return weights, layers
 

@@ -7,7 +7,7 @@ WeightHook     a `StandIn` in place of a weight, where the module's own code, or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -248,13 +248,26 @@ def hook_frozen(weights: Weights) -> None:
             hook_of(module, key, weights.sharded)
 
 
-def trained(module: nn.Module) -> list[Tensor]:
-    """The leaves whose gradients the module's forward pass brings: its own weights that train, attached coordinates."""
-    leaves: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    hook = _in_place_of_forward(module)
-    return leaves if hook is None else leaves + [one.values for one in hook.attached]
+def trained(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    """The leaves whose gradients the module's forward pass brings: its own weights that train, attached coordinates.
+
+    recurse: also weights of modules within."""
+    leaves: list[Tensor] = [parameter for parameter in module.parameters(recurse) if parameter.requires_grad]
+    return leaves + [one.values for hook in _hooks_on(module) for one in hook.attached]
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Whether coordinates of the module's own weights are, or may come to be, attached to it."""
+    return any(True for _ in _hooks_on(module))
+
+
+def _hooks_on(module: nn.Module) -> Iterator[Hook]:
+    if (found := _in_place_of_forward(module)) is not None:
+        yield found
+    yield from (one.hook for one in module.__dict__.values() if isinstance(one, StandIn))
 
 
 def _in_place_of_forward(module: nn.Module) -> LowRankHook | None:
-    found = getattr(module.__dict__.get("forward"), "__self__", None)
+    forward: Any = module.__dict__.get("forward")  # perhaps wrapped
+    found = getattr(getattr(forward, "__wrapped__", forward), "__self__", None)
     return found if isinstance(found, LowRankHook) else None

@@ -96,8 +96,9 @@ class BlockBuffer:
         squares = layout.local(self.second_moments, comm.rank) or slice(0, 0)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master[squares])
         self._squares_from = squares.start
-        # AdamW counts on the CPU, each parameter for itself; a kind's counts are the same
-        self.steps = {run: torch.zeros((), dtype=torch.float32) for run in layout.runs(rule.scale)}
+        # AdamW counts on the CPU, its one kernel on the GPU, each parameter for itself; a kind's counts are the same
+        counts = device if device.type == "cuda" else "cpu"
+        self.steps = {run: torch.zeros((), dtype=torch.float32, device=counts) for run in layout.runs(rule.scale)}
         trained = (run for run in self.steps if rule.name == "adamw" or run.kind == "vectors")
         local = {run: layout.local(run.rows, comm.rank) for run in trained}
         self._local = {run: rows for run, rows in local.items() if rows is not None}
@@ -189,7 +190,7 @@ class CoordinateBuffer:
 
     def change(self, plan: Plan) -> None:
         """Blocks that stay keep everything; those that leave are dropped, those that enter begin with zeros."""
-        old = self.blocks
+        old, device = self.blocks, self._kind[2]
         self.plan = plan
         self.blocks = {
             layout.block.name: old.get(layout.block.name) or BlockBuffer(layout, self.comm, *self._kind)
@@ -209,7 +210,7 @@ class CoordinateBuffer:
                 groups.append({"params": list(islice(parameters, len(sizes))), "kind": kind, "scale": scale})
         self._adamw: torch.optim.AdamW | None = None
         if groups:
-            self._adamw = torch.optim.AdamW(groups)
+            self._adamw = torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None)  # one kernel
             states = ((p, block.state(run)) for block in self.blocks.values() for run, p in block.parameters.items())
             self._adamw.state.update(states)
 

@@ -43,6 +43,8 @@ class Cluster(Settings):
     """Bandwidth of a GPU to the others of its node, one direction, in GB a second."""
     nvlink_latency: NotNegative = 3.4
     """Latency of a hop inside a node, in microseconds."""
+    host: Positive = 32.0
+    """Bandwidth of a GPU to its host's memory, one direction, in GB a second."""
     network: Positive = 25.0
     """Bandwidth of a GPU's share of its node's network, one direction, in GB a second."""
     network_latency: NotNegative = 14.0
@@ -77,24 +79,24 @@ class Cluster(Settings):
 
 # Per GPU: memory in GiB, as drivers show it; from the vendors' data sheets bfloat16 without sparsity, one direction of
 # NVLink (or of PCIe 4.0 x16), and what the vendor's own servers have of network for a GPU (HDR 200 Gb/s, NDR 400 Gb/s;
-# L40S and RTX: 100 Gb/s shared by 4). Latencies of a hop: NCCL's tuner, ring, protocol Simple (tuning.cc: NVLink 3.4,
-# PCI 5.7, network 14).
+# L40S and RTX: 100 Gb/s shared by 4); to the host PCIe x16. Latencies of a hop: NCCL's tuner, ring, protocol Simple
+# (tuning.cc: NVLink 3.4, PCI 5.7, network 14).
 PCIE = {"nvlink": 32, "nvlink_latency": 5.7, "network": 3.1}
 GPUS: dict[str, dict[str, float]] = {
     "A100-40": {"memory": 39.4, "tflops": 312, "memory_bandwidth": 1555, "nvlink": 300, "network": 25},
     "A100-80": {"memory": 79.3, "tflops": 312, "memory_bandwidth": 2039, "nvlink": 300, "network": 25},
-    "H100": {"memory": 79.6, "tflops": 989, "memory_bandwidth": 3350, "nvlink": 450, "network": 50},
-    "H200": {"memory": 140, "tflops": 989, "memory_bandwidth": 4800, "nvlink": 450, "network": 50},
-    "B200": {"memory": 179, "tflops": 2250, "memory_bandwidth": 8000, "nvlink": 900, "network": 50},
-    "MI300X": {"memory": 192, "tflops": 1307, "memory_bandwidth": 5300, "nvlink": 448, "network": 50},
-    "H20": {"memory": 96, "tflops": 148, "memory_bandwidth": 4000, "nvlink": 450, "network": 50},
-    "V100": {"memory": 31.7, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},  # of float16
+    "H100": {"memory": 79.6, "tflops": 989, "memory_bandwidth": 3350, "host": 64, "nvlink": 450, "network": 50},
+    "H200": {"memory": 140, "tflops": 989, "memory_bandwidth": 4800, "host": 64, "nvlink": 450, "network": 50},
+    "B200": {"memory": 179, "tflops": 2250, "memory_bandwidth": 8000, "host": 64, "nvlink": 900, "network": 50},
+    "MI300X": {"memory": 192, "tflops": 1307, "memory_bandwidth": 5300, "host": 64, "nvlink": 448, "network": 50},
+    "H20": {"memory": 96, "tflops": 148, "memory_bandwidth": 4000, "host": 64, "nvlink": 450, "network": 50},
+    "V100": {"memory": 31.7, "host": 16, "tflops": 125, "memory_bandwidth": 900, "nvlink": 150, "network": 12.5},
     "L40S": {"memory": 45, "tflops": 362, "memory_bandwidth": 864, **PCIE},
     "A10G": {"memory": 22.5, "tflops": 70, "memory_bandwidth": 600, **PCIE},
     "T4": {"memory": 15, "tflops": 65, "memory_bandwidth": 320, **PCIE},  # of float16
     "L4": {"memory": 22.5, "tflops": 121, "memory_bandwidth": 300, **PCIE},
     "A6000": {"memory": 48, "tflops": 155, "memory_bandwidth": 768, **PCIE},
-    "RTX5090": {"memory": 31.8, "tflops": 210, "memory_bandwidth": 1792, **PCIE},
+    "RTX5090": {"memory": 31.8, "tflops": 210, "memory_bandwidth": 1792, "host": 64, **PCIE},
     "RTX4090": {"memory": 24, "tflops": 165, "memory_bandwidth": 1008, **PCIE},
     "RTX3090": {"memory": 24, "tflops": 71, "memory_bandwidth": 936, **PCIE},
 }  # fmt: skip

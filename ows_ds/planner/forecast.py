@@ -19,13 +19,14 @@ from ows_ds.config import Recipe, changed
 from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.outline import Outline
+from ows_ds.model.parts import gathered_at_once, tile_length
 from ows_ds.model.shapes import Model, without_weights
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, SAMPLED
 from ows_ds.planner.choices import Choice
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.gathering import Gathered, Limits, Trace, replay
-from ows_ds.planner.memory import Memory, memory
+from ows_ds.planner.memory import Memory, memory, on_host
 from ows_ds.planner.passes import passes
 from ows_ds.planner.roofline import Times, times, work
 from ows_ds.planner.step import StepSpec
@@ -89,7 +90,13 @@ class Forecast:
     @cached_property
     def times(self) -> Times:
         """The roofline of a step."""
-        return times(self.cluster, work(self.usual, self.refreshes), self.sent, self.choice.home == "hpz")
+        done, host = work(self.usual, self.refreshes), on_host(self.usual) * self.usual.accumulation
+        return times(self.cluster, done, self.sent, self.choice.home == "hpz", host=host)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of activations in the host's memory, for each GPU."""
+        return on_host(self.largest)
 
     @property
     def tokens(self) -> int:
@@ -142,18 +149,19 @@ class Replays:
         low_rank = frozenset(spec.plan.matrices)
         vectors = {vector.name for block in spec.plan.blocks for vector in block.vectors}
         trained = frozenset() if adapter else vectors.union(spec.full_rank)
-        key = (adapter, frozenset(trained), low_rank, spec.checkpointing, spec.frozen)
+        at_once = gathered_at_once(spec.layers, spec.compiled, spec.tile)
+        key = (adapter, frozenset(trained), low_rank, spec.checkpointing, spec.frozen, tuple(at_once))
         if key not in self._known:
             # the uses of modules are the same for all sets with the same lowest layer
             outside = frozenset(part.name for part in spec.outside) & (trained | low_rank)
-            kind = (adapter, min(spec.sampled, default=None), outside, spec.checkpointing)
+            kind = (adapter, min(spec.sampled, default=None), outside, spec.checkpointing, tuple(at_once))
             if kind not in self._traces:
-                if self.outline is not None and not adapter:
+                if self.outline is not None and not (adapter or at_once):
                     lowest = min(spec.sampled, default=None)
                     self._traces[kind] = passes(self.outline, lowest, bool(outside), spec.checkpointing)
                 else:
                     self._traces[kind] = self._recorded(
-                        spec.checkpointing, adapt if adapter else None, trained, low_rank
+                        spec.checkpointing, adapt if adapter else None, trained, low_rank, at_once
                     )
             trace = self._traces[kind]
             if trace is None:
@@ -164,7 +172,12 @@ class Replays:
         return replace(spec, gathered=self._known[key])
 
     def _recorded(
-        self, checkpointing: bool, adapt: Callable[[Any], Any] | None, trained: Iterable[str], low_rank: Iterable[str]
+        self,
+        checkpointing: bool,
+        adapt: Callable[[Any], Any] | None,
+        trained: Iterable[str],
+        low_rank: Iterable[str],
+        at_once: Iterable[str],
     ) -> Trace | None:
         """A pass of the model without numbers; None where its code looks at them."""
         from ows_ds.planner.recording import record
@@ -176,7 +189,7 @@ class Replays:
             model.disable_input_require_grads()
         names = [name for name, p in model.named_parameters() if p.requires_grad] if adapt else trained
         try:
-            return record(model, names, low_rank)
+            return record(model, names, low_rank, at_once=at_once)
         except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
             logger.debug("only bounds are known of what ZeRO-3 gathers: %s", first_line(error))
             return None
@@ -238,6 +251,7 @@ class Planner:
         if recipe.train.global_batch_size % share:
             right = f"a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
             raise UserError("train.global_batch_size", recipe.train.global_batch_size, f"expected {right}")
+        tokens = config.tokens_of_pass(changed(recipe, {"train.micro_batch_size": choice.micro_batch}))
         spec = StepSpec(
             self.model.layers,
             recipe.method.name,
@@ -252,6 +266,10 @@ class Planner:
             recipe.data.max_length,
             accumulation=recipe.train.global_batch_size // share,
             checkpointing=choice.checkpointing,
+            offload=recipe.train.activation_offload,
+            tile=tile_length(recipe.train.tiled_mlp, tokens, self.model.layers.embeddings[-1].shape[1]),
+            fused=recipe.train.kernels in ("liger", "compile"),
+            compiled=recipe.train.kernels == "compile",
             whole_logits=self.model.whole_logits,
             world_size=choice.world_size,
             sharded=choice.home != "replicated",

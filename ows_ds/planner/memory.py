@@ -13,17 +13,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ows_ds.model.blocks import Block, Matrix, Vector
+from ows_ds.model.parts import split
 from ows_ds.optim.layout import CHUNK, RefreshPart, gram_entries, group_in_order, pack
 from ows_ds.optim.sizes import IN_FLOAT32, OVERSAMPLING, kept_directions
 from ows_ds.planner.step import (
     ADAPTERS,
     StepSpec,
     activations,
+    computed_again,
     entries_of,
     keeps_low_rank,
     numel,
     parts_of,
-    split,
 )
 
 # bytes of full-rank gradients in a reduce-scatter beside the backward pass; 0: each weight's gradient is sent alone
@@ -82,6 +83,11 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
     inputs = [hidden * b * bool(kind) for kind in kinds]
     alive = inputs if spec.checkpointing else saved
 
+    def there(index: int) -> int:
+        """Of the layers up to one, what is on the device: of inputs on the host the last, and one on its way."""
+        first = max(0, index - spec.on_gpu) if spec.checkpointing and spec.offload else 0
+        return sum(alive[first : index + 1])
+
     kept, found = _gradients(spec), _projectors(spec, refresh)
     before = kept[-1] if spec.accumulation > 1 else 0  # of earlier micro-batches
     common = {"activations": 0, "one layer": 0, "gathered": 0, "gradients": before}
@@ -95,7 +101,7 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
         # what a layer keeps is part of what its forward pass makes
         making = (0 if kind and not spec.checkpointing else widest) + spec.dense(block)
         entering, running = _gathered(spec, block.name, False)
-        below = sum(alive[: index + 1])
+        below = there(index)
         now = {"activations": below, "gradients": before}
         meet("arrival", now, entering)
         meet("forward", now | {"one layer": making}, running)
@@ -112,7 +118,7 @@ def memory(spec: StepSpec, refresh: bool = False) -> Memory:
     entering, running = _gathered(spec, spec.head.modules[-1], False)
     # the last norm's input, in float32, and what it gives to the head
     last = hidden * 4 * any(kinds) + hidden * b * (1 + spec.outside_trains)
-    now = {"activations": sum(alive) + last, "gradients": before}
+    now = {"activations": there(len(alive) - 1) + last, "gradients": before}
     meet("arrival", now, entering)
     logits, head = _loss(spec, refresh)
     phases["loss"] = now | {"logits": logits, "gradients": before + head, "gathered": running}
@@ -245,15 +251,20 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     parts = split(block, spec.hidden)
     mlp = parts.widest
     rows = 1 if mlp is None else mlp.rows
-    inner = spec.tokens * rows * (parts.heads if mlp is None else mlp.between) * spec.itemsize
+    tiled = computed_again(spec, block)
+    run = spec.run if tiled else spec.tokens
+    inner = run * rows * (parts.heads if mlp is None else mlp.between) * spec.itemsize
     hidden = spec.tokens * spec.hidden * spec.itemsize
     kept = kind in ("full", "adapters") or (kind == "low" and mlp is not None and not keeps_low_rank(mlp.down))
     # gradients of the experts' inputs and outputs have a row for each of them
     wide = 0 if mlp is None or not mlp.down.experts else 3 * rows * hidden
     # of codes a matrix is made when the activation function has had its turn
-    yield block.name, 2 * hidden + max((3 - kept) * inner, (2 - kept) * inner + spec.dense(block), wide), 0
+    # of a run, and gradients of the input by runs
+    again = run * sum(one.made for one in tiled) * spec.itemsize + hidden * bool(tiled)
+    yield block.name, again + 2 * hidden + max((3 - kept) * inner, (2 - kept) * inner + spec.dense(block), wide), 0
     if spec.method == "dora" and kind == "adapters":  # forward: W + B A for its norm, by way of an identity matrix
         yield block.name, 2 * hidden + max(3 * numel(m) + m.in_features**2 for m in block.matrices) * spec.wide, 0
+    made = 0 if tiled else spec.tokens * parts.made * spec.itemsize
     searched = refresh and spec.low_rank
     if kind != "full" or (searched and spec.refresh == "sketch"):
         return
@@ -261,19 +272,20 @@ def _backward(spec: StepSpec, block: Block, kind: str, refresh: bool) -> Iterato
     widths = 1  # of the MLP, beside what was kept: its activations go one after the other
     searching = 0  # on a GPU, of the matrix before: its gradient, and the search beside the backward pass
     trained = {m.name for m in spec.trained.layers[spec.layers.layers.index(block)].matrices}
+    # of an MLP whose tokens come in runs, gradients of all matrices add up until the last one, beside one run's
+    waiting = [m for m in reversed(block.matrices) if m.name in trained and any(m in (*t.up, t.down) for t in tiled)]
     for matrix in (m for m in reversed(block.matrices) if m.name in trained):
-        flowing = 2 * hidden - spec.tokens * parts.made * spec.itemsize  # the MLP's activations have gone
+        flowing = 2 * hidden - made  # the MLP's activations have gone
         if mlp is not None and (matrix is mlp.down or matrix in mlp.up):
-            flowing, widths = 2 * hidden + widths * inner, widths - 2
+            flowing, widths = (2 + bool(tiled)) * hidden + widths * inner, widths - 2
         part = spec.share(numel(matrix)) * spec.itemsize
         whole = came + numel(matrix) * spec.itemsize + (0 if searched or spec.world_size == 1 else part)
+        if matrix in waiting:
+            whole += sum(map(numel, waiting)) * spec.itemsize
+            waiting.remove(matrix)
         # what experts have kept, a row for each, is freed before the gradient of their first stacks is searched
         least = -inner - rows * hidden if matrix.experts else 0
-        left = (
-            2 * hidden - spec.tokens * parts.made * spec.itemsize
-            if mlp is not None and matrix.experts and matrix in mlp.up
-            else flowing
-        )
+        left = 2 * hidden - made if mlp is not None and matrix.experts and matrix in mlp.up else flowing
         yield matrix.modules[0], max(least, flowing), whole
         if searched and (
             spec.refresh_passes == 1 or spec.refresh == "compressed"
@@ -301,8 +313,19 @@ def _finder(spec: StepSpec, matrix: Matrix) -> int:
 
 def _forward(spec: StepSpec) -> int:
     """Bytes of a frozen layer's forward pass at its widest."""
-    widest = max(split(block, spec.hidden).made for block in spec.layers.layers)
-    return spec.tokens * (4 * spec.hidden + widest) * spec.itemsize
+    widest = max(
+        split(block, spec.hidden).made * (spec.run if computed_again(spec, block) else spec.tokens)
+        for block in spec.layers.layers
+    )
+    return (4 * spec.hidden * spec.tokens + widest) * spec.itemsize
+
+
+def on_host(spec: StepSpec) -> int:
+    """Bytes of layers' inputs in the host's memory, for each GPU: of all that a backward pass reaches but the last."""
+    if not (spec.checkpointing and spec.offload):
+        return 0
+    kinds = [kind for _, kind in spec.walk()]
+    return sum(map(bool, kinds[:-1])) * spec.tokens * spec.hidden * spec.itemsize
 
 
 def _loss(spec: StepSpec, refresh: bool) -> tuple[int, int]:
@@ -332,7 +355,8 @@ def _update(spec: StepSpec) -> int:
             if (rows := layout.local(one.rows, 0)) is not None and (spec.rule == "adamw" or one.kind == "vectors"):
                 alike[one.kind, one.scale].append((rows.stop - rows.start) * spec.plan.r)
     for own in alike.values():
-        found += [_roots(spec, some) for some in group_in_order(own)]
+        # on a GPU one kernel, which needs none
+        found += [] if spec.on_gpu else [_roots(spec, some) for some in group_in_order(own)]
     if spec.rule == "muon":
         found.append(_orthonormal(spec))
     shares = {name: spec.share(size) for name, size in spec.full_rank.items()}

@@ -32,11 +32,17 @@ def _noted(tree: Any, note: Callable[[], None]) -> Any:
     return tree_map(lambda one: _Note.apply(one, note) if isinstance(one, Tensor) and one.requires_grad else one, tree)
 
 
-def record(model: nn.Module, trained: Iterable[str], low_rank: Iterable[str] = (), tokens: int = 8) -> Trace:
+def record(
+    model: nn.Module,
+    trained: Iterable[str],
+    low_rank: Iterable[str] = (),
+    tokens: int = 8,
+    at_once: Iterable[str] = (),
+) -> Trace:
     """One pass of a model on the meta device, forward and, where anything trains, backward. Changes ``requires_grad``.
 
     trained: names of the weights that train, in the model without adapters or in it. low_rank: of those that train by
-    their coordinates.
+    their coordinates. at_once: names of modules whose weights are gathered together.
     """
     uses, backward, handles = [Use("reset")], False, list[Any]()
     names = {id(p): _plain(name) for name, p in model.named_parameters()}
@@ -67,9 +73,12 @@ def record(model: nn.Module, trained: Iterable[str], low_rank: Iterable[str] = (
         handles.extend((module.register_forward_pre_hook(entered), module.register_forward_hook(exited)))
 
     weights = {}
+    wholes = set(at_once)
     for full_name, module in model.named_modules():
         name = _plain(full_name)
-        weights[name] = tuple(names[id(p)] for p in module.parameters(recurse=False))
+        if any(name.startswith(f"{one}.") for one in wholes):
+            continue
+        weights[name] = tuple(names[id(p)] for p in module.parameters(recurse=name in wholes))
         watch(name, module)
     if any(p.dim() == 3 for p in model.parameters()):
         with suppress(ValueError, AttributeError):  # the only one that looks at no numbers

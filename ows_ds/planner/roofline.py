@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ows_ds.model.blocks import Block
+from ows_ds.model.parts import split
 from ows_ds.optim.sizes import MUON_ITERATIONS, OVERSAMPLING, ROUNDS, sketch_width
 from ows_ds.planner.cluster import Cluster, collective
 from ows_ds.planner.memory import state
-from ows_ds.planner.step import StepSpec, activations, entries_of, numel, split
+from ows_ds.planner.step import StepSpec, activations, computed_again, entries_of, numel
 from ows_ds.planner.traffic import Messages
 
 # what travels while a pass computes; the rest waits for the update, or the update for it
-HIDDEN = ("weights", "gradients", "full_rank_gradients", "refresh_gradients")
+HIDDEN = ("host", "weights", "gradients", "full_rank_gradients", "refresh_gradients")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def work(spec: StepSpec, refreshes: float = 0.0) -> dict[str, Work]:
         if kind:
             backward += back
             recompute += there if spec.checkpointing else Work()
+            recompute += _again(spec, block)
         if kind == "low" and refreshes:
             refresh += _refresh(spec, block)
     passes = 2 if spec.method == "mezo" else 1
@@ -87,6 +89,12 @@ def _passes(spec: StepSpec, block: Block, kind: str) -> tuple[Work, Work]:
     read, kept = sum(map(spec.read, block.matrices)), activations(spec, block, "frozen")
     written = read if kind == "full" else 0
     return Work(flops, read + 2 * kept), Work(flops + attention + trains, read + 4 * kept + written)
+
+
+def _again(spec: StepSpec, block: Block) -> Work:
+    """MLPs whose tokens go through them in runs, once more."""
+    matrices = [m for mlp in computed_again(spec, block) for m in (*mlp.up, mlp.down)]
+    return Work(2 * spec.tokens * sum(map(numel, matrices)), sum(map(spec.read, matrices)))
 
 
 def _loss(spec: StepSpec) -> Work:
@@ -152,13 +160,18 @@ class Times:
 
 def times(
     cluster: Cluster, done: Mapping[str, Work], sent: Mapping[str, Messages], inside: bool = False,
-    algorithm: str | None = None,
+    algorithm: str | None = None, host: float = 0.0,
 ) -> Times:  # fmt: skip
-    """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`."""
+    """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`.
+
+    host: bytes that a GPU sends to its host, and takes back.
+    """
     flops, moved = cluster.tflops * 1e12 * cluster.reach, cluster.memory_bandwidth * 1e9 * cluster.reach
     node = cluster.of_size(min(cluster.gpus, cluster.world_size))
     links = {}
     for op, one in sent.items():
         where = node if inside and op == "weights" else cluster
         links[op] = one.count * collective(where, one.sent / one.count, 1, one.rounds, algorithm) if one.count else 0
+    if host:
+        links["host"] = 2 * host / (cluster.host * 1e9 * cluster.reach)
     return Times({phase: max(w.flops / flops, w.bytes / moved) for phase, w in done.items()}, links)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ows_ds.distributed.packing import Packing
 from ows_ds.model.blocks import Block, Matrix, ModelLayers, Vector
+from ows_ds.model.parts import MLP, split
 from ows_ds.optim.layout import COLUMNS, Plan, RefreshPart, RefreshPlan, Scale, make_plan, plan_refresh
 from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, MOMENT_BLOCK, SAMPLED
 from ows_ds.planner.gathering import Gathered
@@ -39,6 +40,10 @@ class StepSpec:
     labelled: int | None = None  # tokens of the micro-batch with a loss; None: all
     accumulation: int = 1
     checkpointing: bool = False
+    offload: bool = False  # inputs of checkpointed layers lie on the host
+    tile: int | None = None  # tokens that an MLP takes at a time; None: all
+    fused: bool = False  # norms and activation functions are one kernel each, and keep what they are given
+    compiled: bool = False  # whole layers are
     whole_logits: bool = False  # the model changes its head's output, as Gemma 2, so that the loss takes all at once
     world_size: int = 1
     sharded: bool = False
@@ -75,6 +80,11 @@ class StepSpec:
     def tokens(self) -> int:
         """T."""
         return self.rows * self.length
+
+    @property
+    def run(self) -> int:
+        """Tokens that an MLP takes at a time; of experts all."""
+        return min(self.tokens, self.tile or self.tokens)
 
     @property
     def labels(self) -> int:
@@ -276,102 +286,16 @@ def entries_of(spec: StepSpec, part: RefreshPart) -> int:
 # ------------------------------------------------------------------ a layer
 
 
-@dataclass(frozen=True)
-class MLP:
-    """Matrices of an MLP, or stacks of them: of all its experts.
-
-    up: hidden -> between: one, two (gated), or the two in one. rows: experts that a token goes to, else 1.
-    """
-
-    up: tuple[Matrix, ...]
-    down: Matrix
-
-    @property
-    def rows(self) -> int:
-        """Rows of activations for each token: one for each of its experts."""
-        return self.down.active
-
-    @property
-    def between(self) -> int:
-        """The inner width."""
-        return self.down.in_features
-
-    @property
-    def made(self) -> int:
-        """Entries a row that are kept for the backward pass, frozen; of experts, their weighted outputs, too."""
-        made = sum(m.out_features for m in self.up)
-        gated = self.between if made > self.between else 0  # the activation's output
-        return made + gated + (self.down.out_features if self.down.experts else 0)
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """A layer's matrices by what they do, found by their shapes and order.
-
-    attention: what takes hidden states and belongs to no MLP: queries, keys, values. output: of attention.
-    """
-
-    attention: tuple[Matrix, ...]
-    output: Matrix | None
-    mlps: tuple[MLP, ...]
-
-    @property
-    def made(self) -> int:
-        """Entries a token that the MLPs keep for the backward pass, frozen."""
-        return sum(mlp.rows * mlp.made for mlp in self.mlps)
-
-    @property
-    def heads(self) -> int:
-        """Features of all of attention's heads."""
-        return 0 if self.output is None else self.output.in_features
-
-    def normed(self, block: Block) -> int:
-        """Features of queries and keys, where each head's are normalised: by a weight of a head's size."""
-        outputs = [m.out_features for m in self.attention]
-        heads = [v.numel for v in block.vectors if outputs and v.numel not in outputs and v.numel < min(outputs)]
-        return sum(outputs[: sum(all(out % size == 0 for out in outputs) for size in heads)])
-
-    @property
-    def widest(self) -> MLP | None:
-        """The MLP that makes most."""
-        return max(self.mlps, key=lambda mlp: mlp.rows * mlp.between, default=None)
-
-
-def split(block: Block, hidden: int) -> LayerParts:
-    """What looks like neither experts nor an MLP is taken for attention, whatever it is. Found once for each object."""
-    known = _parts.get((id(block), hidden))
-    if known is None or known[0] is not block:
-        known = _parts[id(block), hidden] = block, _split(block, hidden)
-    return known[1]
-
-
-_parts: dict[tuple[int, int], tuple[Block, LayerParts]] = {}  # by identity: a hash of a layer takes as long as this
-
-
-def _split(block: Block, hidden: int) -> LayerParts:
-    stacks = [m for m in block.matrices if m.experts]
-    rest = [m for m in block.matrices if not m.experts]
-    mlps = []
-    for down in (m for m in stacks if m.out_features == hidden and m.in_features != hidden):
-        up = tuple(
-            m for m in stacks if m.in_features == hidden and m.out_features in (down.in_features, 2 * down.in_features)
-        )
-        mlps.append(MLP(up, down))
-    found = next((m for m in reversed(rest) if m.out_features == hidden), None)
-    if found is not None:
-        widths = (found.in_features, 2 * found.in_features)
-        up = tuple(m for m in rest if m is not found and m.in_features == hidden and m.out_features in widths)
-        others = [m for m in rest if m is not found and m not in up]
-        if up and any(m.out_features == hidden for m in others):
-            mlps.append(MLP(up, found))
-            rest = others
-    output = next((m for m in reversed(rest) if m.out_features == hidden), None)
-    return LayerParts(tuple(m for m in rest if m is not output), output, tuple(mlps))
-
-
 def keeps_low_rank(matrix: Matrix) -> bool:
     """Whether coordinates stand on the output side, so that X Q is kept for the backward pass in place of X."""
     return matrix.tall != matrix.inputs_first
+
+
+def computed_again(spec: StepSpec, block: Block) -> list[MLP]:
+    """A layer's MLPs that take their tokens in runs, each of which the backward pass computes again."""
+    if spec.run == spec.tokens:
+        return []
+    return [mlp for mlp in split(block, spec.hidden).mlps if not mlp.down.experts]
 
 
 def activations(spec: StepSpec, block: Block, kind: str) -> int:
@@ -379,14 +303,16 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
     if not kind:
         return 0
     b, e, hidden, parts = spec.itemsize, spec.wide, spec.hidden, split(block, spec.hidden)
-    through = sum(m.out_features for m in parts.attention) + parts.heads + parts.made
+    again = computed_again(spec, block)  # MLPs of which the input alone is kept
+    made = sum(mlp.rows * (mlp.made - spec.fused * mlp.gated) for mlp in parts.mlps if mlp not in again)
+    through = sum(m.out_features for m in parts.attention) + parts.heads + made + len(again) * hidden
     normed = 2 * hidden + parts.normed(block)
-    token = through * b + normed * 4  # norms work in float32
-    if kind in ("low", "full") and block.vectors:
+    token = through * b + normed * (b if spec.fused else 4)  # norms work in float32
+    if kind in ("low", "full") and block.vectors and not spec.fused:
         token += normed * b  # what the norms' weights are multiplied with
     # inputs that are not kept anyway: one for all matrices that share it
     shared = [(parts.attention, hidden, 1)]
-    for mlp in parts.mlps:
+    for mlp in (mlp for mlp in parts.mlps if mlp not in again):
         shared += [(mlp.up, hidden, mlp.rows), ((mlp.down,), mlp.between, mlp.rows)]
         token += (mlp.down.count * 4 + mlp.rows * 16) * bool(mlp.down.experts)  # of the router, and the order of rows
     for matrices, width, rows in shared:
@@ -394,11 +320,12 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
             token += width * b if b == e else width * e * len(matrices)
         elif kind == "full" or (kind == "low" and not all(map(keeps_low_rank, matrices))):
             token += rows * width * b
+    kept = [m for m in block.matrices if not any(m in mlp.up or m is mlp.down for mlp in again)]
     if kind == "adapters":
-        token += spec.lora_rank * e * len(block.matrices) + (0 if b == e else parts.heads * e)
+        token += spec.lora_rank * e * len(kept) + (0 if b == e else parts.heads * e)
         if spec.method == "dora":  # both products, which the magnitude scales
-            token += 2 * b * sum(m.out_features for m in block.matrices)
+            token += 2 * b * sum(m.out_features for m in kept)
     if kind == "low":
-        ranked = (spec.plan.matrices.get(m.name) for m in block.matrices)
+        ranked = (spec.plan.matrices.get(m.name) for m in kept)
         token += sum(m.active * m.low_rank(spec.rank) for m in ranked if m is not None and keeps_low_rank(m)) * b
     return spec.tokens * token

@@ -30,10 +30,11 @@ from ows_ds.optim.ows import OWS
 from ows_ds.optim.sizes import check
 from ows_ds.planner.step import entries, parts_of
 from ows_ds.runs import card
-from ows_ds.train import resume, run_lock
+from ows_ds.train import layer_runs, resume, run_lock
 from ows_ds.train.best import Best, restored
 from ows_ds.train.context import RunContext, calibration, evaluate, load
 from ows_ds.train.export import export, save_model
+from ows_ds.train.layer_runs import LayerRuns
 from ows_ds.train.log import RunLog
 from ows_ds.train.run_lock import RunLock
 from ows_ds.train.sample_answers import sample
@@ -94,6 +95,8 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     importance = _importance(context, run_dir, opened)
     micro_batches = accumulation(recipe, comm.world_size)
     method = methods.build(recipe, context.weights, context.layers, importance, micro_batches)
+    ways = layer_runs.ways_of(recipe, context.layers, runtime.device)
+    runs = LayerRuns(context.weights, context.layers, ways, asked=recipe.train.kernels != "auto")
     scheduler = _scheduler(recipe, method, total)
     begin, best = 0, Best()
     if opened is not None:
@@ -144,6 +147,7 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
                     _save(steps, step, scheduler, saver.save)
                     log.warn(f"saved after step {step}: the rows of the next one cannot be used")
                 raise
+        runs.close()
         method.close()
         if not comm.broadcast_object((run_dir / "model").exists()):  # a run that was complete is resumed
             use_cache(context.weights.module, True)  # off in training; who loads the model wants to generate with it
@@ -174,6 +178,7 @@ def _open(recipe: Recipe, runtime: Runtime, run_dir: Path) -> tuple[checkpoint.C
     with fail_together(comm):
         accumulation(recipe, comm.world_size)
         check_trackers(recipe.log)
+        layer_runs.check(recipe, runtime.device)
         if recipe.sampling.scores is not None and importance_of(recipe) in METRIC_OF:
             Scores.read(Path(recipe.sampling.scores))
     opened, skipped = checkpoint.find(run_dir, recipe.train.resume, comm)

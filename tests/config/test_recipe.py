@@ -90,7 +90,7 @@ def test_the_optimizer_has_the_recipes_settings() -> None:
     keys = config.recipe_keys()
     for name, field in OWSConfig.model_fields.items():
         key = next((f"{section}.{name}" for section in ("sampling", "optim") if f"{section}.{name}" in keys), None)
-        if name not in ("rank", "accumulation", "seed", "period", "lr"):
+        if name not in ("rank", "accumulation", "seed", "period", "lr", "adaptive"):
             assert key is not None
             assert (field.default, field.description) == (keys[key].default, keys[key].description)
     assert OWSConfig(rank=None, betas=(0.8, 0.9)).rank is None
@@ -205,6 +205,8 @@ OF_SOURCES = "[{path: rows.jsonl, %s}]"
         ("optim.projector", "qr", "expected one of randomized, svd"),
         ("optim.lrr", 3, "there is no such key; is optim.lr meant?"),
         ("train.gradient_checkpointing", "yes", "expected true or false"),
+        ("train.tiled_mlp", "sometimes", "expected true or false, or auto"),
+        ("train.kernels", "triton", "expected one of auto, torch, liger, compile"),
         ("train.epochs", 0, "expected a number above 0"),
         ("train.steps", 0, "expected an integer of at least 1, or null"),
         ("train.resume", "no/such/folder", "expected never, auto, or the folder of a checkpoint"),
@@ -381,3 +383,13 @@ def test_importing_the_recipe_is_cheap() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert isinstance(Recipe, type)
+
+
+def test_inputs_on_the_host_are_those_of_checkpointed_layers() -> None:
+    train = {"output_dir": "none", "activation_offload": True}
+    made = config.from_dict({"model": {"path": "m"}, "train": train})
+    assert made.train.gradient_checkpointing
+    assert "train.gradient_checkpointing" not in made.auto
+    assert config.from_dict(config.to_dict(made)) == made
+    with pytest.raises(UserError, match=r"train\.activation_offload: True is invalid: expected false, or train\.grad"):
+        config.from_dict({"model": {"path": "m"}, "train": {**train, "gradient_checkpointing": False}})

@@ -50,6 +50,7 @@ ONE: dict[str, dict[str, Any]] = {
     "packing": {"data.packing": True, "train.global_batch_size": 2, "train.micro_batch_size": 1},
     "checkpointing": {"train.gradient_checkpointing": True},
     "checkpointing, sketch": {"train.gradient_checkpointing": True, "optim.refresh": "sketch"},
+    "inputs on the host": {"train.activation_offload": True, "train.tiled_mlp": True},
     "float32": {"model.dtype": "float32"},
     "float64": {"model.dtype": "float64"},
     "zero3": {"train.sharding": "zero3"},

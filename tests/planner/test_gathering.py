@@ -11,12 +11,14 @@ from ows_ds.distributed.ds_config import DEFAULT_CONFIG, resolve_config
 from ows_ds.distributed.weights import Weights
 from ows_ds.distributed.zero3 import InShards, Zero3, join_deepspeed
 from ows_ds.model.layers import find_layers
+from ows_ds.model.parts import gathered_at_once
 from ows_ds.model.pretrained import formats, let_freeze
 from ows_ds.optim.hooks import hook_frozen
 from ows_ds.optim.ows import OWS
 from ows_ds.planner.forecast import Replays
 from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import traffic
+from ows_ds.train.layer_runs import LayerRuns, Ways
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.training import RATIOS, mean_loss, micro_batches
@@ -35,6 +37,8 @@ def courses(
     checkpointing: bool,
     batches: int,
     frozen: str = "same",
+    compiled: bool = False,
+    tile: int | None = None,
 ) -> list[tuple[Any, Any]]:
     """For the last steps: (measured, replayed) bytes after each fetch of the first pass, and bytes of gathers."""
     from ows_ds.distributed.communicator import join
@@ -50,12 +54,15 @@ def courses(
     found = formats(find_layers(model), frozen, torch.float32)
     join_deepspeed()
     real = let_freeze(model, found, InShards(config)) if found else []
-    weights: Weights = Zero3(model, config, join("cpu"))
+    layers = find_layers(model)
+    weights: Weights = Zero3(model, config, join("cpu"), gathered_at_once(layers, compiled, tile))
     weights.freeze(real)
     hook_frozen(weights)
     ows = OWS(weights, RATIOS, gamma=2, scheme="fixed", rank=5, period=100, always_on=always_on, accumulation=batches)
+    runs = LayerRuns(weights, layers, Ways(tile=tile))
     spec = StepSpec(ows.layers, "ows", ows.layer_set, 5, always_on, itemsize=4, accumulation=batches,
-                    checkpointing=checkpointing, world_size=world_size, sharded=True, frozen=frozen)  # fmt: skip
+                    checkpointing=checkpointing, world_size=world_size, sharded=True, frozen=frozen,
+                    compiled=compiled, tile=tile)  # fmt: skip
     spec = Replays(lambda: model.config, config["zero_optimization"]).complete(spec, lambda plain: plain)
     assert spec.gathered is not None
     coordinator, course = weights._gathers._offload.get_param_coordinator(), []  # type: ignore[attr-defined]
@@ -79,6 +86,7 @@ def courses(
         ows.zero_grad()
         planned = ([fetch.size for fetch in spec.gathered.course], traffic(spec)["weights"])
         seen.append(((first, ows.comm.sent["weights"] - before), planned))
+    runs.close()
     ows.close()
     return seen[2:]
 
@@ -106,6 +114,15 @@ def test_frozen_weights_in_few_bits(pools: Pools, limits: tuple[int, int, int], 
     for seen in pools(2).run(courses, "llama", limits, "none", False, 2, frozen):
         for measured, planned in seen:
             assert measured == planned
+
+
+@pytest.mark.parametrize(("compiled", "tile", "checkpointing"), [(True, None, False), (False, 8, True)])
+def test_what_is_gathered_at_once(pools: Pools, compiled: bool, tile: int | None, checkpointing: bool) -> None:
+    """Layers, as where each is compiled; MLPs, which tokens go through in runs."""
+    for limits in (LIMITS[0], LIMITS[3]):
+        for seen in pools(2).run(courses, "llama", limits, "none", checkpointing, 2, "same", compiled, tile):
+            for measured, planned in seen:
+                assert measured == planned
 
 
 @pytest.mark.parametrize("family", ["qwen3", pytest.param("gpt2", marks=pytest.mark.slow), "gemma2"])

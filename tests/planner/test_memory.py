@@ -27,6 +27,7 @@ from ows_ds.planner.forecast import likely_set
 from ows_ds.planner.memory import memory, state
 from ows_ds.planner.step import StepSpec
 from ows_ds.planner.traffic import traffic
+from ows_ds.train.layer_runs import LayerRuns, Ways
 from ows_ds.train.loss import token_losses
 from tests.support.families import FAMILIES, tiny
 
@@ -74,6 +75,7 @@ def steps(
     frozen: str = "same",
     refresh: str = "full",
     accumulation: int = 1,
+    tile: int | None = None,
 ) -> tuple[StepSpec, int, dict[bool, int], int]:
     """What was planned; bytes between steps; the peak of a step without and with refresh; activations.
 
@@ -127,6 +129,7 @@ def steps(
         for parameter in model.parameters():
             alive.watch(parameter.data)
         run = methods.build(recipe, weights, layers, [1.0, 1.0 if method == "galore" else 0.0], accumulation)
+        LayerRuns(weights, layers, Ways(tile=tile))
         model.train()
         layer_set = tuple(run.layer_set)
 
@@ -143,6 +146,7 @@ def steps(
     spec = StepSpec(
         layers, method, layer_set, RANK, always_on, itemsize=BYTES[dtype], rows=rows, length=length,
         checkpointing=checkpointing, on_gpu=False, frozen=frozen, refresh=refresh, accumulation=accumulation,
+        tile=tile,
     )  # fmt: skip
     return spec, between, peaks, kept
 
@@ -221,6 +225,15 @@ def test_peaks_of_sums(refresh: str, checkpointing: bool) -> None:
     assert sum(state(spec).values()) == pytest.approx(between, rel=1e-3)
     for with_projectors, peak in peaks.items():
         assert memory(spec, with_projectors).peak == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["ows", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peaks_of_tiles(checkpointing: bool, method: str) -> None:
+    spec, _, peaks, _ = steps(method, "none", checkpointing, False, "float32", tile=128)
+    for with_projectors, peak in peaks.items():
+        assert memory(spec, with_projectors).peak == pytest.approx(peak, rel=0.05)
+        assert memory(replace(spec, tile=None), with_projectors).peak > 1.05 * peak
 
 
 @pytest.mark.parametrize("always_on", ["none", "full", "low_rank"])
