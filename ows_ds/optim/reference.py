@@ -37,7 +37,7 @@ from ows_ds.optim.projection import (
     start_basis,
 )
 from ows_ds.optim.sampling import AdaptiveSampler, LayerSet, Sampler
-from ows_ds.optim.sizes import MUON_ITERATIONS, sketch_width
+from ows_ds.optim.sizes import sketch_width
 
 
 @dataclass
@@ -301,11 +301,11 @@ class Reference:
 
     def muon(self, name: str, gradient: Tensor) -> Tensor:
         """Momentum after Nesterov, made orthonormal by Newton-Schulz, times the adjustment of its learning rate."""
-        state, (a, b, c) = self.state[name], COEFFICIENTS
+        state = self.state[name]
         state.mean = self.momentum * state.mean + (1 - self.momentum) * gradient
         x = (1 - self.momentum) * gradient + self.momentum * state.mean
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
-        for _ in range(MUON_ITERATIONS):
+        for a, b, c in COEFFICIENTS:
             gram = x.mT @ x
             x = a * x + b * x @ gram + c * x @ gram @ gram
         return x * adjustment(x.shape[-2], x.shape[-1], self.adjust_lr)

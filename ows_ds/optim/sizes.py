@@ -14,7 +14,7 @@ OVERSAMPLING = 8  # directions that the range finder follows beyond the rank
 ROUNDS = 3  # of the range finder: products with G and with G^T
 IN_FLOAT32 = 1 << 22  # entries of a gradient that are in float32 at once where it is not
 MOMENT_BLOCK = 256  # entries of a moment in 8 bits that share a scale
-MUON_ITERATIONS = 5  # of Newton-Schulz
+MUON_ITERATIONS = 6  # of Newton-Schulz
 
 
 def sketch_width(r: int, short: int) -> int:

@@ -50,7 +50,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
 def test_equals_torchs_muon_on_plain_matrices(adjust_lr: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two matrices in a block; torch's own iteration is in bfloat16, here made to keep float64."""
+    """Two matrices in a block, without our last iteration; torch's own are in bfloat16, here made to keep float64."""
+    monkeypatch.setattr(muon, "COEFFICIENTS", [muon.FAST] * 5)
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
     blocks = [Block("b", (Matrix("b.q", (9, 7), ("q",)), Matrix("b.k", (5, 4), ("k",))), ())]
     rule = Rule("muon", 1.0, 0.9, adjust_lr)  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ def test_singular_values_of_a_step_are_near_1() -> None:
     left, right = torch.linalg.qr(random(64, 16))[0], torch.linalg.qr(random(16, 16, seed=1))[0]
     momentum = left @ torch.diag(torch.logspace(0, -2, 16, dtype=torch.float64)) @ right
     values = torch.linalg.svdvals(momentum @ muon.whitening((momentum.mT @ momentum)[None])[0])
-    assert 0.65 < float(values.min()) < float(values.max()) < 1.3
+    assert 0.9 < float(values.min()) < float(values.max()) < 1.1
     assert not (torch.zeros(1, 64, 16).double() @ muon.whitening(torch.zeros(1, 16, 16).double())).any()
 
 
