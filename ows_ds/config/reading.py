@@ -144,13 +144,26 @@ def sources(data: Data, key: str) -> list[Source]:
     ]
 
 
+def data_ranks(recipe: Recipe, world_size: int) -> int:
+    """Ranks, of ``world_size``, or groups of ranks, that have different rows.
+
+    Raises UserError naming train.sequence_parallel when the ranks do not divide evenly.
+    """
+    size = recipe.train.sequence_parallel
+    if world_size % size:
+        raise UserError("train.sequence_parallel", size, f"expected a divisor of the number of ranks, {world_size}")
+    return world_size // size
+
+
 def accumulation(recipe: Recipe, world_size: int) -> int:
     """Micro-batches per rank and optimizer step, on ``world_size`` ranks.
 
-    Raises UserError naming train.global_batch_size when the batch does not divide evenly.
+    Raises UserError naming train.global_batch_size when the batch does not divide evenly, and as `data_ranks`.
     """
-    share = recipe.train.micro_batch_size * world_size
+    ranks = data_ranks(recipe, world_size)
+    share = recipe.train.micro_batch_size * ranks
     if recipe.train.global_batch_size % share:
-        right = f"expected a multiple of {share}, train.micro_batch_size x {world_size} ranks"
+        what = "ranks" if ranks == world_size else "groups of ranks"
+        right = f"expected a multiple of {share}, train.micro_batch_size x {ranks} {what}"
         raise UserError("train.global_batch_size", recipe.train.global_batch_size, right)
     return recipe.train.global_batch_size // share

@@ -28,11 +28,11 @@ _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _CONFIGS: dict[str, Callable[..., tf.PreTrainedConfig]] = {
     "llama": lambda **more: tf.LlamaConfig(**{**_COMMON, **more}),
     "llama with biases": lambda **more: tf.LlamaConfig(**_COMMON, attention_bias=True, mlp_bias=True, **more),
-    "mistral": lambda **more: tf.MistralConfig(**_COMMON, **more),
+    "mistral": lambda **more: tf.MistralConfig(**{**_COMMON, **more}),
     "qwen2": lambda **more: tf.Qwen2Config(**_COMMON, **more),
     "qwen3": lambda **more: tf.Qwen3Config(**_COMMON, **more),
     "gemma2": lambda **more: tf.Gemma2Config(**_COMMON, **more),
-    "gemma3": lambda **more: tf.Gemma3TextConfig(**_COMMON, **more),
+    "gemma3": lambda **more: tf.Gemma3TextConfig(**{**_COMMON, **more}),
     "phi3": lambda **more: tf.Phi3Config(**_COMMON, **more),
     "gpt_neox": lambda **more: tf.GPTNeoXConfig(**_NEOX, **more),
     "gpt2": lambda **more: tf.GPT2Config(**_GPT2, **more),
