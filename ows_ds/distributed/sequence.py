@@ -62,7 +62,14 @@ class SequenceParallel:
         return self._ulysses(self._kernels[name], module, query, key, value, **more)
 
     def _by_rows(
-        self, kernel: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **more: Any
+        self,
+        kernel: Callable[..., Any],
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: None,
+        **more: Any,
     ) -> tuple[Tensor, None]:
         """A kernel without masks, of each row of packed sequences alone; (sequences, heads, tokens, size) of all three.
 

@@ -185,6 +185,12 @@ def check_shared(config: Any, size: int) -> None:
         raise UserError("train.sequence_parallel", size, f"expected {right}")
 
 
+def kv_copies(config: Any, size: int) -> int:
+    """How often each head of keys and values goes out to ``size`` ranks that share rows."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(1, size // (getattr(config, "num_key_value_heads", None) or size))
+
+
 def model_of(config: Any, name: str = "") -> Model:
     """The same, of a configuration of transformers."""
     from ows_ds.model.layers import find_layers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ows_ds.model.blocks import Block
 from ows_ds.optim.sizes import OVERSAMPLING, ROUNDS, sketch_width
-from ows_ds.planner.cluster import Cluster, collective
+from ows_ds.planner.cluster import Cluster, collective, exchange
 from ows_ds.planner.memory import state
 from ows_ds.planner.step import StepSpec, activations, entries_of, numel, split
 from ows_ds.planner.traffic import Messages
@@ -148,13 +148,17 @@ class Times:
 
 def times(
     cluster: Cluster, done: Mapping[str, Work], sent: Mapping[str, Messages], inside: bool = False,
-    algorithm: str | None = None,
+    algorithm: str | None = None, shared_by: int = 1,
 ) -> Times:  # fmt: skip
-    """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`."""
+    """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`.
+    shared_by: ranks that share the tokens of rows."""
     flops, moved = cluster.tflops * 1e12 * cluster.reach, cluster.memory_bandwidth * 1e9 * cluster.reach
     node = cluster.of_size(min(cluster.gpus, cluster.world_size))
     links = {}
     for op, one in sent.items():
         where = node if inside and op == "weights" else cluster
+        if op == "sequence":
+            links[op] = one.count * exchange(cluster, one.sent / one.count, shared_by)
+            continue
         links[op] = one.count * collective(where, one.sent / one.count, 1, one.rounds, algorithm) if one.count else 0
     return Times({phase: max(w.flops / flops, w.bytes / moved) for phase, w in done.items()}, links)

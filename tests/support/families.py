@@ -32,7 +32,7 @@ _CONFIGS: dict[str, Callable[..., tf.PreTrainedConfig]] = {
     "qwen2": lambda **more: tf.Qwen2Config(**_COMMON, **more),
     "qwen3": lambda **more: tf.Qwen3Config(**_COMMON, **more),
     "gemma2": lambda **more: tf.Gemma2Config(**_COMMON, **more),
-    "gemma3": lambda **more: tf.Gemma3TextConfig(**{**_COMMON, **more}),
+    "gemma3": lambda **more: tf.Gemma3TextConfig(**_COMMON, **more),
     "phi3": lambda **more: tf.Phi3Config(**_COMMON, **more),
     "gpt_neox": lambda **more: tf.GPTNeoXConfig(**_NEOX, **more),
     "gpt2": lambda **more: tf.GPT2Config(**_GPT2, **more),

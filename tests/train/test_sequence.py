@@ -11,14 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ows_ds import config, methods
 from ows_ds.compat.transformers import known_rows
 from ows_ds.data.batches import collate, cut
 from ows_ds.data.encoded import Encoded
 from ows_ds.distributed.sequence import SequenceParallel
-from ows_ds.errors import UserError
-from ows_ds.model.layers import find_layers
-from ows_ds.model.shapes import check_shared
 from ows_ds.optim.ows import OWS
 from ows_ds.train.loss import token_losses
 from tests.support.families import tiny
@@ -75,7 +71,14 @@ def gradients(ows: OWS) -> dict[str, Tensor]:
 
 
 def trained(
-    rank: int, world_size: int, size: int, sharding: str, family: str, more: dict[str, Any], packed: bool, checkpointing: bool
+    rank: int,
+    world_size: int,
+    size: int,
+    sharding: str,
+    family: str,
+    more: dict[str, Any],
+    packed: bool,
+    checkpointing: bool,
 ) -> list[tuple[float, dict[str, Tensor]]]:
     """Loss and gradients of some steps of OWS."""
     model = wide(family, more)
@@ -109,7 +112,7 @@ CASES = [
     (2, 2, "replicated", "llama", WIDE, False, True),
     (4, 2, "replicated", "llama", GROUPED, True, True),
     (4, 4, "zero3", "llama", GROUPED, True, True),
-    (4, 4, "replicated", "gemma3", GROUPED | {"sliding_window": 600}, True, False),
+    (4, 4, "replicated", "mistral", GROUPED | {"sliding_window": 600}, True, False),
 ]
 
 
