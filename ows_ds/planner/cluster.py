@@ -160,8 +160,8 @@ def collective(
 
 
 def exchange(cluster: Cluster, sent: float, ranks: int) -> float:
-    """Seconds of an all-to-all of ``ranks`` GPUs that follow one another, each of which sends ``sent`` bytes, as many to
-    each of the others, to one after the other (Thakur et al., section 5.4: pairwise exchange)."""
+    """Seconds of an all-to-all of ``ranks`` GPUs that follow one another: each sends ``sent`` bytes, as many to each of
+    the others, to one after the other (pairwise exchange, Thakur et al.)."""
     if ranks == 1 or not sent:
         return 0.0
     inside = min(ranks, cluster.gpus) - 1

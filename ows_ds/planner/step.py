@@ -379,9 +379,7 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
     for mlp in parts.mlps:
         shared += [(mlp.up, hidden, mlp.rows), ((mlp.down,), mlp.between, mlp.rows)]
         token += (mlp.down.count * 4 + mlp.rows * 16) * bool(mlp.down.experts)  # of the router, and the order of rows
-    if (
-        spec.shared_by > 1 and parts.output is not None
-    ):  # attention's output has come from other ranks: not the kernel's
+    if spec.shared_by > 1 and parts.output is not None:  # attention's output has come back: it is not the kernel's
         shared.append(((parts.output,), parts.heads, 1))
     for matrices, width, rows in shared:
         if kind == "adapters":  # cast to the adapters' float32 one by one
