@@ -266,7 +266,7 @@ class Ulysses:
     def __call__(
         self, kernel: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any
     ) -> Any:
-        """query (rows, heads, tokens, head size), key and value of this rank's tokens -> (rows, tokens, heads * size).
+        """query (rows, heads, tokens, head size), key and value of this rank's tokens -> (rows, tokens, heads, size).
 
         kernel: a function of transformers' kind, of whole rows; the same object in each call. Collective, also where
         it is differentiated. Raises ValueError or AssertionError for shapes that cannot be divided.
@@ -288,12 +288,12 @@ class Ulysses:
         # DeepSpeed gathers positions for kernels that find rows by them; ours know the rows
         more["position_ids"] = torch.zeros(rows, 1, dtype=torch.int64, device=query.device)
         try:
-            found = made(module, query, key, value, None, **more)
+            found, nothing = made(module, query, key, value, None, **more)
         finally:
             if groups is not None:  # DeepSpeed changes it to that of the heads of a rank
                 module.num_key_value_groups = groups
-        self._counts(found[0], found[0].nbytes, made.world_size)
-        return found
+        self._counts(found, found.nbytes, made.world_size)
+        return found.view(*found.shape[:2], heads, size), nothing
 
     def _counts(self, tensor: Tensor, size: int, ranks: int) -> None:
         """An exchange of ``size`` bytes now, and of the tensor's gradient, if there will be one."""
