@@ -50,8 +50,9 @@ def run(options: Options, argv: list[str]) -> None:
     cluster = read_cluster(options.get("cluster", "8xA100-80"), changes)
     recipe = config.from_dict(tree)
     batch = recipe.train.global_batch_size
-    if batch % cluster.world_size and "global_batch_size" not in (tree.get("train") or {}):
-        more = -(-batch // cluster.world_size) * cluster.world_size
+    ranks = config.data_ranks(recipe, cluster.world_size)
+    if batch % ranks and "global_batch_size" not in (tree.get("train") or {}):
+        more = -(-batch // ranks) * ranks
         print(f"train.global_batch_size {more}: the default, {batch}, does not divide by the GPUs", file=sys.stderr)
         recipe = config.from_dict({**tree, "train": {**tree["train"], "global_batch_size": more}})
     others = words_in(options, "methods") or []

@@ -252,3 +252,60 @@ def inner_state(engine: Any) -> dict[Tensor, dict[str, Any]]:
     """The state of the optimizer that DeepSpeed runs, by master."""
     state: dict[Tensor, dict[str, Any]] = engine.optimizer.optimizer.state
     return state
+
+
+# ------------------------------------------------------------------ rows that ranks share
+
+
+class Ulysses:
+    """Attention over rows whose tokens lie on the ranks of a group, one piece after the other: DeepSpeed's
+    `UlyssesSPAttentionHF` (Jacobs et al. 2023; Bekman et al. 2025, ALST).
+
+    Each rank gets some of the heads of all tokens, runs the kernel, and gets all heads of its own tokens back: four
+    exchanges, and as many in the backward pass. Keys and values of fewer heads than ranks are sent more than once.
+    DeepSpeed registers itself for a whole process, with groups of its own; here it is one object a shape.
+    """
+
+    def __init__(self, group: Any, count: Count) -> None:
+        """group: of torch.distributed, which DeepSpeed must know (`deepspeed.init_distributed`)."""
+        self._group, self._count = group, count
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self, kernel: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, **more: Any
+    ) -> Any:
+        """query (rows, heads, tokens, head size), key and value of this rank's tokens -> (rows, tokens, heads, size).
+
+        kernel: a function of transformers' kind, of whole rows; the same object in each call. Collective, also where
+        it is differentiated. Raises ValueError or AssertionError for shapes that cannot be divided.
+        """
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+        rows, heads, _, size = query.shape
+        shape = kernel, rows, heads, key.shape[1], size
+        if shape not in self._made:
+            self._made[shape] = UlyssesSPAttentionHF(
+                attn=kernel, batch_size=rows, attn_head_count=heads, attn_head_size=size, kv_head_count=key.shape[1],
+                num_hidden_layers=1, process_group=self._group, seq_length_is_variable=True,
+            )  # fmt: skip
+        made = self._made[shape]
+        copies = max(1, made.kv_replication_factor)
+        for tensor, times in ((query, 1), (key, copies), (value, copies)):
+            self._counts(tensor, times * tensor.nbytes, made.world_size)
+        groups = getattr(module, "num_key_value_groups", None)
+        # DeepSpeed gathers positions for kernels that find rows by them; ours know the rows
+        more["position_ids"] = torch.zeros(rows, 1, dtype=torch.int64, device=query.device)
+        try:
+            found, nothing = made(module, query, key, value, None, **more)
+        finally:
+            if groups is not None:  # DeepSpeed changes it to that of the heads of a rank
+                module.num_key_value_groups = groups
+        self._counts(found, found.nbytes, made.world_size)
+        return found.view(*found.shape[:2], heads, size), nothing
+
+    def _counts(self, tensor: Tensor, size: int, ranks: int) -> None:
+        """An exchange of ``size`` bytes now, and of the tensor's gradient, if there will be one."""
+        sent = size // ranks * (ranks - 1)
+        self._count("sequence", sent)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self._count("sequence", sent))

@@ -52,6 +52,47 @@ def _look_up_rows() -> None:
     modeling_flash_attention_utils._is_packed_sequence = is_packed_sequence
 
 
+_attends: list[Callable[..., Any]] = []  # the innermost `attention_by` last; autograd's threads see it, too
+
+
+@contextmanager
+def attention_by(attend: Callable[..., Any]) -> Iterator[None]:
+    """Within it, models call ``attend(name, kernel, module, query, key, value, mask, **more)`` in place of an attention
+    ``kernel``, which transformers knows by ``name``, and make no masks. Not where a model runs ``eager`` attention.
+    """
+    _let_attention_be_replaced()
+    _attends.append(attend)
+    try:
+        yield
+    finally:
+        _attends.pop()
+
+
+def _let_attention_be_replaced() -> None:
+    """Register functions that ask `attention_by`, for the process: outside of it they do what they did.
+
+    Under their own names, by which models' code tells kernels apart, as DeepSpeed does it.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def asks(name: str, kernel: Callable[..., Any], masks: bool) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def call(*arguments: Any, **more: Any) -> Any:
+            if not _attends:
+                return kernel(*arguments, **more)
+            return None if masks else _attends[-1](name, kernel, *arguments, **more)
+
+        call.asks = True  # type: ignore[attr-defined]
+        return call
+
+    known: tuple[tuple[Any, bool], ...] = ((ALL_ATTENTION_FUNCTIONS, False), (ALL_MASK_ATTENTION_FUNCTIONS, True))
+    for interface, masks in known:
+        for name, kernel in list(interface.items()):
+            if "eager" not in name and not hasattr(kernel, "asks"):
+                interface.register(name, asks(name, kernel, masks))
+
+
 def attn_implementation(config: Any) -> str:
     """The attention kernel that a model runs; the public argument of that name is not an attribute."""
     return str(getattr(config, "_attn_implementation", None) or "")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import math
 from ows_ds.config.inputs import Data, Source
 from ows_ds.config.recipe import Recipe
 from ows_ds.config.settings import Wrong, parse
@@ -56,7 +57,8 @@ def value_of(recipe: Recipe, key: str) -> Any:
 def tokens_of_pass(recipe: Recipe) -> int:
     """Tokens of a rank's forward pass in training, at most."""
     rows = 2 if recipe.loss.rows == "preference" else 1
-    return recipe.train.micro_batch_size * recipe.data.max_length * rows
+    length = math.ceil(recipe.data.max_length / recipe.train.sequence_parallel)  # of a rank's piece of a row
+    return recipe.train.micro_batch_size * length * rows
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -150,13 +152,26 @@ def sources(data: Data, key: str) -> list[Source]:
     ]
 
 
+def data_ranks(recipe: Recipe, world_size: int) -> int:
+    """Ranks, of ``world_size``, or groups of ranks, that have different rows.
+
+    Raises UserError naming train.sequence_parallel when the ranks do not divide evenly.
+    """
+    size = recipe.train.sequence_parallel
+    if world_size % size:
+        raise UserError("train.sequence_parallel", size, f"expected a divisor of the number of ranks, {world_size}")
+    return world_size // size
+
+
 def accumulation(recipe: Recipe, world_size: int) -> int:
     """Micro-batches per rank and optimizer step, on ``world_size`` ranks.
 
-    Raises UserError naming train.global_batch_size when the batch does not divide evenly.
+    Raises UserError naming train.global_batch_size when the batch does not divide evenly, and as `data_ranks`.
     """
-    share = recipe.train.micro_batch_size * world_size
+    ranks = data_ranks(recipe, world_size)
+    share = recipe.train.micro_batch_size * ranks
     if recipe.train.global_batch_size % share:
-        right = f"expected a multiple of {share}, train.micro_batch_size x {world_size} ranks"
+        what = "ranks" if ranks == world_size else "groups of ranks"
+        right = f"expected a multiple of {share}, train.micro_batch_size x {ranks} {what}"
         raise UserError("train.global_batch_size", recipe.train.global_batch_size, right)
     return recipe.train.global_batch_size // share

@@ -61,6 +61,8 @@ class Train(Settings):
     kernels: MayChange[Literal["auto", "torch", "liger", "compile"]] = "auto"
     """What computes norms, rotary positions and activation functions: torch; liger (Liger's, on a GPU); compile
     (torch.compile, which takes minutes at the start). auto: liger where it is installed, otherwise torch."""
+    sequence_parallel: MayChange[Count] = 1
+    """Ranks that share the tokens of each row (Ulysses), for rows that are too long for one; 1: none do."""
     seed: Seed = 0
     """Seed of the order of rows, of dropout and of the draws."""
     eval_steps: MayChange[Count | None] = None
@@ -205,6 +207,9 @@ class Recipe(Settings):
         if self.loss.name == "reward" and self.method.name in ("lora", "dora", "mezo", "hift"):
             right = f"expected dpo, orpo, simpo or kto under method.name {self.method.name}, which trains no new head"
             yield Wrong("loss.name", right, ("method.name",))
+        if train.sequence_parallel > 1 and self.loss.rows:
+            right = f"expected 1 under loss.name {self.loss.name}, which compares whole rows"
+            yield Wrong("train.sequence_parallel", right, ("loss.name",))
         if self.loss.rows:
             name = self.loss.name
             if data.packing:

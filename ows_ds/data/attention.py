@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ows_ds.compat.transformers import attn_implementation, known_rows
-from ows_ds.data.batches import HOST, collate
+from ows_ds.data.batches import HOST, collate, cut
 from ows_ds.data.encoded import Encoded
+from ows_ds.distributed.sequence import SequenceParallel
 from ows_ds.distributed.weights import Weights
+from ows_ds.errors import first_line
 
 LEAK = 0.1  # of what a row's neighbour may do to it; rounding does less, attention all
 
@@ -28,11 +30,49 @@ def inputs(weights: Weights, batch: dict[str, Tensor]) -> dict[str, Any]:
         return found
     found |= {"position_ids": batch["position_ids"], "use_cache": False}  # with a cache, rows would not be kept apart
     module: Any = weights.module
-    if "flash" in attn_implementation(module.config):
+    if "row_ends" in batch and "flash" in attn_implementation(module.config):
         longest = int(batch["longest"])  # on the CPU
         found |= {"cu_seq_lens_q": batch["row_ends"], "cu_seq_lens_k": batch["row_ends"]}
         found |= {"max_length_q": longest, "max_length_k": longest}
     return found
+
+
+@torch.no_grad()
+def why_not_shared(weights: Weights, shared: SequenceParallel, vocabulary: int) -> str | None:
+    """Why ranks cannot share the tokens of rows, in words; None: they can. Collective: three forward passes of 16
+    tokens for each rank of a group, which compare a row that is cut with a whole one, as `keeps_apart` does.
+    """
+    module: Any = weights.module
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module  # of one with adapters
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its code takes no positions"
+    tokens = 16 * shared.size
+    ids = numpy.arange(1, tokens + 1, dtype=numpy.int32) % vocabulary
+    row = Encoded(ids, numpy.ones(tokens, bool), 0)
+    whole = collate([[row]], 0)
+    piece = cut(whole, shared.part, shared.size)
+    own = slice(16 * shared.part, 16 * (shared.part + 1))
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        batch = {name: t if name in HOST else t.to(weights.device) for name, t in batch.items()}
+        shared.begin(batch)
+        with known_rows(None):
+            found: Tensor = weights(**inputs(weights, batch)).logits[0]
+        weights.after_step()
+        return found
+
+    training = module.training
+    module.eval()
+    alone, expected = logits(piece), logits(whole)[own]
+    try:
+        with shared.passes():
+            found = logits(piece)
+    except (AssertionError, ValueError) as error:  # of shapes, on all ranks
+        return first_line(error)
+    module.train(training)
+    changes = torch.stack([(found - expected).double().square().sum(), (alone - expected).double().square().sum()])
+    wrong, apart = weights.comm.all_reduce(changes, "agree").tolist()
+    return None if wrong <= LEAK**2 * apart else "not all of its layers exchange what they need by attention"
 
 
 def balance_coefficient(module: Any) -> float | None:

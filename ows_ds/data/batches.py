@@ -22,7 +22,7 @@ from ows_ds.errors import UserError
 
 MULTIPLE = 8  # tokens: sequences of a batch are padded to a multiple of it
 # parts of a batch that stay on the CPU, where counting needs no wait for a GPU
-HOST = ("labels", "longest", "answers", "reference", "right", "kl_labels", "kl_reference")
+HOST = ("labels", "longest", "whole_row_ends", "answers", "reference", "right", "kl_labels", "kl_reference")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,28 @@ def compared(pairs: Sequence[Sequence[Encoded]], pad_id: int, format: str, whole
         chosen[:, 0], chosen[len(first) :] = False, False
         found["labels"] = torch.where(chosen, found["input_ids"], found["labels"])
     del found["attention_mask"]  # the loss does without
+    return found
+
+
+def cut(batch: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
+    """One of ``parts`` equal pieces of the tokens of a batch of `collate`, for ranks that share its rows.
+
+    batch: of a number of tokens that divides by ``parts``. Labels reach one token further than the rest: that of a
+    token is the next one's, which the next piece has. `row_ends` and `longest` stay those of whole rows, also as
+    `whole_row_ends`, on the CPU; `position_ids` are there in any case.
+    """
+    tokens = batch["input_ids"].shape[1]
+    if tokens % parts:
+        raise ValueError(f"{tokens} tokens are not {parts} equal pieces")
+    start, stop = part * tokens // parts, (part + 1) * tokens // parts
+    positions = torch.arange(tokens).expand_as(batch["input_ids"])
+    found = {"position_ids": positions, **batch}
+    for name in ("input_ids", "attention_mask", "position_ids", "row_ids"):
+        if name in found:
+            found[name] = found[name][:, start:stop].contiguous()
+    found["labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, start : stop + 1]
+    if "row_ends" in batch:
+        found["whole_row_ends"] = batch["row_ends"]
     return found
 
 

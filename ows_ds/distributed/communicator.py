@@ -114,6 +114,10 @@ class Communicator:
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
 
+    def split(self, size: int) -> Communicator:
+        """That of every ``size`` ranks that follow one another, of which this is one. Collective."""
+        return self
+
     def store(self) -> Any:
         """torch's store in which the ranks met, by a new connection; None at world size 1."""
         return None
@@ -173,6 +177,7 @@ class Distributed(Communicator):
     def __init__(self, device: torch.device | str, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.group = group
+        self.process_group: Any = dist.group.WORLD if group is None else group
         self.device = torch.device(device)
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -235,6 +240,13 @@ class Distributed(Communicator):
         self.begun += 1
         # NCCL otherwise guesses the device, and says so
         dist.barrier(group=self.group, device_ids=[self.device.index] if self.device.index is not None else None)
+
+    def split(self, size: int) -> Communicator:
+        if size == self.world_size:
+            return self
+        firsts = range(0, self.world_size, size)
+        groups = [dist.new_group(list(range(first, first + size))) for first in firsts]  # by all ranks
+        return Distributed(self.device, groups[self.rank // size])
 
     def store(self) -> Any:
         return default_store().clone()

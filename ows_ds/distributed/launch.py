@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ows_ds.config import Recipe, accumulation
+from ows_ds.config import Recipe, accumulation, data_ranks
 from ows_ds.distributed import rendezvous
 from ows_ds.distributed.communicator import Communicator, join
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, check_by_deepspeed, read_config, resolve_config
 from ows_ds.distributed.logs import show_log
+from ows_ds.distributed.sequence import SequenceParallel
 from ows_ds.distributed.zero3 import free_operator, join_deepspeed
 from ows_ds.errors import UserError
 
@@ -38,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Runtime:
-    """The ranks of this run. ds_config: the DeepSpeed configuration, None where weights are replicated."""
+    """The ranks of this run. ds_config: the DeepSpeed configuration, None where weights are replicated. sequence: those
+    that share rows."""
 
     accelerator: Accelerator
     comm: Communicator
     device: torch.device
     ds_config: dict[str, Any] | None
+    sequence: SequenceParallel
 
     def sized(self, micro_batch_size: int, accumulation: int) -> Runtime:
         """The same where a step has other micro-batches."""
@@ -117,6 +120,8 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         comm.all_gather_object("formed")  # all are there
         if comm.rank == 0:
             store.add(FORMED, 1)
+    data_ranks(recipe, comm.world_size)  # refuses what does not divide
+    sequence = SequenceParallel(comm, recipe.train.sequence_parallel)
     config = None
     if sharded:
         raw = _ds_config(recipe, accelerator)
@@ -129,7 +134,7 @@ def start(recipe: Recipe, training: bool = True) -> Runtime:
         devices = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
         if comm.rank == 0:
             logger.info("%s, %s, %s", devices, recipe.model.dtype, "ZeRO-3" if sharded else "replicated")
-    return Runtime(accelerator, comm, device, config)
+    return Runtime(accelerator, comm, device, config, sequence)
 
 
 def _uses_gpus(environment: Mapping[str, str]) -> bool:

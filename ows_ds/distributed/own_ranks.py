@@ -37,7 +37,9 @@ def command(recipe: Recipe, argv: Sequence[str], environment: Mapping[str, str] 
     if wanted != "auto" and wanted > max(1, count):
         raise UserError("train.gpus", wanted, f"expected at most {max(1, count)}: this host has {count} GPUs")
     batch = recipe.train.global_batch_size // recipe.train.micro_batch_size
-    fitting = next((n for n in range(count, 0, -1) if batch % n == 0), 1) if wanted == "auto" else wanted
+    shared = recipe.train.sequence_parallel
+    sizes = (n for n in range(count, 0, -1) if n % shared == 0 and batch % (n // shared) == 0)
+    fitting = next(sizes, 1) if wanted == "auto" else wanted
     if fitting < count:
         logger.info("%d of %d GPUs of this host are used (train.gpus)", fitting, count)
     if fitting <= 1:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ows_ds.compat.deepspeed import full_shape
-from ows_ds.compat.transformers import auto_class
+from ows_ds.compat.transformers import attn_implementation, auto_class
 from ows_ds.config import Recipe, tokens_of_pass
 from ows_ds.distributed.communicator import Communicator, fail_together
 from ows_ds.distributed.formats import Format, has_fp8_products, require_bitsandbytes
@@ -29,6 +29,7 @@ from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.layers import find_layers
 from ows_ds.model.loading import Make, Source, Unsharded
 from ows_ds.model.parts import gathered_at_once, tile_length
+from ows_ds.model.shapes import check_shared
 from ows_ds.model.tiled import names_within
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def load_model(
     device = runtime.device
     _check_offload(recipe, config)
     model = pretrained(recipe, runtime.comm, device, config, frozen=True)
+    _check_shared(recipe, model.config)
     layers = find_layers(model, None if config is None else full_shape)
     real = let_freeze(model, _formats(recipe, layers, device), _maker(device, runtime.comm, config))
     use_cache(model, False)
@@ -86,6 +88,15 @@ def _check_offload(recipe: Recipe, ds_config: dict[str, Any] | None) -> None:
     if recipe.model.frozen != "same" and (zero.get("offload_param") or {}).get("device", "none") != "none":
         right = "expected same: under DeepSpeed's offload_param weights lie in the host's memory already"
         raise UserError("model.frozen", recipe.model.frozen, right)
+
+
+def _check_shared(recipe: Recipe, config: Any) -> None:
+    """Refuse (UserError) a model whose rows ranks cannot share, where they are to."""
+    check_shared(config, recipe.train.sequence_parallel)
+    kernel = attn_implementation(config)
+    if recipe.train.sequence_parallel > 1 and kernel != "sdpa" and "flash" not in kernel:
+        right = "expected sdpa or FlashAttention under train.sequence_parallel, if the model has one of them"
+        raise UserError("model.attn_implementation", kernel, right)
 
 
 def _maker(device: torch.device, comm: Communicator, ds_config: dict[str, Any] | None) -> Make:

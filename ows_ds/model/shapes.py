@@ -166,6 +166,31 @@ def _for_model(shape: Shape) -> Any:
     return tf.AutoConfig.for_model(**configuration(shape))
 
 
+def check_shared(config: Any, size: int) -> None:
+    """Refuse (UserError) ``train.sequence_parallel`` for a model, by transformers' configuration of it, whose attention
+    ``size`` ranks cannot share (`ows_ds.compat.deepspeed.Ulysses`)."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None) or size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    kinds |= {"chunked_attention"} if getattr(config, "attention_chunk_size", None) else set()
+    right = None
+    if size > 1 and kinds:
+        right = f"1: layers of this model are {', '.join(sorted(kinds))}, which needs all tokens of a row on a rank"
+    elif heads % size:
+        right = f"a divisor of the {heads} attention heads of this model"
+    elif kv_heads % size and size % kv_heads:
+        right = f"a divisor or a multiple of the {kv_heads} heads of keys and values of this model"
+    if right is not None:
+        raise UserError("train.sequence_parallel", size, f"expected {right}")
+
+
+def kv_copies(config: Any, size: int) -> int:
+    """How often each head of keys and values goes out to ``size`` ranks that share rows."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return max(1, size // (getattr(config, "num_key_value_heads", None) or size))
+
+
 def model_of(config: Any, name: str = "") -> Model:
     """The same, of a configuration of transformers."""
     from ows_ds.model.layers import find_layers

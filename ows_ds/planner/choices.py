@@ -44,14 +44,19 @@ class Choice:
         return [(f"--train.{name}", str(value).lower()) for name, value in changed.items()]
 
 
-def choices(batch: int, cluster: Cluster) -> Iterator[Choice]:
-    """All that can be chosen for a global batch of ``batch`` sequences on the cluster or a part of it."""
+def choices(batch: int, cluster: Cluster, shared_by: int = 1) -> Iterator[Choice]:
+    """All that can be chosen for a global batch of ``batch`` sequences on the cluster or a part of it. shared_by: GPUs
+    that share the tokens of rows."""
     for world_size in [*powers(cluster.gpus), *(n * cluster.gpus for n in powers(cluster.nodes) if n > 1)]:
         for home in HOMES:
-            if (world_size == 1 and home != "replicated") or (home == "hpz" and world_size <= cluster.gpus):
+            if (
+                world_size % shared_by
+                or (world_size == 1 and home != "replicated")
+                or (home == "hpz" and world_size <= cluster.gpus)
+            ):
                 continue
             for micro in powers(batch):
-                if batch % (micro * world_size) == 0:
+                if batch % (micro * world_size // shared_by) == 0:
                     yield from (Choice(world_size, home, micro, checkpointing) for checkpointing in (False, True))
 
 

@@ -161,6 +161,18 @@ def collective(
     return messages * LAUNCH + min(_ALGORITHMS[name](cluster, sent, messages * rounds) for name in names)
 
 
+def exchange(cluster: Cluster, sent: float, ranks: int) -> float:
+    """Seconds of an all-to-all of ``ranks`` GPUs that follow one another: each sends ``sent`` bytes, as many to each of
+    the others, to one after the other (pairwise exchange, Thakur et al.)."""
+    if ranks == 1 or not sent:
+        return 0.0
+    inside = min(ranks, cluster.gpus) - 1
+    outside = ranks - 1 - inside
+    each = sent / (ranks - 1)
+    found = LAUNCH + inside * (cluster.nvlink_latency * 1e-6 + each / _rate(cluster, cluster.nvlink))
+    return found + outside * (cluster.network_latency * 1e-6 + each / _rate(cluster, cluster.network))
+
+
 def _ring(cluster: Cluster, sent: float, passes: float) -> float:
     """One ring through all GPUs. Between nodes it has as many channels as a node has GPUs, each a part of the bytes."""
     if cluster.nodes == 1:

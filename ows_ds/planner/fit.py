@@ -123,10 +123,11 @@ def by_speed(planner: Planner, world_size: int, homes: Iterable[str]) -> list[Ch
     """What leaves the training as it is: keys of the recipe that are not ``auto`` as they are, the fastest first; of
     equals those that need least."""
     recipe, auto = planner.recipe, planner.recipe.auto
-    asked, share = planner.choice(world_size), max(1, recipe.train.global_batch_size // world_size)
+    asked, ranks = planner.choice(world_size), config.data_ranks(recipe, world_size)
+    share = max(1, recipe.train.global_batch_size // ranks)
     sizes = [asked.micro_batch]
     if "train.micro_batch_size" in auto:
-        sizes = [size for size in powers(share) if recipe.train.global_batch_size % (size * world_size) == 0] or [1]
+        sizes = [size for size in powers(share) if recipe.train.global_batch_size % (size * ranks) == 0] or [1]
     ways = (False, True) if "train.gradient_checkpointing" in auto else (asked.checkpointing,)
     found = [Choice(world_size, home, size, way) for home in homes for size in sizes for way in ways]
 

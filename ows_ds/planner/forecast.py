@@ -20,7 +20,7 @@ from ows_ds.errors import UserError, first_line
 from ows_ds.importance.probabilities import METRIC_OF, importance, importance_of, probabilities
 from ows_ds.model.outline import Outline
 from ows_ds.model.parts import gathered_at_once, tile_length
-from ows_ds.model.shapes import Model, without_weights
+from ows_ds.model.shapes import Model, kv_copies, without_weights
 from ows_ds.optim.sampling import LayerSet
 from ows_ds.optim.sizes import ADAPTERS, LOW_RANK, SAMPLED
 from ows_ds.planner.choices import Choice
@@ -91,7 +91,8 @@ class Forecast:
     def times(self) -> Times:
         """The roofline of a step."""
         done, host = work(self.usual, self.refreshes), on_host(self.usual) * self.usual.accumulation
-        return times(self.cluster, done, self.sent, self.choice.home == "hpz", host=host)
+        inside, shared_by = self.choice.home == "hpz", self.usual.shared_by
+        return times(self.cluster, done, self.sent, inside, host=host, shared_by=shared_by)
 
     @property
     def on_host(self) -> int:
@@ -247,9 +248,11 @@ class Planner:
 
     def step(self, choice: Choice, layer_set: LayerSet) -> StepSpec:
         """One GPU's part of a step. Raises UserError (``train.global_batch_size``) for an uneven division."""
-        recipe, share = self.recipe, choice.micro_batch * choice.world_size
+        recipe, shared_by = self.recipe, self.recipe.train.sequence_parallel
+        share = choice.micro_batch * config.data_ranks(recipe, choice.world_size)
         if recipe.train.global_batch_size % share:
-            right = f"a multiple of {share}: {choice.micro_batch} sequences on each of {choice.world_size} GPUs"
+            on = f"{choice.world_size} GPUs" if shared_by == 1 else f"{choice.world_size // shared_by} groups of GPUs"
+            right = f"a multiple of {share}: {choice.micro_batch} sequences on each of {on}"
             raise UserError("train.global_batch_size", recipe.train.global_batch_size, f"expected {right}")
         tokens = config.tokens_of_pass(changed(recipe, {"train.micro_batch_size": choice.micro_batch}))
         spec = StepSpec(
@@ -264,6 +267,8 @@ class Planner:
             ITEMSIZE[recipe.model.dtype],
             choice.micro_batch * (2 if recipe.loss.rows == "preference" else 1),
             recipe.data.max_length,
+            shared_by,
+            kv_copies(self.model.config, shared_by) if shared_by > 1 else 1,
             accumulation=recipe.train.global_batch_size // share,
             checkpointing=choice.checkpointing,
             offload=recipe.train.activation_offload,
@@ -292,9 +297,9 @@ class Planner:
 
     def scaled(self, cluster: Cluster, world_size: int, home: str) -> Forecast:
         """On ``world_size`` GPUs, with as many sequences for each of them as on the whole cluster (weak scaling)."""
-        micro = self.recipe.train.micro_batch_size
-        batches = max(1, self.recipe.train.global_batch_size // (micro * cluster.world_size))
-        grown = self.changed(train={"global_batch_size": micro * batches * world_size})
+        micro, shared_by = self.recipe.train.micro_batch_size, self.recipe.train.sequence_parallel
+        batches = max(1, self.recipe.train.global_batch_size * shared_by // (micro * cluster.world_size))
+        grown = self.changed(train={"global_batch_size": micro * batches * world_size // shared_by})
         return grown.forecast(cluster, grown.choice(world_size, home))
 
     def changed(self, **sections: Mapping[str, Any]) -> Planner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from ows_ds import config
 from ows_ds.config import Recipe
 from ows_ds.distributed.ds_config import DEFAULT_CONFIG, check_config, read_config
 from ows_ds.importance.probabilities import METRIC_OF, importance_of
-from ows_ds.model.shapes import read_model
+from ows_ds.model.shapes import check_shared, read_model
 from ows_ds.optim.sizes import check
 from ows_ds.planner.choices import HOMES, Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import Cluster
@@ -30,6 +30,9 @@ class Report:
         """Raises UserError for what training would refuse."""
         model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         check(recipe, model.layers)
+        config.data_ranks(recipe, cluster.world_size)
+        if recipe.train.sequence_parallel > 1:
+            check_shared(model.config, recipe.train.sequence_parallel)
         self.cluster, self.others = cluster, others
         self.settings = _ds_config(recipe)
         replays = Replays(lambda: model.config, self.settings["zero_optimization"], model.outline)
@@ -68,16 +71,21 @@ class Report:
         found = {}
         for name in (self.recipe.method.name, *self.others):
             planner = self.planner.under(name)
-            free = [*choices(self.recipe.train.global_batch_size, self.cluster)]
+            free = [*self.choices()]
             some = [planner.forecast(self.cluster, one) for one in free if one.world_size == self.cluster.world_size]
             best = max(ranked(some), key=lambda one: one.tokens_per_day, default=None)
             found[name] = best or min(some, key=lambda one: one.peak)
         return found
 
+    def choices(self) -> Iterator[Choice]:
+        """What can be chosen."""
+        train = self.recipe.train
+        return choices(train.global_batch_size, self.cluster, train.sequence_parallel)
+
     @cached_property
     def all(self) -> list[Forecast]:
         """Under all that can be chosen on the cluster or a part of it."""
-        found = choices(self.recipe.train.global_batch_size, self.cluster)
+        found = self.choices()
         return [self.planner.forecast(self.cluster, choice) for choice in found]
 
     @cached_property
@@ -95,7 +103,7 @@ class Report:
         """Where nothing fits as it is: what makes something fit, or comes nearest."""
         if any(one.fits for one in self.all):
             return None
-        found = choices(self.recipe.train.global_batch_size, self.cluster)
+        found = self.choices()
         return fit(
             self.planner, [one for one in found if one.micro_batch == 1 and one.checkpointing], self.cluster.usable
         )
@@ -105,13 +113,15 @@ class Report:
         """As `all`, under `proposal` where there is one."""
         if self.proposal is None:
             return self.all
-        found = choices(self.recipe.train.global_batch_size, self.cluster)
+        found = self.choices()
         return [self.proposal.planner.forecast(self.cluster, one) for one in found] if self.proposal.fits else []
 
     @cached_property
     def scaling(self) -> dict[str, dict[int, Forecast]]:
         """Of each home, the recipe's work of a GPU on up to 1,024 of them."""
-        sizes, least = scaling_sizes(self.cluster), {"replicated": 0, "zero3": 1, "hpz": self.cluster.gpus}
+        shared_by = self.recipe.train.sequence_parallel
+        sizes = [n for n in scaling_sizes(self.cluster) if n % shared_by == 0]
+        least = {"replicated": 0, "zero3": 1, "hpz": self.cluster.gpus}
         found = {
             home: {n: self.planner.scaled(self.cluster, n, home) for n in sizes if n > least[home]} for home in HOMES
         }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ows_ds.model.blocks import Block
 from ows_ds.model.parts import split
 from ows_ds.optim.sizes import MUON_ITERATIONS, OVERSAMPLING, ROUNDS, sketch_width
-from ows_ds.planner.cluster import Cluster, collective
+from ows_ds.planner.cluster import Cluster, collective, exchange
 from ows_ds.planner.memory import state
 from ows_ds.planner.step import StepSpec, activations, computed_again, entries_of, numel
 from ows_ds.planner.traffic import Messages
@@ -160,17 +160,20 @@ class Times:
 
 def times(
     cluster: Cluster, done: Mapping[str, Work], sent: Mapping[str, Messages], inside: bool = False,
-    algorithm: str | None = None, host: float = 0.0,
+    algorithm: str | None = None, host: float = 0.0, shared_by: int = 1,
 ) -> Times:  # fmt: skip
     """The roofline of a step. inside: gathers of weights stay within a node (hpZ). algorithm: see `collective`.
 
-    host: bytes that a GPU sends to its host, and takes back.
+    host: bytes that a GPU sends to its host, and takes back. shared_by: ranks that share the tokens of rows.
     """
     flops, moved = cluster.tflops * 1e12 * cluster.reach, cluster.memory_bandwidth * 1e9 * cluster.reach
     node = cluster.of_size(min(cluster.gpus, cluster.world_size))
     links = {}
     for op, one in sent.items():
         where = node if inside and op == "weights" else cluster
+        if op == "sequence":
+            links[op] = one.count * exchange(cluster, one.sent / one.count, shared_by)
+            continue
         links[op] = one.count * collective(where, one.sent / one.count, 1, one.rounds, algorithm) if one.count else 0
     if host:
         links["host"] = 2 * host / (cluster.host * 1e9 * cluster.reach)

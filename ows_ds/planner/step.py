@@ -37,6 +37,8 @@ class StepSpec:
     itemsize: int = 2  # b
     rows: int = 1  # sequences of a micro-batch
     length: int = 512  # tokens of each
+    shared_by: int = 1  # ranks that share the tokens of a row
+    kv_copies: int = 1  # how often heads of keys and values are sent to other ranks of these
     labelled: int | None = None  # tokens of the micro-batch with a loss; None: all
     accumulation: int = 1
     checkpointing: bool = False
@@ -78,8 +80,8 @@ class StepSpec:
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.rows * self.length
+        """T: of this rank's piece, where ranks share rows."""
+        return self.rows * math.ceil(self.length / self.shared_by)
 
     @property
     def run(self) -> int:
@@ -89,7 +91,8 @@ class StepSpec:
     @property
     def labels(self) -> int:
         """Tokens of a micro-batch with a loss: all but the first of each sequence, if nothing else is known."""
-        return self.tokens - self.rows if self.labelled is None else self.labelled
+        whole = self.tokens - math.ceil(self.rows / self.shared_by)
+        return whole if self.labelled is None else math.ceil(self.labelled / self.shared_by)
 
     @property
     def hidden(self) -> int:
@@ -305,7 +308,9 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
     b, e, hidden, parts = spec.itemsize, spec.wide, spec.hidden, split(block, spec.hidden)
     again = computed_again(spec, block)  # MLPs of which the input alone is kept
     made = sum(mlp.rows * (mlp.made - spec.fused * mlp.gated) for mlp in parts.mlps if mlp not in again)
-    through = sum(m.out_features for m in parts.attention) + parts.heads + made + len(again) * hidden
+    attention = sum(m.out_features for m in parts.attention)
+    through = attention + parts.heads + made + len(again) * hidden
+    through += (spec.kv_copies - 1) * max(0, attention - parts.heads)
     normed = 2 * hidden + parts.normed(block)
     token = through * b + normed * (b if spec.fused else 4)  # norms work in float32
     if kind in ("low", "full") and block.vectors and not spec.fused:
@@ -315,6 +320,8 @@ def activations(spec: StepSpec, block: Block, kind: str) -> int:
     for mlp in (mlp for mlp in parts.mlps if mlp not in again):
         shared += [(mlp.up, hidden, mlp.rows), ((mlp.down,), mlp.between, mlp.rows)]
         token += (mlp.down.count * 4 + mlp.rows * 16) * bool(mlp.down.experts)  # of the router, and the order of rows
+    if spec.shared_by > 1 and parts.output is not None:  # attention's output has come back: it is not the kernel's
+        shared.append(((parts.output,), parts.heads, 1))
     for matrices, width, rows in shared:
         if kind == "adapters":  # cast to the adapters' float32 one by one
             token += width * b if b == e else width * e * len(matrices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ows_ds.model.parts import split
 from ows_ds.optim.layout import gram_entries
 from ows_ds.planner.step import StepSpec, entries_of, parts_of
 
@@ -40,9 +41,26 @@ def traffic(spec: StepSpec, refresh: bool = False, index: int = 0) -> dict[str, 
         else:
             away = sum(entries_of(spec, part) for part in last.parts if part.owner != index)
             sent["refresh_gradients"] = away * b * spec.refresh_passes * (w > 1)
+    sent["sequence"] = _exchanged(spec) * spec.accumulation
     if spec.gathered is not None:
         sent["weights"] = spec.gathered.shares(w, spec.accumulation) * (w - 1)
     return {name: size for name, size in sent.items() if size}
+
+
+def _exchanged(spec: StepSpec) -> int:
+    """Bytes of a micro-batch's attention where ranks share rows (Ulysses): queries, keys, values and outputs of all
+    layers, again under checkpointing, and their gradients where a backward pass runs."""
+    if spec.shared_by == 1:
+        return 0
+    found = 0
+    for block, kind in spec.walk():
+        parts = split(block, spec.hidden)
+        queries_keys_values = sum(m.out_features for m in parts.attention)
+        entries = queries_keys_values + parts.heads
+        entries += (spec.kv_copies - 1) * max(0, queries_keys_values - parts.heads)
+        passes = (2 if spec.method == "mezo" else 1) + (1 + spec.checkpointing if kind else 0)
+        found += spec.tokens * entries * spec.itemsize // spec.shared_by * (spec.shared_by - 1) * passes
+    return found
 
 
 def gathers(spec: StepSpec) -> tuple[int, int]:
@@ -77,6 +95,8 @@ def messages(spec: StepSpec, refreshes: float) -> dict[str, Messages]:
     counts = dict.fromkeys(("gradients", "coordinates", "merge"), len(spec.plan.layouts))
     counts["full_rank_gradients"] = len(spec.full_rank) * spec.accumulation
     counts["full_rank_weights"] = len(spec.full_rank)
+    # four exchanges a layer, forward and backward, and forward again under checkpointing
+    counts["sequence"] = 4 * spec.accumulation * sum(2 + spec.checkpointing if kind else 1 for _, kind in spec.walk())
     counts["refresh_gradients"] = len(spec.refresh_plan().parts) * spec.refresh_passes
     sent = traffic(spec)
     found = {

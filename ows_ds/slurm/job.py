@@ -140,7 +140,8 @@ def check(recipe: Recipe, job: Allocation, planned: int | None = None) -> list[s
     where = f"{job.gpus} GPUs" if job.gpus else "the CPU"
     return [
         f"{job.world_size} ranks: {job.nodes} nodes x {job.processes_per_node}, on {where} of each",
-        f"{recipe.train.global_batch_size} sequences a step: {job.world_size} ranks x "
+        f"{recipe.train.global_batch_size} sequences a step: {config.data_ranks(recipe, job.world_size)} "
+        f"{'ranks' if recipe.train.sequence_parallel == 1 else 'groups of ranks'} x "
         f"{recipe.train.micro_batch_size} x {steps} micro-batches",
         f"model {recipe.model.path} ({'a folder' if local else 'on the hub'})",
         f"output {run_dir.resolve()} ({'resumed' if used else 'new'})",

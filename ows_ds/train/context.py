@@ -18,7 +18,7 @@ from ows_ds.checkpoint import Checkpoint
 from ows_ds.compat.torch import to_device
 from ows_ds.config import Recipe, Source, accumulation, sources
 from ows_ds.data import attention, mix, prepare
-from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, compared, held_out_batches
+from ows_ds.data.batches import HOST, MULTIPLE, Batches, Step, Steps, collate, compared, cut, held_out_batches
 from ows_ds.data.encoded import IGNORE, Encoded
 from ows_ds.data.pack import Sequences, also_in
 from ows_ds.data.rows import fetch
@@ -69,6 +69,11 @@ class RunContext:
         return pad if pad < self.vocabulary else 0  # a token that was added for padding alone; it is masked
 
     @property
+    def multiple(self) -> int:
+        """Tokens: sequences of a batch are padded to a multiple of it."""
+        return MULTIPLE * self.runtime.sequence.size
+
+    @property
     def steps_per_epoch(self) -> int:
         """0: unknown."""
         return 0 if self.steps is None else self.steps.steps_per_epoch
@@ -86,12 +91,13 @@ class RunContext:
         return step, batches
 
     def collate(self, sequences: list[list[Encoded]], packed: bool) -> dict[str, Tensor]:
-        """What the loss takes, on the CPU."""
+        """What the loss takes, on the CPU: of rows that ranks share, this rank's piece."""
         if rows := self.recipe.loss.rows:
             return compared(sequences, self.pad_id, rows, self.recipe.loss.name == "orpo")
-        batch = collate(sequences, self.pad_id, packed)
+        shared = self.runtime.sequence
+        batch = collate(sequences, self.pad_id, packed, self.multiple)
         del batch["attention_mask"]  # the loss does without
-        return batch
+        return cut(batch, shared.part, shared.size) if shared.size > 1 else batch
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``batch`` where the model runs, but for `batches.HOST`. Does not wait for the device."""
@@ -184,8 +190,9 @@ def _check_rows(context: RunContext) -> None:
             )
             raise UserError("model.path", context.recipe.model.path, right)
         longest = max((int(part.lengths.max(initial=0)) for part in found.parts), default=0)
-        if positions is not None and -(-longest // MULTIPLE) * MULTIPLE > positions:  # others are computed
-            right = f"expected at most {positions // MULTIPLE * MULTIPLE}: the model has learned {positions} positions"
+        multiple = context.multiple
+        if positions is not None and -(-longest // multiple) * multiple > positions:  # others are computed
+            right = f"expected at most {positions // multiple * multiple}: the model has learned {positions} positions"
             raise UserError("data.max_length", context.recipe.data.max_length, right)
 
     refuse(context.rows)
@@ -195,6 +202,10 @@ def _check_rows(context: RunContext) -> None:
     if context.recipe.data.packing and not attention.keeps_apart(context.weights, vocabulary):
         right = "expected false: the attention of this model does not keep the rows of a sequence apart"
         raise UserError("data.packing", True, right)
+    shared = context.runtime.sequence
+    if shared.size > 1 and (why_not := attention.why_not_shared(context.weights, shared, vocabulary)):
+        right = f"expected 1: rows of this model cannot be shared by ranks ({why_not})"
+        raise UserError("train.sequence_parallel", shared.size, right)
 
 
 def _encode(
@@ -209,8 +220,8 @@ def _encode(
 
 def _split(recipe: Recipe, runtime: Runtime) -> tuple[int, int, int, int, int]:
     """What `Steps` takes."""
-    train, comm = recipe.train, runtime.comm
-    return train.global_batch_size, train.micro_batch_size, comm.world_size, comm.rank, train.seed
+    train, shared = recipe.train, runtime.sequence
+    return train.global_batch_size, train.micro_batch_size, shared.data_ranks, shared.data_rank, train.seed
 
 
 def _stream(recipe: Recipe, tokenizer: Any, runtime: Runtime, state: dict[str, Any] | None, today: datetime) -> Stream:
@@ -249,20 +260,23 @@ def evaluate(context: RunContext) -> dict[str, float]:
     """``eval_loss``: mean cross entropy of the held-out tokens with the low-rank updates attached, or mean of what is
     learned in its place, then with ``eval_reward_accuracy``. Collective."""
     weights, comm, held_out = context.weights, context.runtime.comm, context.held_out
+    shared = context.runtime.sequence
     training = weights.module.training
     weights.module.eval()
     size = context.recipe.train.eval_batch_size
     sums = torch.zeros(3, dtype=torch.float64, device=context.runtime.device)
     compares = bool(context.recipe.loss.rows)
-    for mine in held_out_batches(len(held_out), size, comm.world_size, comm.rank, held_out.lengths):
+    for mine in held_out_batches(len(held_out), size, shared.data_ranks, shared.data_rank, held_out.lengths):
         batch = context.to_device(context.collate([held_out[i] for i in mine], held_out.packed))
+        shared.begin(batch)
         right = torch.zeros((), dtype=torch.float64)
         if compares:
             statistics: list[Tensor] = []
             loss = preference.loss(context, batch, len(held_out) / held_out.leading.sum(), statistics=statistics)
             right, count = statistics[0][0], torch.tensor(len(mine))
         else:
-            loss, count = token_losses(weights, batch), (batch["labels"][:, 1:] != IGNORE).sum()
+            with shared.passes():
+                loss, count = token_losses(weights, batch), (batch["labels"][:, 1:] != IGNORE).sum()
         sums += torch.stack([one.double().to(sums.device) for one in (loss, count, right)])
         weights.after_step()
     weights.module.train(training)

@@ -51,8 +51,8 @@ def token_losses(
     own loss for their balance, times its coefficient and the number of labelled tokens, added to the sum, and to the
     list, detached. So the loss of a step has the mean of it over tokens, as of the cross entropies.
 
-    Float64 under float64 weights. batch: as `batches.collate` makes it, where the model runs; labels, if possible, on
-    the CPU: counting them then needs no wait for a GPU.
+    Float64 under float64 weights. batch: as `batches.collate` or `batches.cut` makes it, where the model runs; labels,
+    if possible, on the CPU: counting them then needs no wait for a GPU.
 
     A model that changes its head's output (soft-capping, scaling) is detected in its first pass; from then on all its
     logits are computed at once.
@@ -80,7 +80,8 @@ def _token_losses(
     if isinstance(head, nn.Linear) and _fits.get(head, True):
         device = batch["input_ids"].device
         random = None if head in _fits else _random(device)
-        labels = pad(batch["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        labels = batch["labels"][:, 1:]  # as many as tokens where these are a piece of their rows
+        labels = pad(labels, (0, batch["input_ids"].shape[1] - labels.shape[1]), value=IGNORE).flatten()
         loss = _in_chunks(weights, head, inputs, labels, seen, objective)
         _fits[head] = loss is not None
         if loss is not None:
@@ -89,7 +90,7 @@ def _token_losses(
         _random(device, random)  # the same dropout as if nothing had been tried
     labels = batch["labels"][:, 1:].reshape(-1)
     seen.append(weights(**inputs))
-    logits = seen[-1].logits[:, :-1].reshape(labels.numel(), -1)
+    logits = seen[-1].logits[:, : batch["labels"].shape[1] - 1].reshape(labels.numel(), -1)
     labels = labels.to(logits.device)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if objective is not None:

@@ -16,7 +16,7 @@ from ows_ds import config
 from ows_ds.config import Recipe, changed
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
-from ows_ds.model.shapes import read_model
+from ows_ds.model.shapes import check_shared, read_model
 from ows_ds.planner.fit import IN_BITS, by_speed, fit, require
 from ows_ds.planner.forecast import Planner
 
@@ -38,6 +38,7 @@ def fit_memory(recipe: Recipe, runtime: Runtime, longest: int) -> Recipe:
             model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         except Exception:  # of any code that comes with a model; loading it reports the mistake
             return config.exact(recipe)
+        check_shared(model.config, recipe.train.sequence_parallel)
         if device.type == "cuda":
             free, part, margin, place = torch.cuda.mem_get_info(device)[0], 0.92, 1.05, ("GPU", "GPUs")
         else:  # where memory may be swapped, and kernels differ from the planned ones

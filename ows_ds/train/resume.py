@@ -59,7 +59,8 @@ def as_chosen(recipe: Recipe, opened: Checkpoint, world_size: int) -> Recipe:
     of as many ranks are chosen again."""
     began = config.from_dict(opened.facts["recipe"])
     chosen = {key: config.value_of(began, key) for key in recipe.auto - began.auto}
-    if recipe.train.global_batch_size % (chosen.get("train.micro_batch_size", 1) * world_size):
+    ranks = config.data_ranks(recipe, world_size)
+    if recipe.train.global_batch_size % (chosen.get("train.micro_batch_size", 1) * ranks):
         del chosen["train.micro_batch_size"]
     return config.changed(recipe, chosen)
 

@@ -98,7 +98,10 @@ class StepRunner:
 
         share = data.sequences / max(1, data.leading)
         losses_of = [functools.partial(self._loss, batch, scale, balance, share, rewards) for batch in batches]
-        with known_rows(None):  # layers that are computed again in a backward pass ask, too
+        with (
+            known_rows(None),
+            context.runtime.sequence.passes(),
+        ):  # layers that are computed again in a backward pass ask, too
             method.train_step(losses_of, accept)
         losses, norms, peaks, stops, saved, *squares = zip(*everyones, strict=True)
         aux = sum(squares.pop(0)) / len(losses) if balance else 0.0
@@ -140,6 +143,7 @@ class StepRunner:
         ``balance`` and ``rewards`` get of it."""
         own: list[Tensor] = []
         context, batch = self.context, self.context.to_device(batch)
+        context.runtime.sequence.begin(batch)
         if context.recipe.loss.rows:
             loss = preference.loss(context, batch, share, own, rewards) * scale
         else:

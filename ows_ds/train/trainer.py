@@ -213,7 +213,11 @@ def _banner(context: RunContext, method: Method, micro_batches: int) -> list[str
     return [
         f"{Path(recipe.model.path).name}, {total / 1e6:,.0f} M weights, {name}: {share}",
         f"batch {train.global_batch_size} = {train.micro_batch_size} x {micro_batches} micro-batches x "
-        f"{comm.world_size} rank{'s' * (comm.world_size > 1)}",
+        + (
+            f"{comm.world_size // together} groups of {together} ranks"
+            if (together := train.sequence_parallel) > 1
+            else f"{comm.world_size} rank{'s' * (comm.world_size > 1)}"
+        ),
     ]
 
 

@@ -16,6 +16,7 @@ from ows_ds.config import changed, exact
 from ows_ds.distributed import launch, zero3
 from ows_ds.distributed.communicator import Communicator
 from ows_ds.distributed.launch import Runtime
+from ows_ds.distributed.sequence import SequenceParallel
 from ows_ds.errors import UserError
 from ows_ds.model.shapes import read_model
 from ows_ds.planner.forecast import Planner
@@ -94,7 +95,7 @@ def test_a_torch_that_cannot_use_the_gpu_is_refused(tmp_path: Path, monkeypatch:
 def alone(**zero: Any) -> Runtime:
     accelerator: Any = SimpleNamespace()
     config = {"zero_optimization": zero} if zero else None
-    return Runtime(accelerator, Communicator(), torch.device("cpu"), config)
+    return Runtime(accelerator, Communicator(), torch.device("cpu"), config, SequenceParallel(Communicator()))
 
 
 def test_what_cannot_fit_is_refused_with_the_figure(

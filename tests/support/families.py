@@ -28,7 +28,7 @@ _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _CONFIGS: dict[str, Callable[..., tf.PreTrainedConfig]] = {
     "llama": lambda **more: tf.LlamaConfig(**{**_COMMON, **more}),
     "llama with biases": lambda **more: tf.LlamaConfig(**_COMMON, attention_bias=True, mlp_bias=True, **more),
-    "mistral": lambda **more: tf.MistralConfig(**_COMMON, **more),
+    "mistral": lambda **more: tf.MistralConfig(**{**_COMMON, **more}),
     "qwen2": lambda **more: tf.Qwen2Config(**_COMMON, **more),
     "qwen3": lambda **more: tf.Qwen3Config(**_COMMON, **more),
     "gemma2": lambda **more: tf.Gemma2Config(**_COMMON, **more),
