@@ -1,12 +1,12 @@
 """Recipes as trees and YAML, and the checks of a recipe that look at files or at the number of ranks."""
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import math
 from ows_ds.config.inputs import Data, Source
 from ows_ds.config.recipe import Recipe
 from ows_ds.config.settings import Wrong, parse
