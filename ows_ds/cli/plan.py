@@ -26,6 +26,7 @@ def parser() -> Parser:
         "8xA100-80)",
     )
     made.value("methods", "LIST", "values of method.name to compare with, with commas")
+    made.value("lengths", "LIST", "lengths of rows to plan for as well, with commas, such as 4k,32k,1M")
     made.value(
         "output",
         "DIR",
@@ -63,6 +64,9 @@ def run(options: Options, argv: list[str]) -> None:
     output, choose = options.get("output"), options.get("choose", "cheapest")
     if choose not in ("cheapest", "fastest"):
         raise UserError("--choose", choose, "expected cheapest or fastest")
+    from ows_ds.planner.lengths import parse_lengths
     from ows_ds.planner.plan import plan
 
-    plan(recipe, cluster, others, None if output is None else Path(output), choose, bool(options.get("json")))
+    lengths = [] if "lengths" not in options else parse_lengths(words_in(options, "lengths") or [])
+    folder = None if output is None else Path(output)
+    plan(recipe, cluster, others, lengths, folder, choose, bool(options.get("json")))

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ows_ds.config import Recipe, sources
+from ows_ds.planner import lengths
 from ows_ds.planner.choices import HOMES, Choice
 from ows_ds.planner.forecast import Forecast, ranked
 from ows_ds.planner.report import Report
@@ -37,6 +38,7 @@ class Page:
     def text(self) -> str:
         """For the terminal: the verdict, the tables, what a reader must know."""
         shown = [self._fitting(), self._methods(), self._memory(), self._traffic(), self._times()]
+        shown += [lengths.table(self.report.by_length)] if self.report.by_length else []
         verdict = "\n".join(textwrap.fill(line, WIDTH) if line[:1] != " " else line for line in self.verdict())
         return f"{verdict}\n\n{terminal([table for table in shown if table.rows], self.notes())}"
 

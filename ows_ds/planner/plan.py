@@ -24,9 +24,15 @@ FILES = ("plan.json", "recipe.yaml", "scaling.png")
 
 
 def plan(
-    recipe: Recipe, cluster: Cluster, others: Sequence[str], output: Path | None, choose: str, as_json: bool
+    recipe: Recipe,
+    cluster: Cluster,
+    others: Sequence[str],
+    lengths: Sequence[int],
+    output: Path | None,
+    choose: str,
+    as_json: bool,
 ) -> None:
-    """Print tables (or JSON) of ``recipe`` on ``cluster``. others: methods to compare it with.
+    """Print tables (or JSON) of ``recipe`` on ``cluster``. others: methods to compare it with. lengths: of rows.
 
     output: folder for a recipe with the cheapest or the fastest choice that fits (choose), its DeepSpeed file, the
     numbers and a plot; nothing in it is written over. Raises UserError for whatever the user can put right.
@@ -36,7 +42,7 @@ def plan(
 
         suppress_warnings()
     with thinking(f"planning {recipe.model.path}"):
-        report = Report(recipe, cluster, others)
+        report = Report(recipe, cluster, others, lengths)
         if output is not None:
             _check_output(output)
         summary = report.summary() if as_json or output is not None else {}

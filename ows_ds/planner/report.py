@@ -20,20 +20,26 @@ from ows_ds.planner.choices import HOMES, Choice, choices, scaling_sizes
 from ows_ds.planner.cluster import Cluster
 from ows_ds.planner.fit import Fitted, by_speed, fit
 from ows_ds.planner.forecast import Forecast, Planner, Replays, ranked
+from ows_ds.planner.lengths import by_length
 from ows_ds.planner.step import entries
 
 
 class Report:
     """All forecasts of one recipe; each is made when it is first asked for."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, others: Sequence[str]) -> None:
-        """Raises UserError for what training would refuse."""
+    def __init__(
+        self, recipe: Recipe, cluster: Cluster, others: Sequence[str] = (), lengths: Sequence[int] = ()
+    ) -> None:
+        """others: methods to compare with. lengths: of rows, planned for as well.
+
+        Raises UserError for what training would refuse.
+        """
         model = read_model(recipe.model.path, recipe.model.revision, recipe.model.trust_remote_code)
         check(recipe, model.layers)
         config.data_ranks(recipe, cluster.world_size)
         if recipe.train.sequence_parallel > 1:
             check_shared(model.config, recipe.train.sequence_parallel)
-        self.cluster, self.others = cluster, others
+        self.cluster, self.others, self.lengths = cluster, others, lengths
         self.settings = _ds_config(recipe)
         replays = Replays(lambda: model.config, self.settings["zero_optimization"], model.outline)
         asked = Planner(recipe, model, _ratios(recipe, len(model.layers.layers)), replays)
@@ -76,6 +82,11 @@ class Report:
             best = max(ranked(some), key=lambda one: one.tokens_per_day, default=None)
             found[name] = best or min(some, key=lambda one: one.peak)
         return found
+
+    @cached_property
+    def by_length(self) -> dict[int, Forecast]:
+        """See `ows_ds.planner.lengths.by_length`."""
+        return by_length(self.planner, self.cluster, self.homes, self.lengths)
 
     def choices(self) -> Iterator[Choice]:
         """What can be chosen."""
@@ -150,6 +161,7 @@ class Report:
             "proposal": None
             if self.proposal is None or self.cheapest is None
             else {"keys": dict(self.proposal.changes), **_brief(self.cheapest)},
+            "lengths": {length: _described(one) for length, one in self.by_length.items()},
             "scaling": {
                 home: {n: one.tokens_per_day for n, one in some.items()} for home, some in self.scaling.items()
             },

@@ -56,6 +56,19 @@ def test_tables_fit_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str])
     assert {path.name for path in folder.iterdir()} == {"m"}
 
 
+def test_lengths_of_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer rows need more, until more GPUs share them; 4 heads are shared by 4 GPUs at most."""
+    found = json.loads(plan(capsys, "--cluster", "8xT4", "--lengths", "64,4k,1M", "--json"))["lengths"]
+    assert list(found) == ["64", "4096", str(2**20)]
+    peaks = [one["peak"] for one in found.values()]
+    assert peaks[0] < peaks[1] < peaks[2]
+    table = plan(capsys, "--cluster", "8xT4", "--lengths", "64,1M").splitlines()
+    first = next(i for i, line in enumerate(table) if line.startswith("lengths of rows"))
+    shared = {words[0]: int(words[1]) for words in map(str.split, table[first + 2 : first + 4])}
+    assert shared["64"] == 1
+    assert shared["1,048,576"] in (1, 2, 4)
+
+
 def test_json_says_what_memory_says(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(plan(capsys, "--cluster", "8xA100-80", "--nodes", "2", "--memory", "40", "--json", *PLAIN))
     assert (found["model"], found["cluster"]["nodes"], found["cluster"]["memory"]) == ("m", 2, 40)
@@ -199,6 +212,7 @@ MISTAKES = [
         ["--model.path", "m", *WORDS, "--cluster", "3xH100"],
         "train.global_batch_size: 16 is invalid: expected a multiple of 3",
     ),
+    (["--model.path", "m", *WORDS, "--lengths", "4q"], "--lengths: '4q' is invalid: expected tokens with commas"),
     ([], "model.path: None is invalid: it is required"),
 ]
 
