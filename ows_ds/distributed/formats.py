@@ -3,9 +3,13 @@
     int8, fp8 (e4m3)   by output channel   W_ij ~ s_i q_ij    s_i = max_j |W_ij| / the format's largest number
     nf4                in blocks of 32 entries in row-major order (Dettmers et al. 2023, "QLoRA"), as bitsandbytes reads
                        it: of a few scales around the block's largest number the one with the least squared error, in
-                       bfloat16. As many bits as blocks of 64 with float32 scales, and a smaller error
+                       bfloat16. As many bits as blocks of 64 with float32 scales, and a smaller error.
+                       On r of its input directions U, given from outside, the matrix is exact but for rounding:
+                       W ~ Q + (W - Q) U U^T, the correction held as two factors in bfloat16 (as in Zhang et al. 2024,
+                       "LQER", with directions of inputs in place of a decomposition of the error)
 
-Codes and scales are bytes (uint8), whatever they hold: DeepSpeed and all backends of torch.distributed send those.
+Codes and scales, behind which the factors lie, are bytes (uint8), whatever they hold: DeepSpeed and all backends of
+torch.distributed send those.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from torch.nn.functional import pad
 
 from ows_ds.compat.torch import scaled_product
 from ows_ds.distributed.merging import entries_at_once
-from ows_ds.distributed.packing import BLOCK, Packing
+from ows_ds.distributed.packing import BLOCK, SCALE, Packing
 from ows_ds.errors import UserError
 
 NAMES = ("int8", "fp8", "nf4")
@@ -50,15 +54,39 @@ class Format(Packing):
     dtype: torch.dtype
     products: bool = False
 
-    def quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantise(self, weight: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """weight (full_shape), any float dtype -> codes (codes_shape) and scales (scales_shape), uint8, on its device.
 
-        Each matrix of a stack by itself. Depends on nothing but the entries.
+        directions: U (C_in, r), orthonormal columns, where r = `directions` is not 0; None: no direction is better than
+        the others. Each matrix of a stack by itself. Depends on nothing but the entries.
         """
         if self.experts is not None:
             codes, scales = zip(*map(self._quantise, weight), strict=True)
             return torch.stack(codes), torch.stack(scales)
-        return self._quantise(weight)
+        codes, scales = self._quantise(weight)
+        if self.directions:
+            factors = self._factors(weight, codes, scales, directions)
+            scales = torch.cat([scales, factors.flatten().view(torch.uint8)])
+        return codes, scales
+
+    def _factors(self, weight: Tensor, codes: Tensor, scales: Tensor, directions: Tensor | None) -> Tensor:
+        """(C_out + C_in, r), bfloat16: (W - Q) U, and below it U."""
+        factors = torch.zeros(sum(self.shape), self.directions, dtype=torch.bfloat16, device=weight.device)
+        if directions is None:
+            return factors
+        missing, basis = factors.split([len(factors) - self.in_features, self.in_features])
+        basis.copy_(directions)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        total, wide = torch.zeros(missing.shape, dtype=dtype, device=weight.device), basis.to(dtype)
+        coarse = self._dense_nf4(codes, scales)
+        for rows in self._runs(weight.device):
+            error = weight[rows].to(dtype) - coarse[rows]
+            if self.inputs_first:
+                total += error.t() @ wide[rows]
+            else:
+                total[rows] = error @ wide
+        missing.copy_(total)
+        return factors
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self.name == "nf4":
@@ -114,14 +142,15 @@ class Format(Packing):
         return [slice(row, row + size) for row in range(0, rows, size)]
 
     def dense(self, codes: Tensor, scales: Tensor, expert: int | None = None) -> Tensor:
-        """The weights that codes and scales stand for, in `dtype`, rounded once; of a stack one expert's matrix, or all
-        of them."""
+        """The weights that codes and scales stand for, in `dtype`, rounded once, and again with nf4's correction; of a
+        stack one expert's matrix, or all of them."""
         if self.experts is not None and expert is None:
             return torch.stack([self.dense(codes, scales, one) for one in range(self.experts)])
         if expert is not None:
             codes, scales = codes[expert], scales[expert]
         if self.name == "nf4":
-            return self._dense_nf4(codes, scales.view(torch.bfloat16).float())
+            coarse = self._dense_nf4(codes, scales)
+            return self._corrected(coarse, scales) if self.directions else coarse
         numbers = scales.view(torch.float32)
         out, along = torch.empty(self.shape, dtype=self.dtype, device=codes.device), self._along(numbers)
         stored = codes.view(STORED[self.name])
@@ -129,9 +158,17 @@ class Format(Packing):
             out[rows].copy_(stored[rows]).mul_(along if self.inputs_first else along[rows])
         return out
 
-    def _dense_nf4(self, codes: Tensor, absmax: Tensor) -> Tensor:
+    def _corrected(self, coarse: Tensor, scales: Tensor) -> Tensor:
+        """``coarse``, in place, with the product of the factors that lie behind the ``scales``."""
+        factors = scales[self._blocks * SCALE["nf4"] :].view(torch.bfloat16).view(-1, self.directions).to(coarse.dtype)
+        missing, basis = factors.split([len(factors) - self.in_features, self.in_features])
+        return coarse.addmm_(basis, missing.t()) if self.inputs_first else coarse.addmm_(missing, basis.t())
+
+    def _dense_nf4(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Without a correction. scales: perhaps with its factors behind them."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        absmax = scales[: self._blocks * SCALE["nf4"]].view(torch.bfloat16).float()
         dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
         shape = torch.Size([self._blocks * BLOCK])
         state = QuantState(absmax, shape=shape, dtype=dtype, blocksize=BLOCK, quant_type="nf4")

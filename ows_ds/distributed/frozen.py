@@ -35,6 +35,7 @@ class Frozen:
     real: the parameter that trains, without memory while `resting`. codes, scales: the parameters in its place then;
     otherwise these have no memory. places: modules that use it, and under what name.
     source: gives the entries of real weights that have never changed. host: of others, this rank's interval.
+    directions: see `Format.quantise`; on the CPU, the same on all ranks.
     """
 
     format: Format
@@ -43,6 +44,7 @@ class Frozen:
     scales: nn.Parameter
     source: Fill | None = None
     host: Tensor | None = None
+    directions: Tensor | None = None
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     resting: bool = True
     _staged: Future[Tensor] | None = None
@@ -87,6 +89,11 @@ class Frozen:
         """`entries`, perhaps begun before by `stage` with the same arguments."""
         staged, self._staged = self._staged, None
         return self.entries(start, stop, interval) if staged is None else staged.result()
+
+    def quantise(self, full: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the real weights, which are ``full``."""
+        directions = None if self.directions is None else self.directions.to(full.device)
+        return self.format.quantise(full, directions)
 
     def set_host(self, host: Tensor) -> None:
         """The real weights are ``host`` from now on: this rank's interval, on the CPU."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 BLOCK = 32  # entries of nf4 that share a scale
 SCALE = {"int8": 4, "fp8": 4, "nf4": 2}  # bytes of a scale: float32, bfloat16
+SHARE = 0.018  # of bfloat16's bytes: what the factors of nf4 may add
+MOST_DIRECTIONS = 16
 SCALES = "_scales"  # what follows the name of a weight in its scales' name
 
 
@@ -35,9 +37,22 @@ class Packing:
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
-        """Of the scales' bytes."""
+        """Of the bytes of scales and factors."""
         number = self._blocks if self.name == "nf4" else self.shape[self.inputs_first]
-        return (*self._stack, number * SCALE[self.name])
+        return (*self._stack, (number + self.directions * sum(self.shape)) * SCALE[self.name])
+
+    @property
+    def directions(self) -> int:
+        """r, the number of input directions on which nf4 is exact. 0 for experts in stacks, each of which sees few
+        tokens of a calibration."""
+        if self.name != "nf4" or self.experts is not None:
+            return 0
+        return min(MOST_DIRECTIONS, int(SHARE * math.prod(self.shape) / sum(self.shape)))
+
+    @property
+    def in_features(self) -> int:
+        """C_in."""
+        return self.shape[not self.inputs_first]
 
     @property
     def nbytes(self) -> int:

@@ -225,7 +225,7 @@ class Home(ABC):
     def _set_codes(self, frozen: Frozen) -> None:
         """Codes and scales <- those of the real weights, one full matrix at a time. Collective."""
         full = self.full_tensor(frozen.real, "frozen_weights")
-        for parameter, values in zip((frozen.codes, frozen.scales), frozen.format.quantise(full), strict=True):
+        for parameter, values in zip((frozen.codes, frozen.scales), frozen.quantise(full), strict=True):
             self._store(parameter, values)
 
     # ------------------------------------------------------------------ what differs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from typing import Any, cast
@@ -27,6 +28,7 @@ from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.launch import Runtime
 from ows_ds.distributed.weights import Weights
 from ows_ds.errors import UserError
+from ows_ds.importance.directions import find_directions, needs_directions
 from ows_ds.model import generation
 from ows_ds.model.blocks import ModelLayers
 from ows_ds.model.pretrained import load_model, load_tokenizer
@@ -34,6 +36,8 @@ from ows_ds.optim.hooks import hook_frozen
 from ows_ds.train import preference
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import fit_memory
+
+DIRECTION_ROWS = 16  # of which frozen matrices take the leading directions of their inputs
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +162,12 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
     hook_frozen(weights)
     context = RunContext(recipe, runtime, weights, layers, tokenizer, rows, held_out, steps, "", started, digests)
     _check_rows(context)
+    if needs_directions(weights):
+        first = rows
+        if recipe.data.streaming and state is not None:  # those that the run began with
+            with fail_together(comm), closing(_stream(recipe, tokenizer, runtime, None, today)) as begun:
+                first = begun.sequences
+        find_directions(weights, _some_rows(replace(context, rows=first), DIRECTION_ROWS, 1))
     if training:
         context.model = methods.base_model(recipe, weights)
         if recipe.loss.rows:
@@ -245,13 +255,20 @@ def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
 
 
 def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:
-    """This rank's batches of the rows that layers are scored on: of each source in proportion to its rows."""
+    """This rank's batches of the rows that layers are scored on."""
     sampling, comm = context.recipe.sampling, context.runtime.comm
+    size = sampling.calibration_batch_size
+    return _some_rows(context, sampling.calibration_samples, size, comm.world_size, comm.rank)
+
+
+def _some_rows(
+    context: RunContext, count: int, size: int, world_size: int = 1, rank: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of the first rows of each source in proportion to its rows: of all of them, or one rank's of some."""
     sizes = [len(part) for part in context.rows.parts]
-    shares = mix.shares(min(sampling.calibration_samples, sum(sizes)), sizes)
+    shares = mix.shares(min(count, sum(sizes)), sizes)
     rows = [row for part, share in zip(context.rows.parts, shares, strict=True) for row in islice(part, share)]
-    lengths = list(map(len, rows))
-    for mine in held_out_batches(len(rows), sampling.calibration_batch_size, comm.world_size, comm.rank, lengths):
+    for mine in held_out_batches(len(rows), size, world_size, rank, list(map(len, rows))):
         yield context.batch([[rows[i]] for i in mine])
 
 

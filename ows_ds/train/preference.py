@@ -188,6 +188,8 @@ def reference(context: RunContext, sequences: Sequences, model: str) -> numpy.nd
     if recipe.loss.name not in REFERENCE or not len(sequences):
         return None
     facts = (sequences.digest, model, recipe.model.dtype, recipe.model.frozen, recipe.train.eval_batch_size)
+    if recipe.model.frozen == "nf4":  # whose codes depend on them
+        facts += (context.digests["data.train"],)
     name = hashlib.blake2b(repr(facts).encode(), digest_size=20).hexdigest()
     path = cache.place(recipe.data) / f"{name}.reference.safetensors"
     found = _read(path, len(sequences)) if comm.rank == 0 else None
