@@ -61,8 +61,8 @@ class Format(Packing):
         the others. Each matrix of a stack by itself. Depends on nothing but the entries.
         """
         if self.experts is not None:
-            codes, scales = zip(*map(self._quantise, weight), strict=True)
-            return torch.stack(codes), torch.stack(scales)
+            of_each = [self._quantise(one) for one in weight]
+            return torch.stack([codes for codes, _ in of_each]), torch.stack([scales for _, scales in of_each])
         codes, scales = self._quantise(weight)
         if self.directions:
             factors = self._factors(weight, codes, scales, directions)

@@ -187,7 +187,13 @@ def reference(context: RunContext, sequences: Sequences, model: str) -> numpy.nd
     recipe, comm = context.recipe, context.runtime.comm
     if recipe.loss.name not in REFERENCE or not len(sequences):
         return None
-    facts = (sequences.digest, model, recipe.model.dtype, recipe.model.frozen, recipe.train.eval_batch_size)
+    facts: tuple[Any, ...] = (
+        sequences.digest,
+        model,
+        recipe.model.dtype,
+        recipe.model.frozen,
+        recipe.train.eval_batch_size,
+    )
     if recipe.model.frozen == "nf4":  # whose codes depend on them
         facts += (context.digests["data.train"],)
     name = hashlib.blake2b(repr(facts).encode(), digest_size=20).hexdigest()

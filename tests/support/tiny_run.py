@@ -14,10 +14,11 @@ from tests.support.families import tiny
 from tests.support.tokenizer import byte_tokenizer
 
 
-def write_inputs(folder: Path) -> Path:
-    """A folder with a model of 3 layers (with dropout) in bfloat16, its tokenizer, and rows to train on."""
+def write_inputs(folder: Path, **shape: Any) -> Path:
+    """A folder with a model of 3 layers (with dropout) in bfloat16, its tokenizer, and rows to train on. shape: what
+    its configuration has in place of the tiny one's."""
     tokenizer = byte_tokenizer()
-    model: Any = tiny("llama", True)
+    model: Any = tiny("llama", True, **shape)
     model.resize_token_embeddings(len(tokenizer))
     model.config.attention_dropout = 0.1
     model.to(torch.bfloat16).save_pretrained(folder / "model")
