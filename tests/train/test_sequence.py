@@ -30,7 +30,7 @@ from ows_ds.train.loss import token_losses
 from tests.support.families import tiny
 from tests.support.pool import Pools
 from tests.support.tiny_run import recipe
-from tests.support.training import home
+from tests.support.training import HOMES, home
 from tests.train.test_trainer import run
 
 TOKENS, STEPS = 2048, 2
@@ -144,11 +144,11 @@ def trained(
 
 _alone: dict[str, Any] = {}  # what one process finds
 CASES = [
-    (2, 2, "zero3", "llama", WIDE, True, False),
+    pytest.param(2, 2, "zero3", "llama", WIDE, True, False, marks=pytest.mark.slow),
     (2, 2, "replicated", "llama", WIDE, False, False),
-    (4, 2, "replicated", "llama", GROUPED, True, True),
+    pytest.param(4, 2, "replicated", "llama", GROUPED, True, True, marks=pytest.mark.slow),
     (4, 4, "zero3", "llama", GROUPED, True, True),
-    (4, 4, "replicated", "mistral", GROUPED | {"sliding_window": 600}, True, False),
+    pytest.param(4, 4, "replicated", "mistral", GROUPED | {"sliding_window": 600}, True, False, marks=pytest.mark.slow),
 ]
 
 
@@ -205,6 +205,20 @@ def test_a_checkpoint_of_two_goes_on_with_one_and_four(pools: Pools, inputs: Pat
         for key, records in (("loss", found[1:]), ("eval_loss", [found[0], found[-1]])):
             expected = whole[1:] if key == "loss" else [whole[0], whole[-1]]
             assert all(abs(a[key] - b[key]) < 0.05 * b[key] for a, b in zip(records, expected, strict=True)), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", HOMES)
+@pytest.mark.parametrize("method", ["lisa", "galore", "badam", "hift", "full", "lora", "mezo"])
+def test_every_method_shares_rows(pools: Pools, inputs: Path, tmp_path: Path, method: str, sharding: str) -> None:
+    """Its losses are those of one process, but for dropout and bfloat16's rounding."""
+    lean = {"always_on": "none"} if method == "badam" else {}
+    made = functools.partial(recipe, inputs, optim={"lr": 1e-3, **lean}, method=method, steps=4)
+    whole = pools(1).run(losses, made(tmp_path / "one"))[0]
+    shared = pools(2).run(losses, made(tmp_path / "two", sequence_parallel=2, sharding=sharding))[0]
+    assert [record["tokens"] for record in shared[1:]] == [record["tokens"] for record in whole[1:]]
+    for a, b in zip(shared[1:], whole[1:], strict=True):
+        assert abs(a["loss"] - b["loss"]) < 0.05 * b["loss"]
 
 
 def losses(rank: int, world_size: int, one: config.Recipe) -> list[dict[str, Any]]:
