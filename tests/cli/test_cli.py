@@ -247,13 +247,13 @@ def test_bench_quality_gets_the_study(recipe: str, monkeypatch: pytest.MonkeyPat
     Path("s.yaml").write_text("recipe: r.yaml\ntest: test.jsonl\nvariants: {ows: }\n")
     words = ["bench", "quality", "--config", "s.yaml", "--output", "o"]
     assert main(words) == 0
-    assert main([*words, "--seeds", "0,2", "--variants", "a, b", "--json"]) == 0
-    assert [list(given[0].variants) for given in noted] == [["ows"], ["ows"]]
-    assert [given[1:5] for given in noted] == [
-        (Path("o"), None, None, False),
-        (Path("o"), [0, 2], ["a", "b"], True),
+    assert main([*words, "--seeds", "0,2", "--variants", "a, b", "--resume", "kept.json", "--json"]) == 0
+    assert [list(given[0][""].variants) for given in noted] == [["ows"], ["ows"]]
+    assert [given[1:6] for given in noted] == [
+        (Path("o"), None, None, None, False),
+        (Path("o"), [0, 2], ["a", "b"], Path("kept.json"), True),
     ]
-    assert noted[0][5] == "ows-ds bench quality --config s.yaml --output o"
+    assert noted[0][6] == "ows-ds bench quality --config s.yaml --output o"
 
 
 def test_the_other_benches_get_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
