@@ -18,6 +18,7 @@ _TITLES = {
     "rm": "relative magnitude (rm)",
     "bi": "block influence (bi)",
     "alpha": "alpha (sampled by 1/alpha)",
+    "gradient": "gradient (uniform at first)",
 }
 _RATIOS = ("outlier", "reverse")  # shown in percent, at their tau
 _COLUMNS = 4  # of panels

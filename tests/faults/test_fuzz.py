@@ -82,6 +82,8 @@ DEEPSPEED = {
 }
 STUDY = {"recipe": RECIPE, "test": "rows.jsonl", "variants": {"a": {"method.name": "lisa"}, "b": None}, "seeds": [0, 1],
          "lrs": [1e-4], "baseline": "a", "accuracy": {"rows": 2}}  # fmt: skip
+TASKS = {**STUDY, "tasks": {"a": {"train": "rows.jsonl", "eval": "rows.jsonl", "test": "rows.jsonl"}}}
+del TASKS["test"]
 RESULT = {"format": 1, "model": {"name": "a", "checkpoint": "step-3"}, "settings": {"limit": 3}, "versions": {"a": "1"},
           "started": "2026-01-31", "seconds": 1.5, "scores": [
               {"task": "a", "metric": "acc", "value": 0.5, "stderr": 0.1, "shots": 5, "samples": 8, "depth": 1,
@@ -220,8 +222,8 @@ def read_deepspeed(folder: Path, content: bytes) -> None:
 
 def read_study(folder: Path, content: bytes) -> None:
     (folder / "s.yaml").write_bytes(content)
-    found = study.read(folder / "s.yaml")
-    study.check(found, folder / "out")
+    for one in study.read(folder / "s.yaml").values():
+        study.check(one, folder / "out")
 
 
 def read_result(folder: Path, content: bytes) -> None:
@@ -273,6 +275,7 @@ HUNTS: dict[str, tuple[SearchStrategy[Any], Callable[[Path, Any], None]]] = {
     "cluster": (as_yaml(spoiled(GPUS)), read_cluster),
     "ds_config": (as_json(spoiled(DEEPSPEED)), read_deepspeed),
     "study": (as_yaml(spoiled(STUDY)), read_study),
+    "studies": (as_yaml(spoiled(TASKS)), read_study),
     "result": (as_json(spoiled(RESULT)), read_result),
     "talk": (st.tuples(*(as_json(spoiled(one)) for one in (QUESTION, ANSWER, PROMPT))), read_talk),
 }
