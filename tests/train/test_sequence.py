@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +85,28 @@ def gradients(ows: OWS) -> dict[str, Tensor]:
     return found
 
 
+class Saved:
+    """A tensor as a graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def live_bytes(weights: Weights, batch: dict[str, Tensor]) -> int:
     """Of what a forward pass keeps for the backward pass, weights aside."""
     known = {one.untyped_storage().data_ptr() for one in weights.module.parameters()}
-    kept: dict[int, int] = {}
+    made = weakref.WeakSet[Saved]()  # of which those stay that the loss' graph still holds
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> Saved:
+        made.add(saved := Saved(tensor))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         loss = token_losses(weights, batch)
-    found = sum(kept.values())
+    gc.collect()
+    storages = {one.data_ptr(): one.nbytes() for one in (saved.tensor.untyped_storage() for saved in made)}
     weights.backward(loss * 0)
-    return found
+    return sum(size for place, size in storages.items() if place not in known)
 
 
 def trained(
