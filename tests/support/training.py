@@ -29,19 +29,18 @@ SHARDINGS = pytest.mark.parametrize("sharding", HOMES)
 
 
 def worlds(*axes: Iterable[Any], also: Container[tuple[Any, ...]] = ()) -> list[Any]:
-    """Arguments (world_size, one of each axis): at two ranks all in float64 and the last in float32; ``also``.
+    """Arguments (world_size, one of each axis, of which the first is `HOMES`).
 
-    The rest is slow.
+    At two ranks all in float64, replicated and in shards by turns, and the last in float32; ``also``. The rest is slow.
     """
     cases = list(itertools.product((2, 1, 3), *axes))
-    last = max((i for i, case in enumerate(cases) if case[0] == 2 and torch.float32 in case), default=None)
-    everyday = [
-        case in also or i == last or (case[0] == 2 and torch.float32 not in case) for i, case in enumerate(cases)
+    two = [case for case in cases if case[0] == 2]
+    rest = list(dict.fromkeys(case[2:] for case in two if torch.float32 not in case))
+    often = [
+        case for case in two if case[2:] in rest and (len(rest) == 1 or case[1] == HOMES[rest.index(case[2:]) % 2])
     ]
-    return [
-        pytest.param(*case, marks=() if often else pytest.mark.slow)
-        for case, often in zip(cases, everyday, strict=True)
-    ]
+    often += [case for case in two if torch.float32 in case][-1:]
+    return [pytest.param(*case, marks=() if case in often or case in also else pytest.mark.slow) for case in cases]
 
 
 def batch(step: int) -> Tensor:
