@@ -2,7 +2,7 @@
 
 The paper's Figure 2 shows D of LLaMA2-7B and Mistral-7B over one set; its Table 11 varies tau.
 
-    python benchmarks/outliers.py --output benchmarks/results/DATE-outliers-cpu.md
+    python -m benchmarks.outliers --output benchmarks/results/DATE-outliers-cpu.md
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
     plot(found, output.with_suffix(".png"))
-    lines = heading("Outlier ratios of SmolLM2-135M", facts(shlex.join(["python", *sys.argv]), 1))
+    lines = heading("Outlier ratios of SmolLM2-135M", facts(shlex.join(["python", "-m", "benchmarks.outliers", *sys.argv[1:]]), 1))
     lines += ["", "Correlation is Pearson's, over the 30 layers. The last column is half the sum of |p - q|."]
     lines += [*sections(rows_of(found)), "", f"![D over layers]({output.with_suffix('.png').name})"]
     output.write_text("\n".join(lines) + "\n")
