@@ -113,7 +113,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
     plot(found, output.with_suffix(".png"))
-    lines = heading("Outlier ratios of SmolLM2-135M", facts(shlex.join(["python", "-m", "benchmarks.outliers", *sys.argv[1:]]), 1))
+    command = shlex.join(["python", "-m", "benchmarks.outliers", *sys.argv[1:]])
+    lines = heading("Outlier ratios of SmolLM2-135M", facts(command, 1))
     lines += ["", "Correlation is Pearson's, over the 30 layers. The last column is half the sum of |p - q|."]
     lines += [*sections(rows_of(found)), "", f"![D over layers]({output.with_suffix('.png').name})"]
     output.write_text("\n".join(lines) + "\n")

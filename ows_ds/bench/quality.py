@@ -76,12 +76,14 @@ def quality(
             runtime = start(study.recipe_of(plan, study.grid(plan)[0], output / name))
             work = _Work(plan, output / name, runtime, command)
             work.begin(before.get(name))
-            while (run := work.next(variants, seeds)) is not None:
+            while True:
+                summaries[name] = work.report()
+                if work.main and name:
+                    _keep_together(output, plans)
+                run = work.next(variants, seeds)
+                if run is None:
+                    break
                 work.run(run)
-                work.report()
-            summaries[name] = work.report()
-            if work.main and name:
-                _keep_together(output, plans)
         if work.main and len(plans) > 1:
             report.write_tasks(summaries, output)
     if not work.main:
