@@ -151,8 +151,15 @@ def steps(
     return spec, between, peaks, kept
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("frozen", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize(
+    ("frozen", "checkpointing"),
+    [
+        ("int8", False),
+        ("fp8", True),
+        ("nf4", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int8", True), ("fp8", False), ("nf4", True)]),
+    ],
+)
 @pytest.mark.parametrize(
     ("family", "method"),
     [
