@@ -59,7 +59,7 @@ _TWO_OF_FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _CONV = {"num_dense_layers": 1, "conv_L_cache": 3, "layer_types": ["conv", "full_attention", "conv"]}
 _MIXED: dict[str, Callable[..., tf.PreTrainedConfig]] = {
     "mixtral": lambda **more: tf.MixtralConfig(**{**_COMMON, **_TWO_OF_FOUR, **more}),
-    "qwen3_moe": lambda **more: tf.Qwen3MoeConfig(**_COMMON, **_MOE, **more),
+    "qwen3_moe": lambda **more: tf.Qwen3MoeConfig(**{**_COMMON, **_MOE, **more}),
     "gpt_oss": lambda **more: tf.GptOssConfig(**_COMMON, **_TWO_OF_FOUR, rope_parameters=None, **more),
     "deepseek_v3": lambda **more: tf.DeepseekV3Config(**{**_COMMON, **_MLA}, **more),
     "granitemoehybrid": lambda **more: tf.GraniteMoeHybridConfig(**_NO_HEAD_DIM, **_TWO_OF_FOUR, **_MAMBA, **more),
