@@ -24,10 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is marked ci is slow. Files of such tests, and those that start ranks, come first, so that the two sessions
     end at the same time.
     """
-    slow = [item for item in items if item.get_closest_marker("ci")]
-    for item in slow:
-        item.add_marker(pytest.mark.slow)
-    long = {item.path for item in items if item in slow or LONG & set(getattr(item, "fixturenames", ()))}
+    long = {item.path for item in items if LONG & set(getattr(item, "fixturenames", ()))}
+    for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.slow)
+            long.add(item.path)
     items.sort(key=lambda item: item.path not in long)  # stable
 
 

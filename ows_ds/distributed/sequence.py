@@ -57,7 +57,7 @@ class SequenceParallel:
         self, name: str, kernel: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor,
         attention_mask: None = None, **more: Any,
     ) -> Any:  # fmt: skip
-        if name not in self._kernels:  # FlashAttention is told where rows end, and knows windows
+        if name not in self._kernels:  # FlashAttention is given where rows end, and knows windows
             self._kernels[name] = kernel if "flash" in name else functools.partial(self._by_rows, kernel)
         return self._ulysses(self._kernels[name], module, query, key, value, **more)
 

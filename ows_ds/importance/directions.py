@@ -35,7 +35,7 @@ def needs_directions(weights: Weights) -> bool:
 
 
 def find_directions(weights: Weights, batches: Batches) -> None:
-    """Find them over ``batches``, and make codes and scales anew. Collective.
+    """Find them over ``batches``, and make codes and scales again. Collective.
 
     batches: the same on all ranks, so that the result does not depend on how many there are. Where a matrix sees no
     token at all, any directions are as good. Raises RuntimeError where activations are not finite.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers as tf
@@ -26,16 +27,16 @@ _GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions
 _GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 _CONFIGS: dict[str, Callable[..., tf.PreTrainedConfig]] = {
-    "llama": lambda **more: tf.LlamaConfig(**{**_COMMON, **more}),
-    "llama with biases": lambda **more: tf.LlamaConfig(**_COMMON, attention_bias=True, mlp_bias=True, **more),
-    "mistral": lambda **more: tf.MistralConfig(**{**_COMMON, **more}),
-    "qwen2": lambda **more: tf.Qwen2Config(**_COMMON, **more),
-    "qwen3": lambda **more: tf.Qwen3Config(**_COMMON, **more),
-    "gemma2": lambda **more: tf.Gemma2Config(**_COMMON, **more),
-    "gemma3": lambda **more: tf.Gemma3TextConfig(**_COMMON, **more),
-    "phi3": lambda **more: tf.Phi3Config(**_COMMON, **more),
-    "gpt_neox": lambda **more: tf.GPTNeoXConfig(**_NEOX, **more),
-    "gpt2": lambda **more: tf.GPT2Config(**_GPT2, **more),
+    "llama": partial(tf.LlamaConfig, **_COMMON),
+    "llama with biases": partial(tf.LlamaConfig, **_COMMON, attention_bias=True, mlp_bias=True),
+    "mistral": partial(tf.MistralConfig, **_COMMON),
+    "qwen2": partial(tf.Qwen2Config, **_COMMON),
+    "qwen3": partial(tf.Qwen3Config, **_COMMON),
+    "gemma2": partial(tf.Gemma2Config, **_COMMON),
+    "gemma3": partial(tf.Gemma3TextConfig, **_COMMON),
+    "phi3": partial(tf.Phi3Config, **_COMMON),
+    "gpt_neox": partial(tf.GPTNeoXConfig, **_NEOX),
+    "gpt2": partial(tf.GPT2Config, **_GPT2),
 }
 FAMILIES = tuple(_CONFIGS)
 
@@ -58,16 +59,14 @@ _MAMBA = {
 _TWO_OF_FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _CONV = {"num_dense_layers": 1, "conv_L_cache": 3, "layer_types": ["conv", "full_attention", "conv"]}
 _MIXED: dict[str, Callable[..., tf.PreTrainedConfig]] = {
-    "mixtral": lambda **more: tf.MixtralConfig(**{**_COMMON, **_TWO_OF_FOUR, **more}),
-    "qwen3_moe": lambda **more: tf.Qwen3MoeConfig(**{**_COMMON, **_MOE, **more}),
-    "gpt_oss": lambda **more: tf.GptOssConfig(**_COMMON, **_TWO_OF_FOUR, rope_parameters=None, **more),
-    "deepseek_v3": lambda **more: tf.DeepseekV3Config(**{**_COMMON, **_MLA}, **more),
-    "granitemoehybrid": lambda **more: tf.GraniteMoeHybridConfig(**_NO_HEAD_DIM, **_TWO_OF_FOUR, **_MAMBA, **more),
-    "qwen3_5": lambda **more: tf.Qwen3_5TextConfig(**_COMMON, **_LINEAR, **more),
-    "qwen3_5_moe": lambda **more: tf.Qwen3_5MoeTextConfig(
-        **_COMMON, **_MOE, **_LINEAR, shared_expert_intermediate_size=24, **more
-    ),
-    "lfm2_moe": lambda **more: tf.Lfm2MoeConfig(**_NO_HEAD_DIM, **_MOE, **_CONV, **more),
+    "mixtral": partial(tf.MixtralConfig, **_COMMON, **_TWO_OF_FOUR),
+    "qwen3_moe": partial(tf.Qwen3MoeConfig, **_COMMON, **_MOE),
+    "gpt_oss": partial(tf.GptOssConfig, **_COMMON, **_TWO_OF_FOUR, rope_parameters=None),
+    "deepseek_v3": partial(tf.DeepseekV3Config, **{**_COMMON, **_MLA}),
+    "granitemoehybrid": partial(tf.GraniteMoeHybridConfig, **_NO_HEAD_DIM, **_TWO_OF_FOUR, **_MAMBA),
+    "qwen3_5": partial(tf.Qwen3_5TextConfig, **_COMMON, **_LINEAR),
+    "qwen3_5_moe": partial(tf.Qwen3_5MoeTextConfig, **_COMMON, **_MOE, **_LINEAR, shared_expert_intermediate_size=24),
+    "lfm2_moe": partial(tf.Lfm2MoeConfig, **_NO_HEAD_DIM, **_MOE, **_CONV),
 }
 MIXED = tuple(_MIXED)
 

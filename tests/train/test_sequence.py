@@ -203,7 +203,7 @@ def probed(rank: int, world_size: int, family: str) -> str | None:
 
 
 def test_models_are_tried(pools: Pools) -> None:
-    """By what their code does: of linear attention every rank would begin anew."""
+    """By what their code does: of linear attention every rank would begin again."""
     assert pools(2).run(probed, "gpt2") == [None] * 2
     assert all("exchange" in str(one) for one in pools(2).run(probed, "qwen3_5"))
 
