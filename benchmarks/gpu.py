@@ -18,7 +18,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -196,13 +195,12 @@ def streams(device: str, shape: str, seconds: float) -> Iterator[Row]:
     """Whether gathers see what was just written, on real streams."""
     import torch
 
+    from ows_ds.distributed.rendezvous import free_port
+
     if device == "cpu":
         yield {"what": "gathers after held-up writes", "result": f"{UNKNOWN}: no GPU"}
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    around = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    around = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", "rank", "--shape", shape]
     ranks = []
     for rank in map(str, range(2)):

@@ -349,4 +349,5 @@ def _scored_by(recipe: Recipe) -> tuple[Any, ...] | None:
     metric, sampling = METRIC_OF.get(importance_of(recipe)), recipe.sampling
     if metric is None:
         return None
-    return metric, sampling.tau if metric == "outlier" else None, sampling.calibration_samples, recipe.model.dtype
+    rows = sampling.calibration_samples, sampling.calibration_length
+    return metric, sampling.tau if metric == "outlier" else None, rows, recipe.model.dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import socket
 import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
@@ -13,6 +12,7 @@ from typing import Any
 
 from ows_ds.bench import worker
 from ows_ds.bench.setting import Setting
+from ows_ds.distributed.rendezvous import free_port
 
 logger = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -35,9 +35,7 @@ class Workers:
         context: Any = multiprocessing.get_context("spawn" if setting.device == "cuda" else "forkserver")
         context.set_forkserver_preload(["ows_ds.bench.worker", "transformers.models.llama.modeling_llama"])
         self._ranks: list[tuple[Any, Connection]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(world_size):
             here, there = context.Pipe()
             arguments = (there, setting, method, rank, world_size, port)

@@ -95,6 +95,8 @@ class Sampling(SamplingCore):
     """File of scores to use; null: scores.json in train.output_dir, computed when it is absent."""
     calibration_samples: MayChange[Count] = 128
     """Training rows that the scores are computed on."""
+    calibration_length: MayChange[Count] = 2048
+    """Tokens of each of them; longer rows are cut at the end."""
     calibration_batch_size: MayChange[Count] = 8
     """Rows per rank and forward pass while scoring."""
     seed: Seed | None = None

@@ -38,6 +38,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def first(self, tokens: int) -> Encoded:
+        """The row up to so many tokens, which has no reference."""
+        if len(self) <= tokens:
+            return self
+        trained = self.trained[:tokens]
+        return Encoded(self.input_ids[:tokens], trained, int(trained[1:].sum()), self.right)
+
     @property
     def labels(self) -> numpy.ndarray:
         """int32, (tokens): the token, or IGNORE where it is not trained."""

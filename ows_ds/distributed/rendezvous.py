@@ -67,10 +67,8 @@ def _from_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     meeting = bytearray(300)
     if world.rank == 0:
         address = "127.0.0.1" if node.size == world.size else own_address(environment)
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        text = f"{environment.get('MASTER_ADDR') or address} {environment.get('MASTER_PORT') or port}".encode()
+        port = environment.get("MASTER_PORT") or free_port("")
+        text = f"{environment.get('MASTER_ADDR') or address} {port}".encode()
         meeting[: len(text)] = text
     world.Bcast(meeting)
     address, port = meeting.rstrip(b"\0").decode().split()
@@ -85,6 +83,13 @@ def _from_mpi(environment: Mapping[str, str]) -> dict[str, str]:
     node.Free()
     MPI.Finalize()  # a rank that fails later must not wait for the others in MPI
     return found
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of ``host`` ("": of all of this machine's addresses) on which nothing listens at the moment."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
 
 
 def own_address(environment: Mapping[str, str]) -> str:

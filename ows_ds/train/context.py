@@ -37,7 +37,7 @@ from ows_ds.train import preference
 from ows_ds.train.loss import token_losses
 from ows_ds.train.memory_check import fit_memory
 
-DIRECTION_ROWS = 16  # of which frozen matrices take the leading directions of their inputs
+DIRECTION_ROWS, DIRECTION_LENGTH = 16, 2048  # tokens of a row; frozen matrices take the leading directions from these
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def load(recipe: Recipe, runtime: Runtime, training: bool = True, opened: Checkp
         if recipe.data.streaming and state is not None:  # those that the run began with
             with fail_together(comm), closing(_stream(recipe, tokenizer, runtime, None, today)) as begun:
                 first = begun.sequences
-        find_directions(weights, _some_rows(replace(context, rows=first), DIRECTION_ROWS, 1))
+        find_directions(weights, _some_rows(replace(context, rows=first), DIRECTION_ROWS, DIRECTION_LENGTH, 1))
     if training:
         context.model = methods.base_model(recipe, weights)
         if recipe.loss.rows:
@@ -257,17 +257,22 @@ def _batches(recipe: Recipe, rows: Sequences, runtime: Runtime) -> Batches:
 def calibration(context: RunContext) -> Iterator[dict[str, Tensor]]:
     """This rank's batches of the rows that layers are scored on."""
     sampling, comm = context.recipe.sampling, context.runtime.comm
-    size = sampling.calibration_batch_size
-    return _some_rows(context, sampling.calibration_samples, size, comm.world_size, comm.rank)
+    count, length, size = sampling.calibration_samples, sampling.calibration_length, sampling.calibration_batch_size
+    return _some_rows(context, count, length, size, comm.world_size, comm.rank)
 
 
 def _some_rows(
-    context: RunContext, count: int, size: int, world_size: int = 1, rank: int = 0
+    context: RunContext, count: int, length: int, size: int, world_size: int = 1, rank: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of the first rows of each source in proportion to its rows: of all of them, or one rank's of some."""
+    """Batches of the first rows of each source in proportion to its rows: of all of them, or one rank's of some.
+
+    length: of a row, at most, in tokens; no rank shares a row with others here, so it bounds what a pass keeps.
+    """
     sizes = [len(part) for part in context.rows.parts]
     shares = mix.shares(min(count, sum(sizes)), sizes)
-    rows = [row for part, share in zip(context.rows.parts, shares, strict=True) for row in islice(part, share)]
+    rows = [
+        row.first(length) for part, share in zip(context.rows.parts, shares, strict=True) for row in islice(part, share)
+    ]
     for mine in held_out_batches(len(rows), size, world_size, rank, list(map(len, rows))):
         yield context.batch([[rows[i]] for i in mine])
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ows_ds import config
+from ows_ds.distributed.rendezvous import free_port
 from tests.conftest import ROOT
-from tests.launch.test_launchers import free_port
 from tests.support.hosts import ADDRESSES, ENVIRONMENT, NAMES, Hosts, need
 from tests.support.tiny_run import recipe
 

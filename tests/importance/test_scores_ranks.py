@@ -16,6 +16,7 @@ from ows_ds.distributed.ds_config import resolve_config
 from ows_ds.distributed.weights import Replicated, Weights
 from ows_ds.distributed.zero3 import Zero3
 from ows_ds.importance.outliers import outlier_scores
+from ows_ds.importance.scores import Scores
 from ows_ds.model.fingerprint import fingerprint
 from ows_ds.model.layers import find_layers
 from ows_ds.train.trainer import score
@@ -205,12 +206,13 @@ def test_fingerprint_is_that_of_the_content(measured: Any) -> None:
     assert not changed & fingerprints
 
 
-def score_without_steps(rank: int, world_size: int, recipe: Recipe) -> bool:
+def score_without_steps(rank: int, world_size: int, recipe: Recipe) -> int:
     score(recipe, None)
-    return (Path(recipe.train.output_dir) / "scores.json").exists()
+    return Scores.read(Path(recipe.train.output_dir) / "scores.json").tokens
 
 
-def test_scores_ask_for_no_batch(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    """A batch that two ranks cannot share is no mistake where no step is taken."""
-    asked = recipe(inputs, tmp_path / "run", global_batch_size=3, micro_batch_size=3, sharding="zero3")
-    assert pools(2).run(score_without_steps, asked) == [True, True]
+def test_scores_ask_for_no_batch_and_cut_rows(pools: Pools, inputs: Path, tmp_path: Path) -> None:
+    """A batch that two ranks cannot share is no mistake where no step is taken. Four rows, five tokens of each."""
+    given = {"calibration_length": 5}
+    asked = recipe(inputs, tmp_path / "run", given, global_batch_size=3, micro_batch_size=3, sharding="zero3")
+    assert pools(2).run(score_without_steps, asked) == [20, 20]

@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers as tf
 
+from ows_ds.distributed.rendezvous import free_port
 from tests.conftest import ROOT
 from tests.data.test_data import byte_tokenizer
 from tests.integrations.test_transformers import needs_trl
-from tests.launch.test_launchers import BIN, LIMIT, free_port
+from tests.launch.test_launchers import BIN, LIMIT
 from tests.support.pool import Pools
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))

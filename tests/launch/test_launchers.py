@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ows_ds import config
+from ows_ds.distributed.rendezvous import free_port
 from tests.conftest import ROOT
 from tests.launch.conftest import same
 from tests.support.tiny_run import recipe
@@ -19,12 +19,6 @@ from tests.train.test_trainer import contents
 
 BIN = Path(sys.executable).parent
 LIMIT = 300  # seconds for one launch; the first on a machine compiles DeepSpeed's operator
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def launch(words: list[str], file: Path, **options: str) -> subprocess.CompletedProcess[str]:
