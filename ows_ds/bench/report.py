@@ -162,6 +162,7 @@ def summarize(
         **facts,
         "runs": size(plan),
         "runs_complete": len(results),
+        "hours": sum(one["seconds"] for one in results.values()) / 3600,
         "seeds": list(plan.seeds),
         "baseline": plan.baseline,
         "rows_answered": base["rows"],
@@ -230,16 +231,6 @@ def tasks_table(summaries: Mapping[str, Any]) -> Table:
     return Table("all tasks, means over seeds", ["variant", *head], rows)
 
 
-def write_tasks(summaries: Mapping[str, Any], output: Path) -> None:
-    """tasks.md: `tasks_table`, and where what it is made of lies."""
-    first = next(iter(summaries.values()))
-    lines = heading(f"Quality on {len(summaries)} tasks", first)
-    lines += sections([tasks_table(summaries)])
-    lines += ["", f"* *: p < {SIGNIFICANT} against {first['baseline']}, corrected for the number of variants (Holm)."]
-    lines += [f"* {name}: [{name}/quality.md]({name}/quality.md)" for name in summaries]
-    write_text(output / "tasks.md", "\n".join(lines) + "\n")
-
-
 def study_notes(summary: Mapping[str, Any]) -> list[str]:
     """How to read the tables."""
     notes, variants = [], summary["variants"].values()
@@ -259,11 +250,8 @@ def study_notes(summary: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def markdown(summary: Mapping[str, Any]) -> list[str]:
-    """The lines of quality.md."""
-    lines = heading("Quality", summary, f", {summary['processes']} process(es)")
-    if summary["rows_answered"]:
-        lines.append(f"* right answers: of {summary['rows_answered']} rows of test, generated greedily")
+def _details(summary: Mapping[str, Any], task: str = "") -> list[str]:
+    """Lines of Markdown: `study_tables`, and the learning rates that were tried."""
     tried = [
         [name, f"{one['lr']:g}", tables.number(one["loss_on_eval"], 4, fixed=True),
          "chosen" if one["lr"] == variant["lr"] else ""]
@@ -271,10 +259,40 @@ def markdown(summary: Mapping[str, Any]) -> list[str]:
         for one in variant["lrs_tried"]
         if len(variant["lrs_tried"]) > 1
     ]  # fmt: skip
-    head = ["variant", "lr", "loss on data.eval", ""]
-    grids = [Table(f"learning rates tried, seed {summary['seeds'][0]}", head, tried)] if tried else []
+    title = f"{task}: " if task else ""
+    title += f"learning rates tried, seed {summary['seeds'][0]}"
+    grids = [Table(title, ["variant", "lr", "loss on data.eval", ""], tried)] if tried else []
+    return sections([*study_tables(summary, task), *grids])
+
+
+def _effort(summary: Mapping[str, Any], task: str = "") -> list[str]:
+    """Lines of Markdown: what was trained and marked."""
+    prefix = f"{task}: " if task else ""
+    lines = [f"* {prefix}{summary['runs_complete']} runs, {summary['hours']:.1f} h of training"]
+    if summary["rows_answered"]:
+        lines.append(f"* {prefix}right answers are of {summary['rows_answered']} rows of test, generated greedily")
+    return lines
+
+
+def markdown(summary: Mapping[str, Any]) -> list[str]:
+    """The lines of quality.md."""
+    lines = heading("Quality", summary, f", {summary['processes']} process(es)")
     notes = (f"* {note.removeprefix('* ')}" for note in study_notes(summary))
-    return [*lines, *sections([*study_tables(summary), *grids]), "", *notes]
+    return [*lines, *_effort(summary), *_details(summary), "", *notes]
+
+
+def write_tasks(summaries: Mapping[str, Any], output: Path) -> None:
+    """tasks.md: `tasks_table`, and what the quality.md of each task has."""
+    first = next(iter(summaries.values()))
+    lines = heading(f"Quality on {len(summaries)} tasks", first, f", {first['processes']} process(es)")
+    for name, summary in summaries.items():
+        lines += _effort(summary, name)
+    lines += sections([tasks_table(summaries)])
+    lines += ["", f"\\*: p < {SIGNIFICANT} against {first['baseline']}, corrected for the number of variants (Holm)."]
+    for name, summary in summaries.items():
+        lines += _details(summary, name)
+    notes = dict.fromkeys(note.removeprefix("* ") for summary in summaries.values() for note in study_notes(summary))
+    write_text(output / "tasks.md", "\n".join([*lines, "", *(f"* {note}" for note in notes)]) + "\n")
 
 
 def write_study(plan: Study, summary: Mapping[str, Any], results: Mapping[Run, Any], output: Path) -> None:
