@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,28 @@ Count = Callable[[str, int], None]  # (name, bytes)
 
 _COORDINATOR = "_PartitionedParameterCoordinator"  # the prefix of its private names
 _SCATTER = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
+
+
+@contextmanager
+def any_dtype() -> Iterator[None]:
+    """Within it an engine takes float64 weights, too, process-wide.
+
+    DeepSpeed refuses them by an assertion where half precision is supported, on GPUs and on some CPUs; what it asserts
+    of is a dtype that it uses for nothing when it takes the weights of a module that there is.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Init
+
+    own = Init._set_dtype
+
+    def set_dtype(self: Any, config: Any, dtype: torch.dtype | None) -> None:
+        own(self, config, torch.float32 if dtype == torch.float64 else dtype)
+
+    Init._set_dtype = set_dtype
+    try:
+        yield
+    finally:
+        Init._set_dtype = own
+
 
 # ------------------------------------------------------------------ a parameter in shards
 

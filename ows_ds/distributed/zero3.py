@@ -120,7 +120,8 @@ def _engine(module: nn.Module, config: dict[str, Any], at_once: Iterable[str] = 
         # peft's DoRA reads the weight of another module, which DeepSpeed would have released by then
         for magnitude in getattr(adapted, "lora_magnitude_vector", {}).values():
             deepspeed.zero.register_external_parameter(magnitude, adapted.base_layer.weight)
-    return deepspeed.initialize(model=module, config=config, dist_init_required=False, **optimizer)[0]
+    with inside.any_dtype():
+        return deepspeed.initialize(model=module, config=config, dist_init_required=False, **optimizer)[0]
 
 
 class Zero3(Home):

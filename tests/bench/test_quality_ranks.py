@@ -91,6 +91,7 @@ def without_times(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without what may differ between two runs of the same."""
     for variant in summary["variants"].values():
         variant.pop("seconds")
+    del summary["hours"]
     return summary
 
 

@@ -6,6 +6,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
 from ows_ds.compat import deepspeed as ours
@@ -29,6 +31,15 @@ def engine(world_size: int, family: str = "llama", **zero: Any) -> Zero3:
     for name, parameter in weights.module.named_parameters():
         parameter.requires_grad_("norm" in name or "ln_" in name)
     return weights
+
+
+def in_float64(rank: int, world_size: int) -> None:
+    """As on a GPU, where half precision is supported; it is on some CPUs only."""
+    with patch.object(get_accelerator(), "is_fp16_supported", lambda: True):
+        weights = Zero3(tiny("llama", dtype=torch.float64), config_of(world_size), join("cpu"))
+        with pytest.raises(AssertionError, match="float64"):  # what `any_dtype` is for
+            Init(module=tiny("llama", dtype=torch.float64), dtype=torch.float64)
+    assert {ours.shard(parameter).dtype for parameter in weights.module.parameters()} == {torch.float64}
 
 
 def parameter_in_shards(rank: int, world_size: int) -> None:
@@ -63,7 +74,7 @@ def made_in_shards(rank: int, world_size: int) -> None:
     assert ours.shard(parameter)[0] == start
 
 
-@pytest.mark.parametrize("check", [parameter_in_shards, made_in_shards])
+@pytest.mark.parametrize("check", [parameter_in_shards, made_in_shards, in_float64])
 def test_parameters(pools: Pools, check: Any) -> None:
     with unchanged("DeepSpeed", "what it adds to parameters (ds_tensor, ds_status, ds_numel, ...) or zero.Init"):
         pools(2).run(check)
