@@ -183,10 +183,15 @@ def _percent(result: Mapping[str, Any]) -> float | None:
 # ---- a study's tables and pictures
 
 
+def _prefix(task: str) -> str:
+    """What a title begins with. task: its name; "" where there is one."""
+    return f"{task}: " if task else ""
+
+
 def study_tables(summary: Mapping[str, Any], task: str = "") -> list[Table]:
     """One a metric, and what variants cost; n/a where something is missing. task: its name, where there are several."""
     found = []
-    prefix = f"{task}: " if task else ""
+    prefix = _prefix(task)
     for metric, (what, digits) in METRICS.items():
 
         def fixed(value: float | None, digits: int = digits) -> str:
@@ -259,15 +264,14 @@ def _details(summary: Mapping[str, Any], task: str = "") -> list[str]:
         for one in variant["lrs_tried"]
         if len(variant["lrs_tried"]) > 1
     ]  # fmt: skip
-    title = f"{task}: " if task else ""
-    title += f"learning rates tried, seed {summary['seeds'][0]}"
+    title = f"{_prefix(task)}learning rates tried, seed {summary['seeds'][0]}"
     grids = [Table(title, ["variant", "lr", "loss on data.eval", ""], tried)] if tried else []
     return sections([*study_tables(summary, task), *grids])
 
 
 def _effort(summary: Mapping[str, Any], task: str = "") -> list[str]:
     """Lines of Markdown: what was trained and marked."""
-    prefix = f"{task}: " if task else ""
+    prefix = _prefix(task)
     lines = [f"* {prefix}{summary['runs_complete']} runs, {summary['hours']:.1f} h of training"]
     if summary["rows_answered"]:
         lines.append(f"* {prefix}right answers are of {summary['rows_answered']} rows of test, generated greedily")
