@@ -132,14 +132,14 @@ def sent(found: dict[str, Any]) -> Table:
     return Table("sent by a GPU in a step [GB]", ["GPUs", *systems], rows)
 
 
-def notes(model: Model, recipe: config.Recipe, cluster: Cluster) -> list[str]:
+def notes(planner: Planner, cluster: Cluster) -> list[str]:
     """What a reader must know."""
-    train = recipe.train
+    recipe, train = planner.recipe, planner.recipe.train
     return [
         "SIMULATED: no GPU and no network was used. These are what latencies, bandwidths and flops give, not times.",
-        f"{model.name}, {recipe.model.dtype}, length {recipe.data.max_length}, {train.micro_batch_size} sequences of a "
-        f"GPU and pass, {train.global_batch_size // train.micro_batch_size // cluster.world_size} passes a step, rank "
-        f"{recipe.optim.rank}, gamma {recipe.sampling.gamma:g}, always_on {recipe.optim.always_on}.",
+        f"{planner.model.name}, {recipe.model.dtype}, length {recipe.data.max_length}, {train.micro_batch_size} "
+        f"sequences of a GPU and pass, {train.global_batch_size // train.micro_batch_size // cluster.world_size} "
+        f"passes a step, rank {recipe.optim.rank}, gamma {planner.gamma:g}, always_on {recipe.optim.always_on}.",
         f"Nodes of {cluster.gpus} GPUs: {cluster.tflops:g} TFLOP/s, NVLink {cluster.nvlink:g} GB/s; "
         f"{100 * cluster.reach:.0f} % of all data sheets' numbers is reached. Numbers in brackets: does not fit into "
         f"{cluster.memory:g} GB.",
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (network, latency) in NETWORKS.items():
         cluster = node.model_copy(update={"network": network, "network_latency": latency})
         found[name] = simulate(model, recipe, cluster, given.largest, given.algorithm)
-    shown, said = [*tables(found), sent(found)], notes(model, recipe, node)
+    shown, said = [*tables(found), sent(found)], notes(Planner(recipe, model), node)
     print(terminal(shown, said))
     if given.output is None:
         return

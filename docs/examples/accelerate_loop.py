@@ -24,7 +24,7 @@ loader = accelerator.prepare(DataLoader(rows, 4, shuffle=True, collate_fn=collat
 weights = as_weights(model)  # copies rank 0's weights to all; no DistributedDataParallel
 assert weights.comm.world_size == accelerator.num_processes
 scores = score(weights, loader)
-ows = OWS(weights, scores=scores, gamma=5, rank=128, period=2, lr=3e-4, accumulation=MICRO_BATCHES)
+ows = OWS(weights, scores=scores, rank=128, period=2, lr=3e-4, accumulation=MICRO_BATCHES)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=len(loader) // MICRO_BATCHES)
 accelerator.init_trackers("ows")
 

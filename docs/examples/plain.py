@@ -19,7 +19,7 @@ loader = DataLoader(rows, 8, shuffle=True, collate_fn=DataCollatorForLanguageMod
 
 weights = as_weights(model)  # on several processes: the same weights on all
 scores = score(weights, loader)
-ows = OWS(weights, scores=scores, gamma=5, rank=128, period=4, lr=3e-4, max_grad_norm=1.0)
+ows = OWS(weights, scores=scores, rank=128, period=4, lr=3e-4, max_grad_norm=1.0)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=2 * len(loader))
 
 model.train()

@@ -27,7 +27,7 @@ trainer = OWSSFTTrainer(
         use_cpu=not torch.cuda.is_available(),
     ),
     train_dataset=Dataset.from_list([{"prompt": f"{i} plus {i} is ", "completion": f"{2 * i}."} for i in range(64)]),
-    ows={"gamma": 5, "rank": 128, "period": 4},
+    ows={"rank": 128, "period": 4},
 )
 trainer.train()
 trainer.save_model(out)

@@ -31,7 +31,7 @@ trainer = OWSTrainer(
     args,
     train_dataset=[tokenizer(f"{i} plus {i} is {2 * i}.") for i in range(64)],
     data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    ows={"gamma": 5, "rank": 128, "period": 4},
+    ows={"rank": 128, "period": 4},
 )
 trainer.train()  # with resume_from_checkpoint=True it resumes
 trainer.save_model(out)

@@ -37,7 +37,7 @@ collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 loader = DataLoader(rows, 4, sampler=sampler, collate_fn=collate)
 
 scores = score(weights, loader)
-ows = OWS(weights, scores=scores, gamma=5, rank=128, period=4, lr=3e-4)
+ows = OWS(weights, scores=scores, rank=128, period=4, lr=3e-4)
 schedule = get_scheduler("linear", ows, num_warmup_steps=0, num_training_steps=len(loader))
 
 model.train()

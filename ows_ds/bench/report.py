@@ -28,6 +28,7 @@ _PACKAGES = (
     "ows_ds", "torch", "transformers", "accelerate", "deepspeed", "peft", "galore-torch", "reasoning-gym", "scipy"
 )  # fmt: skip
 SIGNIFICANT = 0.05
+_NAME = 4.0, 8.0  # width of a letter and height of a name in `_plot_front`, in points
 _WINDOW = 0.05  # of the steps: half the window that the training loss is averaged over
 Values = Sequence[float | None]
 
@@ -341,9 +342,18 @@ def _plot_front(points: Mapping[str, tuple[float, float, float]], path: Path) ->
     """Loss over memory, (GiB, mean, standard deviation) a variant: what is below and left of others is better."""
     with tables.png(path) as figure:
         [axes] = figure.axes
-        for name, (size, mean, deviation) in points.items():
+        for size, mean, deviation in points.values():
             axes.errorbar(size, mean, deviation, fmt="o", ms=4, lw=1)
-            axes.annotate(name, (size, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.autoscale_view()
+        placed: list[tuple[float, float, float]] = []  # names: left, bottom and width in points
+        for name, (size, mean, _) in sorted(points.items(), key=lambda item: item[1][1]):
+            x, y = axes.transData.transform((size, mean)) * 72 / figure.dpi
+            wide, bottom = _NAME[0] * len(name), y
+            for left, below, length in sorted(placed, key=lambda one: one[1]):
+                if left - wide < x < left + length and abs(below - bottom) < _NAME[1]:
+                    bottom = below + _NAME[1]
+            placed.append((x, bottom, wide))
+            axes.annotate(name, (size, mean), xytext=(4, 3 + bottom - y), textcoords="offset points", fontsize=7)
         axes.set(xlabel="peak memory, planned [GiB]", ylabel="loss on test [nats per token]")
         axes.grid(alpha=0.3)
 

@@ -2,7 +2,7 @@
 
 from ows_ds.config.inputs import Data, Format, Model, Source
 from ows_ds.config.loss import Loss
-from ows_ds.config.method import Method, Optim, OWSConfig, Sampling
+from ows_ds.config.method import Method, Optim, OWSConfig, Sampling, usual_gamma
 from ows_ds.config.reading import (
     COMPRESSED,
     DATA_FILES,
@@ -26,6 +26,7 @@ from ows_ds.config.recipe import (
     Log,
     Recipe,
     Train,
+    gamma,
     may_change_on_resume,
     period,
     planned_keys,
@@ -62,6 +63,7 @@ __all__ = [
     "exact",
     "fields_of",
     "from_dict",
+    "gamma",
     "is_file",
     "may_change_on_resume",
     "parse",
@@ -75,6 +77,7 @@ __all__ = [
     "tokens_of_pass",
     "unknown_key",
     "used",
+    "usual_gamma",
     "value_of",
     "words",
 ]

@@ -1,6 +1,6 @@
 """How a model is trained: the recipe's sections method, sampling and optim, and the settings of the optimizer alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from ows_ds.config.settings import (
 )
 
 LONGEST_PERIOD, LEAST_DRAWS = 50, 10  # of sampling.period auto
+MOST_LAYERS, AT_FULL_RANK, LAYER_SHARE = 12.0, 5.0, 0.4  # of sampling.gamma auto
 
 Betas = Annotated[
     tuple[Share, Share],
@@ -56,8 +57,9 @@ class Method(Settings):
 class SamplingCore(Settings):
     """What the recipe's sampling and `OWSConfig` share."""
 
-    gamma: Positive = 5.0
-    """Expected number of sampled layers, in layers."""
+    gamma: Annotated[Positive, Planned()] = MOST_LAYERS
+    """Expected number of sampled layers, in layers; auto: 12 (5 at full rank, as under lisa), at most two fifths of
+    the layers, and less where that does not fit."""
     scheme: Literal["bernoulli", "fixed"] = "bernoulli"
     """bernoulli draws each layer on its own; fixed draws exactly gamma layers."""
     block: Literal["layer", "module"] = "layer"
@@ -72,9 +74,17 @@ class SamplingCore(Settings):
         yield from super().contradictions()
         if self.scheme == "fixed" and self.block == "module":
             yield Wrong("scheme", "expected bernoulli under sampling.block module: modules differ in size", ("block",))
-        if self.scheme == "fixed" and self.gamma != int(self.gamma):
+        if self.scheme == "fixed" and isinstance(self.gamma, float) and self.gamma != int(self.gamma):
             right = "expected a whole number of layers, or sampling.scheme bernoulli"
             yield Wrong("gamma", right, ("scheme",))
+
+
+def usual_gamma(importance: Sequence[float], full_rank: bool, scheme: str) -> float:
+    """What ``auto`` is for gamma: as many as learned better than fewer in the paper (Table 8, to 12 of 32 layers) and
+    here (docs/settings.md), but no more than can be drawn. importance: a layer each."""
+    most = min(AT_FULL_RANK if full_rank else MOST_LAYERS, max(1.0, LAYER_SHARE * len(importance)))
+    found = min(most, sum(one > 0 for one in importance)) or most
+    return float(int(found)) if scheme == "fixed" else found
 
 
 class Sampling(SamplingCore):
@@ -217,6 +227,8 @@ class Optim(OptimCore):
 class OWSConfig(SamplingCore, OptimCore):
     """Settings of the optimizer `ows_ds.OWS`: the recipe's own, by the same names."""
 
+    gamma: Annotated[Positive | Literal["auto"], Expected("a number above 0, or auto")] = "auto"  # type: ignore[assignment]
+    """Expected number of sampled layers; auto: 12 (5 at full rank), at most two fifths of the layers."""
     lr: NotNegative = 3e-4
     """Peak learning rate."""
     period: Count = 50
@@ -236,8 +248,12 @@ class OWSConfig(SamplingCore, OptimCore):
         """Nothing is planned here: ``auto`` is the default of what may be planned, and of the learning rate."""
         if not isinstance(tree, Mapping):
             return tree
-        own = ("scale", "update_proj_gap")  # they have an auto of their own
+        own = ("gamma", "scale", "update_proj_gap")  # they have an auto of their own
         return {k: v for k, v in tree.items() if v != "auto" or k in own}
+
+    def gamma_of(self, importance: Sequence[float]) -> float:
+        """Expected number of sampled layers, of layers with these importances."""
+        return usual_gamma(importance, self.rank is None, self.scheme) if self.gamma == "auto" else self.gamma
 
     def contradictions(self) -> Iterator[Wrong]:
         yield from super().contradictions()

@@ -44,8 +44,9 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def exact(recipe: Recipe) -> Recipe:
-    """The recipe in which no machine chooses anything: keys that are ``auto`` keep their plain values."""
-    return changed(recipe, {key: value_of(recipe, key) for key in recipe.auto - {"sampling.period"}})
+    """The recipe in which no machine chooses anything: keys that are ``auto`` keep their plain values; what the number
+    of steps (`period`) and of layers (`gamma`) decides stays ``auto``."""
+    return changed(recipe, {key: value_of(recipe, key) for key in recipe.auto - {"sampling.period", "sampling.gamma"}})
 
 
 def value_of(recipe: Recipe, key: str) -> Any:

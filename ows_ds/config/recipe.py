@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
@@ -12,7 +12,7 @@ from typing_extensions import Self
 from ows_ds.config.elsewhere import MEANINGS
 from ows_ds.config.inputs import Data, Model
 from ows_ds.config.loss import REFERENCE, ROWS, Loss
-from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling
+from ows_ds.config.method import LEARNING_RATES, LEAST_DRAWS, LONGEST_PERIOD, Method, Optim, Sampling, usual_gamma
 from ows_ds.config.settings import (
     MOST,
     Count,
@@ -268,6 +268,13 @@ def period(recipe: Recipe, steps: int | None) -> int:
     if "sampling.period" not in recipe.auto:
         return recipe.sampling.period
     return LONGEST_PERIOD if steps is None else max(1, min(LONGEST_PERIOD, steps // LEAST_DRAWS))
+
+
+def gamma(recipe: Recipe, importance: Sequence[float]) -> float:
+    """Expected number of sampled layers, of layers with these importances."""
+    if "sampling.gamma" not in recipe.auto:
+        return recipe.sampling.gamma
+    return usual_gamma(importance, recipe.method.name != "ows", recipe.sampling.scheme)
 
 
 def may_change_on_resume(key: str) -> bool:

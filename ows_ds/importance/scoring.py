@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ows_ds import config
 from ows_ds.config import Recipe
 from ows_ds.distributed.communicator import fail_together
 from ows_ds.distributed.weights import Weights
@@ -56,7 +57,8 @@ def layer_importance(
             scores = Scores.read(given)
             scores.check(model, n_layers, kind, sampling.tau)
     found = probabilities.importance(kind, n_layers, scores.layers)
-    probabilities.probabilities(found, sampling.gamma, sampling.tau)  # refuses what it must before anything is written
+    # refuses what it must before anything is written
+    probabilities.probabilities(found, config.gamma(recipe, found), sampling.tau)
     if batches is not None and given != own:
         with fail_together(weights.comm):
             if weights.comm.rank == 0:

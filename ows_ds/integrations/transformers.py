@@ -2,7 +2,7 @@
 
     class OWSSFTTrainer(OWSTrainerMixin, SFTTrainer): ...  # the mixin first
 
-    trainer = OWSSFTTrainer(model, args, train_dataset=rows, ows={"gamma": 5, "rank": 128})
+    trainer = OWSSFTTrainer(model, args, train_dataset=rows, ows={"rank": 128})
     trainer.train()
 
 Data, schedule, logs, folders and callbacks stay the Trainer's. It meets OWS in a few places:

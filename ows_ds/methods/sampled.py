@@ -27,6 +27,7 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
     name, sampling = recipe.method.name, recipe.sampling
     seed = recipe.train.seed if sampling.seed is None else sampling.seed
     own: dict[str, Any] = {"accumulation": accumulation, "seed": seed, "period": config.period(recipe, None)}
+    own["gamma"] = config.gamma(recipe, importance)
     sampler = None
     if name in ("lisa", "lisa-d", "badam"):
         own["rank"] = None

@@ -34,11 +34,12 @@ class Draws:
             self.layers, self.layer_of = layers.by_module()
             numels = [block.numel for block in self.layers.layers]
             self._sizes = [count * numel / sum(numels) for numel in numels]
-        self.given = probabilities([ratios[i] for i in self.layer_of], config.gamma, sizes=self._sizes)
+        gamma = config.gamma_of(ratios)
+        self.given = probabilities([ratios[i] for i in self.layer_of], gamma, sizes=self._sizes)
         self.sampler = Sampler(self.given, config.scheme, config.seed) if sampler is None else sampler
         if sampler is None and config.adaptive:
             numbers = {"decay": config.importance_decay, "floor": config.importance_floor}
-            self.sampler = AdaptiveSampler(self._sizes, config.gamma, config.scheme, config.seed, **numbers)
+            self.sampler = AdaptiveSampler(self._sizes, gamma, config.scheme, config.seed, **numbers)
 
     @property
     def probabilities(self) -> list[float]:

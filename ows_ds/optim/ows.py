@@ -1,6 +1,6 @@
 """OWS as an optimizer (Algorithm 1).
 
-    ows = OWS(model, "scores.json", OWSConfig(gamma=5, rank=128))
+    ows = OWS(model, "scores.json", OWSConfig(rank=128))
     loss = model(**batch).loss
     ows.backward(loss); ows.step(); ows.zero_grad()
 
@@ -88,9 +88,9 @@ class OWS(OWSState):
         self.accumulation = config.accumulation
         layers = find_layers(self.module, self.weights.shape).with_routers(config.router == "train")
         layers = layers.at_rank(config.rank, config.expert_rank)
-        check_fits(layers, config.gamma, config.rank, config.always_on)
         count = len(layers.layers)
         ratios = [1.0] * count if scores is None else ratios_of(scores, self.weights, count)
+        check_fits(layers, config.gamma_of(ratios), config.rank, config.always_on)
         self.draws = Draws(layers, ratios, config, sampler)
         self.layers: ModelLayers = self.draws.layers
         self.active = ActiveSet(self.weights, self.layers, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ows_ds import config
 from ows_ds.config import Recipe
 from ows_ds.errors import UserError
 from ows_ds.model.blocks import ModelLayers
@@ -43,5 +44,5 @@ def check(recipe: Recipe, layers: ModelLayers) -> None:
     """The same for a recipe, before the model is scored."""
     name, optim = recipe.method.name, recipe.optim
     if name in SAMPLED:
-        gamma = recipe.sampling.gamma if name in ("ows", "lisa", "lisa-d") else 1
+        gamma = config.gamma(recipe, [1.0] * len(layers.layers)) if name in ("ows", "lisa", "lisa-d") else 1
         check_fits(layers, gamma, optim.rank if name in LOW_RANK else None, optim.always_on)

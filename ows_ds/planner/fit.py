@@ -39,6 +39,7 @@ LEVERS = (  # those that change least first
     Lever("optim.master", ("float32",).__contains__, "none", "embedding and head have no float32 copy"),
     Lever("optim.always_on", ("full", "low_rank").__contains__, "none", "embedding and head do not train"),
     Lever("model.frozen", ("same", "int8", "fp8").__contains__, "nf4", "layers that do not train are in 4 bits"),
+    Lever("sampling.gamma", lambda gamma: gamma > 5, 5.0, "5 layers train at a time"),
     Lever("sampling.gamma", lambda gamma: gamma > 2, 2.0, "2 layers train at a time"),
     Lever("optim.rank", lambda rank: rank > 64, 64, "rank 64"),
 )
@@ -57,7 +58,7 @@ class Fitted:
 
     @property
     def recipe(self) -> Recipe:
-        """With all that was chosen; nothing in it is ``auto`` but the period, which the number of steps decides."""
+        """With all that was chosen; in it only period and gamma, which steps and layers decide, may be ``auto``."""
         settings = self.choice.settings()
         chosen = {key: settings[key.partition(".")[2]] for key in CHOSEN}
         return config.exact(changed(self.planner.recipe, chosen))
@@ -145,7 +146,7 @@ def _levers(
     out."""
     taken: dict[str, Any] = {}
     for key, changes, value, _ in LEVERS:
-        now = taken.get(key, value_of(planner.recipe, key))
+        now = taken.get(key, planner.gamma if key == "sampling.gamma" else value_of(planner.recipe, key))
         if not changes(now) or (keys is not None and key not in keys) or not possible(key, value):
             continue
         if (one := _with(planner, {**taken, key: value})) is None:

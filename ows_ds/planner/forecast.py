@@ -216,10 +216,20 @@ class Planner:
             return None
         if name not in ("ows", "lisa", "lisa-d"):
             return [1.0] * n_layers
+        return probabilities(self._importance, self.gamma, sampling.tau)
+
+    @property
+    def gamma(self) -> float:
+        """Of layers that train at a time, the expected number, under methods that draw layers."""
+        return config.gamma(self.recipe, self._importance)
+
+    @cached_property
+    def _importance(self) -> Sequence[float]:
+        """Of each layer; all alike where they are not scored yet."""
         kind = importance_of(self.recipe)
         if kind in METRIC_OF and self.ratios is None:
             kind = "uniform"
-        return probabilities(importance(kind, n_layers, self.ratios), sampling.gamma, sampling.tau)
+        return importance(kind, len(self.model.layers.layers), self.ratios)
 
     def layer_set(self, deviations: float = 0.0) -> LayerSet:
         """The set that is expected, or one with some standard deviations more, where their number is drawn.

@@ -45,7 +45,8 @@ class Report:
         asked = Planner(recipe, model, _ratios(recipe, len(model.layers.layers)), replays)
         self.homes = list(HOMES)[: 1 if cluster.world_size == 1 else 2 if cluster.nodes == 1 else 3]
         self.fitted = self._fit(asked)
-        self.recipe, self.auto = self.fitted.recipe, recipe.auto
+        shown = self.fitted if self.fitted.fits else replace(self.fitted, planner=asked)  # `proposal` changes it
+        self.recipe, self.auto = shown.recipe, recipe.auto
         self.planner = Planner(self.recipe, model, asked.ratios, replays)
 
     def _fit(self, planner: Planner) -> Fitted:

@@ -160,7 +160,7 @@ class Run:
             return None
         try:
             weights = probabilities.importance(kind, self.n_layers, self._ratios)
-            return probabilities.probabilities(weights, sampling.gamma, sampling.tau)
+            return probabilities.probabilities(weights, config.gamma(self.recipe, weights), sampling.tau)
         except UserError:  # somebody changed the folder by hand
             return None
 

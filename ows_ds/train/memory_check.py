@@ -58,7 +58,7 @@ def fit_memory(recipe: Recipe, runtime: Runtime, longest: int) -> Recipe:
         if comm.rank == 0:
             for line in fitted.lines(recipe.auto, place[0], least):
                 logger.info(line)
-    chosen = {key: config.value_of(fitted.recipe, key) for key in recipe.auto - {"sampling.period"}}
+    chosen = {key: config.value_of(fitted.recipe, key) for key in recipe.auto - fitted.recipe.auto}
     return changed(recipe, chosen)
 
 

@@ -91,8 +91,9 @@ def _train(recipe: Recipe, runtime: Runtime, stop_requested: threading.Event, lo
     if recipe.train.steps is None and recipe.optim.warmup_steps > total:  # train.steps is compared by config.check
         right = f"expected at most the number of steps, {total}"
         raise UserError("optim.warmup_steps", recipe.optim.warmup_steps, right)
-    recipe = config.changed(recipe, {"sampling.period": config.period(recipe, total)})
     importance = _importance(context, run_dir, opened)
+    decided = {"sampling.period": config.period(recipe, total), "sampling.gamma": config.gamma(recipe, importance)}
+    recipe = config.changed(recipe, decided)
     micro_batches = accumulation(recipe, comm.world_size)
     method = methods.build(recipe, context.weights, context.layers, importance, micro_batches)
     ways = layer_runs.ways_of(recipe, context.layers, runtime.device)

@@ -70,7 +70,7 @@ def test_the_defaults_are_those_of_the_design(tree: dict[str, Any]) -> None:
     r = config.from_dict(tree)
     config.check(r)
     assert r.auto == set(config.planned_keys())
-    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (5, 50, 13, "bernoulli")
+    assert (r.sampling.gamma, r.sampling.period, r.sampling.tau, r.sampling.scheme) == (12, 50, 13, "bernoulli")
     assert (r.optim.lr, r.optim.schedule, r.optim.warmup_steps) == (3e-4, "linear", 0)
     assert (r.optim.rank, r.optim.update_proj_gap, r.optim.scale) == (128, 200, 1.0)
     assert (r.optim.moments_on_refresh, r.optim.refresh_batch, r.optim.always_on) == ("align", "full", "full")
@@ -90,7 +90,7 @@ def test_the_optimizer_has_the_recipes_settings() -> None:
     keys = config.recipe_keys()
     for name, field in OWSConfig.model_fields.items():
         key = next((f"{section}.{name}" for section in ("sampling", "optim") if f"{section}.{name}" in keys), None)
-        if name not in ("rank", "accumulation", "seed", "period", "lr", "adaptive"):
+        if name not in ("rank", "accumulation", "seed", "period", "lr", "adaptive", "gamma"):
             assert key is not None
             assert (field.default, field.description) == (keys[key].default, keys[key].description)
     assert OWSConfig(rank=None, betas=(0.8, 0.9)).rank is None
@@ -110,6 +110,26 @@ def test_each_method_has_its_own_learning_rate(tree: dict[str, Any]) -> None:
             assert config.from_dict(changed(tree, {"method.name": name, **given})).optim.lr == LEARNING_RATES[name]
         assert config.from_dict(changed(tree, {"method.name": name, "optim.lr": 0.5})).optim.lr == 0.5
     assert OWSConfig().lr == LEARNING_RATES["ows"]
+
+
+@pytest.mark.parametrize(
+    ("importance", "changes", "gamma"),
+    [
+        ([1.0] * 80, {}, 12),
+        ([1.0] * 28, {}, 11.2),
+        ([1.0] * 28, {"sampling.scheme": "fixed"}, 11),
+        ([1.0] * 7 + [0.0] * 25, {}, 7),
+        ([1.0] * 32, {"method.name": "lisa"}, 5),
+        ([1.0], {}, 1),
+        ([1.0] * 32, {"sampling.gamma": 4.5}, 4.5),
+    ],
+)
+def test_gamma_of_layers(tree: dict[str, Any], importance: list[float], changes: dict[str, Any], gamma: float) -> None:
+    recipe = config.from_dict(changed(tree, changes))
+    assert config.gamma(recipe, importance) == pytest.approx(gamma)
+    same = {key.partition(".")[2]: value for key, value in changes.items() if key != "method.name"}
+    rank = 4 if recipe.method.name == "ows" else None
+    assert OWSConfig(rank=rank, **same).gamma_of(importance) == pytest.approx(gamma)
 
 
 @pytest.mark.parametrize(("steps", "period"), [(None, 50), (5000, 50), (500, 50), (499, 49), (62, 6), (19, 1), (3, 1)])

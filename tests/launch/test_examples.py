@@ -36,7 +36,7 @@ def test_the_page_names_the_scripts() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough for the defaults of OWS, gamma 5 and rank 128, and with outliers."""
+    """Large enough for the defaults of OWS, rank 128 among them, and with outliers."""
     folder = tmp_path_factory.mktemp("example") / "model"
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_a_key_that_is_given_stays() -> None:
 
 def test_the_recipe_of_it_is_read_again() -> None:
     found = chosen(22)
-    assert found.recipe.auto == {"sampling.period"}
+    assert found.recipe.auto == {"sampling.period", "sampling.gamma"}
     assert config.from_dict(config.to_dict(found.recipe)) == found.recipe
     first, second = found.lines(recipe().auto, "GPU", 22 * GIB)
     assert first.startswith("chosen for 22.0 GiB of a GPU: train.micro_batch_size ")

@@ -132,6 +132,7 @@ def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_makes_it_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first keys that do, in the verdict, the numbers, and the recipe that is written."""
     words = ["--cluster", "1xRTX4090", "--memory", "16", "--model.path", "llama2-7b", "--output", "out", *PLAIN]
+    words += ["--sampling.gamma", "5"]
     assert main(["plan", *words]) == 0
     shown = capsys.readouterr().out
     keys = "--optim.refresh compressed --sampling.scheme fixed --model.frozen int8"
@@ -202,7 +203,10 @@ MISTAKES = [
         ["--model.path", "none"],
         "model.path: 'none' is invalid: expected a folder with a config.json, or one of llama2-7b",
     ),
-    (["--model.path", "m"], "sampling.gamma: 5.0 is invalid: expected at most 3, the number of layers"),
+    (
+        ["--model.path", "m", "--sampling.gamma", "5"],
+        "sampling.gamma: 5.0 is invalid: expected at most 3, the number of layers",
+    ),
     (["--model.path", "m", *WORDS, "--optim.rank", "99"], "optim.rank: 99 is invalid"),
     (["--model.path", "m", *WORDS, "--methods", "ows,adam"], "--methods: 'ows,adam' is invalid: expected some of ows"),
     (["--model.path", "m", *WORDS, "--choose", "best"], "--choose: 'best' is invalid: expected cheapest or fastest"),

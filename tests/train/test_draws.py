@@ -14,12 +14,13 @@ from tests.train.test_trainer import contents, run
 
 
 def test_a_run_says_how_many_layers_it_reaches_and_has_reached(pools: Pools, inputs: Path, tmp_path: Path) -> None:
-    """9 steps: a draw before each, which the folder's recipe says; one that is resumed keeps them."""
-    auto = {"period": "auto", "gamma": 1, "scheme": "fixed"}
+    """9 steps: a draw before each, of one of three layers, as the folder's recipe says; a resumed run too."""
+    auto = {"period": "auto", "gamma": "auto", "scheme": "fixed"}
     [lines] = pools(1).run(run, recipe(inputs, tmp_path / "run", auto), None)
     assert "9 steps, 9 draws of layers: about 3 of 3 layers will train" in lines
     assert lines[-1] == f"done: {tmp_path / 'run' / 'model'}, 3 of 3 layers trained"
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["sampling"]["period"] == 1
+    said = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["sampling"]
+    assert (said["period"], said["gamma"]) == (1, 1.0)
     resumed = cut(tmp_path / "run", tmp_path / "cut")
     [lines] = pools(1).run(run, recipe(inputs, resumed, auto, resume="auto"), None)
     assert lines[-1].endswith("3 of 3 layers trained")
