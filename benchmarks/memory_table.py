@@ -17,11 +17,13 @@ PLAIN = {
     "optim.master": "float32",
 }  # fmt: skip
 LEAN = {**PLAIN, "optim.always_on": "none", "optim.refresh_batch": "first"}
+FIVE = {**LEAN, "sampling.gamma": 5}
 ROWS = {
     "ows, nothing changed": PLAIN,
     "ows, embedding and head frozen": LEAN,
-    "ows, and frozen layers in int8": {**LEAN, "model.frozen": "int8"},
-    "ows, and frozen layers in nf4": {**LEAN, "model.frozen": "nf4"},
+    "ows, and 5 layers at a time": FIVE,
+    "ows, and frozen layers in int8": {**FIVE, "model.frozen": "int8"},
+    "ows, and frozen layers in nf4": {**FIVE, "model.frozen": "nf4"},
     "lora": {**PLAIN, "method.name": "lora"},
     "lora over nf4 (QLoRA)": {**PLAIN, "method.name": "lora", "model.frozen": "nf4"},
     "galore": {**PLAIN, "method.name": "galore"},
