@@ -2,7 +2,7 @@
 
 from ows_ds.config.inputs import Data, Format, Model, Source
 from ows_ds.config.loss import Loss
-from ows_ds.config.method import Method, Optim, OWSConfig, Sampling, usual_gamma
+from ows_ds.config.method import Method, Optim, OWSConfig, Sampling
 from ows_ds.config.reading import (
     COMPRESSED,
     DATA_FILES,
@@ -77,7 +77,6 @@ __all__ = [
     "tokens_of_pass",
     "unknown_key",
     "used",
-    "usual_gamma",
     "value_of",
     "words",
 ]

@@ -26,8 +26,8 @@ def build(recipe: Recipe, weights: Weights, importance: list[float], accumulatio
     """The recipe's method. importance: what layers are sampled in proportion to. Collective."""
     name, sampling = recipe.method.name, recipe.sampling
     seed = recipe.train.seed if sampling.seed is None else sampling.seed
-    own: dict[str, Any] = {"accumulation": accumulation, "seed": seed, "period": config.period(recipe, None)}
-    own["gamma"] = config.gamma(recipe, importance)
+    own: dict[str, Any] = {"accumulation": accumulation, "seed": seed}
+    own |= {"period": config.period(recipe, None), "gamma": config.gamma(recipe, importance)}
     sampler = None
     if name in ("lisa", "lisa-d", "badam"):
         own["rank"] = None
